@@ -1,0 +1,1 @@
+"""Recording a training run: parameters, optimizer moments, learning rates and the rows of every step."""

@@ -1,0 +1,186 @@
+"""What happened at every step of training, kept as parquet parts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from hf_rgm.trajectory.states import replacing
+
+STEPS_FOLDER = "steps"
+_SCALARS = {"epoch": np.float64, "gradient_norm": np.float64, "clip_factor": np.float64, "skipped": np.bool_}
+
+
+@dataclass
+class StepTable:
+    """
+    One entry per update; entry `t` describes the update from state `t` to state `t + 1`.
+
+    Args:
+        epoch (`np.ndarray`): `(num_steps,)`, float64. Epochs done after the update, as in `TrainerState.epoch`.
+        learning_rates (`np.ndarray`): `(num_steps, num_groups)`, float64. What the update used.
+        gradient_norm (`np.ndarray`): `(num_steps,)`, float64. L2 norm of the gradient before clipping.
+        clip_factor (`np.ndarray`): `(num_steps,)`, float64. What clipping multiplied the gradient by, 1 for none.
+        skipped (`np.ndarray`): `(num_steps,)`, bool. Whether the optimizer left this update out (loss scaling).
+        rows (`list[np.ndarray]`, *optional*): For every update the rows of the training set it saw, int64, in the
+            order it saw them. `None` if they are kept private.
+        micro_batch_sizes (`list[list[int]]`, *optional*): How `rows` splits into batches (gradient accumulation).
+
+    Raises:
+        ValueError: If lengths differ.
+    """
+
+    epoch: np.ndarray
+    learning_rates: np.ndarray
+    gradient_norm: np.ndarray
+    clip_factor: np.ndarray
+    skipped: np.ndarray
+    rows: list[np.ndarray] | None = None
+    micro_batch_sizes: list[list[int]] | None = None
+
+    def __post_init__(self) -> None:
+        for name, dtype in _SCALARS.items():
+            setattr(self, name, np.asarray(getattr(self, name), dtype))
+        self.learning_rates = np.asarray(self.learning_rates, np.float64)
+        if self.learning_rates.ndim != 2:
+            raise ValueError(
+                f"`learning_rates` must have shape (num_steps, num_groups), got {self.learning_rates.shape}."
+            )
+        if self.rows is not None:
+            self.rows = [np.asarray(rows, np.int64) for rows in self.rows]
+        columns = {name: getattr(self, name) for name in (*_SCALARS, "learning_rates", "rows", "micro_batch_sizes")}
+        lengths = {name: len(column) for name, column in columns.items() if column is not None}
+        if len(set(lengths.values())) > 1:
+            raise ValueError(f"The columns of a step table must have one length, got {lengths}.")
+
+    def __len__(self) -> int:
+        return len(self.epoch)
+
+    def select(self, start: int, stop: int) -> StepTable:
+        """The steps `start` to `stop - 1`."""
+        part = slice(start, stop)
+        return StepTable(
+            **{name: getattr(self, name)[part] for name in (*_SCALARS, "learning_rates")},
+            rows=None if self.rows is None else self.rows[part],
+            micro_batch_sizes=None if self.micro_batch_sizes is None else self.micro_batch_sizes[part],
+        )
+
+    @classmethod
+    def concatenate(cls, tables: Sequence[StepTable]) -> StepTable:
+        """Several tables, one after the other. Rows are kept if all have them."""
+        rows = [table.rows for table in tables if table.rows is not None]
+        sizes = [table.micro_batch_sizes for table in tables if table.micro_batch_sizes is not None]
+        return cls(
+            **{name: np.concatenate([getattr(t, name) for t in tables]) for name in (*_SCALARS, "learning_rates")},
+            rows=list(chain.from_iterable(rows)) if len(rows) == len(tables) else None,
+            micro_batch_sizes=list(chain.from_iterable(sizes)) if len(sizes) == len(tables) else None,
+        )
+
+
+def part_path(folder: Path, first_step: int) -> Path:
+    """Where a part that begins with the given step is kept."""
+    return folder / STEPS_FOLDER / f"part-{first_step:08d}.parquet"
+
+
+def recorded_parts(folder: Path) -> list[Path]:
+    """The parts in the folder, in order."""
+    parts = (folder / STEPS_FOLDER).glob("part-*.parquet")
+    return sorted(path for path in parts if path.stem.removeprefix("part-").isdigit())
+
+
+def first_step(part: Path) -> int:
+    """The step a part begins with."""
+    return int(part.stem.removeprefix("part-"))
+
+
+def write_part(path: Path, table: StepTable) -> None:
+    """Writes a part, whose name tells the step it begins with."""
+    columns: dict[str, pa.Array] = {"step": pa.array(np.arange(len(table), dtype=np.int64) + first_step(path))}
+    columns |= {name: pa.array(getattr(table, name)) for name in _SCALARS}
+    columns["learning_rates"] = _lists(list(table.learning_rates), np.float64)
+    if table.rows is not None:
+        columns["rows"] = _lists(table.rows, np.int64)
+    if table.micro_batch_sizes is not None:
+        columns["micro_batch_sizes"] = _lists([np.asarray(sizes) for sizes in table.micro_batch_sizes], np.int64)
+    with replacing(path) as temporary:
+        pq.write_table(pa.table(columns), temporary)
+
+
+def _lists(values: list[np.ndarray], dtype: type) -> pa.LargeListArray:
+    offsets = np.cumsum([0, *(len(value) for value in values)], dtype=np.int64)
+    flat = np.concatenate([np.empty(0, dtype), *values]).astype(dtype)
+    return pa.LargeListArray.from_arrays(pa.array(offsets), pa.array(flat))
+
+
+def read_part(path: Path) -> StepTable:
+    """
+    Reads one part.
+
+    Raises:
+        ValueError: If it is damaged.
+    """
+    way_out = "Copy the folder again, or record the training run again."
+    try:
+        content = pq.read_table(path)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise ValueError(f"{path} is damaged ({error}). {way_out}") from error
+    missing = sorted({"step", *_SCALARS, "learning_rates"} - set(content.column_names))
+    if missing:
+        raise ValueError(f"{path} lacks the columns {missing}. {way_out}")
+    steps = content["step"].to_numpy()
+    if not np.array_equal(steps, np.arange(len(steps)) + first_step(path)):
+        raise ValueError(f"{path} does not hold consecutive steps from {first_step(path)} on. {way_out}")
+    rows = _split(content["rows"]) if "rows" in content.column_names else None
+    sizes = _split(content["micro_batch_sizes"]) if "micro_batch_sizes" in content.column_names else None
+    rates = _split(content["learning_rates"])
+    return StepTable(
+        **{name: content[name].to_numpy() for name in _SCALARS},
+        learning_rates=np.stack(rates) if rates else np.empty((0, 0)),
+        rows=rows,
+        micro_batch_sizes=None if sizes is None else [values.tolist() for values in sizes],
+    )
+
+
+def _split(column: pa.ChunkedArray) -> list[np.ndarray]:
+    return [values for chunk in column.chunks for values in _split_chunk(chunk)]
+
+
+def _split_chunk(chunk: pa.LargeListArray) -> list[np.ndarray]:
+    offsets = chunk.offsets.to_numpy()
+    values = chunk.values.to_numpy(zero_copy_only=False)
+    return [values[start:stop] for start, stop in zip(offsets[:-1], offsets[1:], strict=True)]
+
+
+def read_steps(folder: Path, num_steps: int) -> StepTable:
+    """
+    Reads steps `0` to `num_steps - 1` from the parts of a folder.
+
+    Raises:
+        ValueError: If steps are missing or a part is damaged; the gap is named.
+    """
+    tables, done = [], 0
+    for part in recorded_parts(folder):
+        if first_step(part) >= num_steps:
+            break
+        if first_step(part) != done:
+            raise ValueError(_gap(folder, done, first_step(part)))
+        tables.append(read_part(part))
+        done += len(tables[-1])
+    if done < num_steps:
+        raise ValueError(_gap(folder, done, num_steps))
+    if not tables:
+        raise ValueError(f"{folder} records no steps. Train for at least one step.")
+    return StepTable.concatenate(tables).select(0, num_steps)
+
+
+def _gap(folder: Path, start: int, stop: int) -> str:
+    return (
+        f"{folder / STEPS_FOLDER} records no steps {start} to {stop - 1}. Copy the folder again, resume training from "
+        f"a checkpoint at or before step {start}, or record the training run from the beginning."
+    )
