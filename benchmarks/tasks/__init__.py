@@ -1,0 +1,57 @@
+"""Benchmark tasks: data, model, training recipe and subsets of the ground truth."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from datasets import Dataset
+from transformers import Trainer
+
+from hf_rgm import ClusterMap
+
+
+@dataclass
+class Task:
+    """
+    Args:
+        name (`str`): For files and tables.
+        train, queries, tuning_queries (`Dataset`): `pixel_values` and `labels`.
+        clusters (`ClusterMap`): K clusters of the training rows.
+        build_trainer (`Callable`): `build_trainer(dataset, seed, callbacks=())`, a fresh `Trainer`.
+        num_cluster_masks, num_row_masks (`int`): Half-masks of the ground truth.
+        seeds (`tuple[int, ...]`): Retraining seeds; the recorded run uses seed 0, which is none of them.
+    """
+
+    name: str
+    train: Dataset
+    queries: Dataset
+    tuning_queries: Dataset
+    clusters: ClusterMap
+    build_trainer: Callable[..., Trainer]
+    num_cluster_masks: int
+    num_row_masks: int
+    seeds: tuple[int, ...]
+
+    def leave_out_subsets(self) -> list[np.ndarray]:
+        """Rows kept when each cluster is left out."""
+        rows = np.arange(len(self.train))
+        return [np.setdiff1d(rows, self.clusters.rows(k)) for k in range(self.clusters.num_clusters)]
+
+    def cluster_masks(self, seed: int = 7) -> np.ndarray:
+        """Half-masks of clusters, `(num_cluster_masks, num_clusters)`, bool."""
+        return half_masks(self.clusters.num_clusters, self.num_cluster_masks, seed)
+
+    def row_masks(self, seed: int = 8) -> np.ndarray:
+        """Half-masks of rows, `(num_row_masks, num_rows)`, bool."""
+        return half_masks(len(self.train), self.num_row_masks, seed)
+
+
+def half_masks(num_items: int, num_masks: int, seed: int) -> np.ndarray:
+    """`num_masks` random halves of `num_items`: `(num_masks, num_items)`, bool."""
+    generator = np.random.default_rng(seed)
+    masks = np.zeros((num_masks, num_items), dtype=bool)
+    for mask in masks:
+        mask[generator.permutation(num_items)[: num_items // 2]] = True
+    return masks

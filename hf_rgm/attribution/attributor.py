@@ -1,0 +1,253 @@
+"""Questions to a synset: scores of clusters and rows, and the model without some clusters."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from hf_rgm.attribution.result import AttributionResult
+from torch import Tensor, nn
+
+from hf_rgm.attribution.adjoint import AdjointEngine
+from hf_rgm.attribution.objectives import Objective, Queries, resolve_objective
+from hf_rgm.attribution.perturbations import leave_one_out, random_subsets, ridge_scores
+from hf_rgm.attribution.replay import ReplayEngine
+from hf_rgm.modeling import FunctionalModel
+from hf_rgm.rows import DataCollator, RowReader
+from hf_rgm.synset.inputs import ContinuousInputs
+from hf_rgm.synset.matching import SyntheticSamples
+from hf_rgm.synset.synset import Synset
+
+logger = logging.getLogger(__name__)
+
+ENGINES = ("adjoint", "replay", "plain_replay")
+REPLAY_BATCH_SIZE = 64
+
+
+class Attributor:
+    """
+    Answers attribution questions about one trained model, without retraining.
+
+    Args:
+        model (`nn.Module`): The trained model the synset was distilled for.
+        synset (`Synset`, `str` or `Path`): The synset, or its folder.
+        device (`torch.device`, *optional*): Where to compute. Defaults to the model's device.
+        force (`bool`, *optional*, defaults to `False`): Accept a model whose parameters are not the synset's.
+        disable_tqdm (`bool`, *optional*, defaults to `False`): No progress bars.
+
+    Raises:
+        ParameterMismatchError: If model and synset do not belong together.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        synset: Synset | str | Path,
+        *,
+        device: torch.device | str | None = None,
+        force: bool = False,
+        disable_tqdm: bool = False,
+    ) -> None:
+        self.synset = synset if isinstance(synset, Synset) else Synset.from_pretrained(synset)
+        self._original = model
+        names = tuple(self.synset.trajectory.parameter_shapes)
+        self.model = FunctionalModel(model, trainable_names=names, device=device)
+        self.synset.check_parameters(self.model.parameters(), force=force)
+        self.inputs = ContinuousInputs(self.model)
+        if self.inputs.name != self.synset.input_name:
+            raise ValueError(
+                f"The synset's samples are `{self.synset.input_name}`, the model takes `{self.inputs.name}`. Pass the "
+                "model that was recorded."
+            )
+        self.samples = SyntheticSamples(*(tensor.to(self.model.device) for tensor in self.synset.samples.tensors()))
+        self.disable_tqdm = disable_tqdm
+        self._final = self.model.space.flatten(self.model.parameters())
+
+    def attribute(
+        self,
+        queries: Any,
+        *,
+        engine: str = "adjoint",
+        objective: str | Objective = "margin",
+        rows: Any = None,
+        data_collator: DataCollator | None = None,
+        rewind: float | None = None,
+        stride: int | None = None,
+        num_masks: int | None = None,
+        seed: int = 0,
+        query_ids: Sequence[Any] | None = None,
+    ) -> AttributionResult:
+        """
+        Scores of every cluster, and of every row where the training rows are given.
+
+        Args:
+            queries: Rows to explain: a dataset, or a list of dictionaries. Without labels, the model's own predictions
+                are explained.
+            engine (`str`, *optional*, defaults to `"adjoint"`): `"adjoint"`, `"replay"` (anchored) or
+                `"plain_replay"`.
+            objective (`str` or `Objective`, *optional*, defaults to `"margin"`): What to explain.
+            rows (*optional*): The training dataset, for scores of single rows (adjoint only).
+            data_collator (`Callable`, *optional*): Collates queries and rows. Defaults to `default_data_collator`.
+            rewind (`float`, *optional*): Fraction of training to go back to. Defaults to the engine's.
+            stride (`int`, *optional*): Training steps per integration step. Defaults to the engine's.
+            num_masks (`int`, *optional*): For replay engines: regress on this many random halves of the clusters
+                instead of leaving each out.
+            seed (`int`, *optional*, defaults to `0`): Seed of the random masks.
+            query_ids (`Sequence`, *optional*): Names of the queries. Defaults to their positions.
+
+        Returns:
+            `AttributionResult`: positive where presence raises the objective.
+
+        Raises:
+            ValueError: If engine, objective, queries or rows do not fit each other.
+        """
+        if engine not in ENGINES:
+            raise ValueError(f"Unknown engine {engine!r}. Use one of {', '.join(ENGINES)}.")
+        if rows is not None and engine != "adjoint":
+            raise ValueError(f'Row scores need `engine="adjoint"`, got {engine!r}.')
+        if num_masks is not None and engine == "adjoint":
+            raise ValueError(f'`num_masks` = {num_masks} is for replay engines; `engine="adjoint"` needs no masks.')
+        objective = resolve_objective(objective)
+        reader = RowReader(queries, self.model, data_collator=data_collator, what="queries", predict_labels=True)
+        batch = Queries(*reader.batch(range(len(reader))))
+        row_reader = None
+        if rows is not None:
+            row_reader = RowReader(rows, self.model, data_collator=data_collator)
+            self.synset.clusters.check_num_rows(len(row_reader))
+        settings = {name: value for name, value in {"rewind": rewind, "stride": stride}.items() if value is not None}
+        row_scores = None
+        with self.model.differentiable():
+            values = objective.values(self.model, self._final, batch)
+            if engine == "adjoint":
+                adjoint = AdjointEngine(self.model, self.inputs, self.samples, self.synset.trajectory, **settings)
+                gradients = objective.gradients(self.model, self._final, batch)
+                if row_reader is None:
+                    scores = adjoint.cluster_scores(gradients)
+                else:
+                    row_scores = adjoint.row_scores(gradients, row_reader)
+                    scores = self._sum_by_cluster(row_scores)
+                used = adjoint.path
+            else:
+                replay = self._replay_engine(anchored=engine == "replay", **settings)
+                scores = self._replayed_scores(replay, objective, batch, values, num_masks, seed)
+                used = replay.path
+        if query_ids is None:
+            query_ids = range(len(values)) if len(values) == len(batch) else [objective.name] * len(values)
+        return AttributionResult(
+            scores=scores.cpu().numpy(),
+            row_scores=None if row_scores is None else row_scores.cpu().numpy(),
+            cluster_names=self.synset.clusters.names,
+            cluster_sizes=self.synset.clusters.sizes,
+            cluster_ids=self.synset.clusters.cluster_ids,
+            query_ids=list(query_ids),
+            objective=objective.name,
+            objective_values=values.cpu().numpy(),
+            engine=engine,
+            metadata={
+                "rewind_step": used.start,
+                "stride": used.stride,
+                "num_steps": self.synset.trajectory.num_steps,
+                "num_masks": num_masks,
+                "parameters_sha256": self.synset.parameters_sha256,
+            },
+        )
+
+    def replayed_values(
+        self, queries: Any, masks: Tensor, *, objective: str | Objective = "margin", anchored: bool = True, **settings
+    ) -> np.ndarray:
+        """
+        The objective of models replayed under given cluster weights.
+
+        Args:
+            queries: Rows to evaluate.
+            masks (`Tensor`): `(num_masks, num_clusters)`, weights in [0, 1].
+            objective (`str` or `Objective`, *optional*, defaults to `"margin"`): What to evaluate.
+            anchored (`bool`, *optional*, defaults to `True`): See [`ReplayEngine`].
+            settings: `rewind` and `stride` of the engine.
+
+        Returns:
+            `np.ndarray`: `(num_masks, num_values)`, float32.
+        """
+        objective = resolve_objective(objective)
+        reader = RowReader(queries, self.model, what="queries", predict_labels=True)
+        batch = Queries(*reader.batch(range(len(reader))))
+        engine = self._replay_engine(anchored=anchored, **settings)
+        return self._replayed(engine, objective, batch, masks).cpu().numpy()
+
+    def model_without(self, clusters: Iterable[str | int], *, rewind: float | None = None) -> nn.Module:
+        """
+        The model as it would be had these clusters never been trained on, by anchored replay.
+
+        Args:
+            clusters (`Iterable[str | int]`): Names or indices of the clusters to remove.
+            rewind (`float`, *optional*): Fraction of training to go back to. Defaults to the engine's.
+
+        Returns:
+            `nn.Module`: a copy of the model of the same class, in evaluation mode.
+
+        Raises:
+            KeyError: If a cluster does not exist.
+            ValueError: If none or all are named.
+        """
+        chosen = sorted({self.synset.clusters.index(cluster) for cluster in _as_list(clusters)})
+        if not 0 < len(chosen) < self.synset.num_clusters:
+            raise ValueError(
+                f"{len(chosen)} of {self.synset.num_clusters} clusters are to be removed. Name at least one, and "
+                "leave at least one."
+            )
+        mask = torch.ones(1, self.synset.num_clusters)
+        mask[0, chosen] = 0
+        engine = self._replay_engine(anchored=True, **({} if rewind is None else {"rewind": rewind}))
+        vector = engine.parameters(mask)[0]
+        return self.model.module_with(self.model.space.unflatten(vector), like=self._original).eval()
+
+    def _replay_engine(self, *, anchored: bool, **settings) -> ReplayEngine:
+        return ReplayEngine(
+            self.model,
+            self.inputs,
+            self.samples,
+            self.synset.trajectory,
+            anchored=anchored,
+            disable_tqdm=self.disable_tqdm,
+            **settings,
+        )
+
+    def _replayed_scores(
+        self,
+        engine: ReplayEngine,
+        objective: Objective,
+        queries: Queries,
+        values: Tensor,
+        num_masks: int | None,
+        seed: int,
+    ) -> Tensor:
+        num_clusters = self.synset.num_clusters
+        if num_masks is not None:
+            masks = random_subsets(num_clusters, num_masks, seed=seed)
+            return ridge_scores(masks, self._replayed(engine, objective, queries, masks).cpu())
+        without = self._replayed(engine, objective, queries, leave_one_out(num_clusters))
+        everything = values
+        if not engine.anchored:
+            everything = self._replayed(engine, objective, queries, torch.ones(1, num_clusters))[0]
+        return (everything - without).T
+
+    def _replayed(self, engine: ReplayEngine, objective: Objective, queries: Queries, masks: Tensor) -> Tensor:
+        values = [
+            objective.values(self.model, vector, queries)
+            for chunk in masks.split(REPLAY_BATCH_SIZE)
+            for vector in engine.parameters(chunk)
+        ]
+        return torch.stack(values)
+
+    def _sum_by_cluster(self, row_scores: Tensor) -> Tensor:
+        ids = torch.as_tensor(self.synset.clusters.cluster_ids, device=row_scores.device)
+        result = torch.zeros(len(row_scores), self.synset.num_clusters, device=row_scores.device)
+        return result.index_add_(1, ids, row_scores)
+
+
+def _as_list(clusters: Iterable[str | int] | str | int) -> list[str | int]:
+    return [clusters] if isinstance(clusters, str | int) else list(clusters)

@@ -1,0 +1,172 @@
+"""What is being explained: functions of a model and some queries."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.func import jacrev, vmap
+from torch.nn.functional import cross_entropy
+
+from hf_rgm.modeling import FunctionalModel
+
+Forward = Callable[[Mapping[str, Tensor]], Tensor]
+"""A model at some parameters: maps the forward's keyword arguments to logits."""
+
+
+@dataclass
+class Queries:
+    """
+    Collated queries.
+
+    Args:
+        inputs (`dict[str, Tensor]`): The forward's keyword arguments, first dimension `num_queries`.
+        labels (`Tensor`): `(num_queries,)`, int64.
+    """
+
+    inputs: dict[str, Tensor]
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+@dataclass(frozen=True)
+class Objective:
+    """
+    An evaluation objective `f(model, queries)`.
+
+    Args:
+        name (`str`): How results call it.
+        function (`Callable`): Takes `forward` (keyword arguments of the model to logits) and `queries`
+            ([`Queries`]) and returns a tensor `(num_values,)`: one value per query, or fewer for objectives over a
+            set.
+        differentiable (`bool`, *optional*, defaults to `True`): Whether the adjoint engine can be used.
+        per_query (`bool`, *optional*, defaults to `False`): Whether value i depends on query i alone, which lets
+            gradients be taken for many queries at once.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from hf_rgm import Objective
+    >>> confidence = Objective("mean confidence", lambda forward, queries: (
+    ...     forward(queries.inputs).softmax(-1).amax(-1).mean(0, keepdim=True)
+    ... ))
+    >>> confidence.differentiable
+    True
+
+    ```
+    """
+
+    name: str
+    function: Callable[[Forward, Queries], Tensor]
+    differentiable: bool = True
+    per_query: bool = False
+
+    def values(self, model: FunctionalModel, parameters: Tensor, queries: Queries) -> Tensor:
+        """
+        The objective at the given parameters.
+
+        Args:
+            model (`FunctionalModel`): The model.
+            parameters (`Tensor`): `(num_parameters,)`.
+            queries (`Queries`): The queries.
+
+        Returns:
+            `Tensor`: `(num_values,)`, float32.
+        """
+        named = model.space.unflatten(parameters)
+        with torch.no_grad():
+            return self._checked(self.function(lambda inputs: model.logits(named, inputs), queries))
+
+    def gradients(self, model: FunctionalModel, parameters: Tensor, queries: Queries) -> Tensor:
+        """
+        Gradient of each value with respect to the parameters: `(num_values, num_parameters)`, float32.
+
+        Raises:
+            ValueError: If the objective is not differentiable.
+        """
+        if not self.differentiable:
+            raise ValueError(
+                f"Objective {self.name!r} is not differentiable, which the adjoint engine needs. Use "
+                '`engine="replay"`, or a differentiable stand-in such as "margin" for "accuracy".'
+            )
+        named = model.space.unflatten(parameters)
+        if not self.per_query:
+            return model.space.flatten(
+                jacrev(lambda p: self._checked(self.function(lambda inputs: model.logits(p, inputs), queries)))(named)
+            )
+
+        def one(p: dict[str, Tensor], inputs: dict[str, Tensor], label: Tensor) -> Tensor:
+            query = Queries({name: value[None] for name, value in inputs.items()}, label[None])
+            return self.function(lambda x: model.logits(p, x), query)[0]
+
+        jacobian = vmap(jacrev(one), in_dims=(None, 0, 0))(named, queries.inputs, queries.labels)
+        return model.space.flatten(jacobian)
+
+    def _checked(self, values: Tensor) -> Tensor:
+        if not isinstance(values, Tensor) or values.dim() != 1:
+            shape = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
+            raise ValueError(
+                f"Objective {self.name!r} must return a tensor of shape (num_values,), got {shape}. For a single "
+                "number use `value.reshape(1)`."
+            )
+        return values
+
+
+def log_odds_margin(logits: Tensor, labels: Tensor) -> Tensor:
+    """`logit_y - logsumexp(other logits)`: `(num_queries,)`, in nats."""
+    reference = logits.gather(-1, labels[:, None])
+    others = logits.masked_fill(torch.arange(logits.shape[-1], device=logits.device) == labels[:, None], float("-inf"))
+    return reference.squeeze(-1) - others.logsumexp(-1)
+
+
+def _margin(forward: Forward, queries: Queries) -> Tensor:
+    return log_odds_margin(forward(queries.inputs), queries.labels)
+
+
+def _loss(forward: Forward, queries: Queries) -> Tensor:
+    return cross_entropy(forward(queries.inputs), queries.labels, reduction="none")
+
+
+def _log_probability(forward: Forward, queries: Queries) -> Tensor:
+    return -_loss(forward, queries)
+
+
+def _mean_loss(forward: Forward, queries: Queries) -> Tensor:
+    return _loss(forward, queries).mean(0, keepdim=True)
+
+
+def _accuracy(forward: Forward, queries: Queries) -> Tensor:
+    return (forward(queries.inputs).argmax(-1) == queries.labels).float().mean(0, keepdim=True)
+
+
+OBJECTIVES = {
+    objective.name: objective
+    for objective in (
+        Objective("margin", _margin, per_query=True),
+        Objective("loss", _loss, per_query=True),
+        Objective("log_probability", _log_probability, per_query=True),
+        Objective("mean_loss", _mean_loss),
+        Objective("accuracy", _accuracy, differentiable=False),
+    )
+}
+
+
+def resolve_objective(objective: str | Objective) -> Objective:
+    """
+    An objective by name, or itself.
+
+    Raises:
+        ValueError: If there is none of that name.
+    """
+    if isinstance(objective, Objective):
+        return objective
+    if objective not in OBJECTIVES:
+        raise ValueError(
+            f"Unknown objective {objective!r}. Use one of {', '.join(OBJECTIVES)}, or `Objective(name, function)`."
+        )
+    return OBJECTIVES[objective]

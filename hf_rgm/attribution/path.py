@@ -1,0 +1,200 @@
+"""The recorded optimizer path, linearised: what a small change of a gradient does to the parameters later."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hf_rgm.modeling import ParameterSpace
+from hf_rgm.trajectory.storage import Trajectory
+
+
+@dataclass(frozen=True)
+class LinearStep:
+    """
+    One integration step of the deviation `delta` from the recorded path, with gradient deviation `a`:
+
+    `m <- momentum * m + gain * (a + coupled_decay * delta)`, `d = m` (Nesterov: `gain * a' + momentum * m`),
+    `delta <- (1 - decoupled_decay) * delta - precondition * d`.
+
+    Args:
+        step (`int`): Training step the integration step starts at.
+        nearest_state (`int`): Recorded step whose parameters are nearest.
+        precondition (`Tensor`): D, `(num_parameters,)` or `(1,)`: learning rate over the root of Adam's second moment.
+        gradient_scale (`float`): The recorded clipping factor.
+        momentum, gain (`float`): The optimizer's.
+        coupled_decay (`Tensor`): Weight decay that goes through the gradient (SGD, Adam).
+        decoupled_decay (`Tensor`): Learning rate times weight decay (AdamW).
+        nesterov (`bool`): SGD's Nesterov form.
+    """
+
+    step: int
+    nearest_state: int
+    precondition: Tensor
+    gradient_scale: float
+    momentum: float
+    gain: float
+    coupled_decay: Tensor
+    decoupled_decay: Tensor
+    nesterov: bool
+
+
+class RecordedPath:
+    """
+    Integration steps over a recorded trajectory, from a rewind point to the end of training.
+
+    Second moments are frozen at their recorded values and interpolated, as are the parameters, between recorded
+    states (METHOD: anchored replay, adjoint).
+
+    Args:
+        trajectory (`Trajectory`): The recorded run.
+        space (`ParameterSpace`): Order of the flat vectors.
+        device (`torch.device`): Where vectors live.
+        rewind (`float`): Fraction of training at which integration starts, in [0, 1).
+        stride (`int`): Training steps per integration step.
+
+    Raises:
+        ValueError: If `rewind` or `stride` is out of range.
+    """
+
+    def __init__(
+        self, trajectory: Trajectory, space: ParameterSpace, device: torch.device, *, rewind: float, stride: int
+    ) -> None:
+        if not 0 <= rewind < 1:
+            raise ValueError(f"`rewind` must be at least 0 and below 1 (a fraction of training), got {rewind}.")
+        if stride < 1:
+            raise ValueError(f"`stride` must be at least 1 training step, got {stride}.")
+        self.trajectory = trajectory
+        self.space = space
+        self.device = device
+        self.start = round(rewind * trajectory.num_steps)
+        self.stride = stride
+        self._parameters: dict[int, Tensor] = {}
+        self._second_moments: dict[int, Tensor] = {}
+
+    @property
+    def is_adaptive(self) -> bool:
+        """Whether the optimizer divides by the root of a second moment."""
+        return self.trajectory.optimizer.name != "sgd"
+
+    def steps(self) -> list[LinearStep]:
+        """Integration steps in training order."""
+        end = self.trajectory.num_steps
+        return [self._step(t, min(self.stride, end - t)) for t in range(self.start, end, self.stride)]
+
+    def parameters_at(self, step: float) -> Tensor:
+        """Parameters interpolated between recorded states: `(num_parameters,)`, float32."""
+        return self._interpolate(step, self.trajectory.state_steps, self._flat_parameters)
+
+    def nearest_state(self, step: float) -> int:
+        """The recorded step nearest to `step`; of two equally near ones, the later."""
+        return min(reversed(self.trajectory.state_steps), key=lambda s: abs(s - step))
+
+    def state(self, step: int) -> Tensor:
+        """Parameters of a recorded state: `(num_parameters,)`, float32."""
+        return self._flat_parameters(step)
+
+    def _step(self, start: int, span: int) -> LinearStep:
+        trajectory, rule = self.trajectory, self.trajectory.optimizer
+        group = rule.groups[0]
+        table = trajectory.steps
+        covered = slice(start, start + span)
+        active = ~table.skipped[covered]
+        learning_rates = (table.learning_rates[covered] * active[:, None]).sum(0)
+        weights = table.learning_rates[covered].sum(1) * active
+        scale = float((table.clip_factor[covered] * weights).sum() / weights.sum()) if weights.sum() > 0 else 0.0
+        rates = self.space.expand_groups(learning_rates.tolist(), rule.group_of, self.device)
+        decay = self.space.expand_groups([g.weight_decay for g in rule.groups], rule.group_of, self.device)
+        zero = torch.zeros(1, device=self.device)
+        if not self.is_adaptive:
+            return LinearStep(
+                step=start,
+                nearest_state=self.nearest_state(start + (span - 1) / 2),
+                precondition=rates,
+                gradient_scale=scale,
+                momentum=group.momentum,
+                gain=1.0 - group.dampening if group.momentum and start > 0 else 1.0,
+                coupled_decay=decay,
+                decoupled_decay=zero,
+                nesterov=group.nesterov,
+            )
+        first = group.betas[0]
+        middle = start + (span + 1) / 2
+        updates = float(trajectory.update_numbers[covered].mean())
+        moment = self._interpolate(middle, [s for s in trajectory.state_steps if s > 0], self._flat_second_moment)
+        precondition = rates / (1 - first**updates) / (moment.sqrt() + group.eps)
+        decoupled = rule.name == "adamw"
+        return LinearStep(
+            step=start,
+            nearest_state=self.nearest_state(start + (span - 1) / 2),
+            precondition=precondition,
+            gradient_scale=scale,
+            momentum=first,
+            gain=1 - first,
+            coupled_decay=zero if decoupled else decay,
+            decoupled_decay=rates * decay if decoupled else zero,
+            nesterov=False,
+        )
+
+    def _interpolate(self, step: float, recorded, read) -> Tensor:
+        if step <= recorded[0]:
+            return read(recorded[0])
+        later = next((s for s in recorded if s >= step), recorded[-1])
+        if later == step or later == recorded[0] or step >= recorded[-1]:
+            return read(later)
+        earlier = recorded[recorded.index(later) - 1]
+        return torch.lerp(read(earlier), read(later), (step - earlier) / (later - earlier))
+
+    def _flat_parameters(self, step: int) -> Tensor:
+        if step not in self._parameters:
+            self._parameters[step] = self.space.flatten(self.trajectory.state(step).parameters).to(self.device)
+        return self._parameters[step]
+
+    def _flat_second_moment(self, step: int) -> Tensor:
+        if step not in self._second_moments:
+            second = self.trajectory.optimizer.groups[0].betas[1]
+            raw = self.space.flatten(self.trajectory.state(step).moments["exp_avg_sq"])
+            updates = int(self.trajectory.update_numbers[step - 1])
+            self._second_moments[step] = (raw / (1 - second**updates)).to(self.device)
+        return self._second_moments[step]
+
+
+def deviation_step(step: LinearStep, deviation: Tensor, momentum: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
+    """
+    Advances deviations from the recorded path by one integration step.
+
+    Args:
+        step (`LinearStep`): Coefficients.
+        deviation, momentum (`Tensor`): `(batch_size, num_parameters)`, delta and its momentum.
+        gradient (`Tensor`): `(batch_size, num_parameters)`, change of the gradient against the recorded path.
+
+    Returns:
+        `tuple[Tensor, Tensor]`: the next deviation and momentum.
+    """
+    gradient = step.gradient_scale * gradient + step.coupled_decay * deviation
+    momentum = step.momentum * momentum + step.gain * gradient
+    direction = step.gain * gradient + step.momentum * momentum if step.nesterov else momentum
+    return (1 - step.decoupled_decay) * deviation - step.precondition * direction, momentum
+
+
+def adjoint_step(step: LinearStep, sensitivity: Tensor, momentum: Tensor) -> tuple[Tensor, Tensor]:
+    """
+    First half of the transpose of [`deviation_step`].
+
+    Args:
+        step (`LinearStep`): Coefficients.
+        sensitivity (`Tensor`): lambda, `(batch_size, num_parameters)`: of the objective to the parameters after it.
+        momentum (`Tensor`): mu, `(batch_size, num_parameters)`: of the objective to the later momentum.
+
+    Returns:
+        `tuple[Tensor, Tensor]`: `u`, the sensitivity to the gradient of this step, and the next mu. The sensitivity
+        before the step is `(1 - decoupled_decay) * lambda + coupled_decay * u_raw + C u` with the curvature C.
+    """
+    pushed = -step.precondition * sensitivity
+    if step.nesterov:
+        momentum = step.momentum * momentum + step.momentum * pushed
+        return step.gain * (momentum + pushed), momentum
+    momentum = step.momentum * momentum + pushed
+    return step.gain * momentum, momentum

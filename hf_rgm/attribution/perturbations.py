@@ -1,0 +1,67 @@
+"""Which clusters are present: masks, and scores from replayed masks."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def leave_one_out(num_clusters: int) -> Tensor:
+    """
+    Masks that drop one cluster each: `(num_clusters, num_clusters)`, float32, `1 - e_k`.
+    """
+    return 1 - torch.eye(num_clusters)
+
+
+def random_subsets(num_clusters: int, num_masks: int, *, keep: float = 0.5, seed: int = 0) -> Tensor:
+    """
+    Masks that keep a random share of the clusters, the same number in each.
+
+    Args:
+        num_clusters (`int`): Clusters.
+        num_masks (`int`): Masks.
+        keep (`float`, *optional*, defaults to `0.5`): Share of the clusters that stays.
+        seed (`int`, *optional*, defaults to `0`): Seed.
+
+    Returns:
+        `Tensor`: `(num_masks, num_clusters)`, float32, of zeros and ones.
+
+    Raises:
+        ValueError: If the share leaves no cluster, or all of them.
+    """
+    kept = round(keep * num_clusters)
+    if not 0 < kept < num_clusters:
+        raise ValueError(
+            f"`keep` = {keep} keeps {kept} of {num_clusters} clusters. Choose a share that keeps some and drops some."
+        )
+    generator = torch.Generator().manual_seed(seed)
+    masks = torch.zeros(num_masks, num_clusters)
+    for mask in masks:
+        mask[torch.randperm(num_clusters, generator=generator)[:kept]] = 1
+    return masks
+
+
+def ridge_scores(masks: Tensor, values: Tensor, *, penalty: float = 1e-2) -> Tensor:
+    """
+    Cluster scores from objective values under random masks, by ridge regression with an intercept.
+
+    The least-squares datamodel of the paper: `values ~ masks @ scores + intercept`.
+
+    Args:
+        masks (`Tensor`): `(num_masks, num_clusters)`.
+        values (`Tensor`): `(num_masks, num_values)`.
+        penalty (`float`, *optional*, defaults to `1e-2`): Ridge penalty relative to the mean variance of a mask entry.
+
+    Returns:
+        `Tensor`: `(num_values, num_clusters)`, float32; positive where presence raises the value.
+
+    Raises:
+        ValueError: If the numbers of masks and values differ.
+    """
+    if len(masks) != len(values):
+        raise ValueError(f"{len(masks)} masks but {len(values)} rows of values. Pass one row of values per mask.")
+    centred = (masks - masks.mean(0)).double()
+    responses = (values - values.mean(0)).double()
+    gram = centred.T @ centred
+    gram += penalty * gram.diagonal().mean() * torch.eye(gram.shape[0], dtype=gram.dtype, device=gram.device)
+    return torch.linalg.solve(gram, centred.T @ responses).T.float()

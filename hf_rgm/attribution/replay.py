@@ -1,0 +1,146 @@
+"""The replay engine: continue the recorded optimizer on a perturbed synset."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from torch import Tensor
+from torch.func import grad, vmap
+from tqdm.auto import tqdm
+
+from hf_rgm.attribution.path import RecordedPath, deviation_step
+from hf_rgm.exceptions import DivergenceError
+from hf_rgm.modeling import FunctionalModel
+from hf_rgm.synset.inputs import ContinuousInputs
+from hf_rgm.synset.matching import SyntheticSamples, soft_cross_entropy
+from hf_rgm.trajectory.optimizers import apply_update
+
+logger = logging.getLogger(__name__)
+
+
+class ReplayEngine:
+    """
+    Trains on the synset with some clusters down-weighted, from a recorded state to the end (METHOD: replay).
+
+    Args:
+        model (`FunctionalModel`): The trained model.
+        inputs (`ContinuousInputs`): The continuous input space.
+        samples (`SyntheticSamples`): The synset's samples, on the model's device.
+        trajectory (`Trajectory`): The recorded run.
+        rewind (`float`, *optional*, defaults to `0.27`): Fraction of training at which the replay starts.
+        stride (`int`, *optional*, defaults to `1`): Training steps per integration step (anchored only).
+        anchored (`bool`, *optional*, defaults to `True`): Follow the recorded path and integrate only the deviation
+            from it, so that the unperturbed replay is the trained model exactly. Otherwise start from the recorded
+            state nearest to the rewind point and replay the optimizer itself.
+        disable_tqdm (`bool`, *optional*, defaults to `False`): No progress bar.
+    """
+
+    name = "replay"
+
+    def __init__(
+        self,
+        model: FunctionalModel,
+        inputs: ContinuousInputs,
+        samples: SyntheticSamples,
+        trajectory,
+        *,
+        rewind: float = 0.27,
+        stride: int = 1,
+        anchored: bool = True,
+        disable_tqdm: bool = False,
+    ) -> None:
+        if not anchored and stride != 1:
+            raise ValueError(f"Plain replay takes every recorded step, got `stride={stride}`. Use `anchored=True`.")
+        self.model = model
+        self.inputs = inputs
+        self.samples = samples
+        self.trajectory = trajectory
+        self.path = RecordedPath(trajectory, model.space, model.device, rewind=rewind, stride=stride)
+        self.anchored = anchored
+        self.disable_tqdm = disable_tqdm
+
+    def parameters(self, masks: Tensor) -> Tensor:
+        """
+        Final parameters under each perturbation.
+
+        Args:
+            masks (`Tensor`): `(num_masks, num_clusters)`, the weight p of each cluster, in [0, 1].
+
+        Returns:
+            `Tensor`: `(num_masks, num_parameters)`, float32.
+
+        Raises:
+            ValueError: If the masks have another number of clusters or entries that are not finite.
+            DivergenceError: If parameters become NaN or infinite.
+        """
+        num_clusters = len(self.samples.log_weights)
+        if masks.dim() != 2 or masks.shape[1] != num_clusters or not torch.isfinite(masks).all():
+            raise ValueError(
+                f"Masks must be finite and of shape (num_masks, {num_clusters}), one weight per cluster, got shape "
+                f"{tuple(masks.shape)}."
+            )
+        masks = masks.to(self.model.device, torch.float32)
+        result = self._anchored(masks) if self.anchored else self._plain(masks)
+        bad = torch.nonzero(~torch.isfinite(result).all(1)).flatten().tolist()
+        if bad:
+            raise DivergenceError(
+                f"The replay of masks {bad[:5]} gave NaN or infinite parameters. Rewind less far (now from step "
+                f"{self.path.start}) or use a smaller stride (now {self.path.stride})."
+            )
+        return result
+
+    def _anchored(self, masks: Tensor) -> Tensor:
+        deviation = torch.zeros(len(masks), self.model.num_parameters, device=self.model.device)
+        momentum = torch.zeros_like(deviation)
+        everything = torch.ones(1, masks.shape[1], device=self.model.device)
+        for step in self._progress(self.path.steps(), len(masks)):
+            anchor = self.path.parameters_at(step.step)
+            base = self._gradients(anchor[None], everything)
+            change = self._gradients(anchor + deviation, masks) - base
+            deviation, momentum = deviation_step(step, deviation, momentum, change)
+        return self.path.state(self.trajectory.num_steps) + deviation
+
+    def _plain(self, masks: Tensor) -> Tensor:
+        start = self.path.nearest_state(self.path.start)
+        recorded = self.trajectory.state(start)
+        table, rule, space = self.trajectory.steps, self.trajectory.optimizer, self.model.space
+        current = space.flatten(recorded.parameters).to(self.model.device).expand(len(masks), -1).clone()
+        moments = {
+            name: {k: v.to(self.model.device).expand(len(masks), *v.shape) for k, v in values.items()}
+            for name, values in recorded.moments.items()
+        }
+        for t in self._progress(range(start, self.trajectory.num_steps), len(masks)):
+            if table.skipped[t]:
+                continue
+            gradient = float(table.clip_factor[t]) * self._gradients(current, masks)
+            updated, moments = apply_update(
+                rule,
+                space.unflatten(current),
+                space.unflatten(gradient),
+                moments,
+                learning_rates=table.learning_rates[t].tolist(),
+                step=int(self.trajectory.update_numbers[t]),
+            )
+            current = space.flatten(updated)
+        return current
+
+    def _progress(self, steps, num_masks: int):
+        return tqdm(steps, desc=f"Replaying {num_masks} models", disable=self.disable_tqdm)
+
+    def _gradients(self, parameters: Tensor, masks: Tensor) -> Tensor:
+        """Synset gradient at each row of `parameters` under the mask of the same row: same shape as `parameters`."""
+        if self.model.device.type != "cpu":
+            named = self.model.space.unflatten(parameters)
+            return self.model.space.flatten(vmap(grad(self._loss))(named, masks))
+        rows = []
+        for vector, mask in zip(parameters, masks, strict=True):
+            named = {k: v.detach().requires_grad_() for k, v in self.model.space.unflatten(vector).items()}
+            gradients = torch.autograd.grad(self._loss(named, mask), list(named.values()), materialize_grads=True)
+            rows.append(self.model.space.flatten(dict(zip(named, gradients, strict=True))))
+        return torch.stack(rows)
+
+    def _loss(self, parameters: dict[str, Tensor], mask: Tensor) -> Tensor:
+        logits = self.model.logits(parameters, self.inputs.to_forward(self.samples.inputs.flatten(0, 1)))
+        log_weights = self.samples.log_weights + mask.log()[:, None]
+        return soft_cross_entropy(logits, self.samples.targets.flatten(0, 1), log_weights.flatten())

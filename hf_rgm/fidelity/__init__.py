@@ -1,0 +1,1 @@
+"""Ground truth by retraining, and how well scores agree with it."""

@@ -1,0 +1,79 @@
+"""Writing and reading artefact folders so that nothing half-written is ever taken for whole."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+
+@contextlib.contextmanager
+def staged_folder(target: str | Path, marker: str) -> Iterator[Path]:
+    """
+    Yields a temporary folder beside `target` and puts it in the target's place when the block ends without error.
+
+    Args:
+        target (`str` or `Path`): The folder to write.
+        marker (`str`): Name of the file that identifies such a folder. An existing target is only replaced if it is
+            empty or holds this file.
+
+    Raises:
+        FileExistsError: If the target holds something else.
+    """
+    target = Path(target)
+    if target.exists() and not target.is_dir():
+        raise FileExistsError(f"{target} is a file. Choose a folder that does not exist yet.")
+    if target.is_dir() and any(target.iterdir()) and not (target / marker).is_file():
+        raise FileExistsError(
+            f"{target} is not empty and has no {marker}, so it is left alone. Choose another folder."
+        )
+    target.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        yield staging
+        if target.is_dir():
+            retired = Path(tempfile.mkdtemp(prefix=f".{target.name}-old-", dir=target.parent))
+            os.replace(target, retired / target.name)
+            os.replace(staging, target)
+            shutil.rmtree(retired)
+        else:
+            os.replace(staging, target)
+        target.chmod(0o755)
+    finally:
+        if staging.exists():
+            shutil.rmtree(staging)
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Writes `content` through a temporary file that is renamed into place."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def read_json(path: Path, *, format_version: int) -> dict[str, Any]:
+    """
+    Reads a JSON object and checks its `format_version`.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is not a JSON object of this version.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path.parent} has no {path.name}: not an artefact folder, or not a whole one.")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid JSON ({error}). Copy or write it again.") from error
+    if not isinstance(content, dict) or content.get("format_version") != format_version:
+        found = content.get("format_version") if isinstance(content, dict) else type(content).__name__
+        raise ValueError(
+            f"{path} has format version {found}, this release of hf_rgm reads {format_version}. Install the release "
+            "that wrote it, or write it again."
+        )
+    return content

@@ -1,0 +1,217 @@
+"""A user's model seen as a pure function of its trainable parameters."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import hashlib
+import inspect
+import logging
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+logger = logging.getLogger(__name__)
+
+LABEL_NAMES = ("labels", "label", "label_ids")
+
+
+@dataclass(frozen=True)
+class ParameterSpace:
+    """
+    The trainable parameters laid out as one vector.
+
+    Args:
+        names (`tuple[str, ...]`): Parameter names, as in `model.named_parameters()`.
+        shapes (`tuple[torch.Size, ...]`): One shape per name.
+    """
+
+    names: tuple[str, ...]
+    shapes: tuple[torch.Size, ...]
+
+    @property
+    def sizes(self) -> list[int]:
+        """Number of elements of each parameter."""
+        return [math.prod(shape) for shape in self.shapes]
+
+    @property
+    def num_parameters(self) -> int:
+        """Length of the flat vector."""
+        return sum(self.sizes)
+
+    def flatten(self, parameters: Mapping[str, Tensor]) -> Tensor:
+        """
+        Concatenates tensors of shape `(*batch, *shape)` into one of shape `(*batch, num_parameters)`.
+        """
+        return torch.cat(
+            [
+                parameters[name].flatten(parameters[name].dim() - len(shape))
+                if shape
+                else parameters[name].unsqueeze(-1)
+                for name, shape in zip(self.names, self.shapes, strict=True)
+            ],
+            dim=-1,
+        )
+
+    def unflatten(self, vector: Tensor) -> dict[str, Tensor]:
+        """Views a tensor of shape `(*batch, num_parameters)` as named tensors of shape `(*batch, *shape)`."""
+        pieces = vector.split(self.sizes, dim=-1)
+        return {
+            name: piece.reshape(*vector.shape[:-1], *shape)
+            for name, shape, piece in zip(self.names, self.shapes, pieces, strict=True)
+        }
+
+    def expand_groups(self, values: Sequence[float], group_of: Callable[[str], int], device: torch.device) -> Tensor:
+        """
+        Spreads one value per optimizer group over the vector: shape `(num_parameters,)`, or `(1,)` if all are equal.
+        """
+        if len(set(values)) == 1:
+            return torch.full((1,), values[0], dtype=torch.float32, device=device)
+        return torch.cat(
+            [
+                torch.full((size,), values[group_of(name)], dtype=torch.float32, device=device)
+                for name, size in zip(self.names, self.sizes, strict=True)
+            ]
+        )
+
+
+class FunctionalModel:
+    """
+    Evaluates an unmodified model at any value of its trainable parameters, differentiably to any order.
+
+    Works on a private float32 copy in evaluation mode (dropout off, eager attention, no gradient checkpointing), so
+    that the user's model is left as it is. Frozen float32 parameters are shared with the original, not copied.
+
+    Args:
+        model (`torch.nn.Module`): A `PreTrainedModel`, a PEFT model, or any module whose forward takes keyword
+            arguments and returns logits or an output with `.logits`. Parameters with `requires_grad` are trainable.
+        trainable_names (`Sequence[str]`, *optional*): Names of the trainable parameters, for a model loaded from disk,
+            where `requires_grad` is lost.
+        device (`torch.device`, *optional*): Where to compute. Defaults to the model's device.
+
+    Raises:
+        ValueError: If no parameter requires a gradient, or a name is not the model's.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        trainable_names: Sequence[str] | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        own = dict(model.named_parameters())
+        if trainable_names is None:
+            trainable_names = [name for name, parameter in own.items() if parameter.requires_grad]
+        missing = [name for name in trainable_names if name not in own]
+        if missing:
+            raise ValueError(
+                f"`model` ({type(model).__name__}) has no parameter {missing[0]!r}"
+                f"{f' and {len(missing) - 1} others' if missing[1:] else ''} that the recorded run trained. Pass the "
+                "model that was trained, of the same architecture."
+            )
+        trainable = [(name, own[name]) for name in trainable_names]
+        if not trainable:
+            raise ValueError(
+                f"`model` ({type(model).__name__}) has no parameter with `requires_grad=True`, so nothing was "
+                "trained. Pass the model as it was trained (PEFT: `PeftModel.from_pretrained(..., is_trainable=True)`)."
+            )
+        self.device = torch.device(device) if device is not None else trainable[0][1].device
+        self.space = ParameterSpace(tuple(n for n, _ in trainable), tuple(p.shape for _, p in trainable))
+        self.main_input_name = main_input_name(model)
+        self.forward_arguments = forward_arguments(model)
+        shared = {
+            id(parameter): parameter
+            for name, parameter in own.items()
+            if name not in self.space.names and parameter.dtype == torch.float32 and parameter.device == self.device
+        }
+        self.module = _prepare(copy.deepcopy(model, shared)).to(self.device)
+
+    @property
+    def num_parameters(self) -> int:
+        """Number of trainable parameters."""
+        return self.space.num_parameters
+
+    def parameters(self) -> dict[str, Tensor]:
+        """The trainable parameters of the model that was passed, float32, detached."""
+        own = dict(self.module.named_parameters())
+        return {name: own[name].detach() for name in self.space.names}
+
+    def logits(self, parameters: Mapping[str, Tensor], inputs: Mapping[str, Tensor]) -> Tensor:
+        """
+        Logits of a batch.
+
+        Args:
+            parameters (`dict[str, Tensor]`): Values of the trainable parameters.
+            inputs (`dict[str, Tensor]`): Keyword arguments of the forward, without labels.
+
+        Returns:
+            `Tensor`: shape `(batch_size, ..., num_labels)`, float32.
+        """
+        output = functional_call(self.module, dict(parameters), (), dict(inputs))
+        if isinstance(output, Tensor):
+            return output
+        if hasattr(output, "logits"):
+            return output.logits
+        raise TypeError(
+            f"The forward of {type(self.module).__name__} returned {type(output).__name__}. It must return a tensor "
+            "of logits or an output with a `.logits` attribute."
+        )
+
+    @contextlib.contextmanager
+    def differentiable(self) -> Iterator[None]:
+        """Disables fused attention kernels, which have no second derivative, while the context lasts."""
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+
+    def module_with(self, parameters: Mapping[str, Tensor], like: nn.Module) -> nn.Module:
+        """A deep copy of `like` whose trainable parameters have the given values (cast to their own dtype)."""
+        clone = copy.deepcopy(like)
+        own = dict(clone.named_parameters())
+        with torch.no_grad():
+            for name in self.space.names:
+                own[name].copy_(parameters[name])
+        return clone
+
+
+def _prepare(module: nn.Module) -> nn.Module:
+    if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in module.modules()):
+        logger.warning(
+            "%s has batch normalisation. Attribution evaluates it with the final running statistics; the effect a "
+            "row has on the statistics of its batch is not attributed.",
+            type(module).__name__,
+        )
+    disable_checkpointing = getattr(module, "gradient_checkpointing_disable", None)
+    if callable(disable_checkpointing) and getattr(module, "is_gradient_checkpointing", False):
+        disable_checkpointing()
+    set_attention = getattr(module, "set_attn_implementation", None)
+    if callable(set_attention):
+        set_attention("eager")
+    return module.float().eval()
+
+
+def main_input_name(model: nn.Module) -> str:
+    """Name of the forward argument that holds the data (`pixel_values`, `input_ids`, ...)."""
+    name = getattr(model, "main_input_name", None)
+    return name if isinstance(name, str) else next(iter(inspect.signature(model.forward).parameters))
+
+
+def forward_arguments(model: nn.Module) -> tuple[str, ...]:
+    """Names of the forward's arguments, as the Trainer uses them to drop unused dataset columns."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return tuple(inspect.signature(inner.forward).parameters)  # type: ignore[union-attr]
+
+
+def parameters_sha256(parameters: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, shapes and float32 values: the identity of a set of trained parameters."""
+    digest = hashlib.sha256()
+    for name in sorted(parameters):
+        tensor = parameters[name].detach().to(device="cpu", dtype=torch.float32).contiguous()
+        digest.update(f"{name}{tuple(tensor.shape)}".encode())
+        digest.update(tensor.numpy().tobytes())
+    return digest.hexdigest()

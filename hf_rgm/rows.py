@@ -1,0 +1,147 @@
+"""Dataset rows as batches of tensors, the way a `Trainer` would collate them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import default_data_collator
+
+from hf_rgm.modeling import LABEL_NAMES, FunctionalModel
+
+DataCollator = Callable[[list[Any]], Mapping[str, Any]]
+
+
+class RowReader:
+    """
+    Reads rows of a map-style dataset by index and collates them for a model.
+
+    Args:
+        dataset: A `datasets.Dataset`, a map-style `torch.utils.data.Dataset` or a list, whose items are dictionaries.
+        model (`FunctionalModel`): Columns its forward does not take are dropped, as the `Trainer` does.
+        data_collator (`Callable`, *optional*): Defaults to `transformers.default_data_collator`.
+        remove_unused_columns (`bool`, *optional*, defaults to `True`): As in `TrainingArguments`.
+        what (`str`, *optional*, defaults to `"train_dataset"`): How errors call the dataset.
+        predict_labels (`bool`, *optional*, defaults to `False`): Rows without labels get the model's own prediction.
+
+    Raises:
+        TypeError: If the dataset has no length.
+        ValueError: If it is empty.
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        model: FunctionalModel,
+        *,
+        data_collator: DataCollator | None = None,
+        remove_unused_columns: bool = True,
+        what: str = "train_dataset",
+        predict_labels: bool = False,
+    ) -> None:
+        if not hasattr(dataset, "__len__"):
+            raise TypeError(
+                f"`{what}` must be a map-style dataset with a length, got {type(dataset).__name__}. "
+                "Materialise streaming data first, for example with `datasets.Dataset.from_list(list(stream))`."
+            )
+        if len(dataset) == 0:
+            raise ValueError(f"`{what}` is empty. Pass the rows to work on.")
+        keep = {*model.forward_arguments, *LABEL_NAMES}
+        if remove_unused_columns and isinstance(dataset, datasets.Dataset):
+            dataset = dataset.select_columns([name for name in dataset.column_names if name in keep])
+        self.dataset = dataset
+        self.what = what
+        self._keep = keep if remove_unused_columns else None
+        self._collate = data_collator or default_data_collator
+        self._model = model
+        self._predict_labels = predict_labels
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def batch(self, rows: Sequence[int] | np.ndarray) -> tuple[dict[str, Tensor], Tensor]:
+        """
+        Collates some rows.
+
+        Returns:
+            `tuple[dict[str, Tensor], Tensor]`: the forward's inputs (float tensors in float32) and the labels
+            `(len(rows),)`, int64, on the model's device.
+
+        Raises:
+            ValueError: If the rows carry no labels or a floating-point input is NaN or infinite (rows are named).
+        """
+        items = [self.dataset[int(row)] for row in rows]
+        if self._keep is not None and isinstance(items[0], Mapping):
+            items = [{name: value for name, value in item.items() if name in self._keep} for item in items]
+        batch = dict(self._collate(items))
+        labels = next((batch.pop(name) for name in LABEL_NAMES if name in batch), None)
+        if labels is None and not self._predict_labels:
+            raise ValueError(
+                f"Rows of `{self.what}` have no {' / '.join(LABEL_NAMES)} after collating (they have: "
+                f"{', '.join(batch) or 'nothing'}). Attribution compares losses, so every row needs its label."
+            )
+        inputs = {}
+        for name, value in batch.items():
+            if not isinstance(value, Tensor):
+                raise TypeError(
+                    f"Column `{name}` of `{self.what}` is collated to {type(value).__name__}, not to a tensor. Pass "
+                    "the `data_collator` that the Trainer used."
+                )
+            if value.is_floating_point():
+                finite = torch.isfinite(value).flatten(1).all(1)
+                if not finite.all():
+                    bad = [int(rows[i]) for i in torch.nonzero(~finite).flatten().tolist()]
+                    raise ValueError(f"`{name}` of `{self.what}` has NaN or infinite values in rows {bad[:10]}.")
+                value = value.float()
+            inputs[name] = value.to(self._model.device)
+        if labels is None:
+            with torch.no_grad():
+                labels = self._model.logits(self._model.parameters(), inputs).argmax(-1)
+        return inputs, labels.to(self._model.device)
+
+
+class CachedBatches:
+    """
+    Batches over fixed groups of rows, collated once and kept while they fit in memory.
+
+    Args:
+        reader (`RowReader`): Where the rows come from.
+        groups (`Sequence[Sequence[int]]`): Row indices of each group; a batch never crosses groups.
+        batch_size (`int`): At most this many rows a batch.
+        max_bytes (`int`, *optional*, defaults to `2**30`): Memory for kept batches; the rest is collated anew.
+    """
+
+    def __init__(
+        self,
+        reader: RowReader,
+        groups: Sequence[Sequence[int] | np.ndarray],
+        *,
+        batch_size: int,
+        max_bytes: int = 2**30,
+    ) -> None:
+        self._reader = reader
+        self._kept: dict[tuple[int, int], tuple[dict[str, Tensor], Tensor]] = {}
+        self._free = max_bytes
+        self._groups = groups
+        self._batch_size = batch_size
+
+    def __len__(self) -> int:
+        return len(self._groups)
+
+    def group(self, index: int):
+        """Iterates over the batches `(inputs, labels)` of one group."""
+        rows = self._groups[index]
+        for start in range(0, len(rows), self._batch_size):
+            key = (index, start)
+            batch = self._kept.get(key)
+            if batch is None:
+                batch = self._reader.batch(rows[start : start + self._batch_size])
+                size = sum(t.numel() * t.element_size() for t in (*batch[0].values(), batch[1]))
+                if size <= self._free:
+                    self._kept[key] = batch
+                    self._free -= size
+            yield batch

@@ -1,0 +1,81 @@
+"""Settings of the distiller."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+INITIALISATIONS = ("nearest", "random", "mean", "noise")
+
+
+@dataclass(frozen=True)
+class DistillationConfig:
+    """
+    How a synset is distilled.
+
+    Args:
+        samples_per_cluster (`int`, *optional*, defaults to `2`): Synthetic samples for each cluster.
+        num_iterations (`int`, *optional*, defaults to `600`): Adam iterations.
+        states_per_iteration (`int`, *optional*, defaults to `2`): Recorded states matched in an iteration, the last
+            one always among them.
+        init (`str`, *optional*, defaults to `"random"`): Where samples start: `"nearest"` (the real row nearest the
+            cluster's centre, further samples random rows), `"random"` rows, the cluster's `"mean"`, or `"noise"` with
+            the data's mean and deviation. Only the last two start from no real row.
+        input_learning_rate (`float`, *optional*, defaults to `0.04`): Adam's, in standard deviations of the inputs.
+        target_learning_rate (`float`, *optional*, defaults to `0.1`): Adam's, for target logits.
+        weight_learning_rate (`float`, *optional*, defaults to `0.03`): Adam's, for log-weights.
+        target_smoothing (`float`, *optional*, defaults to `0.1`): Mass that the first targets take from the label.
+        total_gradient_weight (`float`, *optional*, defaults to `0.0`): tau, weight of the match of the summed
+            gradient; only plain replay from the final state needs it.
+        curriculum_tolerance (`float`, *optional*, defaults to `0.05`): Matching error at which earlier states join.
+        batch_size (`int`, *optional*, defaults to `256`): Real rows in one backward pass.
+        cluster_block_size (`int`, *optional*, defaults to `128`): Clusters distilled together; finished blocks are
+            what a killed run keeps.
+        seed (`int`, *optional*, defaults to `0`): Seed of everything random.
+    """
+
+    samples_per_cluster: int = field(default=2, metadata={"help": "Synthetic samples for each cluster."})
+    num_iterations: int = field(default=600, metadata={"help": "Adam iterations."})
+    states_per_iteration: int = field(default=2, metadata={"help": "Recorded states matched in an iteration."})
+    init: str = field(default="random", metadata={"help": f"Where samples start: {', '.join(INITIALISATIONS)}."})
+    input_learning_rate: float = field(default=0.04, metadata={"help": "In standard deviations of the inputs."})
+    target_learning_rate: float = field(default=0.1, metadata={"help": "Adam's rate for target logits."})
+    weight_learning_rate: float = field(default=0.03, metadata={"help": "Adam's rate for log-weights."})
+    target_smoothing: float = field(default=0.1, metadata={"help": "Mass the first targets take from the label."})
+    total_gradient_weight: float = field(default=0.0, metadata={"help": "Weight of the summed gradient's match."})
+    curriculum_tolerance: float = field(default=0.05, metadata={"help": "Error at which earlier states join."})
+    batch_size: int = field(default=256, metadata={"help": "Real rows in one backward pass."})
+    cluster_block_size: int = field(default=128, metadata={"help": "Clusters distilled together."})
+    seed: int = field(default=0, metadata={"help": "Seed of everything random."})
+
+    def __post_init__(self) -> None:
+        for name in (
+            "samples_per_cluster",
+            "num_iterations",
+            "states_per_iteration",
+            "batch_size",
+            "cluster_block_size",
+        ):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+        for name in ("input_learning_rate", "target_learning_rate", "weight_learning_rate"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise ValueError(f"`{name}` must be a positive number, got {getattr(self, name)}.")
+        if not 0 < self.target_smoothing < 1:
+            raise ValueError(f"`target_smoothing` must lie between 0 and 1, got {self.target_smoothing}.")
+        if self.total_gradient_weight < 0:
+            raise ValueError(f"`total_gradient_weight` must not be negative, got {self.total_gradient_weight}.")
+        if self.init not in INITIALISATIONS:
+            raise ValueError(f"`init` must be one of {', '.join(INITIALISATIONS)}, got {self.init!r}.")
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-safe dictionary."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> DistillationConfig:
+        """The inverse of [`DistillationConfig.to_dict`]."""
+        unknown = set(values) - set(cls.__dataclass_fields__)
+        if unknown:
+            raise ValueError(f"Unknown distillation settings: {', '.join(sorted(unknown))}.")
+        return cls(**values)

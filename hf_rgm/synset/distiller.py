@@ -1,0 +1,266 @@
+"""Learns a synset from a recorded trajectory by reverse gradient matching."""
+
+from __future__ import annotations
+
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from hf_rgm.clusters import ClusterMap
+from hf_rgm.exceptions import DivergenceError
+from hf_rgm.modeling import FunctionalModel, parameters_sha256
+from hf_rgm.rows import CachedBatches, DataCollator, RowReader
+from hf_rgm.synset.blocks import BlockStore
+from hf_rgm.synset.config import DistillationConfig
+from hf_rgm.synset.initialisation import initial_samples
+from hf_rgm.synset.inputs import ContinuousInputs
+from hf_rgm.synset.matching import (
+    ReverseCurriculum,
+    SynsetGradients,
+    SyntheticSamples,
+    cluster_residuals,
+    matching_error,
+)
+from hf_rgm.synset.synset import Synset
+from hf_rgm.synset.targets import cluster_gradients
+from hf_rgm.trajectory.fingerprint import dataset_fingerprint
+from hf_rgm.trajectory.storage import Trajectory
+
+logger = logging.getLogger(__name__)
+
+DIVERGED_FACTOR = 100.0
+
+
+class ReverseGradientMatchingDistiller:
+    """
+    Distils a recorded training run into a synset.
+
+    Args:
+        model (`nn.Module`): The trained model, as the `Trainer` left it.
+        trajectory (`str`, `Path` or `Trajectory`): What `TrajectoryCallback` recorded.
+        train_dataset: The dataset that was trained on, same rows in the same order.
+        clusters (`ClusterMap`): Which row belongs to which cluster.
+        config (`DistillationConfig`, *optional*): Settings; the defaults are meant to be good.
+        data_collator (`Callable`, *optional*): The one the Trainer used. Defaults to `default_data_collator`.
+        remove_unused_columns (`bool`, *optional*, defaults to `True`): As in `TrainingArguments`.
+        output_dir (`str` or `Path`, *optional*): Folder for finished blocks of clusters; a killed run continues there.
+        disable_tqdm (`bool`, *optional*, defaults to `False`): No progress bar.
+
+    Raises:
+        ValueError: If dataset, clusters, trajectory and model do not belong together.
+
+    Example:
+
+    ```python
+    >>> from hf_rgm import ReverseGradientMatchingDistiller
+    >>> from hf_rgm.testing import tiny_recorded_run
+    >>> run = tiny_recorded_run()
+    >>> distiller = ReverseGradientMatchingDistiller(
+    ...     run.model, run.trajectory, run.train_dataset, run.clusters, disable_tqdm=True
+    ... )
+    >>> synset = distiller.distill()
+    >>> synset.matching_error < 0.5
+    True
+
+    ```
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        trajectory: str | Path | Trajectory,
+        train_dataset: Any,
+        clusters: ClusterMap,
+        *,
+        config: DistillationConfig | None = None,
+        data_collator: DataCollator | None = None,
+        remove_unused_columns: bool = True,
+        output_dir: str | Path | None = None,
+        disable_tqdm: bool = False,
+    ) -> None:
+        self.config = config or DistillationConfig()
+        self.accelerator = Accelerator()
+        self.trajectory = trajectory if isinstance(trajectory, Trajectory) else Trajectory.load(trajectory)
+        self.clusters = clusters
+        self.disable_tqdm = disable_tqdm
+        self.model = FunctionalModel(model, device=self.accelerator.device)
+        self.inputs = ContinuousInputs(self.model)
+        self.reader = RowReader(
+            train_dataset, self.model, data_collator=data_collator, remove_unused_columns=remove_unused_columns
+        )
+        self._check_belong_together(train_dataset)
+        self.rows = [clusters.rows(k) for k in range(clusters.num_clusters)]
+        self.batches = CachedBatches(self.reader, self.rows, batch_size=self.config.batch_size)
+        self.matched_steps = tuple(step for step in self.trajectory.state_steps if step > 0)
+        self._store = BlockStore(output_dir, self._identity()) if output_dir is not None else None
+
+    def _check_belong_together(self, train_dataset: Any) -> None:
+        trajectory = self.trajectory
+        expected = {name: tuple(shape) for name, shape in trajectory.parameter_shapes.items()}
+        found = {n: tuple(s) for n, s in zip(self.model.space.names, self.model.space.shapes, strict=True)}
+        if expected != found:
+            different = sorted(set(expected.items()) ^ set(found.items()))
+            raise ValueError(
+                f"The model's trainable parameters are not the recorded ones; first difference: {different[0]}. Pass "
+                "the model that was trained, with the same parameters requiring gradients."
+            )
+        if len(self.reader) != trajectory.num_rows:
+            raise ValueError(
+                f"`train_dataset` has {len(self.reader)} rows, the recorded run had {trajectory.num_rows}. Pass the "
+                "dataset exactly as it was given to the Trainer."
+            )
+        columns = (*self.model.forward_arguments, "label", "label_ids", "labels")
+        fingerprint = dataset_fingerprint(train_dataset, columns)
+        if trajectory.dataset_fingerprint != fingerprint:
+            raise ValueError(
+                f"`train_dataset` has fingerprint {fingerprint[:12]}, the recorded run's dataset had "
+                f"{trajectory.dataset_fingerprint[:12]}: same length, other rows or another order. Pass the dataset "
+                "exactly as it was given to the Trainer."
+            )
+        self.clusters.check_num_rows(len(self.reader))
+        final, own = trajectory.final.parameters, self.model.parameters()
+        for name in self.model.space.names:
+            if not torch.equal(final[name], own[name].cpu()):
+                raise ValueError(
+                    f"The model's `{name}` is not what the recorded run ended with. Pass the model as the Trainer "
+                    "left it (not a later fine-tune, not the initial checkpoint)."
+                )
+
+    def _identity(self) -> dict[str, Any]:
+        """What two runs must share for one to continue the other's blocks."""
+        return {
+            "config": self.config.to_dict(),
+            "parameters_sha256": parameters_sha256(self.model.parameters()),
+            "dataset_fingerprint": self.trajectory.dataset_fingerprint,
+            "cluster_sizes": [int(size) for size in self.clusters.sizes],
+            "matched_steps": list(self.matched_steps),
+        }
+
+    def distill(self) -> Synset:
+        """
+        Runs reverse gradient matching.
+
+        Returns:
+            `Synset`: on the CPU, the same on every process.
+
+        Raises:
+            DivergenceError: If the matching error becomes NaN, infinite or explodes (cluster and state are named).
+            ValueError: If the data holds NaN, labels out of range, or inputs that are not continuous.
+        """
+        start = time.perf_counter()
+        states = [
+            {name: value.to(self.model.device) for name, value in self.trajectory.state(step).parameters.items()}
+            for step in self.matched_steps
+        ]
+        size = self.config.cluster_block_size
+        blocks = [range(k, min(k + size, len(self.rows))) for k in range(0, len(self.rows), size)]
+        mine = blocks[self.accelerator.process_index :: self.accelerator.num_processes]
+        finished = []
+        with self.model.differentiable():
+            for block in mine:
+                done = self._store.read(block) if self._store else None
+                if done is None:
+                    done = self._distill_block(block, states)
+                    if self._store:
+                        self._store.write(block, done)
+                finished.append((block.start, done))
+        ordered = sorted(gather_object(finished), key=lambda item: item[0])
+        merged = {
+            key: torch.cat([done[key] for _, done in ordered], dim=dim) for key, dim in BlockStore.TENSORS.items()
+        }
+        return Synset(
+            samples=SyntheticSamples(merged["inputs"], merged["targets"], merged["log_weights"]),
+            clusters=self.clusters,
+            trajectory=self.trajectory,
+            residuals=merged["residuals"],
+            matched_steps=self.matched_steps,
+            parameters_sha256=parameters_sha256(self.model.parameters()),
+            input_name=self.inputs.name,
+            config=self.config.to_dict(),
+            metadata={
+                "dataset_fingerprint": self.trajectory.dataset_fingerprint,
+                "num_rows": len(self.reader),
+                "distillation_seconds": round(time.perf_counter() - start, 2),
+                "num_processes": self.accelerator.num_processes,
+            },
+        )
+
+    def _distill_block(self, block: range, states: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        config = self.config
+        real = cluster_gradients(self.model, states, self.batches, block, len(self.reader))
+        num_labels = self._num_labels(states[-1])
+        samples = initial_samples(self.reader, self.batches, self.rows, block, self.inputs, num_labels, config)
+        scale = samples.inputs.std().clamp_min(1e-6)
+        for tensor in samples.tensors():
+            tensor.requires_grad_()
+        optimizer = torch.optim.Adam(
+            [
+                {"params": [samples.inputs], "lr": config.input_learning_rate * float(scale)},
+                {"params": [samples.targets], "lr": config.target_learning_rate},
+                {"params": [samples.log_weights], "lr": config.weight_learning_rate},
+            ]
+        )
+        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.num_iterations)
+        gradients = SynsetGradients(self.model, self.inputs)
+        curriculum = ReverseCurriculum(
+            len(states),
+            config.num_iterations,
+            config.states_per_iteration,
+            config.curriculum_tolerance,
+            torch.Generator().manual_seed(config.seed * 1_000_003 + block.start),
+        )
+        progress = tqdm(
+            curriculum,
+            total=config.num_iterations,
+            desc=f"Distilling clusters {block.start}-{block.stop - 1}",
+            disable=self.disable_tqdm or not self.accelerator.is_local_main_process,
+        )
+        first: dict[int, float] = {}
+        for batch in progress:
+            optimizer.zero_grad()
+            errors = {}
+            for index in batch:
+                error = matching_error(gradients(states[index], samples), real[index], config.total_gradient_weight)
+                error.backward()
+                errors[index] = error.item()
+                if not errors[index] < DIVERGED_FACTOR * first.setdefault(index, max(errors[index], 1.0)):
+                    self._raise_diverged(block, index, gradients(states[index], samples).detach(), real[index])
+            optimizer.step()
+            scheduler.step()
+            curriculum.report(errors)
+            progress.set_postfix(matching_error=f"{sum(errors.values()) / len(errors):.4f}", refresh=False)
+        samples = samples.detach()
+        residuals = torch.stack(
+            [cluster_residuals(gradients(s, samples).detach(), r) for s, r in zip(states, real, strict=True)]
+        )
+        if not torch.isfinite(residuals).all():
+            index = int(torch.nonzero(~torch.isfinite(residuals))[0, 0])
+            self._raise_diverged(block, index, gradients(states[index], samples).detach(), real[index])
+        return {
+            "inputs": samples.inputs.cpu(),
+            "targets": samples.targets.cpu(),
+            "log_weights": samples.log_weights.cpu(),
+            "residuals": residuals.cpu(),
+        }
+
+    def _num_labels(self, state: dict[str, Tensor]) -> int:
+        inputs, _ = self.reader.batch([0])
+        with torch.no_grad():
+            return self.model.logits(state, inputs).shape[-1]
+
+    def _raise_diverged(self, block: range, index: int, synthetic: Tensor, real: Tensor) -> None:
+        worst = int(cluster_residuals(synthetic, real).nan_to_num(nan=torch.inf).argmax())
+        name = self.clusters.names[block[worst]]
+        raise DivergenceError(
+            f"Distillation diverged at cluster {name!r} (index {block[worst]}), recorded step "
+            f"{self.matched_steps[index]}. Nothing was saved for this block. Lower `input_learning_rate` "
+            f"(now {self.config.input_learning_rate}) and `target_learning_rate` "
+            f"(now {self.config.target_learning_rate})."
+        )

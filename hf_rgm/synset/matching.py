@@ -1,0 +1,186 @@
+"""Reverse gradient matching: the loss between a synset's cluster gradients and the data's (METHOD: offline)."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.func import grad, vmap
+
+from hf_rgm.modeling import FunctionalModel
+from hf_rgm.synset.inputs import ContinuousInputs
+
+logger = logging.getLogger(__name__)
+
+VECTORIZED_TOLERANCE = 1e-3
+
+
+@dataclass
+class SyntheticSamples:
+    """
+    The learned tensors of some clusters.
+
+    Args:
+        inputs (`Tensor`): `(num_clusters, samples_per_cluster, *input_shape)`, float32.
+        targets (`Tensor`): `(num_clusters, samples_per_cluster, num_labels)`, float32 logits.
+        log_weights (`Tensor`): `(num_clusters, samples_per_cluster)`, float32.
+    """
+
+    inputs: Tensor
+    targets: Tensor
+    log_weights: Tensor
+
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Inputs, targets and log-weights."""
+        return self.inputs, self.targets, self.log_weights
+
+    def detach(self) -> SyntheticSamples:
+        """The same values outside any graph."""
+        return SyntheticSamples(*(tensor.detach().clone() for tensor in self.tensors()))
+
+    def __getitem__(self, clusters: slice | Tensor) -> SyntheticSamples:
+        return SyntheticSamples(*(tensor[clusters] for tensor in self.tensors()))
+
+
+def soft_cross_entropy(logits: Tensor, targets: Tensor, log_weights: Tensor) -> Tensor:
+    """`sum_j exp(w_j) * CE(logits_j, softmax(targets_j))`, a scalar."""
+    losses = -(targets.softmax(-1) * logits.log_softmax(-1)).sum(-1)
+    return (log_weights.exp() * losses).sum()
+
+
+class SynsetGradients:
+    """
+    Gradient that each cluster's synthetic samples exert on the trainable parameters, differentiable in the samples.
+
+    Clusters go through `torch.func.vmap` together where the model allows it, else one after another; the choice is
+    made on the first call, by trying both on two clusters, and logged.
+
+    Args:
+        model (`FunctionalModel`): The model as a function of its parameters.
+        inputs (`ContinuousInputs`): How samples become forward arguments.
+    """
+
+    def __init__(self, model: FunctionalModel, inputs: ContinuousInputs) -> None:
+        self.model = model
+        self.inputs = inputs
+        self._vectorized: bool | None = None
+
+    def loss(self, parameters: dict[str, Tensor], inputs: Tensor, targets: Tensor, log_weights: Tensor) -> Tensor:
+        """Weighted soft cross entropy of one cluster's samples, a scalar."""
+        logits = self.model.logits(parameters, self.inputs.to_forward(inputs))
+        return soft_cross_entropy(logits, targets, log_weights)
+
+    def __call__(self, parameters: dict[str, Tensor], samples: SyntheticSamples) -> Tensor:
+        """
+        Returns:
+            `Tensor`: `(num_clusters, num_parameters)`, `g_k(S; theta) = grad sum_j exp(w_kj) CE_kj`.
+        """
+        if self._vectorized is None:
+            self._vectorized = self._choose(parameters, samples[:2].detach())
+        return self._together(parameters, samples) if self._vectorized else self._one_by_one(parameters, samples)
+
+    def _together(self, parameters: dict[str, Tensor], samples: SyntheticSamples) -> Tensor:
+        gradients = vmap(grad(self.loss), in_dims=(None, 0, 0, 0))(parameters, *samples.tensors())
+        return self.model.space.flatten(gradients)
+
+    def _one_by_one(self, parameters: dict[str, Tensor], samples: SyntheticSamples) -> Tensor:
+        rows = [
+            self.model.space.flatten(grad(self.loss)(parameters, *one)) for one in zip(*samples.tensors(), strict=True)
+        ]
+        return torch.stack(rows)
+
+    def _choose(self, parameters: dict[str, Tensor], samples: SyntheticSamples) -> bool:
+        expected = self._one_by_one(parameters, samples)
+        try:
+            got = self._together(parameters, samples)
+        except (RuntimeError, ValueError, NotImplementedError) as error:
+            logger.info("Cluster gradients one by one: the model does not vectorise over clusters (%s).", error)
+            return False
+        same = bool((got - expected).norm() <= VECTORIZED_TOLERANCE * expected.norm())
+        if same:
+            logger.info("Cluster gradients are vectorised over clusters.")
+        else:
+            logger.info(
+                "Cluster gradients one by one: vectorised over clusters they differ by more than %g.",
+                VECTORIZED_TOLERANCE,
+            )
+        return same
+
+
+def matching_error(synthetic: Tensor, real: Tensor, total_weight: float) -> Tensor:
+    """
+    Squared distance between cluster gradients at one state, relative to the energy of the real ones.
+
+    Args:
+        synthetic, real (`Tensor`): `(num_clusters, num_parameters)`.
+        total_weight (`float`): tau, the weight of the term that matches the sum over clusters.
+
+    Returns:
+        `Tensor`: scalar; 0 is a perfect match, 1 what empty samples would give (for tau = 0).
+    """
+    difference = synthetic - real
+    error = difference.square().sum()
+    if total_weight:
+        error = error + total_weight * len(real) * difference.sum(0).square().sum()
+    return error / real.square().sum()
+
+
+def cluster_residuals(synthetic: Tensor, real: Tensor) -> Tensor:
+    """`|g_k - G_k|^2 / |G_k|^2` for each cluster: `(num_clusters,)`; 0 / 0 counts as 0."""
+    energy = real.square().sum(1)
+    distance = (synthetic - real).square().sum(1)
+    return torch.where(energy > 0, distance / energy.clamp_min(torch.finfo(energy.dtype).tiny), distance)
+
+
+class ReverseCurriculum:
+    """
+    Which recorded states each iteration matches: the last ones first, then a window that grows backwards.
+
+    The window grows when the error at its earliest state falls below `tolerance`, or when its share of the
+    iterations is used up, so that the second half of the iterations sees every state. The last state is part of
+    every batch.
+
+    Args:
+        num_states (`int`): Number of states, the last one being the end of training.
+        num_iterations (`int`): Iterations planned.
+        states_per_iteration (`int`): States per batch, the last one included.
+        tolerance (`float`): Relative matching error at which the window grows early.
+        generator (`torch.Generator`): Draws the other states of a batch.
+    """
+
+    def __init__(
+        self,
+        num_states: int,
+        num_iterations: int,
+        states_per_iteration: int,
+        tolerance: float,
+        generator: torch.Generator,
+    ) -> None:
+        self.num_states = num_states
+        self.window = min(num_states, states_per_iteration)
+        self._tolerance = tolerance
+        self._per_iteration = states_per_iteration
+        self._generator = generator
+        self._num_iterations = num_iterations
+        stages = max(1, num_states - self.window + 1)
+        self._stage_length = max(1, num_iterations // (2 * stages))
+        self._in_stage = 0
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for _ in range(self._num_iterations):
+            others = self._per_iteration - 1
+            earlier = torch.randperm(self.window - 1, generator=self._generator)[:others].tolist()
+            yield [self.num_states - 1, *(self.num_states - 2 - offset for offset in earlier)]
+
+    def report(self, errors: dict[int, float]) -> None:
+        """Takes the matching errors of an iteration, keyed by state, and grows the window when it is time."""
+        if self.window == self.num_states:
+            return
+        self._in_stage += 1
+        earliest = self.num_states - self.window
+        if self._in_stage >= self._stage_length or errors.get(earliest, float("inf")) < self._tolerance:
+            self.window += 1
+            self._in_stage = 0

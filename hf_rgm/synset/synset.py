@@ -1,0 +1,207 @@
+"""The synset: a few synthetic samples per cluster that stand in for the training data."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from hf_rgm.clusters import ClusterMap
+from hf_rgm.exceptions import ParameterMismatchError
+from hf_rgm.files import read_json, staged_folder, write_json
+from hf_rgm.modeling import parameters_sha256
+from hf_rgm.synset.matching import SyntheticSamples
+from hf_rgm.trajectory.storage import Trajectory
+
+logger = logging.getLogger(__name__)
+
+FORMAT_VERSION = 1
+TENSORS_FILE = "synset.safetensors"
+CONFIG_FILE = "synset.json"
+
+
+@dataclass
+class Synset:
+    """
+    A distilled training set together with what is needed to use it: clusters and the recorded path.
+
+    Args:
+        samples (`SyntheticSamples`): Inputs `(num_clusters, samples_per_cluster, *input_shape)`, target logits
+            `(num_clusters, samples_per_cluster, num_labels)`, log-weights `(num_clusters, samples_per_cluster)`, all
+            float32.
+        clusters (`ClusterMap`): Which training row belongs to which cluster.
+        trajectory (`Trajectory`): The recorded training run (row ids are not shared).
+        residuals (`Tensor`): `(num_matched_states, num_clusters)`, float32, relative squared matching error
+            `|g_k - G_k|^2 / |G_k|^2`.
+        matched_steps (`tuple[int, ...]`): Training steps of the matched states, ascending.
+        parameters_sha256 (`str`): Identity of the trained parameters the synset belongs to.
+        input_name (`str`): Forward argument the inputs are for.
+        config (`dict`): The `DistillationConfig` that was used.
+        metadata (`dict`, *optional*): Model id, dataset fingerprint, seconds, library versions.
+
+    Example:
+
+    ```python
+    >>> from hf_rgm import Synset
+    >>> from hf_rgm.testing import tiny_synset
+    >>> synset = tiny_synset()
+    >>> _ = synset.save_pretrained("my-synset")
+    >>> Synset.from_pretrained("my-synset").num_samples == synset.num_samples
+    True
+
+    ```
+    """
+
+    samples: SyntheticSamples
+    clusters: ClusterMap
+    trajectory: Trajectory
+    residuals: Tensor
+    matched_steps: tuple[int, ...]
+    parameters_sha256: str
+    input_name: str
+    config: dict[str, Any] = field(default_factory=dict)
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, tensor in zip(("inputs", "targets", "log_weights"), self.samples.tensors(), strict=True):
+            if tensor.shape[0] != self.clusters.num_clusters:
+                raise ValueError(
+                    f"Synset {name} hold {tensor.shape[0]} clusters, but the cluster map has "
+                    f"{self.clusters.num_clusters}. The files do not belong together."
+                )
+            if not torch.isfinite(tensor).all():
+                bad = torch.nonzero(~torch.isfinite(tensor).flatten(1).all(1)).flatten().tolist()
+                raise ValueError(
+                    f"Synset {name} are NaN or infinite in clusters {[self.clusters.names[k] for k in bad[:5]]}. "
+                    "Distil again with lower learning rates."
+                )
+
+    @property
+    def num_clusters(self) -> int:
+        """Number of clusters."""
+        return self.clusters.num_clusters
+
+    @property
+    def num_samples(self) -> int:
+        """Number of synthetic samples."""
+        return self.samples.log_weights.numel()
+
+    @property
+    def matching_error(self) -> float:
+        """Relative squared matching error, mean over clusters and matched states."""
+        return float(self.residuals.mean())
+
+    def check_parameters(self, parameters: Mapping[str, Tensor], *, force: bool = False) -> None:
+        """
+        Raises a [`ParameterMismatchError`] unless `parameters` are the ones the synset was distilled for.
+
+        Args:
+            parameters (`dict[str, Tensor]`): Trainable parameters of the model at hand.
+            force (`bool`, *optional*, defaults to `False`): Only warn.
+        """
+        found = parameters_sha256(parameters)
+        if found == self.parameters_sha256:
+            return
+        message = (
+            f"The synset belongs to trained parameters {self.parameters_sha256[:12]}, but the model's are "
+            f"{found[:12]}. Load the model that was recorded (the weights after training, in the dtype they were "
+            "trained in), distil a synset for this one, or pass `force=True` to use them together anyway."
+        )
+        if not force:
+            raise ParameterMismatchError(message)
+        logger.warning(message)
+
+    def save_pretrained(self, save_directory: str | Path) -> Path:
+        """
+        Writes the synset to a folder (safetensors, parquet and JSON; replaces a synset already there).
+
+        Returns:
+            `Path`: the folder.
+        """
+        inputs, targets, log_weights = self.samples.tensors()
+        with staged_folder(save_directory, CONFIG_FILE) as folder:
+            save_file(
+                {
+                    "inputs": inputs.contiguous(),
+                    "targets": targets.contiguous(),
+                    "log_weights": log_weights.contiguous(),
+                    "residuals": self.residuals.contiguous(),
+                },
+                folder / TENSORS_FILE,
+            )
+            (folder / "data").mkdir()
+            self.to_pandas().to_parquet(folder / "data" / "train.parquet", index=False)
+            self.clusters.save(folder / "clusters")
+            self.trajectory.without_rows().save(folder / "trajectory")
+            write_json(
+                folder / CONFIG_FILE,
+                {
+                    "format_version": FORMAT_VERSION,
+                    "parameters_sha256": self.parameters_sha256,
+                    "input_name": self.input_name,
+                    "matched_steps": list(self.matched_steps),
+                    "matching_error": self.residuals.mean(0).tolist(),
+                    "config": self.config,
+                    "metadata": self.metadata,
+                },
+            )
+        return Path(save_directory)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> Synset:
+        """
+        Reads a synset that [`Synset.save_pretrained`] wrote.
+
+        Raises:
+            FileNotFoundError: If a file is missing.
+            ValueError: If a file is damaged or of another format version.
+        """
+        folder = Path(folder)
+        config = read_json(folder / CONFIG_FILE, format_version=FORMAT_VERSION)
+        try:
+            tensors = load_file(folder / TENSORS_FILE)
+        except FileNotFoundError:
+            message = f"{folder} has no {TENSORS_FILE}: it is not a whole synset. Copy it again."
+            raise FileNotFoundError(message) from None
+        except SafetensorError as error:
+            raise ValueError(f"{folder / TENSORS_FILE} is damaged ({error}). Copy or distil it again.") from error
+        try:
+            return cls(
+                samples=SyntheticSamples(tensors["inputs"], tensors["targets"], tensors["log_weights"]),
+                clusters=ClusterMap.load(folder / "clusters"),
+                trajectory=Trajectory.load(folder / "trajectory"),
+                residuals=tensors["residuals"],
+                matched_steps=tuple(config["matched_steps"]),
+                parameters_sha256=config["parameters_sha256"],
+                input_name=config["input_name"],
+                config=config["config"],
+                metadata=config["metadata"],
+            )
+        except KeyError as error:
+            raise ValueError(f"{folder} lacks {error}: it is not a whole synset. Copy or distil it again.") from error
+
+    def to_pandas(self) -> pd.DataFrame:
+        """
+        One line per synthetic sample: cluster, cluster size, most likely label, weight, matching error, input.
+        """
+        inputs, targets, log_weights = self.samples.tensors()
+        per_cluster = log_weights.shape[1]
+        cluster = torch.arange(self.num_clusters).repeat_interleave(per_cluster).tolist()
+        return pd.DataFrame(
+            {
+                "cluster": [self.clusters.names[k] for k in cluster],
+                "cluster_size": [int(self.clusters.sizes[k]) for k in cluster],
+                "label": targets.flatten(0, 1).argmax(-1).tolist(),
+                "weight": log_weights.exp().flatten().tolist(),
+                "matching_error": [float(self.residuals[:, k].mean()) for k in cluster],
+                self.input_name: [sample.flatten().tolist() for sample in inputs.flatten(0, 1)],
+            }
+        )

@@ -1,0 +1,79 @@
+"""Cluster gradients of the real training data: what a synset has to reproduce."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from hf_rgm.modeling import FunctionalModel
+from hf_rgm.rows import CachedBatches
+
+
+def row_losses(logits: Tensor, labels: Tensor) -> Tensor:
+    """
+    Cross entropy of each row.
+
+    Args:
+        logits (`Tensor`): `(batch_size, num_labels)`.
+        labels (`Tensor`): `(batch_size,)`, int64.
+
+    Returns:
+        `Tensor`: `(batch_size,)`, float32.
+
+    Raises:
+        NotImplementedError: If the logits are not one vector a row, or the labels are not class indices.
+        ValueError: If a label is out of range.
+    """
+    if logits.dim() != 2 or labels.dim() != 1 or labels.is_floating_point():
+        raise NotImplementedError(
+            f"Logits of shape {tuple(logits.shape)} with {labels.dtype} labels of shape {tuple(labels.shape)} are not "
+            "supported yet. Single-label classification is: logits (rows, classes), integer labels (rows,)."
+        )
+    check_labels(labels, logits.shape[-1])
+    return cross_entropy(logits, labels, reduction="none")
+
+
+def check_labels(labels: Tensor, num_labels: int) -> None:
+    """Raises a `ValueError` that names the first label outside `[0, num_labels)`."""
+    outside = labels[(labels < 0) | (labels >= num_labels)]
+    if outside.numel():
+        raise ValueError(
+            f"Label {int(outside[0])} is out of range for a model with {num_labels} classes (labels 0 to "
+            f"{num_labels - 1}). Set `num_labels` in the model's config to the number of classes, or fix the column."
+        )
+
+
+def cluster_gradients(
+    model: FunctionalModel,
+    states: Sequence[dict[str, Tensor]],
+    batches: CachedBatches,
+    clusters: Sequence[int],
+    num_rows: int,
+) -> Tensor:
+    """
+    Gradient of the training loss that each cluster contributes, at each recorded state.
+
+    `G_k(theta) = (1 / n) * sum over rows i of cluster k of grad loss_i(theta)`; one backward pass per batch.
+
+    Args:
+        model (`FunctionalModel`): The model as a function of its parameters.
+        states (`Sequence[dict[str, Tensor]]`): Trainable parameters at each state.
+        batches (`CachedBatches`): One group of rows per cluster.
+        clusters (`Sequence[int]`): The groups to go through.
+        num_rows (`int`): n, the rows of the whole training set.
+
+    Returns:
+        `Tensor`: `(num_states, len(clusters), num_parameters)`, float32, on the model's device.
+    """
+    result = torch.zeros(len(states), len(clusters), model.num_parameters, device=model.device)
+    for position, cluster in enumerate(clusters):
+        for inputs, labels in batches.group(cluster):
+            for index, state in enumerate(states):
+                parameters = {name: value.detach().requires_grad_() for name, value in state.items()}
+                loss = row_losses(model.logits(parameters, inputs), labels).sum() / num_rows
+                gradients = torch.autograd.grad(loss, list(parameters.values()), materialize_grads=True)
+                result[index, position] += model.space.flatten(dict(zip(parameters, gradients, strict=True)))
+    return result
