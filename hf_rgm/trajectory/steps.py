@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -14,6 +15,7 @@ import pyarrow.parquet as pq
 from hf_rgm.trajectory.states import replacing
 
 STEPS_FOLDER = "steps"
+_WAY_OUT = "Copy the folder again, or record the training run again."
 _SCALARS = {"epoch": np.float64, "gradient_norm": np.float64, "clip_factor": np.float64, "skipped": np.bool_}
 
 
@@ -99,6 +101,17 @@ def first_step(part: Path) -> int:
     return int(part.stem.removeprefix("part-"))
 
 
+def part_length(part: Path) -> int:
+    """
+    Number of steps in a part. Reads the file's footer only.
+
+    Raises:
+        ValueError: If it is damaged.
+    """
+    with _damage_named(part):
+        return pq.read_metadata(part).num_rows
+
+
 def write_part(path: Path, table: StepTable) -> None:
     """Writes a part, whose name tells the step it begins with."""
     columns: dict[str, pa.Array] = {"step": pa.array(np.arange(len(table), dtype=np.int64) + first_step(path))}
@@ -125,17 +138,14 @@ def read_part(path: Path) -> StepTable:
     Raises:
         ValueError: If it is damaged.
     """
-    way_out = "Copy the folder again, or record the training run again."
-    try:
+    with _damage_named(path):
         content = pq.read_table(path)
-    except (pa.ArrowInvalid, OSError) as error:
-        raise ValueError(f"{path} is damaged ({error}). {way_out}") from error
     missing = sorted({"step", *_SCALARS, "learning_rates"} - set(content.column_names))
     if missing:
-        raise ValueError(f"{path} lacks the columns {missing}. {way_out}")
+        raise ValueError(f"{path} lacks the columns {missing}. {_WAY_OUT}")
     steps = content["step"].to_numpy()
     if not np.array_equal(steps, np.arange(len(steps)) + first_step(path)):
-        raise ValueError(f"{path} does not hold consecutive steps from {first_step(path)} on. {way_out}")
+        raise ValueError(f"{path} does not hold consecutive steps from {first_step(path)} on. {_WAY_OUT}")
     rows = _split(content["rows"]) if "rows" in content.column_names else None
     sizes = _split(content["micro_batch_sizes"]) if "micro_batch_sizes" in content.column_names else None
     rates = _split(content["learning_rates"])
@@ -145,6 +155,14 @@ def read_part(path: Path) -> StepTable:
         rows=rows,
         micro_batch_sizes=None if sizes is None else [values.tolist() for values in sizes],
     )
+
+
+@contextlib.contextmanager
+def _damage_named(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (pa.ArrowInvalid, OSError) as error:
+        raise ValueError(f"{path} is damaged ({error}). {_WAY_OUT}") from error
 
 
 def _split(column: pa.ChunkedArray) -> list[np.ndarray]:

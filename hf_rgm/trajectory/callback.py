@@ -1,0 +1,346 @@
+"""Recording the training run of an unmodified Trainer."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
+
+from hf_rgm.trajectory.batches import RowSchedule
+from hf_rgm.trajectory.capture import PendingStep, as_table, capture_state, optimizer_updates, same_parameters
+from hf_rgm.trajectory.description import check_supported, describe_run, fingerprint_columns, inner_optimizer
+from hf_rgm.trajectory.fingerprint import dataset_fingerprint
+from hf_rgm.trajectory.gradients import GradientNorms
+from hf_rgm.trajectory.optimizers import OptimizerRule
+from hf_rgm.trajectory.recording import TrajectoryRecorder
+from hf_rgm.trajectory.states import read_state, state_path
+
+logger = logging.getLogger(__name__)
+
+_DTYPES = (torch.float32, torch.bfloat16)
+
+
+@dataclass
+class _Run:
+    """What is known of the training run that is being recorded."""
+
+    parameters: dict[str, nn.Parameter]
+    optimizer: torch.optim.Optimizer
+    rule: OptimizerRule
+    schedule: RowSchedule
+    norms: GradientNorms
+    planned: set[int]
+    started: float
+    next_step: int
+    batches: list[np.ndarray] = field(default_factory=list)
+    steps: list[PendingStep] = field(default_factory=list)
+    best_step: int | None = None
+
+
+class TrajectoryCallback(TrainerCallback):
+    """
+    Records the training run of a `Trainer` into a folder that [`Trajectory.load`] opens.
+
+    Recorded are some states (trainable parameters and optimizer moments) and, for every update, the learning rates,
+    the gradient norm, the factor by which clipping scaled the gradient, and which rows were in it. Training itself is
+    the same with and without the callback, bit for bit. Training that was interrupted goes on recording when it is
+    resumed from a checkpoint with the same folder.
+
+    Supported are torch's SGD, Adam and AdamW on one process and one device; gradient accumulation and clipping; any
+    learning rate schedule; bf16. With `load_best_model_at_end` the trajectory ends at the best checkpoint, so that its
+    last state is always the model that `trainer.train()` leaves.
+
+    Args:
+        folder (`str` or `Path`): Where to record: new, empty, or a trajectory folder.
+        num_states (`int`, *optional*, defaults to `8`): Number of states, evenly spread from the first to the last
+            step. Each takes as much disk as the trainable parameters and their moments.
+        dtype (`torch.dtype`, *optional*, defaults to `torch.float32`): `torch.float32` or `torch.bfloat16`, which
+            halves the disk. bf16 parameters are kept in bf16 in any case, and the last state is always exact (up to
+            float32).
+        overwrite (`bool`, *optional*, defaults to `False`): Replace the complete trajectory of another run.
+
+    Raises:
+        ValueError: If `num_states` or `dtype` is wrong; in `on_train_begin`, if training resumes and the folder does
+            not record the steps before, or if the optimizer misses a trainable parameter.
+        FileExistsError: In `on_train_begin`, if the folder holds a complete trajectory or something else.
+        NotImplementedError: In `on_train_begin`, if the optimizer, the order of rows or the parallelism cannot be
+            recorded.
+
+    Example:
+
+    ```python
+    >>> import tempfile, torch
+    >>> from transformers import Trainer, TrainingArguments
+    >>> from hf_rgm.trajectory import Trajectory, TrajectoryCallback
+
+    >>> class Classifier(torch.nn.Module):
+    ...     def __init__(self):
+    ...         super().__init__()
+    ...         self.linear = torch.nn.Linear(3, 2)
+    ...
+    ...     def forward(self, x, labels=None):
+    ...         logits = self.linear(x)
+    ...         return {"loss": torch.nn.functional.cross_entropy(logits, labels), "logits": logits}
+
+    >>> rows = [{"x": torch.eye(3)[i % 3], "labels": i % 2} for i in range(12)]
+    >>> with tempfile.TemporaryDirectory() as parent:
+    ...     trainer = Trainer(
+    ...         Classifier(),
+    ...         TrainingArguments(
+    ...             parent, num_train_epochs=1, per_device_train_batch_size=4, report_to="none", disable_tqdm=True,
+    ...             save_strategy="no", logging_strategy="no", use_cpu=True,
+    ...         ),
+    ...         train_dataset=rows,
+    ...         callbacks=[TrajectoryCallback(f"{parent}/trajectory", num_states=2)],
+    ...     )
+    ...     _ = trainer.train()
+    ...     trajectory = Trajectory.load(f"{parent}/trajectory")
+    {...}
+    >>> trajectory.num_steps, trajectory.state_steps, [len(rows) for rows in trajectory.steps.rows]
+    (3, (0, 3), [4, 4, 4])
+
+    ```
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        num_states: int = 8,
+        dtype: torch.dtype = torch.float32,
+        overwrite: bool = False,
+    ) -> None:
+        if num_states < 2:
+            raise ValueError(
+                f"`num_states` must be at least 2 (the first and the last), got {num_states}. Record more states with "
+                "TrajectoryCallback(num_states=...)."
+            )
+        if dtype not in _DTYPES:
+            raise ValueError(f"`dtype` must be torch.float32 or torch.bfloat16, got {dtype}.")
+        self.folder = Path(folder)
+        self.num_states = num_states
+        self.dtype = dtype
+        self._recorder = TrajectoryRecorder(self.folder, dtype=dtype, overwrite=overwrite)
+        self._active: _Run | None = None
+        self._seconds = 0.0
+        self._summary = "Nothing is recorded yet."
+
+    def summary(self) -> str:
+        """What the last finished recording holds, and what it cost in time and disk."""
+        return self._summary
+
+    @contextlib.contextmanager
+    def _timed(self) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._seconds += time.perf_counter() - start
+
+    @property
+    def _run(self) -> _Run:
+        if self._active is None:
+            raise RuntimeError(
+                "TrajectoryCallback was added while training was running. Add it before calling `trainer.train()`."
+            )
+        return self._active
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Checks that the run can be recorded, opens the folder and records the first state."""
+        if self._active is not None:
+            self._active.norms.remove()
+            self._active = None
+        self._seconds = 0.0
+        started = time.perf_counter()
+        with self._timed():
+            model: nn.Module = kwargs["model"]
+            check_supported(args, model, kwargs["lr_scheduler"])
+            optimizer = inner_optimizer(kwargs["optimizer"])
+            rule = OptimizerRule.from_torch(optimizer, model.named_parameters())
+            dataloader = kwargs["train_dataloader"]
+            schedule = RowSchedule(dataloader, args.gradient_accumulation_steps, global_step=state.global_step)
+            if schedule.mid_epoch and args.ignore_data_skip:
+                raise NotImplementedError(
+                    "Training resumes in mid-epoch with `ignore_data_skip=True`, so that rows are seen twice in one "
+                    "epoch. Leave `ignore_data_skip` at its default."
+                )
+            parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+            description = describe_run(args, model, batch_size=schedule.batch_size, sampler_seed=schedule.seed) | {
+                "optimizer": rule.to_dict(),
+                "parameters": {name: list(parameter.shape) for name, parameter in parameters.items()},
+                "num_rows": schedule.num_rows,
+                "dataset_fingerprint": dataset_fingerprint(dataloader.dataset, fingerprint_columns(args, model)),
+                "updates_before": optimizer_updates(optimizer, parameters),
+            }
+            self._recorder.begin(description, step=state.global_step)
+            self._active = run = _Run(
+                parameters=parameters,
+                optimizer=optimizer,
+                rule=rule,
+                schedule=schedule,
+                norms=GradientNorms(parameters, clipping=bool(args.max_grad_norm)),
+                planned={round(step) for step in np.linspace(0, state.max_steps, self.num_states)},
+                started=started,
+                next_step=state.global_step,
+                best_step=_checkpoint_step(state.best_model_checkpoint),
+            )
+            self._announce(run)
+            if state.global_step in run.planned and not self._recorder.has_state(state.global_step):
+                self._record_state(state.global_step, exact=state.global_step >= state.max_steps)
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Works out the order of rows of this epoch."""
+        with self._timed():
+            self._run.schedule.begin_epoch()
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Works out the rows of this update."""
+        with self._timed():
+            self._run.batches = self._run.schedule.next_update()
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Notes learning rates and gradient norms: the scheduler has not moved on yet, gradients are clipped."""
+        with self._timed():
+            run = self._run
+            learning_rates = [float(group["lr"]) for group in run.optimizer.param_groups]
+            run.steps.append(PendingStep(learning_rates, *run.norms.measure(), batches=run.batches))
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Notes whether the optimizer skipped the update."""
+        self._run.steps[-1].skipped = bool(getattr(kwargs["optimizer"], "step_was_skipped", False))
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Records the state if it is due, and all steps before a checkpoint is written."""
+        with self._timed():
+            run = self._run
+            run.steps[-1].epoch = float(state.epoch or 0)
+            due = state.global_step in run.planned
+            if due:
+                self._record_state(state.global_step, exact=state.global_step >= state.max_steps)
+            if due or control.should_save:
+                self._write_steps()
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Records all steps before a checkpoint is written."""
+        if control.should_save:
+            with self._timed():
+                self._write_steps()
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Records all steps where the result of the evaluation may lead to a checkpoint."""
+        if args.save_strategy == SaveStrategy.BEST and self._active is not None:
+            with self._timed():
+                self._write_steps()
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Records the state of the best checkpoint so far, where training is to end with it."""
+        with self._timed():
+            self._write_steps()
+            run = self._run
+            if not args.load_best_model_at_end or _checkpoint_step(state.best_model_checkpoint) != state.global_step:
+                return
+            if run.best_step is not None and run.best_step not in {*run.planned, state.global_step}:
+                self._recorder.drop_state(run.best_step)
+            run.best_step = state.global_step
+            if not self._recorder.has_exact_state(state.global_step):
+                self._record_state(state.global_step, exact=True)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Records the last state, closes the folder and tells what recording cost."""
+        run = self._run
+        with self._timed():
+            self._write_steps()
+            run.norms.remove()
+            if state.global_step == 0:
+                logger.warning("Training ended before its first step, so %s holds no trajectory.", self.folder)
+                self._active = None
+                return
+            final_step = state.global_step
+            if args.load_best_model_at_end and self._ends_at_best(run, state):
+                final_step = _checkpoint_step(state.best_model_checkpoint) or final_step
+            elif not self._recorder.has_exact_state(final_step):
+                self._record_state(final_step, exact=True)
+        recording, training = self._seconds + run.norms.seconds, time.perf_counter() - run.started
+        self._recorder.finish(final_step, {"recording_seconds": recording, "training_seconds": training})
+        self._active = None
+        self._summary = (
+            f"Recorded {final_step} steps in {self.folder}: {_megabytes(self._recorder.num_bytes())} on disk, "
+            f"{recording:.2f} s, which is {recording / training:.1%} of the {training:.2f} s of training."
+        )
+        logger.info(self._summary)
+
+    def _ends_at_best(self, run: _Run, state: TrainerState) -> bool:
+        """Whether the best checkpoint, older than the last step, was loaded into the model."""
+        best = _checkpoint_step(state.best_model_checkpoint)
+        if best is None or best == state.global_step:
+            return False
+        if self._recorder.has_state(best):
+            if same_parameters(read_state(state_path(self.folder, best), best), run.parameters):
+                return True
+        logger.warning(
+            "The model that training leaves is not the recorded state of the best checkpoint %s. It is kept as the "
+            "state after step %d, with the optimizer moments of that step.",
+            state.best_model_checkpoint,
+            state.global_step,
+        )
+        return False
+
+    def _record_state(self, step: int, *, exact: bool) -> None:
+        run = self._run
+        optimizer_updates(run.optimizer, run.parameters)
+        self._recorder.write_state(capture_state(step, run.parameters, run.optimizer, run.rule), exact=exact)
+
+    def _write_steps(self) -> None:
+        run = self._run
+        if run.steps:
+            self._recorder.write_steps(run.next_step, as_table(run.steps))
+            run.next_step += len(run.steps)
+            run.steps.clear()
+
+    def _announce(self, run: _Run) -> None:
+        size = sum(p.numel() * min(p.element_size(), self.dtype.itemsize) for p in run.parameters.values())
+        logger.info(
+            "Recording %d states into %s, about %s each. Fewer states (`num_states`) or `dtype=torch.bfloat16` take "
+            "less disk.",
+            len(run.planned),
+            self.folder,
+            _megabytes(size * (1 + len(run.rule.moment_names))),
+        )
+
+
+def _checkpoint_step(checkpoint: str | None) -> int | None:
+    name = Path(checkpoint or "").name
+    number = name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")
+    return int(number) if number != name and number.isdigit() else None
+
+
+def _megabytes(num_bytes: int) -> str:
+    return f"{num_bytes / 1e6:.1f} MB"

@@ -1,0 +1,99 @@
+"""What can be recorded, and what is written down about a run besides its states and steps."""
+
+from __future__ import annotations
+
+import inspect
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from accelerate.optimizer import AcceleratedOptimizer
+from torch import nn
+from transformers import TrainingArguments
+
+from hf_rgm.modeling import LABEL_NAMES, forward_arguments
+
+
+def check_supported(args: TrainingArguments, model: nn.Module, lr_scheduler: Any) -> None:
+    """
+    Refuses set-ups whose training cannot be recorded.
+
+    Raises:
+        NotImplementedError: Naming the setting and the way out.
+    """
+    single = "Train on one process with one device to record."
+    if args.deepspeed:
+        raise NotImplementedError(
+            "DeepSpeed steps its optimizer inside the backward pass, where it cannot be recorded. Train without "
+            "`deepspeed`."
+        )
+    if args.fsdp:
+        raise NotImplementedError(f"Recording under FSDP is not supported yet, got fsdp={args.fsdp!r}. {single}")
+    if args.parallelism_config is not None or (getattr(model, "tp_size", None) or 1) > 1:
+        raise NotImplementedError(
+            f"Recording under tensor, context or sequence parallelism is not supported. {single}"
+        )
+    if args.world_size > 1:
+        raise NotImplementedError(f"Recording on {args.world_size} processes is not supported yet. {single}")
+    if args.n_gpu > 1:
+        raise NotImplementedError(
+            f"Recording with DataParallel on {args.n_gpu} GPUs is not supported. Set CUDA_VISIBLE_DEVICES=0."
+        )
+    if args.fp16:
+        raise NotImplementedError(
+            "Recording under fp16 loss scaling is not supported. Train with `bf16=True` or in float32."
+        )
+    if getattr(lr_scheduler, "cycle_momentum", False):
+        raise NotImplementedError(
+            f"{type(lr_scheduler).__name__} changes the momentum at every step, which is not recorded. Create it with "
+            "`cycle_momentum=False`."
+        )
+
+
+def inner_optimizer(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """The torch optimizer that Accelerate wraps."""
+    return optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
+
+
+def loss_reduction(model: nn.Module) -> str:
+    """
+    How the `Trainer` reduces the loss of one update.
+
+    Returns:
+        `str`: `"update"` if the model divides the summed loss by the number of items in the whole update, as the
+        Trainer has it do when the forward takes `**kwargs`; `"micro_batch"` if each batch's mean is divided by the
+        number of accumulated batches.
+    """
+    inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    accepts = getattr(inner, "accepts_loss_kwargs", None)
+    if accepts is None:
+        parameters = inspect.signature(inner.forward).parameters.values()
+        accepts = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters)
+    return "update" if accepts else "micro_batch"
+
+
+def fingerprint_columns(args: TrainingArguments, model: nn.Module) -> list[str]:
+    """Dataset columns that reach the model, as the `Trainer` selects them."""
+    return sorted({*forward_arguments(model), *LABEL_NAMES, *(args.label_names or ())} - {"args", "kwargs"})
+
+
+def describe_run(args: TrainingArguments, model: nn.Module, *, batch_size: int, sampler_seed: int | None) -> dict:
+    """JSON-safe description of a run: model, seeds, loss and library versions."""
+    config = getattr(model, "config", None)
+    return {
+        "model": {
+            "class": type(model).__name__,
+            "name_or_path": getattr(config, "name_or_path", None) or None,
+            # Transformers keeps the Hub commit of a loaded model nowhere else.
+            "commit_hash": getattr(config, "_commit_hash", None),
+        },
+        "fingerprint_columns": fingerprint_columns(args, model),
+        "seeds": {"seed": args.seed, "data_seed": args.data_seed, "sampler_seed": sampler_seed},
+        "loss_reduction": loss_reduction(model),
+        "label_smoothing_factor": args.label_smoothing_factor,
+        "max_grad_norm": args.max_grad_norm,
+        "gradient_accumulation_steps": args.gradient_accumulation_steps,
+        "per_device_train_batch_size": batch_size,
+        "bf16": args.bf16,
+        "versions": {name: version(name) for name in ("torch", "transformers", "accelerate")},
+    }

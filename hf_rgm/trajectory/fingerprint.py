@@ -1,0 +1,134 @@
+"""Recognising a dataset by its content."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import random
+from collections.abc import Collection, Iterator, Mapping
+from numbers import Number
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+_MAX_ROWS = 64
+
+
+def dataset_fingerprint(dataset: Any, columns: Collection[str] | None = None) -> str:
+    """
+    SHA-256 over the length of a dataset and the content of up to 64 evenly spaced rows.
+
+    Numbers count by value, not by container: a list of Python floats, a float64 array and a float32 tensor agree. If
+    rows differ when they are read again (random augmentation), only the length counts, and a warning says so. The
+    global random state is the same afterwards.
+
+    Args:
+        dataset: A map-style dataset whose items are dictionaries, tuples or anything else with numbers, strings,
+            tensors, arrays or PIL images inside. Objects of other types count by their type only.
+        columns (`Collection[str]`, *optional*): Columns that count, where a row has any of them: those that the model
+            takes, so that a dataset is recognised after the `Trainer` dropped the others. By default all count.
+
+    Returns:
+        `str`: 64 hexadecimal digits.
+
+    Raises:
+        TypeError: If the dataset has no length.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from hf_rgm.trajectory.fingerprint import dataset_fingerprint
+
+    >>> rows = [{"x": [0.5, 1.0], "labels": 0, "source": "a"}, {"x": [0.1, 2.0], "labels": 1, "source": "b"}]
+    >>> tensors = [{"x": torch.tensor(row["x"]), "labels": torch.tensor(row["labels"])} for row in rows]
+    >>> dataset_fingerprint(rows, ["x", "labels"]) == dataset_fingerprint(tensors, ["x", "labels"])
+    True
+
+    ```
+    """
+    if not hasattr(dataset, "__len__"):
+        raise TypeError(f"`dataset` must be a map-style dataset with a length, got {type(dataset).__name__}.")
+    length = len(dataset)
+    indices = np.unique(np.linspace(0, length - 1, min(_MAX_ROWS, length)).round().astype(int)).tolist()
+    with _random_state_kept():
+        first, second = ([_row_digest(dataset[index], columns) for index in indices] for _ in range(2))
+    if first != second:
+        logger.warning(
+            "Rows of the training set differ when they are read again (random augmentation?), so its fingerprint "
+            "covers only its length, %d. Attribution will see other augmentations than training did.",
+            length,
+        )
+        first = []
+    return hashlib.sha256(b"".join([str(length).encode(), *first])).hexdigest()
+
+
+def _row_digest(row: Any, columns: Collection[str] | None) -> bytes:
+    if isinstance(row, Mapping) and columns is not None and any(name in row for name in columns):
+        row = {name: row[name] for name in columns if name in row}
+    digest = hashlib.sha256()
+    _feed(digest, row)
+    return digest.digest()
+
+
+def _feed(digest: Any, value: Any) -> None:
+    if isinstance(value, str):
+        value = value.encode()
+    if isinstance(value, bytes):
+        digest.update(f"bytes{len(value)}".encode() + value)
+    elif isinstance(value, Mapping):
+        digest.update(f"mapping{len(value)}".encode())
+        for key in sorted(value, key=str):
+            _feed(digest, str(key))
+            _feed(digest, value[key])
+    elif isinstance(value, Tensor):
+        tensor = value.detach().cpu()
+        _feed_array(digest, tensor.float().numpy() if tensor.is_floating_point() else tensor.numpy())
+    elif isinstance(value, Image.Image):
+        digest.update(f"image{value.mode}{value.size}".encode() + value.tobytes())
+    elif isinstance(value, list | tuple):
+        _feed_sequence(digest, value)
+    elif isinstance(value, np.ndarray | np.generic | Number):
+        _feed_array(digest, np.asarray(value))
+    else:
+        digest.update(f"{type(value).__module__}.{type(value).__qualname__}".encode())
+
+
+def _feed_sequence(digest: Any, values: list[Any] | tuple[Any, ...]) -> None:
+    try:
+        array = np.asarray(values)
+    except (ValueError, TypeError, RuntimeError):
+        array = np.empty(0, object)
+    if array.dtype.kind in "biuf":
+        _feed_array(digest, array)
+        return
+    digest.update(f"sequence{len(values)}".encode())
+    for value in values:
+        _feed(digest, value)
+
+
+def _feed_array(digest: Any, array: np.ndarray) -> None:
+    if array.dtype.kind == "O":
+        _feed_sequence(digest, array.ravel().tolist())
+        return
+    kind = {"f": "<f4", "b": "<i8", "i": "<i8", "u": "<i8"}.get(array.dtype.kind, array.dtype.str)
+    digest.update(f"array{array.shape}{kind if array.size else ''}".encode())
+    digest.update(np.ascontiguousarray(array.astype(kind)).tobytes())
+
+
+@contextlib.contextmanager
+def _random_state_kept() -> Iterator[None]:
+    """Rows may be augmented at random; reading them must not change what training draws next."""
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            yield
+    finally:
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)

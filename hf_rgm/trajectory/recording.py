@@ -1,0 +1,193 @@
+"""Writing a trajectory folder while training runs, in a way that a crash leaves it usable."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hf_rgm.trajectory.states import (
+    STATES_FOLDER,
+    TrajectoryState,
+    recorded_states,
+    replacing,
+    state_path,
+    write_state,
+)
+from hf_rgm.trajectory.steps import (
+    STEPS_FOLDER,
+    StepTable,
+    first_step,
+    part_length,
+    part_path,
+    read_part,
+    recorded_parts,
+    write_part,
+)
+from hf_rgm.trajectory.storage import FORMAT_VERSION, METADATA_FILE, read_metadata
+
+logger = logging.getLogger(__name__)
+
+_SAME_WHEN_RESUMED = ("optimizer", "parameters", "num_rows", "dataset_fingerprint")
+
+
+class TrajectoryRecorder:
+    """
+    The growing trajectory folder of one training run. Every file is written whole or not at all.
+
+    Args:
+        folder (`Path`): Where to write: new, empty, or a trajectory folder. Only a trajectory's files are deleted.
+        dtype (`torch.dtype`): How states are kept, unless they are to be exact.
+        overwrite (`bool`): Whether a complete trajectory that another recorder wrote may be replaced.
+    """
+
+    def __init__(self, folder: Path, *, dtype: torch.dtype, overwrite: bool) -> None:
+        self.folder = folder
+        self._dtype = dtype
+        self._overwrite = overwrite
+        self._own = False
+        self._description: dict[str, Any] = {}
+        self._exact: set[int] = set()
+
+    def begin(self, description: Mapping[str, Any], *, step: int) -> None:
+        """
+        Opens the folder for a run that begins at `step`, and drops what it holds from there on.
+
+        Args:
+            description (`Mapping[str, Any]`): Content of the description file.
+            step (`int`): Updates made so far: 0, or more when training resumes from a checkpoint.
+
+        Raises:
+            FileExistsError: If the folder holds something that must not be replaced.
+            ValueError: If training resumes but the folder does not hold the steps before.
+        """
+        existing = self._existing()
+        if existing is not None and existing["complete"] and step < existing["num_steps"]:
+            if self._own:
+                logger.warning("The trajectory in %s is replaced by that of another training run.", self.folder)
+            elif not self._overwrite:
+                raise FileExistsError(
+                    f"{self.folder} holds the complete trajectory of another training run. Choose another folder, or "
+                    "pass `overwrite=True` to replace it."
+                )
+        self._description = dict(description) | {
+            "format_version": FORMAT_VERSION,
+            "complete": False,
+            "num_steps": None,
+            "state_steps": None,
+        }
+        if step > 0:
+            self._check_resumable(existing, step)
+            self._description["updates_before"] = (existing or {}).get("updates_before", 0)
+        self._exact.clear()
+        self._own = True
+        self._write_description()
+        self._truncate(step, last_state=step if step > 0 else -1)
+        for interrupted in (*self.folder.glob("*/.part-*.tmp"), *self.folder.glob("*/.step-*.tmp")):
+            interrupted.unlink()
+
+    def _existing(self) -> dict[str, Any] | None:
+        if self.folder.exists() and not self.folder.is_dir():
+            raise FileExistsError(f"{self.folder} is a file. Choose another folder.")
+        if not self.folder.is_dir() or not any(self.folder.iterdir()):
+            return None
+        try:
+            return read_metadata(self.folder)
+        except FileNotFoundError as error:
+            raise FileExistsError(
+                f"{self.folder} is not empty and holds no trajectory, so it is left alone. Choose another folder."
+            ) from error
+        except ValueError as error:
+            if self._overwrite:
+                return None
+            raise FileExistsError(
+                f"{self.folder} holds a trajectory that cannot be read ({error}). Choose another folder, or pass "
+                "`overwrite=True` to replace it."
+            ) from error
+
+    def _check_resumable(self, existing: Mapping[str, Any] | None, step: int) -> None:
+        way_out = (
+            "Resume with the folder that the earlier part of this run was recorded to, or train from the beginning."
+        )
+        if existing is None:
+            raise ValueError(
+                f"Training resumes at step {step}, but {self.folder} records no steps 0 to {step - 1}. {way_out}"
+            )
+        for key in _SAME_WHEN_RESUMED:
+            if existing[key] != self._description[key]:
+                raise ValueError(
+                    f"Training resumes at step {step}, but the `{key}` of the trajectory in {self.folder} is another. "
+                    f"{way_out}"
+                )
+        done = 0
+        for part in recorded_parts(self.folder):
+            if first_step(part) != done:
+                break
+            done += part_length(part)
+        if done < step:
+            raise ValueError(
+                f"Training resumes at step {step}, but {self.folder} records no steps {done} to {step - 1}. Resume "
+                f"from a checkpoint at or before step {done}, or train from the beginning."
+            )
+        if 0 not in recorded_states(self.folder):
+            raise ValueError(f"{state_path(self.folder, 0)} is missing, so training cannot be resumed here. {way_out}")
+
+    def _truncate(self, step: int, *, last_state: int) -> None:
+        """Drops steps from `step` on and states after `last_state`."""
+        for recorded in recorded_states(self.folder):
+            if recorded > last_state:
+                self.drop_state(recorded)
+        for part in recorded_parts(self.folder):
+            start = first_step(part)
+            if start >= step:
+                part.unlink()
+            elif start + part_length(part) > step:
+                write_part(part, read_part(part).select(0, step - start))
+
+    def write_steps(self, start: int, steps: StepTable) -> None:
+        """Adds steps, the first of which is number `start`."""
+        write_part(part_path(self.folder, start), steps)
+
+    def write_state(self, state: TrajectoryState, *, exact: bool) -> None:
+        """Adds a state, in the model's own dtype if it is to be exact."""
+        write_state(state_path(self.folder, state.step), state, dtype=None if exact else self._dtype)
+        if exact:
+            self._exact.add(state.step)
+
+    def has_state(self, step: int) -> bool:
+        """Whether a step's state is recorded."""
+        return state_path(self.folder, step).is_file()
+
+    def has_exact_state(self, step: int) -> bool:
+        """Whether this run recorded a step's state without rounding."""
+        return step in self._exact
+
+    def drop_state(self, step: int) -> None:
+        """Deletes a state."""
+        state_path(self.folder, step).unlink(missing_ok=True)
+        self._exact.discard(step)
+
+    def finish(self, num_steps: int, cost: Mapping[str, float]) -> None:
+        """Marks the trajectory as complete, ending at a recorded state."""
+        self._truncate(num_steps, last_state=num_steps)
+        self._description |= {
+            "complete": True,
+            "num_steps": num_steps,
+            "state_steps": recorded_states(self.folder),
+            "recording": dict(cost),
+        }
+        self._write_description()
+
+    def _write_description(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with replacing(self.folder / METADATA_FILE) as temporary:
+            temporary.write_text(json.dumps(self._description, indent=2) + "\n", encoding="utf-8")
+
+    def num_bytes(self) -> int:
+        """Disk that the recorded states and steps take, in bytes."""
+        files = [*(self.folder / STATES_FOLDER).glob("*"), *(self.folder / STEPS_FOLDER).glob("*")]
+        return sum(path.stat().st_size for path in files)
