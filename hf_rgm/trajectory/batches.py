@@ -124,17 +124,17 @@ class RowSchedule:
 
 def _checked_batch_sampler(dataloader: Any) -> BatchSampler:
     """The dataloader's batch sampler, if the order it gives can be known."""
-    if isinstance(dataloader, DataLoaderDispatcher):
-        raise NotImplementedError(
-            "The dataloader dispatches batches from the main process, so the rows of each batch are not known. Train "
-            'with `TrainingArguments(accelerator_config={"dispatch_batches": False})`.'
-        )
     if not isinstance(dataloader, DataLoader):
         raise _unknown_order(f"The dataloader is of type {type(dataloader).__name__}", _DEFAULT_WAY_OUT)
     if isinstance(dataloader.dataset, IterableDataset) or not hasattr(dataloader.dataset, "__len__"):
         raise _unknown_order(
             f"The training set is a stream ({type(dataloader.dataset).__name__}) without row numbers",
             "Train on a map-style dataset, for example `datasets.Dataset.from_list(list(stream))`.",
+        )
+    if isinstance(dataloader, DataLoaderDispatcher):
+        raise NotImplementedError(
+            "The dataloader dispatches batches from the main process, so the rows of each batch are not known. Train "
+            'with `TrainingArguments(accelerator_config={"dispatch_batches": False})`.'
         )
     if dataloader.num_workers > 0 and not getattr(dataloader, "in_order", True):
         raise _unknown_order(

@@ -30,9 +30,7 @@ def check_supported(args: TrainingArguments, model: nn.Module, lr_scheduler: Any
     if args.fsdp:
         raise NotImplementedError(f"Recording under FSDP is not supported yet, got fsdp={args.fsdp!r}. {single}")
     if args.parallelism_config is not None or (getattr(model, "tp_size", None) or 1) > 1:
-        raise NotImplementedError(
-            f"Recording under tensor, context or sequence parallelism is not supported. {single}"
-        )
+        raise NotImplementedError(f"Recording a model that is split over devices is not supported. {single}")
     if args.world_size > 1:
         raise NotImplementedError(f"Recording on {args.world_size} processes is not supported yet. {single}")
     if args.n_gpu > 1:

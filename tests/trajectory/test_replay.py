@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from hf_rgm.trajectory import Trajectory, TrajectoryCallback
-
 from tests.trajectory.helpers import MeanModel, UpdateModel, dataset, make_trainer, replay, trainable
 
 # float32 arithmetic in another order, over 18 updates.

@@ -1,0 +1,162 @@
+"""What is refused before training begins, and how a loss is reduced."""
+
+import types
+
+import pytest
+import torch
+from datasets import Dataset
+from torch import nn
+from transformers import Trainer, TrainingArguments
+
+from hf_rgm.trajectory import TrajectoryCallback
+from hf_rgm.trajectory.description import check_supported, describe_run, fingerprint_columns, loss_reduction
+from tests.trajectory.helpers import MeanModel, UpdateModel, dataset, make_trainer
+
+
+def supported(**changes):
+    defaults = {
+        "deepspeed": None,
+        "fsdp": None,
+        "parallelism_config": None,
+        "world_size": 1,
+        "n_gpu": 0,
+        "fp16": False,
+    }
+    return types.SimpleNamespace(**(defaults | changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"deepspeed": "config.json"}, "DeepSpeed steps its optimizer inside the backward pass"),
+        ({"fsdp": "full_shard"}, "fsdp='full_shard'"),
+        ({"parallelism_config": object()}, "split over devices"),
+        ({"world_size": 4}, "Recording on 4 processes is not supported yet"),
+        ({"n_gpu": 2}, "DataParallel on 2 GPUs.*CUDA_VISIBLE_DEVICES"),
+        ({"fp16": True}, "fp16 loss scaling.*bf16=True"),
+    ],
+)
+def test_unsupported_set_ups_are_refused(changes, message):
+    check_supported(supported(), MeanModel(), None)
+    with pytest.raises(NotImplementedError, match=message):
+        check_supported(supported(**changes), MeanModel(), None)
+
+
+def test_tensor_parallel_model_is_refused():
+    model = MeanModel()
+    model.tp_size = 2
+    with pytest.raises(NotImplementedError, match="split over devices"):
+        check_supported(supported(), model, None)
+
+
+def test_cycled_momentum_is_refused():
+    optimizer = torch.optim.AdamW(MeanModel().parameters())
+    fixed = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=5, cycle_momentum=False)
+    check_supported(supported(), MeanModel(), fixed)
+    cycled = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=5)
+    with pytest.raises(NotImplementedError, match="OneCycleLR changes the momentum.*cycle_momentum=False"):
+        check_supported(supported(), MeanModel(), cycled)
+
+
+class Stream(torch.utils.data.IterableDataset):
+    def __iter__(self):
+        return iter(dataset())
+
+
+TOKENIZED = [row | {"input_ids": [1]} for row in dataset()]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"optim": "adafactor"}, "Adafactor; only torch's SGD, Adam and AdamW"),
+        ({"optim": "rmsprop"}, "RMSprop; only torch's SGD, Adam and AdamW"),
+        ({"accelerator_config": {"use_seedable_sampler": False}}, "RandomSampler.*use_seedable_sampler"),
+        ({"accelerator_config": {"dispatch_batches": True}}, "dispatch_batches"),
+        ({"train_dataset": Stream(), "max_steps": 2}, r"is a stream"),
+        ({"train_dataset": Dataset.from_list(dataset()).to_iterable_dataset(), "max_steps": 2}, "is a stream"),
+        (
+            {"train_sampling_strategy": "group_by_length", "train_dataset": TOKENIZED},
+            "LengthGroupedSampler.*train_sampling_strategy",
+        ),
+        (
+            {"train_sampling_strategy": "batch_rebalance", "train_dataset": TOKENIZED},
+            "BatchRebalanceSampler.*train_sampling_strategy",
+        ),
+    ],
+)
+def test_refusals_come_before_the_first_step(tmp_path, arguments, message):
+    model = MeanModel()
+    trainer = make_trainer(tmp_path, model, TrajectoryCallback(tmp_path / "trajectory"), **arguments)
+    with pytest.raises(NotImplementedError, match=message):
+        trainer.train()
+    assert model.seen == []
+    assert not (tmp_path / "trajectory").exists()
+
+
+def test_unoptimized_parameters_are_refused(tmp_path):
+    model = MeanModel()
+    optimizer = torch.optim.SGD(model.head.parameters(), lr=0.1)
+    callback = TrajectoryCallback(tmp_path / "trajectory")
+    trainer = make_trainer(tmp_path, model, callback, optimizers=(optimizer, None))
+    with pytest.raises(ValueError, match=r"are not given to the optimizer.*requires_grad_\(False\)"):
+        trainer.train()
+
+
+class Declared(MeanModel):
+    accepts_loss_kwargs = True
+
+
+class Denying(UpdateModel):
+    accepts_loss_kwargs = False
+
+
+class Wrapper(nn.Module):
+    """Passes everything on, as PEFT models do, so that only the model inside tells."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def get_base_model(self):
+        return self.inner
+
+    def forward(self, *args, **kwargs):
+        return self.inner(*args, **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("model", "expected"),
+    [
+        (MeanModel(), "micro_batch"),
+        (UpdateModel(), "update"),
+        (Declared(), "update"),
+        (Denying(), "micro_batch"),
+        (Wrapper(MeanModel()), "micro_batch"),
+        (Wrapper(UpdateModel()), "update"),
+    ],
+    ids=["mean", "update", "declared", "denied", "wrapped mean", "wrapped update"],
+)
+def test_loss_reduction(tmp_path, model, expected):
+    assert loss_reduction(model) == expected
+    if not isinstance(model, Wrapper):
+        trainer = Trainer(model, TrainingArguments(str(tmp_path), report_to="none", use_cpu=True))
+        assert trainer.model_accepts_loss_kwargs == (expected == "update")
+
+
+def test_columns_are_those_the_trainer_keeps(tmp_path):
+    args = TrainingArguments(str(tmp_path), label_names=["target"], use_cpu=True)
+    assert fingerprint_columns(args, UpdateModel()) == ["features", "label", "label_ids", "labels", "row", "target"]
+    assert fingerprint_columns(args, Wrapper(MeanModel()))[0] == "features"
+
+
+def test_pretrained_model_is_named(tmp_path):
+    from transformers import BertConfig, BertForSequenceClassification
+
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
+    BertForSequenceClassification(BertConfig(vocab_size=10, **sizes)).save_pretrained(tmp_path / "bert")
+    model = BertForSequenceClassification.from_pretrained(tmp_path / "bert")
+    run = describe_run(TrainingArguments(str(tmp_path), use_cpu=True), model, batch_size=4, sampler_seed=None)
+    assert run["model"]["name_or_path"] == str(tmp_path / "bert")
+    assert run["model"]["class"] == "BertForSequenceClassification"
+    assert run["loss_reduction"] == "update"
