@@ -1,0 +1,154 @@
+import io
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+import torch
+from matplotlib.colors import to_rgba
+from matplotlib.figure import Figure
+
+from hf_rgm.explorer.plots import (
+    NEGATIVE,
+    POSITIVE,
+    plot_bars,
+    plot_heatmap,
+    plot_inspection_curve,
+    plot_predicted_against_actual,
+    plot_synset_gallery,
+)
+
+AWKWARD = "$\\frac{1}{ & <b>\n" + "long " * 30
+
+
+def png(ax):
+    buffer = io.BytesIO()
+    ax.figure.savefig(buffer, format="png")
+    return buffer.getvalue()
+
+
+def texts(labels):
+    return [label.get_text() for label in labels]
+
+
+def test_heatmap_puts_alike_queries_and_clusters_beside_each_other():
+    scores = np.array([[5.0, 0.0, 4.0, 0.0], [0.0, 3.0, 0.0, 3.0], [4.0, 0.0, 5.0, 0.0], [0.0, 2.0, 0.0, 3.0]])
+    ax = plot_heatmap(scores, ["q0", "q1", "q2", "q3"], ["c0", "c1", "c2", "c3"])
+    queries, clusters = texts(ax.get_yticklabels()), texts(ax.get_xticklabels())
+    assert {frozenset(queries[:2]), frozenset(queries[2:])} == {frozenset({"q0", "q2"}), frozenset({"q1", "q3"})}
+    assert {frozenset(clusters[:2]), frozenset(clusters[2:])} == {frozenset({"c0", "c2"}), frozenset({"c1", "c3"})}
+    shown = np.asarray(ax.images[0].get_array())
+    for row, query in enumerate(queries):
+        for column, cluster in enumerate(clusters):
+            assert shown[row, column] == scores[int(query[1]), int(cluster[1])]
+
+
+def test_heatmap_colours_are_symmetric_and_tell_the_sign():
+    ax = plot_heatmap(np.array([[4.0, -1.0]]), ["q"], ["a", "b"])
+    image = ax.images[0]
+    assert image.get_clim() == (-4.0, 4.0)
+    assert image.cmap(image.norm(4.0)) == pytest.approx(to_rgba(POSITIVE), abs=0.01)
+    assert image.cmap(image.norm(-4.0)) == pytest.approx(to_rgba(NEGATIVE), abs=0.01)
+    assert image.cmap(image.norm(0.0)) == pytest.approx((1, 1, 1, 1), abs=0.02)
+
+
+def test_heatmap_says_what_it_leaves_out():
+    scores = np.diag(np.arange(1.0, 7.0))
+    ax = plot_heatmap(scores, range(6), list("abcdef"), max_queries=4, max_clusters=2, ordered=False)
+    assert texts(ax.get_xticklabels()) == ["e", "f"]
+    assert texts(ax.get_yticklabels()) == ["2", "3", "4", "5"]
+    assert "2 of 6" in ax.get_xlabel()
+    assert "4 of 6" in ax.get_ylabel()
+
+
+def test_heatmap_of_nothing_but_zeros():
+    assert png(plot_heatmap(np.zeros((3, 4)), range(3), list("abcd")))
+
+
+def test_bars_show_both_ends_coloured_by_sign():
+    ax = plot_bars([f"c{i}" for i in range(10)], np.array([1.0, -2, 3, 0.1, 0.2, 0.3, 5, -6, 0.1, 0.2]), k=2)
+    assert texts(ax.get_yticklabels()) == ["c6", "c2", "", "c1", "c7"]
+    assert [patch.get_width() for patch in ax.patches] == [5.0, 3.0, -2.0, -6.0]
+    assert [patch.get_facecolor() for patch in ax.patches] == [to_rgba(POSITIVE)] * 2 + [to_rgba(NEGATIVE)] * 2
+    assert "  6 more" in texts(ax.texts)
+
+
+def test_bars_show_all_when_there_are_few():
+    ax = plot_bars(["a", "b", "c"], np.array([1.0, 2.0, 3.0]), k=2)
+    assert texts(ax.get_yticklabels()) == ["c", "b", "a"]
+
+
+def test_gallery_stretches_every_picture_to_its_own_range():
+    dim = torch.arange(4.0).reshape(1, 1, 2, 2)
+    ax = plot_synset_gallery(torch.cat([dim, 100 + 10 * dim, 0 * dim]), ["a", "b", "c"], columns=2)
+    pictures = [np.asarray(image.get_array()) for image in ax.images]
+    np.testing.assert_allclose(pictures[0], pictures[1])
+    np.testing.assert_array_equal(pictures[0], np.array([[0, 1 / 3], [2 / 3, 1]]))
+    np.testing.assert_array_equal(pictures[2], np.zeros((2, 2)))
+    assert texts(ax.texts) == ["a", "b", "c"]
+
+
+def test_gallery_takes_colour_and_draws_upright():
+    images = np.zeros((2, 3, 4, 6))
+    images[:, 0, 0] = 1.0
+    ax = plot_synset_gallery(images, ["a", "b"], title="two")
+    assert np.asarray(ax.images[0].get_array()).shape == (4, 6, 3)
+    left, right, bottom, top = ax.images[0].get_extent()
+    assert (left, right) == (0, 1)
+    assert bottom > top
+    assert ax.get_ylim()[0] > ax.get_ylim()[1]
+
+
+def test_predicted_against_actual_states_correlation_and_number_of_points():
+    actual = np.array([[1.0, 2.0], [3.0, 4.0]])
+    ax = plot_predicted_against_actual(actual**3, actual)
+    assert texts(ax.texts) == ["Spearman 1.00\n4 points"]
+    np.testing.assert_array_equal(np.asarray(ax.collections[0].get_offsets())[:, 1], [1, 8, 27, 64])
+    constant = plot_predicted_against_actual(np.zeros(3), np.arange(3))
+    assert texts(constant.texts) == ["Spearman undefined (constant)\n3 points"]
+
+
+def test_inspection_curve_is_in_percent():
+    ax = plot_inspection_curve(np.array([0.0, 0.5, 1.0]), {"scores": [0, 1, 1], "random": [0, 0.5, 1]})
+    assert [line.get_ydata().tolist() for line in ax.lines] == [[0, 100, 100], [0, 50, 100]]
+    assert texts(ax.get_legend().get_texts()) == ["scores", "random"]
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda **at: plot_heatmap(np.eye(3), [AWKWARD, 1, 2], [AWKWARD, "b", "c"], title=AWKWARD, **at),
+        lambda **at: plot_bars([AWKWARD, "b"], np.array([1.0, -2.0]), title=AWKWARD, **at),
+        lambda **at: plot_synset_gallery(np.eye(4).reshape(1, 4, 4), [AWKWARD], title=AWKWARD, **at),
+        lambda **at: plot_predicted_against_actual(np.arange(3), np.arange(3), title=AWKWARD, unit=AWKWARD, **at),
+        lambda **at: plot_inspection_curve([0, 1], {AWKWARD: [0, 1]}, title=AWKWARD, what=AWKWARD, **at),
+    ],
+)
+def test_awkward_names_are_drawn_without_touching_pyplot(draw):
+    before = plt.get_fignums()
+    assert png(draw()).startswith(b"\x89PNG")
+    given = Figure().add_subplot()
+    assert draw(ax=given) is given
+    assert plt.get_fignums() == before
+
+
+@pytest.mark.parametrize(
+    ("draw", "message"),
+    [
+        (lambda: plot_heatmap(np.zeros((2, 2)), ["q"], ["a", "b"]), r"shape \(2, 2\) for 1 queries"),
+        (lambda: plot_heatmap(np.array([[np.nan]]), ["q"], ["a"]), "1 NaN or infinite values of 1"),
+        (lambda: plot_heatmap(np.zeros((0, 0)), [], []), "got shape"),
+        (lambda: plot_bars(["a"], np.zeros(2)), "2 scores and 1 names"),
+        (lambda: plot_bars(["a"], np.zeros(1), k=0), "Cannot show 0 bars"),
+        (lambda: plot_synset_gallery(np.zeros((2, 4, 4)), ["a"]), "2 images with 1 titles"),
+        (lambda: plot_synset_gallery(np.zeros((2, 5, 4, 4)), ["a", "b"]), "must have shape"),
+        (lambda: plot_synset_gallery(np.zeros((0, 4, 4)), []), "got shape"),
+        (lambda: plot_predicted_against_actual(np.zeros(3), np.zeros(2)), "same shape"),
+        (lambda: plot_predicted_against_actual(np.zeros(1), np.zeros(1)), "at least 2 points"),
+        (lambda: plot_predicted_against_actual(np.array([np.nan, 1]), np.zeros(2)), "`predicted` has 1 NaN"),
+        (lambda: plot_inspection_curve([0, 1], {}), "is empty"),
+        (lambda: plot_inspection_curve([0, 1], {"x": [0]}), "'x' has 1 points for 2"),
+    ],
+)
+def test_bad_input_is_named(draw, message):
+    with pytest.raises(ValueError, match=message):
+        draw()
