@@ -1,0 +1,390 @@
+"""What an attribution says, to look at, to compute with and to keep."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import datasets
+import numpy as np
+import pandas as pd
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from hf_rgm.attribution.tables import long_form
+from hf_rgm.files import read_json, staged_folder, write_json
+from hf_rgm.grouping import as_numpy
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+FORMAT_VERSION = 1
+CONFIG_FILE = "attribution.json"
+TENSORS_FILE = "attribution.safetensors"
+TOP_CLUSTERS = 10
+
+
+@dataclass(eq=False, repr=False)
+class AttributionResult:
+    """
+    The attribution matrix: how the presence of each cluster (or row) changes the objective of each query.
+
+    A positive score means that the presence of the cluster raises the objective: score = f(with) - f(without).
+
+    Args:
+        scores (`np.ndarray`): `(num_queries, num_clusters)`, float32, in units of the objective.
+        cluster_names (`Sequence[str]`): One for each cluster, all different.
+        cluster_sizes (`np.ndarray`): Rows of each cluster, `(num_clusters,)`, int64.
+        query_ids (`Sequence[str | int]`): One for each query, all different.
+        objective (`str`): Name of the objective.
+        objective_values (`np.ndarray`): The objective of each query for the trained model, `(num_queries,)`, float32.
+        engine (`str`): Name of the engine that computed the scores.
+        row_scores (`np.ndarray`, *optional*): `(num_queries, num_rows)`, float32.
+        cluster_ids (`np.ndarray`, *optional*): The cluster of each row, `(num_rows,)`, int64.
+        metadata (`dict`, *optional*): What else to keep; must fit into JSON.
+
+    Raises:
+        TypeError: If the metadata does not fit into JSON.
+        ValueError: If scores are NaN or infinite, shapes do not fit each other, or names or ids repeat.
+
+    Example:
+
+    ```python
+    >>> import numpy as np
+    >>> from hf_rgm.attribution.result import AttributionResult
+    >>> result = AttributionResult(
+    ...     scores=np.array([[0.5, -0.25], [0.1, 0.0]]),
+    ...     cluster_names=["imdb", "yelp"],
+    ...     cluster_sizes=np.array([100, 50]),
+    ...     query_ids=["a", "b"],
+    ...     objective="margin",
+    ...     objective_values=np.array([2.0, 1.0]),
+    ...     engine="adjoint",
+    ... )
+    >>> result.top(k=1, query="a")
+      cluster  score  size
+    0    imdb    0.5   100
+
+    ```
+    """
+
+    SIGN_CONVENTION: ClassVar[str] = (
+        "A positive score means that the presence of the cluster (or row) raises the objective: "
+        "score = f(with) - f(without)."
+    )
+
+    scores: np.ndarray
+    cluster_names: Sequence[str]
+    cluster_sizes: np.ndarray
+    query_ids: Sequence[str | int]
+    objective: str
+    objective_values: np.ndarray
+    engine: str
+    row_scores: np.ndarray | None = None
+    cluster_ids: np.ndarray | None = None
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.cluster_names = _distinct([str(name) for name in self.cluster_names], "cluster_names")
+        ids = [query.item() if isinstance(query, np.generic) else query for query in self.query_ids]
+        numbered = all(isinstance(query, int) for query in ids)
+        self.query_ids = _distinct(ids if numbered else [str(query) for query in ids], "query_ids")
+        shape = (len(self.query_ids), len(self.cluster_names))
+        self.scores = self._checked(self.scores, shape, "scores")
+        self.objective_values = self._checked(self.objective_values, shape[:1], "objective_values")
+        self.cluster_sizes = as_numpy(self.cluster_sizes).astype(np.int64)
+        if self.cluster_sizes.shape != shape[1:]:
+            raise ValueError(
+                f"`cluster_sizes` has shape {self.cluster_sizes.shape} for {shape[1]} clusters. Pass one each."
+            )
+        if self.cluster_ids is not None:
+            self.cluster_ids = as_numpy(self.cluster_ids).astype(np.int64)
+            counts = np.bincount(self.cluster_ids[self.cluster_ids >= 0], minlength=shape[1])
+            if not np.array_equal(counts, self.cluster_sizes):
+                raise ValueError(
+                    "`cluster_ids` do not give the `cluster_sizes`. Pass both from the `ClusterMap` of the synset."
+                )
+        if self.row_scores is not None:
+            num_rows = int(self.cluster_sizes.sum())
+            self.row_scores = self._checked(self.row_scores, (shape[0], num_rows), "row_scores")
+        try:
+            self.metadata = json.loads(json.dumps(self.metadata))
+        except (TypeError, ValueError) as error:
+            raise TypeError(
+                f"`metadata` does not fit into JSON ({error}). Keep plain numbers and text in it."
+            ) from None
+
+    def _checked(self, values: Any, shape: tuple[int, ...], name: str) -> np.ndarray:
+        array = as_numpy(values).astype(np.float32)
+        if array.shape != shape:
+            raise ValueError(
+                f"`{name}` has shape {array.shape}, but must have {shape}: {len(self.query_ids)} queries, "
+                f"{len(self.cluster_names)} clusters."
+            )
+        bad = ~np.isfinite(array)
+        if bad.any():
+            first = self.query_ids[int(np.argwhere(bad)[0][0])]
+            raise ValueError(
+                f"`{name}` has {int(bad.sum())} NaN or infinite values of {array.size}, the first for query {first!r}."
+                " The computation diverged: rewind less far or use a smaller stride."
+            )
+        return array
+
+    @property
+    def num_queries(self) -> int:
+        """Number of queries."""
+        return len(self.query_ids)
+
+    @property
+    def num_clusters(self) -> int:
+        """Number of clusters."""
+        return len(self.cluster_names)
+
+    def query_index(self, query: str | int) -> int:
+        """
+        Position of a query given by its id.
+
+        Raises:
+            KeyError: If there is no such query.
+        """
+        if query not in self.query_ids:
+            shown = ", ".join(repr(name) for name in self.query_ids[:5])
+            raise KeyError(f"No query has the id {query!r}. There are {self.num_queries}: {shown}, ...")
+        return list(self.query_ids).index(query)
+
+    def to_pandas(self) -> pd.DataFrame:
+        """The matrix as a data frame: a line for each query, a column for each cluster."""
+        index = pd.Index(self.query_ids, name="query_id")
+        return pd.DataFrame(self.scores, index=index, columns=pd.Index(self.cluster_names, name="cluster"))
+
+    def to_dataset(self, k: int | None = None) -> datasets.Dataset:
+        """
+        One line for each query and cluster, the highest score of each query first.
+
+        Args:
+            k (`int`, *optional*): Keep only the `k` highest and `k` lowest clusters of each query.
+
+        Returns:
+            `datasets.Dataset`: columns `query_id`, `rank` (from 1), `cluster`, `score`, `size`, and, if it is known
+            which rows a cluster has, `example_rows`: up to three of them, those that most push the way the cluster
+            does if there are row scores.
+
+        Raises:
+            ValueError: If `k` is smaller than 1.
+        """
+        if k is not None and k < 1:
+            raise ValueError(f"`k` must be at least 1, got {k}. Leave it out for all clusters.")
+        return datasets.Dataset.from_pandas(self._long_form(k), preserve_index=False)
+
+    def _long_form(self, k: int | None) -> pd.DataFrame:
+        return long_form(
+            self.scores,
+            self.query_ids,
+            self.cluster_names,
+            self.cluster_sizes,
+            cluster_ids=self.cluster_ids,
+            row_scores=self.row_scores,
+            k=k,
+        )
+
+    def top(
+        self, k: int = 5, query: str | int | None = None, *, rows: bool = False, largest: bool = True
+    ) -> pd.DataFrame:
+        """
+        The clusters, or rows, with the highest or lowest scores.
+
+        Args:
+            k (`int`, *optional*, defaults to `5`): How many.
+            query (`str` or `int`, *optional*): Id of a query. Defaults to the mean over queries.
+            rows (`bool`, *optional*, defaults to `False`): Rows in place of clusters.
+            largest (`bool`, *optional*, defaults to `True`): Highest first; otherwise lowest first.
+
+        Returns:
+            `pd.DataFrame`: columns `cluster`, `score`, `size`, or `row`, `score` and, if known, `cluster`.
+
+        Raises:
+            KeyError: If there is no such query.
+            ValueError: If `k` is smaller than 1 or there are no row scores.
+        """
+        if k < 1:
+            raise ValueError(f"`k` must be at least 1, got {k}. It is the number of clusters or rows to return.")
+        scores = self._scores_of(query, rows=rows)
+        chosen = np.argsort(-scores if largest else scores, kind="stable")[:k]
+        names = np.array(self.cluster_names, dtype=object)
+        if not rows:
+            return pd.DataFrame(
+                {"cluster": names[chosen], "score": scores[chosen], "size": self.cluster_sizes[chosen]}
+            )
+        frame = pd.DataFrame({"row": chosen, "score": scores[chosen]})
+        if self.cluster_ids is not None:
+            frame["cluster"] = names[self.cluster_ids[chosen]]
+        return frame
+
+    def _scores_of(self, query: str | int | None, *, rows: bool) -> np.ndarray:
+        matrix = self.row_scores if rows else self.scores
+        if matrix is None:
+            raise ValueError("This result has no row scores. Pass the training rows when attributing.")
+        return matrix.mean(axis=0) if query is None else matrix[self.query_index(query)]
+
+    def plot(
+        self,
+        kind: str = "heatmap",
+        *,
+        query: str | int | None = None,
+        rows: bool = False,
+        k: int = 8,
+        ax: Axes | None = None,
+        title: str | None = None,
+    ) -> Axes:
+        """
+        Draws the matrix, or the highest and lowest scores.
+
+        Args:
+            kind (`str`, *optional*, defaults to `"heatmap"`): `"heatmap"` (queries by clusters) or `"bars"`.
+            query (`str` or `int`, *optional*): For bars, id of a query. Defaults to the mean over queries.
+            rows (`bool`, *optional*, defaults to `False`): For bars, rows in place of clusters.
+            k (`int`, *optional*, defaults to `8`): For bars, how many of each end.
+            ax (`Axes`, *optional*): Where to draw.
+            title (`str`, *optional*): Title.
+
+        Returns:
+            `Axes`: `.figure` shows it in a notebook, `.figure.savefig(path)` writes it.
+
+        Raises:
+            ValueError: If the kind is unknown.
+        """
+        from hf_rgm.explorer.plots import plot_bars, plot_heatmap
+
+        if kind == "heatmap":
+            title = title or f"How clusters change the {self.objective} of each query"
+            return plot_heatmap(self.scores, self.query_ids, self.cluster_names, ax=ax, title=title)
+        if kind != "bars":
+            raise ValueError(f"Unknown kind {kind!r}. Use 'heatmap' or 'bars'.")
+        scores = self._scores_of(query, rows=rows)
+        names = [f"row {row}" for row in range(len(scores))] if rows else self.cluster_names
+        if rows and self.cluster_ids is not None:
+            names = [f"row {row} ({self.cluster_names[c]})" for row, c in enumerate(self.cluster_ids)]
+        whose = f"mean over {self.num_queries} queries" if query is None else f"query {query}"
+        return plot_bars(names, scores, k=k, ax=ax, title=title or f"{self.objective}, {whose}")
+
+    def to_html(
+        self,
+        path: str | Path,
+        *,
+        title: str = "Training-data attribution",
+        queries: Sequence[str | int] | None = None,
+        row_image: Callable[[int], Any] | None = None,
+        query_image: Callable[[int], Any] | None = None,
+    ) -> Path:
+        """
+        Writes a self-contained page with the heat map and the clusters and rows that matter.
+
+        Args:
+            path (`str` or `Path`): The file to write.
+            title (`str`, *optional*): Title of the page.
+            queries (`Sequence`, *optional*): Ids of queries to show one by one. Defaults to the first four.
+            row_image (`Callable`, *optional*): The picture of a training row, `(channels, height, width)` or
+                `(height, width)`: shows top and bottom rows as pictures.
+            query_image (`Callable`, *optional*): The same for the query at a position.
+
+        Returns:
+            `Path`: the file.
+
+        Raises:
+            KeyError: If there is no such query.
+        """
+        from hf_rgm.explorer.report import attribution_report
+
+        return attribution_report(
+            self, title=title, queries=queries, row_image=row_image, query_image=query_image
+        ).save(path)
+
+    def save_pretrained(self, save_directory: str | Path) -> Path:
+        """
+        Writes the result to a folder (replaces a result already there).
+
+        The folders `top`, `scores`, `clusters` and `queries` hold parquet tables to look at;
+        `attribution.safetensors` holds the exact matrices, `attribution.json` the rest.
+
+        Returns:
+            `Path`: the folder.
+
+        Raises:
+            FileExistsError: If the folder holds something else.
+        """
+        tensors = {
+            "scores": self.scores,
+            "cluster_sizes": self.cluster_sizes,
+            "objective_values": self.objective_values,
+            "row_scores": self.row_scores,
+            "cluster_ids": self.cluster_ids,
+        }
+        tables = {
+            "top": self._long_form(TOP_CLUSTERS),
+            "scores": pd.DataFrame({"query_id": self.query_ids, "scores": list(self.scores)}),
+            "clusters": pd.DataFrame(
+                {"cluster": self.cluster_names, "size": self.cluster_sizes, "mean_score": self.scores.mean(axis=0)}
+            ),
+            "queries": pd.DataFrame({"query_id": self.query_ids, "objective_value": self.objective_values}),
+        }
+        with staged_folder(save_directory, CONFIG_FILE) as folder:
+            save_file(
+                {name: np.ascontiguousarray(array) for name, array in tensors.items() if array is not None},
+                folder / TENSORS_FILE,
+            )
+            for name, table in tables.items():
+                (folder / name).mkdir()
+                table.to_parquet(folder / name / "train.parquet", index=False)
+            write_json(
+                folder / CONFIG_FILE,
+                {
+                    "format_version": FORMAT_VERSION,
+                    "objective": self.objective,
+                    "engine": self.engine,
+                    "sign_convention": self.SIGN_CONVENTION,
+                    "num_queries": self.num_queries,
+                    "num_clusters": self.num_clusters,
+                    "cluster_names": list(self.cluster_names),
+                    "query_ids": list(self.query_ids),
+                    "metadata": self.metadata,
+                },
+            )
+        return Path(save_directory)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> AttributionResult:
+        """
+        Reads a result that [`AttributionResult.save_pretrained`] wrote.
+
+        Raises:
+            FileNotFoundError: If a file is missing.
+            ValueError: If a file is damaged or of another format version.
+        """
+        folder = Path(folder)
+        config = read_json(folder / CONFIG_FILE, format_version=FORMAT_VERSION)
+        if not (folder / TENSORS_FILE).is_file():
+            raise FileNotFoundError(f"{folder} has no {TENSORS_FILE}: it is not a whole result. Copy it again.")
+        names = ("cluster_names", "query_ids", "objective", "engine", "metadata")
+        try:
+            return cls(**load_file(folder / TENSORS_FILE), **{name: config[name] for name in names})
+        except (KeyError, SafetensorError, TypeError, ValueError) as error:
+            raise ValueError(f"The result in {folder} is damaged ({error}). Copy or compute it again.") from error
+
+    def __repr__(self) -> str:
+        rows = "" if self.row_scores is None else f", num_rows={self.row_scores.shape[1]}"
+        return (
+            f"AttributionResult(num_queries={self.num_queries}, num_clusters={self.num_clusters}{rows}, "
+            f"objective={self.objective!r}, engine={self.engine!r})"
+        )
+
+
+def _distinct(values: list[Any], name: str) -> list[Any]:
+    if not values:
+        raise ValueError(f"`{name}` is empty. A result needs at least one query and one cluster.")
+    repeated = [value for value, count in pd.Series(values, dtype=object).value_counts().items() if count > 1]
+    if repeated:
+        raise ValueError(f"`{name}` must all differ, but {repeated[0]!r} repeats. Rename one of them.")
+    return values
