@@ -11,7 +11,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from hf_rgm.trajectory import Trajectory, TrajectoryState, apply_update
+from hf_rgm.trajectory import Trajectory, TrajectoryCallback, TrajectoryState, apply_update
 
 NUM_ROWS = 22
 
@@ -127,6 +127,21 @@ def make_trainer(
         optimizers=optimizers,
         compute_metrics=compute_metrics,
     )
+
+
+def train(
+    folder: Path,
+    model: nn.Module,
+    *callbacks: TrainerCallback,
+    num_states: int = 4,
+    callback: TrajectoryCallback | None = None,
+    **arguments: Any,
+) -> tuple[Trainer, Trajectory]:
+    """Trains and gives back what was recorded."""
+    callback = callback or TrajectoryCallback(folder / "trajectory", num_states=num_states)
+    trainer = make_trainer(folder, model, callback, *callbacks, **arguments)
+    trainer.train()
+    return trainer, Trajectory.load(callback.folder)
 
 
 def replay(trajectory: Trajectory, model: nn.Module, rows: list[dict[str, Any]]) -> dict[int, TrajectoryState]:

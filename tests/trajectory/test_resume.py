@@ -6,6 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from transformers import TrainerCallback
 
 from hf_rgm.trajectory import Trajectory, TrajectoryCallback
 from tests.trajectory.helpers import (
@@ -83,21 +84,32 @@ def test_resuming_in_the_middle_of_a_written_part_drops_what_follows(tmp_path):
     assert_same_steps(resumed.steps, whole.steps)
 
 
-def test_epoch_checkpoints(tmp_path):
-    arguments = {"save_strategy": "epoch"}
-    trainer = make_trainer(
-        tmp_path,
-        OutOfMemoryModel(fails_at=15, message="interrupted"),
-        TrajectoryCallback(tmp_path / "trajectory", num_states=2),
-        **(ARGUMENTS | arguments),
-    )
+class BreakAfterCheckpoint(TrainerCallback):
+    """Comes before the recorder, which therefore does not hear of the checkpoint."""
+
+    def on_save(self, args, state, control, **kwargs):
+        if state.global_step >= 6:
+            raise RuntimeError("interrupted")
+
+
+@pytest.mark.parametrize("strategy", ["steps", "epoch", "best"])
+def test_every_step_before_a_checkpoint_is_written_before_it(tmp_path, strategy):
+    _, whole = uninterrupted(tmp_path / "elsewhere", num_states=2, save_steps=50)
+    scores = iter([1, 2, 3, 4])
+    arguments = {
+        "save_strategy": strategy,
+        "save_steps": 3,
+        "eval_strategy": "epoch",
+        "metric_for_best_model": "score",
+        "compute_metrics": lambda _: {"score": next(scores)},
+    }
+    callbacks = BreakAfterCheckpoint(), TrajectoryCallback(tmp_path / "trajectory", num_states=2)
+    trainer = make_trainer(tmp_path, MeanModel(), *callbacks, **(ARGUMENTS | arguments))
     with pytest.raises(RuntimeError, match="interrupted"):
         trainer.train()
-    shutil.rmtree(tmp_path / "output" / "checkpoint-6")
-    _, resumed = resume(tmp_path, num_states=2, **arguments)
-    shutil.rmtree(tmp_path / "output")
-    _, whole = uninterrupted(tmp_path, num_states=2)
+    trainer, resumed = resume(tmp_path, checkpoint=6, num_states=2, **arguments)
     assert_same_steps(resumed.steps, whole.steps)
+    assert_identical(resumed.final.parameters, trainable(trainer.model))
 
 
 def test_longer_training_goes_on_where_a_complete_one_ended(tmp_path):
