@@ -58,7 +58,8 @@ class TrajectoryCallback(TrainerCallback):
 
     Supported are torch's SGD, Adam and AdamW on one process and one device; gradient accumulation and clipping; any
     learning rate schedule; bf16. With `load_best_model_at_end` the trajectory ends at the best checkpoint, so that its
-    last state is always the model that `trainer.train()` leaves.
+    last state is always the model that `trainer.train()` leaves. A custom loss (`compute_loss_func`, a subclassed
+    `compute_loss`) is not visible to a callback and therefore not recorded.
 
     Args:
         folder (`str` or `Path`): Where to record: new, empty, or a trajectory folder.
@@ -292,7 +293,7 @@ class TrajectoryCallback(TrainerCallback):
         self._recorder.finish(final_step, {"recording_seconds": recording, "training_seconds": training})
         self._active = None
         self._summary = (
-            f"Recorded {final_step} steps in {self.folder}: {_megabytes(self._recorder.num_bytes())} on disk, "
+            f"Recorded {final_step} steps in {self.folder}: {_size(self._recorder.num_bytes())} on disk, "
             f"{recording:.2f} s, which is {recording / training:.1%} of the {training:.2f} s of training."
         )
         logger.info(self._summary)
@@ -332,7 +333,7 @@ class TrajectoryCallback(TrainerCallback):
             "less disk.",
             len(run.planned),
             self.folder,
-            _megabytes(size * (1 + len(run.rule.moment_names))),
+            _size(size * (1 + len(run.rule.moment_names))),
         )
 
 
@@ -342,5 +343,5 @@ def _checkpoint_step(checkpoint: str | None) -> int | None:
     return int(number) if number != name and number.isdigit() else None
 
 
-def _megabytes(num_bytes: int) -> str:
-    return f"{num_bytes / 1e6:.1f} MB"
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes / 1e6:.1f} MB" if num_bytes >= 1e5 else f"{num_bytes / 1e3:.1f} kB"
