@@ -1,5 +1,29 @@
 """Training-data attribution for Hugging Face users: distilled datamodels with reverse gradient matching."""
 
+from hf_rgm.attribution.attributor import Attributor
+from hf_rgm.attribution.objectives import Objective
+from hf_rgm.attribution.pipeline import AttributionPipeline, register
+from hf_rgm.attribution.result import AttributionResult
+from hf_rgm.clusters import ClusterMap
+from hf_rgm.synset.config import DistillationConfig
+from hf_rgm.synset.distiller import ReverseGradientMatchingDistiller
+from hf_rgm.synset.synset import Synset
+from hf_rgm.trajectory.callback import TrajectoryCallback
+from hf_rgm.trajectory.storage import Trajectory
+
 __version__ = "0.1.0.dev0"
 
-__all__: list[str] = []
+__all__ = [
+    "AttributionPipeline",
+    "AttributionResult",
+    "Attributor",
+    "ClusterMap",
+    "DistillationConfig",
+    "Objective",
+    "ReverseGradientMatchingDistiller",
+    "Synset",
+    "Trajectory",
+    "TrajectoryCallback",
+]
+
+register()

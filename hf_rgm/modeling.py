@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import PreTrainedModel
 
 logger = logging.getLogger(__name__)
 
@@ -118,8 +119,8 @@ class FunctionalModel:
         trainable = [(name, own[name]) for name in trainable_names]
         if not trainable:
             raise ValueError(
-                f"`model` ({type(model).__name__}) has no parameter with `requires_grad=True`, so nothing was "
-                "trained. Pass the model as it was trained (PEFT: `PeftModel.from_pretrained(..., is_trainable=True)`)."
+                f"`model` ({type(model).__name__}) has no parameter with `requires_grad=True`: nothing was "
+                "trained. Pass the model as it was trained (PEFT: `PeftModel.from_pretrained(.., is_trainable=True)`)."
             )
         self.device = torch.device(device) if device is not None else trainable[0][1].device
         self.space = ParameterSpace(tuple(n for n, _ in trainable), tuple(p.shape for _, p in trainable))
@@ -186,12 +187,10 @@ def _prepare(module: nn.Module) -> nn.Module:
             "row has on the statistics of its batch is not attributed.",
             type(module).__name__,
         )
-    disable_checkpointing = getattr(module, "gradient_checkpointing_disable", None)
-    if callable(disable_checkpointing) and getattr(module, "is_gradient_checkpointing", False):
-        disable_checkpointing()
-    set_attention = getattr(module, "set_attn_implementation", None)
-    if callable(set_attention):
-        set_attention("eager")
+    inner = _base_model(module)
+    if isinstance(inner, PreTrainedModel):
+        inner.gradient_checkpointing_disable()
+        inner.set_attn_implementation("eager")
     return module.float().eval()
 
 
@@ -203,8 +202,13 @@ def main_input_name(model: nn.Module) -> str:
 
 def forward_arguments(model: nn.Module) -> tuple[str, ...]:
     """Names of the forward's arguments, as the Trainer uses them to drop unused dataset columns."""
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return tuple(inspect.signature(inner.forward).parameters)  # type: ignore[union-attr]
+    return tuple(inspect.signature(_base_model(model).forward).parameters)
+
+
+def _base_model(model: nn.Module) -> nn.Module:
+    """The Transformers model inside a PEFT wrapper, or the model itself."""
+    get_base_model = getattr(model, "get_base_model", None)
+    return get_base_model() if callable(get_base_model) else model  # type: ignore[return-value]
 
 
 def parameters_sha256(parameters: Mapping[str, Tensor]) -> str:

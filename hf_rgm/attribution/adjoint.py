@@ -91,8 +91,8 @@ class AdjointEngine:
                 raise DivergenceError(
                     f"The adjoint diverged at training step {step.step}: the sensitivity of objective value {worst} "
                     f"grew to {float(norm[worst]):.3g}, {MAX_GROWTH:g} times its start or more. Use a smaller "
-                    f"`stride` (now {self.path.stride}), a later `rewind` (now step {self.path.start}), or record more "
-                    "states."
+                    f"`stride` (now {self.path.stride}), a later `rewind` (now from step {self.path.start}), or "
+                    "record more states."
                 )
         return result
 

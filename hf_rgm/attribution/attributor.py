@@ -9,13 +9,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from hf_rgm.attribution.result import AttributionResult
 from torch import Tensor, nn
 
 from hf_rgm.attribution.adjoint import AdjointEngine
 from hf_rgm.attribution.objectives import Objective, Queries, resolve_objective
 from hf_rgm.attribution.perturbations import leave_one_out, random_subsets, ridge_scores
 from hf_rgm.attribution.replay import ReplayEngine
+from hf_rgm.attribution.result import AttributionResult
 from hf_rgm.modeling import FunctionalModel
 from hf_rgm.rows import DataCollator, RowReader
 from hf_rgm.synset.inputs import ContinuousInputs
@@ -136,7 +136,8 @@ class Attributor:
                 scores = self._replayed_scores(replay, objective, batch, values, num_masks, seed)
                 used = replay.path
         if query_ids is None:
-            query_ids = range(len(values)) if len(values) == len(batch) else [objective.name] * len(values)
+            per_query = len(values) == len(batch)
+            query_ids = range(len(values)) if per_query else [f"{objective.name} {i}" for i in range(len(values))]
         return AttributionResult(
             scores=scores.cpu().numpy(),
             row_scores=None if row_scores is None else row_scores.cpu().numpy(),

@@ -62,7 +62,7 @@ class GaussNewton:
         changes = vmap(lambda direction: jvp(self._logits, (self._parameters,), (direction,))[1])(directions)
         p, w = self._probabilities, self._weights
         scaled = w[:, None] * p * (changes - (p * changes).sum(-1, keepdim=True))
-        _, pull_back = vjp(self._logits, self._parameters)
+        pull_back = vjp(self._logits, self._parameters)[1]
         return self._model.space.flatten(vmap(pull_back)(scaled)[0])
 
     def _logits(self, parameters: dict[str, Tensor]) -> Tensor:

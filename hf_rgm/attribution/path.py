@@ -155,7 +155,12 @@ class RecordedPath:
     def _flat_second_moment(self, step: int) -> Tensor:
         if step not in self._second_moments:
             second = self.trajectory.optimizer.groups[0].betas[1]
-            raw = self.space.flatten(self.trajectory.state(step).moments["exp_avg_sq"])
+            state = self.trajectory.state(step)
+            moments = state.moments["exp_avg_sq"]
+            # A parameter that never received a gradient has no moments, and no effect.
+            raw = self.space.flatten(
+                {name: moments.get(name, torch.zeros_like(value)) for name, value in state.parameters.items()}
+            )
             updates = int(self.trajectory.update_numbers[step - 1])
             self._second_moments[step] = (raw / (1 - second**updates)).to(self.device)
         return self._second_moments[step]

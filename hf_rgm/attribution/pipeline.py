@@ -6,7 +6,6 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from hf_rgm.attribution.result import AttributionResult
 from torch import nn
 from transformers import (
     AutoModelForAudioClassification,
@@ -18,6 +17,7 @@ from transformers import (
 from transformers.pipelines import PIPELINE_REGISTRY
 
 from hf_rgm.attribution.attributor import Attributor
+from hf_rgm.attribution.result import AttributionResult
 from hf_rgm.synset.synset import Synset
 
 TASK = "data-attribution"

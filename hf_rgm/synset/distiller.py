@@ -116,8 +116,7 @@ class ReverseGradientMatchingDistiller:
                 f"`train_dataset` has {len(self.reader)} rows, the recorded run had {trajectory.num_rows}. Pass the "
                 "dataset exactly as it was given to the Trainer."
             )
-        columns = (*self.model.forward_arguments, "label", "label_ids", "labels")
-        fingerprint = dataset_fingerprint(train_dataset, columns)
+        fingerprint = dataset_fingerprint(train_dataset, trajectory.metadata.get("fingerprint_columns"))
         if trajectory.dataset_fingerprint != fingerprint:
             raise ValueError(
                 f"`train_dataset` has fingerprint {fingerprint[:12]}, the recorded run's dataset had "

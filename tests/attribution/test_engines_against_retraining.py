@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.recorded import Linear, TinyNet, engine_parts, record
 
 from hf_rgm.attribution.adjoint import AdjointEngine
 from hf_rgm.attribution.replay import ReplayEngine
+from tests.recorded import Linear, TinyNet, engine_parts, record
 
 OPTIMIZERS = ["sgd", "nesterov", "adam", "adamw"]
 FLOAT_TOLERANCE = 2e-5
