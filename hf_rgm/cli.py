@@ -34,4 +34,5 @@ def demo(
     from hf_rgm.demo import DemoSettings, run_demo
 
     transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
     run_demo(output_dir, settings=DemoSettings(seed=seed), disable_tqdm=quiet, say=typer.echo)

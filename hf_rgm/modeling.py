@@ -85,7 +85,7 @@ class FunctionalModel:
     """
     Evaluates an unmodified model at any value of its trainable parameters, differentiably to any order.
 
-    Works on a private float32 copy in evaluation mode (dropout off, eager attention, no gradient checkpointing), so
+    Works on a private float32 copy in evaluation mode (dropout off, eager attention), in which gradient checkpointing is inactive,, so
     that the user's model is left as it is. Frozen float32 parameters are shared with the original, not copied.
 
     Args:
@@ -189,7 +189,6 @@ def _prepare(module: nn.Module) -> nn.Module:
         )
     inner = _base_model(module)
     if isinstance(inner, PreTrainedModel):
-        inner.gradient_checkpointing_disable()
         inner.set_attn_implementation("eager")
     return module.float().eval()
 

@@ -245,7 +245,7 @@ class Attributor:
         return torch.stack(values)
 
     def _sum_by_cluster(self, row_scores: Tensor) -> Tensor:
-        ids = torch.as_tensor(self.synset.clusters.cluster_ids, device=row_scores.device)
+        ids = torch.tensor(self.synset.clusters.cluster_ids, device=row_scores.device)
         result = torch.zeros(len(row_scores), self.synset.num_clusters, device=row_scores.device)
         return result.index_add_(1, ids, row_scores)
 
