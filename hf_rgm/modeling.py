@@ -85,7 +85,7 @@ class FunctionalModel:
     """
     Evaluates an unmodified model at any value of its trainable parameters, differentiably to any order.
 
-    Works on a private float32 copy in evaluation mode (dropout off, eager attention), in which gradient checkpointing is inactive,, so
+    Works on a private float32 copy with eager attention in evaluation mode (no dropout, no gradient checkpointing), so
     that the user's model is left as it is. Frozen float32 parameters are shared with the original, not copied.
 
     Args:
