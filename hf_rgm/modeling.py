@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -63,7 +64,7 @@ class ParameterSpace:
         """Views a tensor of shape `(*batch, num_parameters)` as named tensors of shape `(*batch, *shape)`."""
         pieces = vector.split(self.sizes, dim=-1)
         return {
-            name: piece.reshape(*vector.shape[:-1], *shape)
+            name: piece.reshape((*vector.shape[:-1], *shape))
             for name, shape, piece in zip(self.names, self.shapes, pieces, strict=True)
         }
 
@@ -131,7 +132,9 @@ class FunctionalModel:
             for name, parameter in own.items()
             if name not in self.space.names and parameter.dtype == torch.float32 and parameter.device == self.device
         }
-        self.module = _prepare(copy.deepcopy(model, shared)).to(self.device)
+        # Mixed-precision training leaves its autocast wrapped around the forward; the copy computes in float32.
+        clone = extract_model_from_parallel(copy.deepcopy(model, shared), keep_fp32_wrapper=False)
+        self.module = _prepare(clone).to(self.device)
 
     @property
     def num_parameters(self) -> int:

@@ -30,7 +30,7 @@ class RowReader:
 
     Raises:
         TypeError: If the dataset has no length.
-        ValueError: If it is empty.
+        ValueError: If it is empty, or none of its columns is the model's.
     """
 
     def __init__(
@@ -52,7 +52,14 @@ class RowReader:
             raise ValueError(f"`{what}` is empty. Pass the rows to work on.")
         keep = {*model.forward_arguments, *LABEL_NAMES}
         if remove_unused_columns and isinstance(dataset, datasets.Dataset):
-            dataset = dataset.select_columns([name for name in dataset.column_names if name in keep])
+            columns = [name for name in dataset.column_names if name in keep]
+            if not columns:
+                raise ValueError(
+                    f"`{what}` has the columns {', '.join(dataset.column_names)}; the model's forward takes none of them "
+                    f"({', '.join(model.forward_arguments)}). Rename them, or pass `remove_unused_columns=False` with a "
+                    "`data_collator`."
+                )
+            dataset = dataset.select_columns(columns)
         self.dataset = dataset
         self.what = what
         self._keep = keep if remove_unused_columns else None
@@ -92,7 +99,7 @@ class RowReader:
                     "the `data_collator` that the Trainer used."
                 )
             if value.is_floating_point():
-                finite = torch.isfinite(value).flatten(1).all(1)
+                finite = torch.isfinite(value).reshape(len(value), -1).all(1)
                 if not finite.all():
                     bad = [int(rows[i]) for i in torch.nonzero(~finite).flatten().tolist()]
                     raise ValueError(f"`{name}` of `{self.what}` has NaN or infinite values in rows {bad[:10]}.")
