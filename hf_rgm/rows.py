@@ -55,9 +55,9 @@ class RowReader:
             columns = [name for name in dataset.column_names if name in keep]
             if not columns:
                 raise ValueError(
-                    f"`{what}` has the columns {', '.join(dataset.column_names)}; the model's forward takes none of them "
-                    f"({', '.join(model.forward_arguments)}). Rename them, or pass `remove_unused_columns=False` with a "
-                    "`data_collator`."
+                    f"`{what}` has the columns {', '.join(dataset.column_names)}; the model's forward takes none of "
+                    f"them ({', '.join(model.forward_arguments)}). Rename them, or pass `remove_unused_columns=False` "
+                    "with a `data_collator`."
                 )
             dataset = dataset.select_columns(columns)
         self.dataset = dataset

@@ -75,9 +75,7 @@ def test_rows_that_are_not_finite_are_named(model, value):
     dataset[4]["pixel_values"] = torch.full((1, 4, 4), value)
     reader = RowReader(dataset, model)
     reader.batch([0, 1])
-    with pytest.raises(
-        ValueError, match=r"`pixel_values` of `train_dataset` has NaN or infinite values in rows \[4\]"
-    ):
+    with pytest.raises(ValueError, match=r"`pixel_values` of `train_dataset` has NaN or infinite .* rows \[4\]"):
         reader.batch([5, 4])
 
 
@@ -106,9 +104,7 @@ def test_missing_labels_are_refused(model):
 
 
 def test_a_dataset_without_any_known_column_is_refused(model):
-    with pytest.raises(
-        ValueError, match="has the columns x; the model.s forward takes none of them .pixel_values, labels."
-    ):
+    with pytest.raises(ValueError, match=r"columns x; .* takes none of them \(pixel_values, labels\)"):
         RowReader(Dataset.from_dict({"x": [1, 2]}), model).batch([0])
 
 
