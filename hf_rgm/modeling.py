@@ -16,6 +16,7 @@ from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
 logger = logging.getLogger(__name__)
@@ -169,8 +170,8 @@ class FunctionalModel:
 
     @contextlib.contextmanager
     def differentiable(self) -> Iterator[None]:
-        """Disables fused attention kernels, which have no second derivative, while the context lasts."""
-        with sdpa_kernel(SDPBackend.MATH):
+        """Avoids fused kernels without second derivatives, or with wrong ones, while the context lasts."""
+        with sdpa_kernel(SDPBackend.MATH), _PrimitiveLayerNorm():
             yield
 
     def module_with(self, parameters: Mapping[str, Tensor], like: nn.Module) -> nn.Module:
@@ -181,6 +182,32 @@ class FunctionalModel:
             for name in self.space.names:
                 own[name].copy_(parameters[name])
         return clone
+
+
+class _PrimitiveLayerNorm(TorchFunctionMode):
+    """
+    Layer normalisation from elementary operations.
+
+    Under `vmap`, the backward of the fused one takes mean and deviation for constants, which makes second derivatives
+    silently wrong (pytorch/functorch issue 534).
+    """
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        return (_layer_norm if func is nn.functional.layer_norm else func)(*args, **(kwargs or {}))
+
+
+def _layer_norm(
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    dimensions = tuple(range(-len(normalized_shape), 0))
+    centred = input - input.mean(dimensions, keepdim=True)
+    result = centred * (centred.square().mean(dimensions, keepdim=True) + eps).rsqrt()
+    result = result if weight is None else result * weight
+    return result if bias is None else result + bias
 
 
 def _prepare(module: nn.Module) -> nn.Module:
