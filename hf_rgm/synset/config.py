@@ -63,8 +63,10 @@ class DistillationConfig:
                 raise ValueError(f"`{name}` must be a positive number, got {getattr(self, name)}.")
         if not 0 < self.target_smoothing < 1:
             raise ValueError(f"`target_smoothing` must lie between 0 and 1, got {self.target_smoothing}.")
-        if self.total_gradient_weight < 0:
-            raise ValueError(f"`total_gradient_weight` must not be negative, got {self.total_gradient_weight}.")
+        if not 0 <= self.total_gradient_weight < float("inf"):
+            raise ValueError(
+                f"`total_gradient_weight` must be a finite number and not negative, got {self.total_gradient_weight}."
+            )
         if self.init not in INITIALISATIONS:
             raise ValueError(f"`init` must be one of {', '.join(INITIALISATIONS)}, got {self.init!r}.")
 

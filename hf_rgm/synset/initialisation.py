@@ -53,7 +53,8 @@ def initial_samples(
         if len(real) >= count:
             chosen = torch.randperm(len(real), generator=generator)[:count]
         if config.init == "nearest":
-            chosen[0] = (real - real.mean(0)).flatten(1).norm(dim=1).argmin()
+            nearest = int((real - real.mean(0)).flatten(1).norm(dim=1).argmin())
+            chosen = torch.cat([torch.tensor([nearest]), chosen[chosen != nearest], chosen])[:count]
         chosen = chosen.to(real.device)
         samples.append(_start(config.init, real, chosen, generator))
         if config.init in ("mean", "noise"):
@@ -71,11 +72,13 @@ def initial_samples(
 
 
 def _start(init: str, real: Tensor, chosen: Tensor, generator: torch.Generator) -> Tensor:
-    if init in ("nearest", "random"):
-        return real[chosen]
     noise = torch.randn((len(chosen), *real.shape[1:]), generator=generator).to(real)
     centre, deviation = real.mean(0), real.std(correction=0)
+    # A little noise where samples of a cluster would be identical: they would stay so.
+    if init in ("nearest", "random"):
+        rows = chosen.tolist()
+        repeated = torch.tensor([row in rows[:position] for position, row in enumerate(rows)], device=real.device)
+        return real[chosen] + 0.1 * deviation * noise * repeated.reshape(-1, *[1] * (real.dim() - 1))
     if init == "mean":
-        # A little noise, or the samples of a cluster would stay identical.
         return centre + 0.1 * deviation * noise
     return real.mean() + deviation * noise
