@@ -85,6 +85,19 @@ def test_gradient_and_curvature_of_an_sdpa_model_equal_finite_differences():
     torch.testing.assert_close(eager, backward, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("shape", [(6,), (5, 6)])
+def test_layer_normalisation_from_elementary_operations_is_the_fused_one(shape, affine):
+    layer = nn.LayerNorm(shape, eps=0.1, elementwise_affine=affine).double()
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter)
+    inputs = torch.randn(2, 5, 6).double()
+    functional = FunctionalModel(TinyNet())
+    with functional.differentiable():
+        got = layer(inputs)
+    torch.testing.assert_close(got, layer(inputs), atol=1e-12, rtol=1e-12)
+
+
 def test_dropout_is_off_and_the_result_repeats():
     functional = FunctionalModel(vit(hidden_dropout_prob=0.5).train())
     first, second = (functional.logits(functional.parameters(), {"pixel_values": pixels()}) for _ in range(2))

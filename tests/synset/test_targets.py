@@ -1,0 +1,65 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+
+from hf_rgm.modeling import FunctionalModel
+from hf_rgm.rows import CachedBatches, RowReader
+from hf_rgm.synset.targets import cluster_gradients, row_losses
+from hf_rgm.testing import tiny_recorded_run
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 256])
+def test_cluster_gradients_equal_a_loop_over_rows(batch_size):
+    run = tiny_recorded_run()
+    model = FunctionalModel(run.model)
+    states = [run.trajectory.state(step).parameters for step in (10, 48)]
+    rows = [run.clusters.rows(k) for k in range(6)]
+    batches = CachedBatches(RowReader(run.train_dataset, model), rows, batch_size=batch_size)
+    got = cluster_gradients(model, states, batches, [4, 0], num_rows=48)
+    for index, state in enumerate(states):
+        for position, cluster in enumerate([4, 0]):
+            expected = torch.zeros(model.num_parameters)
+            for row in rows[cluster]:
+                parameters = {name: value.clone().requires_grad_() for name, value in state.items()}
+                inputs = {"pixel_values": run.train_dataset[int(row)]["pixel_values"][None]}
+                loss = cross_entropy(model.logits(parameters, inputs), run.train_dataset[int(row)]["labels"][None])
+                loss.backward()
+                expected += model.space.flatten({name: p.grad for name, p in parameters.items()}) / 48
+            torch.testing.assert_close(got[index, position], expected, atol=1e-6, rtol=1e-4)
+
+
+def test_all_clusters_together_give_the_gradient_of_the_training_loss():
+    run = tiny_recorded_run()
+    model = FunctionalModel(run.model)
+    state = run.trajectory.state(19).parameters
+    rows = [run.clusters.rows(k) for k in range(6)]
+    batches = CachedBatches(RowReader(run.train_dataset, model), rows, batch_size=7)
+    parts = cluster_gradients(model, [state], batches, range(6), num_rows=48)[0]
+    everything = run.train_dataset[np.arange(48)]
+    total = torch.func.grad(
+        lambda p: cross_entropy(model.logits(p, {"pixel_values": everything["pixel_values"]}), everything["labels"])
+    )(state)
+    torch.testing.assert_close(parts.sum(0), model.space.flatten(total), atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("label", [-1, 3, -100])
+def test_a_label_out_of_range_is_named(label):
+    with pytest.raises(ValueError, match=f"Label {label} is out of range for a model with 3 classes"):
+        row_losses(torch.zeros(2, 3), torch.tensor([0, label]))
+
+
+@pytest.mark.parametrize(
+    ("logits", "labels"),
+    [
+        (torch.zeros(2, 4, 3), torch.zeros(2, 4, dtype=torch.int64)),
+        (torch.zeros(2, 3), torch.zeros(2, 3)),
+        (torch.zeros(2, 1), torch.zeros(2)),
+    ],
+    ids=["token labels", "multi-label", "regression"],
+)
+def test_other_problems_are_refused(logits, labels):
+    with pytest.raises(NotImplementedError, match="Single-label classification"):
+        row_losses(logits, labels)
