@@ -88,7 +88,7 @@ class FunctionalModel:
     Evaluates an unmodified model at any value of its trainable parameters, differentiably to any order.
 
     Works on a private float32 copy with eager attention in evaluation mode (no dropout, no gradient checkpointing), so
-    that the user's model is left as it is. Frozen float32 parameters are shared with the original, not copied.
+    that the user's model is left as it is. Frozen float32 parameters share their memory with the original.
 
     Args:
         model (`torch.nn.Module`): A `PreTrainedModel`, a PEFT model, or any module whose forward takes keyword
@@ -129,13 +129,13 @@ class FunctionalModel:
         self.main_input_name = main_input_name(model)
         self.forward_arguments = forward_arguments(model)
         shared = {
-            id(parameter): parameter
+            id(parameter): nn.Parameter(parameter.detach(), requires_grad=False)
             for name, parameter in own.items()
             if name not in self.space.names and parameter.dtype == torch.float32 and parameter.device == self.device
         }
         # Mixed-precision training leaves its autocast wrapped around the forward; the copy computes in float32.
         clone = extract_model_from_parallel(copy.deepcopy(model, shared), keep_fp32_wrapper=False)
-        self.module = _prepare(clone).to(self.device)
+        self.module = _prepare(clone).to(self.device).requires_grad_(False)
 
     @property
     def num_parameters(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import time
 from pathlib import Path
@@ -90,7 +91,9 @@ class ReverseGradientMatchingDistiller:
         self.trajectory = trajectory if isinstance(trajectory, Trajectory) else Trajectory.load(trajectory)
         self.clusters = clusters
         self.disable_tqdm = disable_tqdm
-        self.model = FunctionalModel(model, device=self.accelerator.device)
+        self.model = FunctionalModel(
+            model, trainable_names=tuple(self.trajectory.parameter_shapes), device=self.accelerator.device
+        )
         self.inputs = ContinuousInputs(self.model)
         self.reader = RowReader(
             train_dataset, self.model, data_collator=data_collator, remove_unused_columns=remove_unused_columns
@@ -108,8 +111,8 @@ class ReverseGradientMatchingDistiller:
         if expected != found:
             different = sorted(set(expected.items()) ^ set(found.items()))
             raise ValueError(
-                f"The model's trainable parameters are not the recorded ones; first difference: {different[0]}. Pass "
-                "the model that was trained, with the same parameters requiring gradients."
+                f"The model's parameters have other shapes than the recorded ones; first difference: {different[0]}. "
+                "Pass the model that was trained."
             )
         if len(self.reader) != trajectory.num_rows:
             raise ValueError(
@@ -138,7 +141,7 @@ class ReverseGradientMatchingDistiller:
             "config": self.config.to_dict(),
             "parameters_sha256": parameters_sha256(self.model.parameters()),
             "dataset_fingerprint": self.trajectory.dataset_fingerprint,
-            "cluster_sizes": [int(size) for size in self.clusters.sizes],
+            "cluster_ids_sha256": hashlib.sha256(self.clusters.cluster_ids.tobytes()).hexdigest(),
             "matched_steps": list(self.matched_steps),
         }
 
