@@ -147,14 +147,15 @@ def test_flash_kernels_are_allowed_again_afterwards():
         pass
 
 
-def test_frozen_parameters_are_shared_and_trainable_ones_are_not():
+def test_frozen_parameters_share_memory_and_trainable_ones_do_not():
     model = vit()
     model.vit.requires_grad_(False)
     functional = FunctionalModel(model)
     assert functional.space.names == ("classifier.weight", "classifier.bias")
     own = dict(functional.module.named_parameters())
     for name, parameter in model.named_parameters():
-        assert (own[name] is parameter) == name.startswith("vit.")
+        assert (own[name].data_ptr() == parameter.data_ptr()) == name.startswith("vit.")
+        assert not own[name].requires_grad
 
 
 def test_frozen_bfloat16_parameters_stay_bfloat16_in_the_users_model():
