@@ -1,0 +1,133 @@
+"""Attribution methods behind one interface."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from datasets import Dataset
+
+from benchmarks.tasks import Task
+from hf_rgm import Attributor, DistillationConfig, ReverseGradientMatchingDistiller, Synset, TrajectoryCallback
+
+
+@dataclass
+class Recorded:
+    """
+    The recorded run of a task (seed 0), trained once and shared by all methods.
+
+    Args:
+        task (`Task`): The task.
+        folder (`Path`): Where the trajectory goes.
+        num_states (`int`, *optional*, defaults to `8`): Recorded states.
+    """
+
+    task: Task
+    folder: Path
+    num_states: int = 8
+    training_seconds: float = field(init=False)
+    _synsets: dict[int, tuple[Synset, float]] = field(init=False, default_factory=dict)
+
+    def __post_init__(self) -> None:
+        callback = TrajectoryCallback(self.folder, num_states=self.num_states)
+        trainer = self.task.build_trainer(self.task.train, 0, callbacks=[callback])
+        start = time.perf_counter()
+        trainer.train()
+        self.training_seconds = time.perf_counter() - start
+        self.model = trainer.model
+        self.summary = callback.summary()
+
+    def synset(self, samples_per_cluster: int) -> tuple[Synset, float]:
+        """A synset and the seconds it took, distilled at most once."""
+        if samples_per_cluster not in self._synsets:
+            start = time.perf_counter()
+            distiller = ReverseGradientMatchingDistiller(
+                self.model,
+                self.folder,
+                self.task.train,
+                self.task.clusters,
+                config=DistillationConfig(samples_per_cluster=samples_per_cluster),
+                disable_tqdm=True,
+            )
+            self._synsets[samples_per_cluster] = distiller.distill(), time.perf_counter() - start
+        return self._synsets[samples_per_cluster]
+
+
+@dataclass
+class Prediction:
+    """
+    What a method says about some queries.
+
+    Args:
+        cluster_scores (`np.ndarray`): `(num_queries, num_clusters)`.
+        row_scores (`np.ndarray`, *optional*): `(num_queries, num_rows)`.
+        cluster_subset_values (`np.ndarray`, *optional*): `(num_queries, num_cluster_masks)`, for methods that predict
+            the objective of a subset directly; sums of cluster scores otherwise.
+        offline_seconds, online_seconds (`float`): Cost before any query is known, and after.
+        details (`dict`): What else to keep.
+    """
+
+    cluster_scores: np.ndarray
+    row_scores: np.ndarray | None = None
+    cluster_subset_values: np.ndarray | None = None
+    offline_seconds: float = 0.0
+    online_seconds: float = 0.0
+    details: dict = field(default_factory=dict)
+
+
+Method = Callable[[Recorded, Dataset], Prediction]
+
+
+def adjoint(samples_per_cluster: int, **settings) -> Method:
+    """Scores of rows by the adjoint, summed for clusters."""
+
+    def run(recorded: Recorded, queries: Dataset) -> Prediction:
+        synset, seconds = recorded.synset(samples_per_cluster)
+        start = time.perf_counter()
+        result = Attributor(recorded.model, synset, disable_tqdm=True).attribute(
+            queries, rows=recorded.task.train, **settings
+        )
+        return Prediction(
+            result.scores,
+            result.row_scores,
+            offline_seconds=seconds,
+            online_seconds=time.perf_counter() - start,
+            details={"matching_error": synset.matching_error},
+        )
+
+    return run
+
+
+def replay(samples_per_cluster: int, *, anchored: bool = True, **settings) -> Method:
+    """Leave-one-out and subsets by replay."""
+
+    def run(recorded: Recorded, queries: Dataset) -> Prediction:
+        synset, seconds = recorded.synset(samples_per_cluster)
+        attributor = Attributor(recorded.model, synset, disable_tqdm=True)
+        masks = torch.from_numpy(recorded.task.cluster_masks().astype(np.float32))
+        start = time.perf_counter()
+        engine = "replay" if anchored else "plain_replay"
+        result = attributor.attribute(queries, engine=engine, **settings)
+        subsets = attributor.replayed_values(queries, masks, anchored=anchored, **settings)
+        return Prediction(
+            result.scores,
+            cluster_subset_values=subsets.T,
+            offline_seconds=seconds,
+            online_seconds=time.perf_counter() - start,
+            details={"matching_error": synset.matching_error, "replayed_models": len(masks) + masks.shape[1]},
+        )
+
+    return run
+
+
+METHODS: dict[str, Method] = {
+    "adjoint, 1 per cluster": adjoint(1),
+    "adjoint, 2 per cluster": adjoint(2),
+    "anchored replay, 1 per cluster": replay(1),
+    "anchored replay, 3 per cluster": replay(3),
+    "plain replay, 3 per cluster": replay(3, anchored=False),
+}
