@@ -6,19 +6,17 @@ import logging
 
 import torch
 from torch import Tensor
-from torch.func import grad, vmap
 
-from hf_rgm.attribution.curvature import GaussNewton
-from hf_rgm.attribution.path import RecordedPath, adjoint_step
-from hf_rgm.exceptions import DivergenceError
 from hf_rgm.modeling import FunctionalModel
 from hf_rgm.rows import RowReader
+from hf_rgm.synset.curvature import GaussNewton
 from hf_rgm.synset.inputs import ContinuousInputs
 from hf_rgm.synset.matching import SynsetGradients, SyntheticSamples
+from hf_rgm.synset.targets import row_gradients
+from hf_rgm.trajectory.path import RecordedPath, adjoint_directions
 
 logger = logging.getLogger(__name__)
 
-MAX_GROWTH = 100.0
 MAX_INTEGRATION_STEPS = 500
 
 
@@ -57,7 +55,6 @@ class AdjointEngine:
             stride = max(1, -(-round((1 - rewind) * trajectory.num_steps) // MAX_INTEGRATION_STEPS))
         self.path = RecordedPath(trajectory, model.space, model.device, rewind=rewind, stride=stride)
         self._max_bytes = max_bytes
-        self._curvatures: dict[int, GaussNewton] = {}
 
     def directions(self, gradients: Tensor) -> dict[int, Tensor]:
         """
@@ -73,28 +70,7 @@ class AdjointEngine:
         Raises:
             DivergenceError: If sensitivities grow without bound going back.
         """
-        bound = MAX_GROWTH * gradients.norm(dim=1).clamp_min(torch.finfo(gradients.dtype).tiny)
-        sensitivity, momentum = gradients.clone(), torch.zeros_like(gradients)
-        result: dict[int, Tensor] = {}
-        for step in reversed(self.path.steps()):
-            raw, momentum = adjoint_step(step, sensitivity, momentum)
-            u = step.gradient_scale * raw
-            if step.nearest_state in result:
-                result[step.nearest_state] += u
-            else:
-                result[step.nearest_state] = u.clone()
-            sensitivity = (1 - step.decoupled_decay) * sensitivity + step.coupled_decay * raw
-            sensitivity += self._curvature(step.nearest_state).product(u)
-            norm = sensitivity.norm(dim=1)
-            if not bool((norm <= bound).all()):
-                worst = int((norm / bound).nan_to_num(nan=torch.inf).argmax())
-                raise DivergenceError(
-                    f"The adjoint diverged at training step {step.step}: the sensitivity of objective value {worst} "
-                    f"grew to {float(norm[worst]):.3g}, {MAX_GROWTH:g} times its start or more. Use a smaller "
-                    f"`stride` (now {self.path.stride}), a later `rewind` (now from step {self.path.start}), or "
-                    "record more states."
-                )
-        return result
+        return adjoint_directions(self.path, gradients, self._curvature)
 
     def cluster_scores(self, gradients: Tensor) -> Tensor:
         """
@@ -140,8 +116,8 @@ class AdjointEngine:
                 rows = range(start, min(start + batch_size, num_rows))
                 inputs, labels = reader.batch(rows)
                 for state, direction in directions.items():
-                    row_gradients = self._row_gradients(self._named(state), inputs, labels)
-                    result[queries, start : rows.stop] += direction @ row_gradients.T / num_rows
+                    gradients_of_rows = row_gradients(self.model, self._named(state), inputs, labels)
+                    result[queries, start : rows.stop] += direction @ gradients_of_rows.T / num_rows
         return result
 
     def _by_query(self, gradients: Tensor):
@@ -152,17 +128,12 @@ class AdjointEngine:
     def _named(self, state: int) -> dict[str, Tensor]:
         return self.model.space.unflatten(self.path.state(state))
 
-    def _curvature(self, state: int) -> GaussNewton:
-        if state not in self._curvatures:
-            self._curvatures.clear()
-            self._curvatures[state] = GaussNewton(
-                self.model, self.inputs, self.samples, self.path.state(state), max_bytes=self._max_bytes
-            )
-        return self._curvatures[state]
-
-    def _row_gradients(self, parameters: dict[str, Tensor], inputs: dict[str, Tensor], labels: Tensor) -> Tensor:
-        def loss(p: dict[str, Tensor], x: dict[str, Tensor], y: Tensor) -> Tensor:
-            logits = self.model.logits(p, {name: value[None] for name, value in x.items()})
-            return -(logits.log_softmax(-1)[0].gather(-1, y[None])[0])
-
-        return self.model.space.flatten(vmap(grad(loss), in_dims=(None, 0, 0))(parameters, inputs, labels))
+    def _curvature(self, state: int):
+        return GaussNewton(
+            self.model,
+            self.inputs,
+            self.samples.inputs.flatten(0, 1),
+            self.samples.log_weights.flatten().exp(),
+            self.path.state(state),
+            max_bytes=self._max_bytes,
+        ).product

@@ -9,12 +9,12 @@ from torch import Tensor
 from torch.func import grad, vmap
 from tqdm.auto import tqdm
 
-from hf_rgm.attribution.path import RecordedPath, deviation_step
 from hf_rgm.exceptions import DivergenceError
 from hf_rgm.modeling import FunctionalModel
 from hf_rgm.synset.inputs import ContinuousInputs
 from hf_rgm.synset.matching import SyntheticSamples, soft_cross_entropy
 from hf_rgm.trajectory.optimizers import apply_update
+from hf_rgm.trajectory.path import RecordedPath, deviation_step
 
 logger = logging.getLogger(__name__)
 

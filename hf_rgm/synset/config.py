@@ -27,6 +27,9 @@ class DistillationConfig:
         target_smoothing (`float`, *optional*, defaults to `0.1`): Mass that the first targets take from the label.
         total_gradient_weight (`float`, *optional*, defaults to `0.0`): tau, weight of the match of the summed
             gradient; only plain replay from the final state needs it.
+        curvature_weight (`float`, *optional*, defaults to `0.1`): Weight of the match of the curvature, beside that of
+            the gradients; 0 leaves it out.
+        num_probes (`int`, *optional*, defaults to `64`): Directions in which the curvature is matched.
         curriculum_tolerance (`float`, *optional*, defaults to `0.05`): Matching error at which earlier states join.
         batch_size (`int`, *optional*, defaults to `256`): Real rows in one backward pass.
         cluster_block_size (`int`, *optional*, defaults to `128`): Clusters distilled together; finished blocks are
@@ -43,6 +46,8 @@ class DistillationConfig:
     weight_learning_rate: float = field(default=0.03, metadata={"help": "Adam's rate for log-weights."})
     target_smoothing: float = field(default=0.1, metadata={"help": "Mass the first targets take from the label."})
     total_gradient_weight: float = field(default=0.0, metadata={"help": "Weight of the summed gradient's match."})
+    curvature_weight: float = field(default=0.1, metadata={"help": "Weight of the curvature's match, or 0."})
+    num_probes: int = field(default=64, metadata={"help": "Directions in which the curvature is matched."})
     curriculum_tolerance: float = field(default=0.05, metadata={"help": "Error at which earlier states join."})
     batch_size: int = field(default=256, metadata={"help": "Real rows in one backward pass."})
     cluster_block_size: int = field(default=128, metadata={"help": "Clusters distilled together."})
@@ -55,6 +60,7 @@ class DistillationConfig:
             "states_per_iteration",
             "batch_size",
             "cluster_block_size",
+            "num_probes",
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
@@ -63,10 +69,9 @@ class DistillationConfig:
                 raise ValueError(f"`{name}` must be a positive number, got {getattr(self, name)}.")
         if not 0 < self.target_smoothing < 1:
             raise ValueError(f"`target_smoothing` must lie between 0 and 1, got {self.target_smoothing}.")
-        if not 0 <= self.total_gradient_weight < float("inf"):
-            raise ValueError(
-                f"`total_gradient_weight` must be a finite number and not negative, got {self.total_gradient_weight}."
-            )
+        for name in ("total_gradient_weight", "curvature_weight"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ValueError(f"`{name}` must be a finite number and not negative, got {getattr(self, name)}.")
         if self.init not in INITIALISATIONS:
             raise ValueError(f"`init` must be one of {', '.join(INITIALISATIONS)}, got {self.init!r}.")
 

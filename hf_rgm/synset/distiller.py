@@ -12,31 +12,23 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from hf_rgm.clusters import ClusterMap
-from hf_rgm.exceptions import DivergenceError
 from hf_rgm.modeling import FunctionalModel, parameters_sha256
 from hf_rgm.rows import CachedBatches, DataCollator, RowReader
 from hf_rgm.synset.blocks import BlockStore
 from hf_rgm.synset.config import DistillationConfig
 from hf_rgm.synset.initialisation import initial_samples
 from hf_rgm.synset.inputs import ContinuousInputs
-from hf_rgm.synset.matching import (
-    ReverseCurriculum,
-    SynsetGradients,
-    SyntheticSamples,
-    cluster_residuals,
-    matching_error,
-)
+from hf_rgm.synset.learner import BlockLearner, BlockTargets
+from hf_rgm.synset.matching import SyntheticSamples
+from hf_rgm.synset.probes import curvature_probes
 from hf_rgm.synset.synset import Synset
-from hf_rgm.synset.targets import cluster_gradients
+from hf_rgm.synset.targets import cluster_gradients, curvature_products
 from hf_rgm.trajectory.fingerprint import dataset_fingerprint
 from hf_rgm.trajectory.storage import Trajectory
 
 logger = logging.getLogger(__name__)
-
-DIVERGED_FACTOR = 100.0
 
 
 class ReverseGradientMatchingDistiller:
@@ -157,19 +149,19 @@ class ReverseGradientMatchingDistiller:
             ValueError: If the data holds NaN, labels out of range, or inputs that are not continuous.
         """
         start = time.perf_counter()
-        states = [
-            {name: value.to(self.model.device) for name, value in self.trajectory.state(step).parameters.items()}
-            for step in self.matched_steps
-        ]
+        states = torch.stack(
+            [self.model.space.flatten(self.trajectory.state(step).parameters) for step in self.matched_steps]
+        ).to(self.model.device)
         size = self.config.cluster_block_size
         blocks = [range(k, min(k + size, len(self.rows))) for k in range(0, len(self.rows), size)]
         mine = blocks[self.accelerator.process_index :: self.accelerator.num_processes]
         finished = []
         with self.model.differentiable():
+            probes = self._probes()
             for block in mine:
                 done = self._store.read(block) if self._store else None
                 if done is None:
-                    done = self._distill_block(block, states)
+                    done = self._distill_block(block, states, probes)
                     if self._store:
                         self._store.write(block, done)
                 finished.append((block.start, done))
@@ -194,75 +186,51 @@ class ReverseGradientMatchingDistiller:
             },
         )
 
-    def _distill_block(self, block: range, states: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-        config = self.config
-        real = cluster_gradients(self.model, states, self.batches, block, len(self.reader))
-        num_labels = self._num_labels(states[-1])
-        samples = initial_samples(self.reader, self.batches, self.rows, block, self.inputs, num_labels, config)
-        scale = samples.inputs.std().clamp_min(1e-6)
-        for tensor in samples.tensors():
-            tensor.requires_grad_()
-        optimizer = torch.optim.Adam(
-            [
-                {"params": [samples.inputs], "lr": config.input_learning_rate * float(scale)},
-                {"params": [samples.targets], "lr": config.target_learning_rate},
-                {"params": [samples.log_weights], "lr": config.weight_learning_rate},
-            ]
+    def _distill_block(self, block: range, states: Tensor, probes: Tensor | None) -> dict[str, Tensor]:
+        config, model, num_rows = self.config, self.model, len(self.reader)
+        named = [model.space.unflatten(state) for state in states]
+        targets = BlockTargets(
+            names=[self.clusters.names[cluster] for cluster in block],
+            steps=self.matched_steps,
+            states=states,
+            gradients=cluster_gradients(model, named, self.batches, block, num_rows),
         )
-        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.num_iterations)
-        gradients = SynsetGradients(self.model, self.inputs)
-        curriculum = ReverseCurriculum(
-            len(states),
-            config.num_iterations,
-            config.states_per_iteration,
-            config.curriculum_tolerance,
-            torch.Generator().manual_seed(config.seed * 1_000_003 + block.start),
+        if probes is not None:
+            targets.probes = probes
+            targets.products = curvature_products(
+                model, self.inputs, list(states), probes, self.batches, block, num_rows
+            )
+        start = initial_samples(
+            self.reader, self.batches, self.rows, block, self.inputs, self._num_labels(named[-1]), config
         )
-        progress = tqdm(
-            curriculum,
-            total=config.num_iterations,
-            desc=f"Distilling clusters {block.start}-{block.stop - 1}",
-            disable=self.disable_tqdm or not self.accelerator.is_local_main_process,
+        generator = torch.Generator().manual_seed(config.seed * 1_000_003 + block.start)
+        learner = BlockLearner(model, self.inputs, targets, config, generator)
+        samples = learner.learn(
+            start,
+            description=f"Distilling clusters {block.start}-{block.stop - 1}",
+            disable_tqdm=self.disable_tqdm or not self.accelerator.is_local_main_process,
         )
-        first: dict[int, float] = {}
-        for batch in progress:
-            optimizer.zero_grad()
-            errors = {}
-            for index in batch:
-                error = matching_error(gradients(states[index], samples), real[index], config.total_gradient_weight)
-                error.backward()
-                errors[index] = error.item()
-                if not errors[index] < DIVERGED_FACTOR * first.setdefault(index, max(errors[index], 1.0)):
-                    self._raise_diverged(block, index, gradients(states[index], samples).detach(), real[index])
-            optimizer.step()
-            scheduler.step()
-            curriculum.report(errors)
-            progress.set_postfix(matching_error=f"{sum(errors.values()) / len(errors):.4f}", refresh=False)
-        samples = samples.detach()
-        residuals = torch.stack(
-            [cluster_residuals(gradients(s, samples).detach(), r) for s, r in zip(states, real, strict=True)]
-        )
-        if not torch.isfinite(residuals).all():
-            index = int(torch.nonzero(~torch.isfinite(residuals))[0, 0])
-            self._raise_diverged(block, index, gradients(states[index], samples).detach(), real[index])
         return {
             "inputs": samples.inputs.cpu(),
             "targets": samples.targets.cpu(),
             "log_weights": samples.log_weights.cpu(),
-            "residuals": residuals.cpu(),
+            "residuals": learner.residuals(samples).cpu(),
         }
+
+    def _probes(self) -> Tensor | None:
+        if not self.config.curvature_weight:
+            return None
+        return curvature_probes(
+            self.model,
+            self.inputs,
+            self.reader,
+            self.trajectory,
+            self.matched_steps,
+            num_probes=min(self.config.num_probes, len(self.reader)),
+            seed=self.config.seed,
+        )
 
     def _num_labels(self, state: dict[str, Tensor]) -> int:
         inputs, _ = self.reader.batch([0])
         with torch.no_grad():
             return self.model.logits(state, inputs).shape[-1]
-
-    def _raise_diverged(self, block: range, index: int, synthetic: Tensor, real: Tensor) -> None:
-        worst = int(cluster_residuals(synthetic, real).nan_to_num(nan=torch.inf).argmax())
-        name = self.clusters.names[block[worst]]
-        raise DivergenceError(
-            f"Distillation diverged at cluster {name!r} (index {block[worst]}), recorded step "
-            f"{self.matched_steps[index]}. Nothing was saved for this block. Lower `input_learning_rate` "
-            f"(now {self.config.input_learning_rate}) and `target_learning_rate` "
-            f"(now {self.config.target_learning_rate})."
-        )

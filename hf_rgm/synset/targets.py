@@ -6,10 +6,13 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.func import grad, vmap
 from torch.nn.functional import cross_entropy
 
 from hf_rgm.modeling import FunctionalModel
 from hf_rgm.rows import CachedBatches
+from hf_rgm.synset.curvature import GaussNewton
+from hf_rgm.synset.inputs import ContinuousInputs
 
 
 def row_losses(logits: Tensor, labels: Tensor) -> Tensor:
@@ -76,4 +79,61 @@ def cluster_gradients(
                 loss = row_losses(model.logits(parameters, inputs), labels).sum() / num_rows
                 gradients = torch.autograd.grad(loss, list(parameters.values()), materialize_grads=True)
                 result[index, position] += model.space.flatten(dict(zip(parameters, gradients, strict=True)))
+    return result
+
+
+def row_gradients(
+    model: FunctionalModel, parameters: dict[str, Tensor], inputs: dict[str, Tensor], labels: Tensor
+) -> Tensor:
+    """
+    Gradient of each row's cross entropy.
+
+    Args:
+        model (`FunctionalModel`): The model as a function of its parameters.
+        parameters (`dict[str, Tensor]`): Where.
+        inputs (`dict[str, Tensor]`): The forward's keyword arguments, first dimension `batch_size`.
+        labels (`Tensor`): `(batch_size,)`, int64.
+
+    Returns:
+        `Tensor`: `(batch_size, num_parameters)`, float32.
+    """
+
+    def loss(p: dict[str, Tensor], x: dict[str, Tensor], y: Tensor) -> Tensor:
+        logits = model.logits(p, {name: value[None] for name, value in x.items()})
+        return -(logits.log_softmax(-1)[0].gather(-1, y[None])[0])
+
+    return model.space.flatten(vmap(grad(loss), in_dims=(None, 0, 0))(parameters, inputs, labels))
+
+
+def curvature_products(
+    model: FunctionalModel,
+    inputs: ContinuousInputs,
+    states: Sequence[Tensor],
+    probes: Tensor,
+    batches: CachedBatches,
+    clusters: Sequence[int],
+    num_rows: int,
+) -> Tensor:
+    """
+    Product of the data's Gauss-Newton matrix, restricted to some clusters, with probe directions.
+
+    Args:
+        model (`FunctionalModel`): The model as a function of its parameters.
+        inputs (`ContinuousInputs`): The continuous input space.
+        states (`Sequence[Tensor]`): Parameters of each state, `(num_parameters,)`.
+        probes (`Tensor`): `(num_states, num_probes, num_parameters)`.
+        batches (`CachedBatches`): One group of rows per cluster.
+        clusters (`Sequence[int]`): The groups whose rows count.
+        num_rows (`int`): n, the rows of the whole training set.
+
+    Returns:
+        `Tensor`: `(num_states, num_probes, num_parameters)`, float32.
+    """
+    result = torch.zeros_like(probes)
+    for cluster in clusters:
+        for batch, _ in batches.group(cluster):
+            samples = inputs.from_batch(batch)
+            weights = torch.full((len(samples),), 1 / num_rows, device=samples.device)
+            for index, state in enumerate(states):
+                result[index] += GaussNewton(model, inputs, samples, weights, state).product(probes[index])
     return result

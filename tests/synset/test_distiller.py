@@ -115,11 +115,11 @@ def test_a_killed_distillation_continues_as_if_never_killed(tmp_path, monkeypatc
     uninterrupted = distiller(cluster_block_size=2).distill()
     original, done = ReverseGradientMatchingDistiller._distill_block, []
 
-    def dying(self, block, states):
+    def dying(self, block, *rest):
         if done:
             raise KeyboardInterrupt
         done.append(block)
-        return original(self, block, states)
+        return original(self, block, *rest)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(ReverseGradientMatchingDistiller, "_distill_block", dying)
@@ -128,7 +128,7 @@ def test_a_killed_distillation_continues_as_if_never_killed(tmp_path, monkeypatc
 
     def counting(self, block, states):
         done.append(block)
-        return original(self, block, states)
+        return original(self, block, *rest)
 
     monkeypatch.setattr(ReverseGradientMatchingDistiller, "_distill_block", counting)
     assert same(distiller(**settings).distill(), uninterrupted)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from hf_rgm.exceptions import DivergenceError
 from hf_rgm.modeling import ParameterSpace
 from hf_rgm.trajectory.storage import Trajectory
+
+MAX_GROWTH = 100.0
 
 
 @dataclass(frozen=True)
@@ -203,3 +207,44 @@ def adjoint_step(step: LinearStep, sensitivity: Tensor, momentum: Tensor) -> tup
         return step.gain * (momentum + pushed), momentum
     momentum = step.momentum * momentum + pushed
     return step.gain * momentum, momentum
+
+
+def adjoint_directions(
+    path: RecordedPath, gradients: Tensor, curvature: Callable[[int], Callable[[Tensor], Tensor]]
+) -> dict[int, Tensor]:
+    """
+    Sensitivity of each objective to the training gradient, summed over the steps nearest to each recorded state.
+
+    Args:
+        path (`RecordedPath`): Integration steps.
+        gradients (`Tensor`): `(num_values, num_parameters)`, gradients of the objectives at the final parameters.
+        curvature (`Callable`): Takes a recorded step and returns the product with the curvature there, which maps
+            `(num_values, num_parameters)` to the same shape. Asked once for each recorded state in use.
+
+    Returns:
+        `dict[int, Tensor]`: recorded step to `(num_values, num_parameters)`: adding `eps * g` to the training gradient
+        there raises objective i by `eps * <direction_i, g>`.
+
+    Raises:
+        DivergenceError: If sensitivities grow without bound going back.
+    """
+    bound = MAX_GROWTH * gradients.norm(dim=1).clamp_min(torch.finfo(gradients.dtype).tiny)
+    sensitivity, momentum = gradients.clone(), torch.zeros_like(gradients)
+    result: dict[int, Tensor] = {}
+    product, product_at = None, None
+    for step in reversed(path.steps()):
+        raw, momentum = adjoint_step(step, sensitivity, momentum)
+        u = step.gradient_scale * raw
+        result[step.nearest_state] = result[step.nearest_state] + u if step.nearest_state in result else u
+        if product is None or product_at != step.nearest_state:
+            product, product_at = curvature(step.nearest_state), step.nearest_state
+        sensitivity = (1 - step.decoupled_decay) * sensitivity + step.coupled_decay * raw + product(u)
+        norm = sensitivity.norm(dim=1)
+        if not bool((norm <= bound).all()):
+            worst = int((norm / bound).nan_to_num(nan=torch.inf).argmax())
+            raise DivergenceError(
+                f"The adjoint diverged at training step {step.step}: the sensitivity of objective value {worst} "
+                f"grew to {float(norm[worst]):.3g}, {MAX_GROWTH:g} times its start or more. Use a smaller `stride` "
+                f"(now {path.stride}), a later `rewind` (now from step {path.start}), or record more states."
+            )
+    return result

@@ -1,0 +1,83 @@
+"""Curvature of the training loss: products with the Gauss-Newton matrix of some samples."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.func import jacrev, jvp, vjp, vmap
+
+from hf_rgm.modeling import FunctionalModel
+from hf_rgm.synset.inputs import ContinuousInputs
+
+
+class GaussNewton:
+    """
+    `C = sum over samples s of w_s J_s' (diag p_s - p_s p_s') J_s` at one value of the parameters.
+
+    `J_s` is the Jacobian of the logits of sample s, `p_s` their softmax. Labels play no part, so the samples may be
+    synthetic or real. The Jacobian is kept where it fits in memory; else products go through the model forward (jvp)
+    and back (vjp). Products are differentiable in samples and weights.
+
+    Args:
+        model (`FunctionalModel`): The model as a function of its parameters.
+        inputs (`ContinuousInputs`): How samples become forward arguments.
+        samples (`Tensor`): `(num_samples, *input_shape)`, float32.
+        weights (`Tensor`): `(num_samples,)`, float32, `w_s`.
+        parameters (`Tensor`): `(num_parameters,)`, where the curvature is taken.
+        max_bytes (`int`, *optional*, defaults to `2**30`): Memory for the Jacobian.
+    """
+
+    def __init__(
+        self,
+        model: FunctionalModel,
+        inputs: ContinuousInputs,
+        samples: Tensor,
+        weights: Tensor,
+        parameters: Tensor,
+        *,
+        max_bytes: int = 2**30,
+    ) -> None:
+        self._model = model
+        self._inputs = inputs
+        self._samples = samples
+        self._weights = weights
+        self._parameters = model.space.unflatten(parameters)
+        self._probabilities = self._logits(self._parameters).softmax(-1)
+        bytes_needed = 4 * self._probabilities.numel() * model.num_parameters
+        self._jacobian = self._explicit_jacobian() if bytes_needed <= max_bytes else None
+
+    def product(self, vectors: Tensor) -> Tensor:
+        """
+        `C v` for each row of `vectors`.
+
+        Args:
+            vectors (`Tensor`): `(batch_size, num_parameters)`, float32.
+
+        Returns:
+            `Tensor`: `(batch_size, num_parameters)`, float32.
+        """
+        changes = self._logit_changes(vectors)
+        p = self._probabilities
+        scaled = self._weights[:, None] * p * (changes - (p * changes).sum(-1, keepdim=True))
+        if self._jacobian is not None:
+            return scaled.flatten(1) @ self._jacobian
+        pull_back = vjp(self._logits, self._parameters)[1]
+        return self._model.space.flatten(vmap(pull_back)(scaled)[0])
+
+    def _logit_changes(self, vectors: Tensor) -> Tensor:
+        """Directional derivatives of the logits: `(batch_size, num_samples, num_labels)`."""
+        if self._jacobian is not None:
+            return (vectors @ self._jacobian.T).unflatten(1, self._probabilities.shape)
+        directions = self._model.space.unflatten(vectors)
+        return vmap(lambda direction: jvp(self._logits, (self._parameters,), (direction,))[1])(directions)
+
+    def _logits(self, parameters: dict[str, Tensor]) -> Tensor:
+        return self._model.logits(parameters, self._inputs.to_forward(self._samples))
+
+    def _explicit_jacobian(self) -> Tensor:
+        """`(num_samples * num_labels, num_parameters)`."""
+
+        def one(parameters: dict[str, Tensor], sample: Tensor) -> Tensor:
+            return self._model.logits(parameters, self._inputs.to_forward(sample[None]))[0]
+
+        jacobian = vmap(jacrev(one), in_dims=(None, 0))(self._parameters, self._samples)
+        return self._model.space.flatten(jacobian).flatten(0, 1)

@@ -1,0 +1,176 @@
+"""Reverse gradient matching for one block of clusters."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from hf_rgm.exceptions import DivergenceError
+from hf_rgm.modeling import FunctionalModel
+from hf_rgm.synset.config import DistillationConfig
+from hf_rgm.synset.curvature import GaussNewton
+from hf_rgm.synset.inputs import ContinuousInputs
+from hf_rgm.synset.matching import (
+    ReverseCurriculum,
+    SynsetGradients,
+    SyntheticSamples,
+    cluster_residuals,
+    curvature_error,
+    matching_error,
+)
+
+DIVERGED_FACTOR = 100.0
+
+
+@dataclass
+class BlockTargets:
+    """
+    What the real rows of a block of clusters do at each matched state.
+
+    Args:
+        names (`Sequence[str]`): The clusters' names.
+        steps (`Sequence[int]`): Recorded step of each state.
+        states (`Tensor`): Parameters, `(num_states, num_parameters)`.
+        gradients (`Tensor`): `(num_states, num_clusters, num_parameters)`.
+        probes, products (`Tensor`, *optional*): Directions and the curvature times them,
+            `(num_states, num_probes, num_parameters)`; none where the curvature is not matched.
+    """
+
+    names: Sequence[str]
+    steps: Sequence[int]
+    states: Tensor
+    gradients: Tensor
+    probes: Tensor | None = None
+    products: Tensor | None = None
+
+
+class BlockLearner:
+    """
+    Learns the synthetic samples of a block by Adam on the matching error.
+
+    Args:
+        model (`FunctionalModel`): The model as a function of its parameters.
+        inputs (`ContinuousInputs`): The continuous input space.
+        targets (`BlockTargets`): What to match.
+        config (`DistillationConfig`): Settings.
+        generator (`torch.Generator`): Draws the states of each iteration.
+    """
+
+    def __init__(
+        self,
+        model: FunctionalModel,
+        inputs: ContinuousInputs,
+        targets: BlockTargets,
+        config: DistillationConfig,
+        generator: torch.Generator,
+    ) -> None:
+        self.model = model
+        self.inputs = inputs
+        self.targets = targets
+        self.config = config
+        self._generator = generator
+        self._gradients = SynsetGradients(model, inputs)
+        self._bounds: dict[int, float] = {}
+
+    def learn(self, start: SyntheticSamples, *, description: str, disable_tqdm: bool) -> SyntheticSamples:
+        """
+        Runs all iterations.
+
+        Args:
+            start (`SyntheticSamples`): Where to start; left as they are.
+            description (`str`): Text of the progress bar.
+            disable_tqdm (`bool`): No progress bar.
+
+        Returns:
+            `SyntheticSamples`: what was learned.
+
+        Raises:
+            DivergenceError: If the matching error becomes NaN, infinite or explodes.
+        """
+        config = self.config
+        samples = start.detach()
+        for tensor in samples.tensors():
+            tensor.requires_grad_()
+        input_scale = float(start.inputs.std().clamp_min(1e-6))
+        optimizer = torch.optim.Adam(
+            [
+                {"params": [samples.inputs], "lr": config.input_learning_rate * input_scale},
+                {"params": [samples.targets], "lr": config.target_learning_rate},
+                {"params": [samples.log_weights], "lr": config.weight_learning_rate},
+            ]
+        )
+        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.num_iterations)
+        num_states = len(self.targets.states)
+        curriculum = ReverseCurriculum(
+            num_states,
+            config.num_iterations,
+            config.states_per_iteration,
+            config.curriculum_tolerance,
+            self._generator,
+        )
+        progress = tqdm(curriculum, total=config.num_iterations, desc=description, disable=disable_tqdm)
+        for iteration, batch in enumerate(progress):
+            optimizer.zero_grad()
+            errors = {index: self._match(index, samples) for index in batch}
+            # The last state is in every batch; its curvature, matched best of all, only takes its turn.
+            self._match_curvature(batch[-1] if iteration % num_states else batch[0], samples)
+            optimizer.step()
+            scheduler.step()
+            curriculum.report(errors)
+            progress.set_postfix(matching_error=f"{sum(errors.values()) / len(errors):.4f}", refresh=False)
+        return samples.detach()
+
+    def residuals(self, samples: SyntheticSamples) -> Tensor:
+        """
+        Relative squared matching error of each cluster at each state: `(num_states, num_clusters)`, float32.
+
+        Raises:
+            DivergenceError: If one is NaN or infinite.
+        """
+        rows = []
+        for index, real in enumerate(self.targets.gradients):
+            synthetic = self._gradients(self._named(index), samples).detach()
+            rows.append(cluster_residuals(synthetic, real))
+            if not torch.isfinite(rows[-1]).all():
+                self._raise_diverged(index, synthetic)
+        return torch.stack(rows)
+
+    def _named(self, index: int) -> dict[str, Tensor]:
+        return self.model.space.unflatten(self.targets.states[index])
+
+    def _match(self, index: int, samples: SyntheticSamples) -> float:
+        """Adds the gradient of the matching error at one state to the samples' and returns the error."""
+        synthetic = self._gradients(self._named(index), samples)
+        error = matching_error(synthetic, self.targets.gradients[index], self.config.total_gradient_weight)
+        error.backward()
+        value = error.item()
+        if not value < self._bounds.setdefault(index, DIVERGED_FACTOR * max(value, 1.0)):
+            self._raise_diverged(index, synthetic.detach())
+        return value
+
+    def _match_curvature(self, index: int, samples: SyntheticSamples) -> None:
+        if self.targets.probes is None or self.targets.products is None:
+            return
+        curvature = GaussNewton(
+            self.model,
+            self.inputs,
+            samples.inputs.flatten(0, 1),
+            samples.log_weights.flatten().exp(),
+            self.targets.states[index],
+        )
+        error = curvature_error(curvature.product(self.targets.probes[index]), self.targets.products[index])
+        (self.config.curvature_weight * error).backward()
+
+    def _raise_diverged(self, index: int, synthetic: Tensor) -> None:
+        residuals = cluster_residuals(synthetic, self.targets.gradients[index])
+        worst = int(residuals.nan_to_num(nan=torch.inf).argmax())
+        raise DivergenceError(
+            f"Distillation diverged at cluster {self.targets.names[worst]!r}, recorded step "
+            f"{self.targets.steps[index]}. Nothing was saved for this block of clusters. Lower "
+            f"`input_learning_rate` (now {self.config.input_learning_rate}) and `target_learning_rate` (now "
+            f"{self.config.target_learning_rate})."
+        )
