@@ -15,6 +15,7 @@ from hf_rgm.modeling import FunctionalModel
 from hf_rgm.rows import RowReader
 from hf_rgm.synset.inputs import ContinuousInputs
 from hf_rgm.synset.matching import SynsetGradients, SyntheticSamples
+from hf_rgm.synset.targets import check_labels
 
 logger = logging.getLogger(__name__)
 
@@ -139,6 +140,7 @@ class AdjointEngine:
             for start in range(0, num_rows, batch_size):
                 rows = range(start, min(start + batch_size, num_rows))
                 inputs, labels = reader.batch(rows)
+                check_labels(labels, self.samples.targets.shape[-1])
                 for state, direction in directions.items():
                     row_gradients = self._row_gradients(self._named(state), inputs, labels)
                     result[queries, start : rows.stop] += direction @ row_gradients.T / num_rows

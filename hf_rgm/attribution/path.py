@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -72,7 +73,7 @@ class RecordedPath:
         if len(set(constants)) > 1:
             raise NotImplementedError(
                 "Parameter groups with different (betas, eps, momentum, dampening, nesterov) are not supported, got "
-                f"{constants[0]} and {next(c for c in constants if c != constants[0])}. Train all groups with the same."
+                f"{constants[0]} and {next(c for c in constants if c != constants[0])}. Train all alike."
             )
         self.trajectory = trajectory
         self.space = space
@@ -96,9 +97,20 @@ class RecordedPath:
         """Parameters interpolated between recorded states: `(num_parameters,)`, float32."""
         return self._interpolate(step, self.trajectory.state_steps, self._flat_parameters)
 
-    def nearest_state(self, step: float) -> int:
-        """The recorded step nearest to `step`; of two equally near ones, the later."""
-        return min(reversed(self.trajectory.state_steps), key=lambda s: abs(s - step))
+    def nearest_state(self, step: float, *, before: float = math.inf) -> int:
+        """
+        The recorded step nearest to `step`; of two equally near ones, the later.
+
+        Raises:
+            ValueError: If no state is recorded at a step smaller than `before`.
+        """
+        steps = [s for s in self.trajectory.state_steps if s < before]
+        if not steps:
+            raise ValueError(
+                f"No state before step {before} is recorded, only {list(self.trajectory.state_steps)}. Record more "
+                "states with `TrajectoryCallback(num_states=...)`."
+            )
+        return min(reversed(steps), key=lambda s: abs(s - step))
 
     def state(self, step: int) -> Tensor:
         """Parameters of a recorded state: `(num_parameters,)`, float32."""
