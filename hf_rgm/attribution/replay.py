@@ -84,7 +84,7 @@ class ReplayEngine:
         num_clusters = len(self.samples.log_weights)
         if masks.dim() != 2 or masks.shape[1] != num_clusters or not (torch.isfinite(masks) & (masks >= 0)).all():
             raise ValueError(
-                f"Masks must be finite, not negative and of shape (num_masks, {num_clusters}), one weight per cluster, "
+                f"Masks must be finite, not negative and of shape (num_masks, {num_clusters}), one weight a cluster, "
                 f"got shape {tuple(masks.shape)}."
             )
         masks = masks.to(self.model.device, torch.float32)
