@@ -194,7 +194,7 @@ class Attributor:
             `nn.Module`: a copy of the model of the same class, in evaluation mode.
 
         Raises:
-            KeyError: If a cluster does not exist.
+            KeyError, IndexError: If there is no cluster of a name or index.
             ValueError: If none or all are named.
         """
         chosen = sorted({self.synset.clusters.index(cluster) for cluster in _as_list(clusters)})

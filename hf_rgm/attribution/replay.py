@@ -143,7 +143,9 @@ class ReplayEngine:
         rows = []
         for vector, mask in zip(parameters, masks, strict=True):
             named = {k: v.detach().requires_grad_() for k, v in self.model.space.unflatten(vector).items()}
-            gradients = torch.autograd.grad(self._loss(named, mask), list(named.values()), materialize_grads=True)
+            with torch.enable_grad():
+                loss = self._loss(named, mask)
+            gradients = torch.autograd.grad(loss, list(named.values()), materialize_grads=True)
             rows.append(self.model.space.flatten(dict(zip(named, gradients, strict=True))))
         return torch.stack(rows)
 

@@ -153,7 +153,7 @@ class ReverseGradientMatchingDistiller:
         blocks = [range(k, min(k + size, len(self.rows))) for k in range(0, len(self.rows), size)]
         mine = blocks[self.accelerator.process_index :: self.accelerator.num_processes]
         finished = []
-        with self.model.differentiable():
+        with torch.enable_grad(), self.model.differentiable():
             for block in mine:
                 done = self._store.read(block) if self._store else None
                 if done is None:
