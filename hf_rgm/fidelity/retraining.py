@@ -56,8 +56,8 @@ def retrain(
         `np.ndarray`: `(num_subsets, num_seeds, num_values)`, float32.
 
     Raises:
-        ValueError: If there are no subsets or seeds, a subset is empty or names a row that is not there, or the file of
-            a finished retraining is damaged.
+        ValueError: If there are no subsets or seeds, a subset is empty or names a row that is not there, or the file
+            of a finished retraining is damaged.
     """
     for name, values in (("subsets", subsets), ("seeds", seeds)):
         if len(values) == 0:
