@@ -12,7 +12,7 @@ from hf_rgm.rows import RowReader
 from hf_rgm.synset.curvature import GaussNewton
 from hf_rgm.synset.inputs import ContinuousInputs
 from hf_rgm.synset.matching import SynsetGradients, SyntheticSamples
-from hf_rgm.synset.targets import row_gradients
+from hf_rgm.synset.targets import check_labels, row_gradients
 from hf_rgm.trajectory.path import RecordedPath, adjoint_directions
 
 logger = logging.getLogger(__name__)
@@ -115,6 +115,7 @@ class AdjointEngine:
             for start in range(0, num_rows, batch_size):
                 rows = range(start, min(start + batch_size, num_rows))
                 inputs, labels = reader.batch(rows)
+                check_labels(labels, self.samples.targets.shape[-1])
                 for state, direction in directions.items():
                     gradients_of_rows = row_gradients(self.model, self._named(state), inputs, labels)
                     result[queries, start : rows.stop] += direction @ gradients_of_rows.T / num_rows

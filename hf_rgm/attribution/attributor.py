@@ -111,6 +111,8 @@ class Attributor:
             raise ValueError(f'Row scores need `engine="adjoint"`, got {engine!r}.')
         if num_masks is not None and engine == "adjoint":
             raise ValueError(f'`num_masks` = {num_masks} is for replay engines; `engine="adjoint"` needs no masks.')
+        if num_masks is not None and num_masks < 2:
+            raise ValueError(f"`num_masks` must be at least 2, got {num_masks}. Use several times the clusters.")
         objective = resolve_objective(objective)
         reader = RowReader(queries, self.model, data_collator=data_collator, what="queries", predict_labels=True)
         batch = Queries(*reader.batch(range(len(reader))))
@@ -118,6 +120,7 @@ class Attributor:
         if rows is not None:
             row_reader = RowReader(rows, self.model, data_collator=data_collator)
             self.synset.clusters.check_num_rows(len(row_reader))
+            self.synset.trajectory.check_dataset(rows, what="rows")
         settings = {name: value for name, value in {"rewind": rewind, "stride": stride}.items() if value is not None}
         row_scores = None
         with self.model.differentiable():
@@ -130,11 +133,11 @@ class Attributor:
                 else:
                     row_scores = adjoint.row_scores(gradients, row_reader)
                     scores = self._sum_by_cluster(row_scores)
-                used = adjoint.path
+                start, stride = adjoint.path.start, adjoint.path.stride
             else:
                 replay = self._replay_engine(anchored=engine == "replay", **settings)
                 scores = self._replayed_scores(replay, objective, batch, values, num_masks, seed)
-                used = replay.path
+                start, stride = replay.start, replay.path.stride
         if query_ids is None:
             per_query = len(values) == len(batch)
             query_ids = range(len(values)) if per_query else [f"{objective.name} {i}" for i in range(len(values))]
@@ -149,8 +152,8 @@ class Attributor:
             objective_values=values.cpu().numpy(),
             engine=engine,
             metadata={
-                "rewind_step": used.start,
-                "stride": used.stride,
+                "rewind_step": start,
+                "stride": stride,
                 "num_steps": self.synset.trajectory.num_steps,
                 "num_masks": num_masks,
                 "parameters_sha256": self.synset.parameters_sha256,
@@ -191,7 +194,7 @@ class Attributor:
             `nn.Module`: a copy of the model of the same class, in evaluation mode.
 
         Raises:
-            KeyError: If a cluster does not exist.
+            KeyError, IndexError: If there is no cluster of a name or index.
             ValueError: If none or all are named.
         """
         chosen = sorted({self.synset.clusters.index(cluster) for cluster in _as_list(clusters)})

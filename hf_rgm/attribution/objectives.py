@@ -11,6 +11,7 @@ from torch.func import jacrev, vmap
 from torch.nn.functional import cross_entropy
 
 from hf_rgm.modeling import FunctionalModel
+from hf_rgm.synset.targets import check_classification
 
 Forward = Callable[[Mapping[str, Tensor]], Tensor]
 """A model at some parameters: maps the forward's keyword arguments to logits."""
@@ -77,10 +78,21 @@ class Objective:
 
         Returns:
             `Tensor`: `(num_values,)`, float32.
+
+        Raises:
+            NotImplementedError: If a named objective is asked for anything but single-label classification.
+            ValueError: If a label is out of range, or the values have another shape.
         """
         named = model.space.unflatten(parameters)
+
+        def forward(inputs: Mapping[str, Tensor]) -> Tensor:
+            logits = model.logits(named, inputs)
+            if OBJECTIVES.get(self.name) is self:
+                check_classification(logits, queries.labels)
+            return logits
+
         with torch.no_grad():
-            return self._checked(self.function(lambda inputs: model.logits(named, inputs), queries))
+            return self._checked(self.function(forward, queries))
 
     def gradients(self, model: FunctionalModel, parameters: Tensor, queries: Queries) -> Tensor:
         """

@@ -56,12 +56,14 @@ def ridge_scores(masks: Tensor, values: Tensor, *, penalty: float = 1e-2) -> Ten
         `Tensor`: `(num_values, num_clusters)`, float32; positive where presence raises the value.
 
     Raises:
-        ValueError: If the numbers of masks and values differ.
+        ValueError: If the numbers of masks and values differ, or all masks are equal.
     """
     if len(masks) != len(values):
         raise ValueError(f"{len(masks)} masks but {len(values)} rows of values. Pass one row of values per mask.")
     centred = (masks - masks.mean(0)).double()
     responses = (values - values.mean(0)).double()
+    if not centred.any():
+        raise ValueError(f"A regression needs masks that differ, got {len(masks)} equal ones. Draw more masks.")
     gram = centred.T @ centred
     gram += penalty * gram.diagonal().mean() * torch.eye(gram.shape[0], dtype=gram.dtype, device=gram.device)
     return torch.linalg.solve(gram, centred.T @ responses).T.float()

@@ -38,7 +38,8 @@ class AttributionPipeline(Pipeline):
         synset (`Synset`, `str` or `Path`): The synset, or its folder.
         force (`bool`, *optional*, defaults to `False`): Accept a model whose parameters are not the synset's.
         disable_tqdm (`bool`, *optional*, defaults to `False`): No progress bars.
-        kwargs: Passed to [`~transformers.Pipeline`].
+        kwargs: Options of [`AttributionPipeline.__call__`] that hold for every call, and what
+            [`~transformers.Pipeline`] takes.
 
     Raises:
         ParameterMismatchError: If model and synset do not belong together.
@@ -94,6 +95,7 @@ class AttributionPipeline(Pipeline):
         Returns:
             `AttributionResult`: one row of scores per query.
         """
+        options = {**self._options, **options}
         for name in ("batch_size", "num_workers"):
             options.pop(name, None)
         if isinstance(queries, dict):
@@ -107,6 +109,8 @@ class AttributionPipeline(Pipeline):
         return self.attributor.model_without(clusters, **options)
 
     def _sanitize_parameters(self, **options: Any) -> tuple[dict, dict, dict]:
+        # Called once, by the constructor of `Pipeline`, with the options it does not know.
+        self._options = options
         return {}, options, {}
 
     def preprocess(self, input_: Any, **_: Any) -> Any:

@@ -32,7 +32,7 @@ class ReplayEngine:
         stride (`int`, *optional*, defaults to `1`): Training steps per integration step (anchored only).
         anchored (`bool`, *optional*, defaults to `True`): Follow the recorded path and integrate only the deviation
             from it, so that the unperturbed replay is the trained model exactly. Otherwise start from the recorded
-            state nearest to the rewind point and replay the optimizer itself.
+            state nearest to the rewind point, the last one excepted, and replay the optimizer itself.
         disable_tqdm (`bool`, *optional*, defaults to `False`): No progress bar.
     """
 
@@ -60,6 +60,13 @@ class ReplayEngine:
         self.anchored = anchored
         self.disable_tqdm = disable_tqdm
 
+    @property
+    def start(self) -> int:
+        """Training step at which the replay starts."""
+        if self.anchored:
+            return self.path.start
+        return self.path.nearest_state(self.path.start, before=self.trajectory.num_steps)
+
     def parameters(self, masks: Tensor) -> Tensor:
         """
         Final parameters under each perturbation.
@@ -71,14 +78,14 @@ class ReplayEngine:
             `Tensor`: `(num_masks, num_parameters)`, float32.
 
         Raises:
-            ValueError: If the masks have another number of clusters or entries that are not finite.
+            ValueError: If the masks have another number of clusters, or entries that are negative or not finite.
             DivergenceError: If parameters become NaN or infinite.
         """
         num_clusters = len(self.samples.log_weights)
-        if masks.dim() != 2 or masks.shape[1] != num_clusters or not torch.isfinite(masks).all():
+        if masks.dim() != 2 or masks.shape[1] != num_clusters or not (torch.isfinite(masks) & (masks >= 0)).all():
             raise ValueError(
-                f"Masks must be finite and of shape (num_masks, {num_clusters}), one weight per cluster, got shape "
-                f"{tuple(masks.shape)}."
+                f"Masks must be finite, not negative and of shape (num_masks, {num_clusters}), one weight a cluster, "
+                f"got shape {tuple(masks.shape)}."
             )
         masks = masks.to(self.model.device, torch.float32)
         result = self._anchored(masks) if self.anchored else self._plain(masks)
@@ -102,7 +109,7 @@ class ReplayEngine:
         return self.path.state(self.trajectory.num_steps) + deviation
 
     def _plain(self, masks: Tensor) -> Tensor:
-        start = self.path.nearest_state(self.path.start)
+        start = self.start
         recorded = self.trajectory.state(start)
         table, rule, space = self.trajectory.steps, self.trajectory.optimizer, self.model.space
         current = space.flatten(recorded.parameters).to(self.model.device).expand(len(masks), -1).clone()
@@ -136,7 +143,9 @@ class ReplayEngine:
         rows = []
         for vector, mask in zip(parameters, masks, strict=True):
             named = {k: v.detach().requires_grad_() for k, v in self.model.space.unflatten(vector).items()}
-            gradients = torch.autograd.grad(self._loss(named, mask), list(named.values()), materialize_grads=True)
+            with torch.enable_grad():
+                loss = self._loss(named, mask)
+            gradients = torch.autograd.grad(loss, list(named.values()), materialize_grads=True)
             rows.append(self.model.space.flatten(dict(zip(named, gradients, strict=True))))
         return torch.stack(rows)
 

@@ -56,8 +56,12 @@ def retrain(
         `np.ndarray`: `(num_subsets, num_seeds, num_values)`, float32.
 
     Raises:
-        ValueError: If a subset is empty or names a row that is not there.
+        ValueError: If there are no subsets or seeds, a subset is empty or names a row that is not there, or the file
+            of a finished retraining is damaged.
     """
+    for name, values in (("subsets", subsets), ("seeds", seeds)):
+        if len(values) == 0:
+            raise ValueError(f"`{name}` is empty. Name at least one.")
     subsets = [np.unique(np.asarray(rows, dtype=np.int64)) for rows in subsets]
     for index, rows in enumerate(subsets):
         if len(rows) == 0 or rows[0] < 0 or rows[-1] >= len(train_dataset):
@@ -72,7 +76,7 @@ def retrain(
     for rows, seed in tqdm(jobs, desc="Retraining", disable=disable_tqdm):
         path = folder / f"{hashlib.sha256(rows.tobytes()).hexdigest()[:20]}-{seed}.npy" if folder else None
         if path is not None and path.is_file():
-            results.append(np.load(path, allow_pickle=False))
+            results.append(_read(path))
             continue
         trainer = build_trainer(_select(train_dataset, rows), seed)
         trainer.train()
@@ -84,6 +88,13 @@ def retrain(
             os.replace(temporary, path)
         results.append(values)
     return np.stack(results).reshape(len(subsets), len(seeds), -1)
+
+
+def _read(path: Path) -> NDArray[np.float32]:
+    try:
+        return np.load(path, allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise ValueError(f"{path} is damaged ({error}). Delete it; the model will be trained again.") from error
 
 
 def _select(dataset: Any, rows: NDArray[np.int64]) -> Any:

@@ -45,11 +45,13 @@ def spearman_by_query(predicted: Array, actual: Array) -> Array:
         `np.ndarray`: `(num_queries,)`, float64; NaN where either row is constant.
 
     Raises:
-        ValueError: If shapes differ, there are fewer than 3 points, or values are NaN.
+        ValueError: If shapes differ, there are no queries or fewer than 3 points, or values are NaN.
     """
     predicted, actual = np.asarray(predicted, dtype=np.float64), np.asarray(actual, dtype=np.float64)
     if predicted.shape != actual.shape or predicted.ndim != 2:
         raise ValueError(f"`predicted` {predicted.shape} and `actual` {actual.shape} must be 2-dimensional and alike.")
+    if len(predicted) == 0:
+        raise ValueError("There are no queries to average over. Pass at least one.")
     if predicted.shape[1] < 3:
         raise ValueError(f"A correlation needs at least 3 points, got {predicted.shape[1]}. Retrain on more subsets.")
     for name, values in (("predicted", predicted), ("actual", actual)):

@@ -25,7 +25,6 @@ from hf_rgm.synset.matching import SyntheticSamples
 from hf_rgm.synset.probes import curvature_probes
 from hf_rgm.synset.synset import Synset
 from hf_rgm.synset.targets import cluster_gradients, curvature_products
-from hf_rgm.trajectory.fingerprint import dataset_fingerprint
 from hf_rgm.trajectory.storage import Trajectory
 
 logger = logging.getLogger(__name__)
@@ -106,18 +105,7 @@ class ReverseGradientMatchingDistiller:
                 f"The model's parameters have other shapes than the recorded ones; first difference: {different[0]}. "
                 "Pass the model that was trained."
             )
-        if len(self.reader) != trajectory.num_rows:
-            raise ValueError(
-                f"`train_dataset` has {len(self.reader)} rows, the recorded run had {trajectory.num_rows}. Pass the "
-                "dataset exactly as it was given to the Trainer."
-            )
-        fingerprint = dataset_fingerprint(train_dataset, trajectory.metadata.get("fingerprint_columns"))
-        if trajectory.dataset_fingerprint != fingerprint:
-            raise ValueError(
-                f"`train_dataset` has fingerprint {fingerprint[:12]}, the recorded run's dataset had "
-                f"{trajectory.dataset_fingerprint[:12]}: same length, other rows or another order. Pass the dataset "
-                "exactly as it was given to the Trainer."
-            )
+        trajectory.check_dataset(train_dataset)
         self.clusters.check_num_rows(len(self.reader))
         final, own = trajectory.final.parameters, self.model.parameters()
         for name in self.model.space.names:
@@ -156,7 +144,7 @@ class ReverseGradientMatchingDistiller:
         blocks = [range(k, min(k + size, len(self.rows))) for k in range(0, len(self.rows), size)]
         mine = blocks[self.accelerator.process_index :: self.accelerator.num_processes]
         finished = []
-        with self.model.differentiable():
+        with torch.enable_grad(), self.model.differentiable():
             probes = self._probes()
             for block in mine:
                 done = self._store.read(block) if self._store else None

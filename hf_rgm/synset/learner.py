@@ -116,8 +116,10 @@ class BlockLearner:
         for iteration, batch in enumerate(progress):
             optimizer.zero_grad()
             errors = {index: self._match(index, samples) for index in batch}
-            # The last state is in every batch; its curvature, matched best of all, only takes its turn.
-            self._match_curvature(batch[-1] if iteration % num_states else batch[0], samples)
+            if iteration % config.curvature_interval == 0:
+                # The last state is in every batch; its curvature, matched best of all, only takes its turn.
+                turn = iteration // config.curvature_interval % num_states
+                self._match_curvature(batch[-1] if turn else batch[0], samples)
             optimizer.step()
             scheduler.step()
             curriculum.report(errors)

@@ -71,6 +71,9 @@ class Synset:
     metadata: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        inputs, targets, log_weights = self.samples.tensors()
+        per_cluster = (self.clusters.num_clusters, *log_weights.shape[1:2])
+        matched = (len(self.matched_steps), self.clusters.num_clusters)
         for name, tensor in zip(("inputs", "targets", "log_weights"), self.samples.tensors(), strict=True):
             if tensor.shape[0] != self.clusters.num_clusters:
                 raise ValueError(
@@ -83,6 +86,16 @@ class Synset:
                     f"Synset {name} are NaN or infinite in clusters {[self.clusters.names[k] for k in bad[:5]]}. "
                     "Distil again with lower learning rates."
                 )
+        if not inputs.shape[:2] == targets.shape[:2] == log_weights.shape == per_cluster:
+            raise ValueError(
+                f"Synset inputs {tuple(inputs.shape)}, targets {tuple(targets.shape)} and log_weights "
+                f"{tuple(log_weights.shape)} do not belong together: they hold different numbers of samples."
+            )
+        if self.residuals.shape != matched:
+            raise ValueError(
+                f"Synset residuals have shape {tuple(self.residuals.shape)} for {matched[0]} matched states and "
+                f"{matched[1]} clusters. The files do not belong together."
+            )
 
     @property
     def num_clusters(self) -> int:
@@ -174,7 +187,7 @@ class Synset:
         except SafetensorError as error:
             raise ValueError(f"{folder / TENSORS_FILE} is damaged ({error}). Copy or distil it again.") from error
         try:
-            return cls(
+            synset = cls(
                 samples=SyntheticSamples(tensors["inputs"], tensors["targets"], tensors["log_weights"]),
                 clusters=ClusterMap.load(folder / "clusters"),
                 trajectory=Trajectory.load(folder / "trajectory"),
@@ -187,6 +200,12 @@ class Synset:
             )
         except KeyError as error:
             raise ValueError(f"{folder} lacks {error}: it is not a whole synset. Copy or distil it again.") from error
+        if parameters_sha256(synset.trajectory.final.parameters) != synset.parameters_sha256:
+            raise ValueError(
+                f"{folder / 'trajectory'} ends at other parameters than {folder / CONFIG_FILE} names; they do not "
+                "belong together. Copy the synset again."
+            )
+        return synset
 
     def to_pandas(self) -> pd.DataFrame:
         """

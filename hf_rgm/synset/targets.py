@@ -30,13 +30,24 @@ def row_losses(logits: Tensor, labels: Tensor) -> Tensor:
         NotImplementedError: If the logits are not one vector a row, or the labels are not class indices.
         ValueError: If a label is out of range.
     """
+    check_classification(logits, labels)
+    return cross_entropy(logits, labels, reduction="none")
+
+
+def check_classification(logits: Tensor, labels: Tensor) -> None:
+    """
+    Checks that labels are class indices of the logits, one a row.
+
+    Raises:
+        NotImplementedError: If the logits are not one vector a row, or the labels are not class indices.
+        ValueError: If a label is out of range.
+    """
     if logits.dim() != 2 or labels.dim() != 1 or labels.is_floating_point():
         raise NotImplementedError(
             f"Logits of shape {tuple(logits.shape)} with {labels.dtype} labels of shape {tuple(labels.shape)} are not "
             "supported yet. Single-label classification is: logits (rows, classes), integer labels (rows,)."
         )
     check_labels(labels, logits.shape[-1])
-    return cross_entropy(logits, labels, reduction="none")
 
 
 def check_labels(labels: Tensor, num_labels: int) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -60,6 +62,7 @@ class RecordedPath:
         stride (`int`): Training steps per integration step.
 
     Raises:
+        NotImplementedError: If parameter groups differ in momentum (betas, eps, dampening).
         ValueError: If `rewind` or `stride` is out of range.
     """
 
@@ -70,10 +73,16 @@ class RecordedPath:
             raise ValueError(f"`rewind` must be at least 0 and below 1 (a fraction of training), got {rewind}.")
         if stride < 1:
             raise ValueError(f"`stride` must be at least 1 training step, got {stride}.")
+        constants = [(g.betas, g.eps, g.momentum, g.dampening, g.nesterov) for g in trajectory.optimizer.groups]
+        if len(set(constants)) > 1:
+            raise NotImplementedError(
+                "Parameter groups with different (betas, eps, momentum, dampening, nesterov) are not supported, got "
+                f"{constants[0]} and {next(c for c in constants if c != constants[0])}. Train all alike."
+            )
         self.trajectory = trajectory
         self.space = space
         self.device = device
-        self.start = round(rewind * trajectory.num_steps)
+        self.start = min(round(rewind * trajectory.num_steps), trajectory.num_steps - 1)
         self.stride = stride
         self._parameters: dict[int, Tensor] = {}
         self._second_moments: dict[int, Tensor] = {}
@@ -92,9 +101,20 @@ class RecordedPath:
         """Parameters interpolated between recorded states: `(num_parameters,)`, float32."""
         return self._interpolate(step, self.trajectory.state_steps, self._flat_parameters)
 
-    def nearest_state(self, step: float) -> int:
-        """The recorded step nearest to `step`; of two equally near ones, the later."""
-        return min(reversed(self.trajectory.state_steps), key=lambda s: abs(s - step))
+    def nearest_state(self, step: float, *, before: float = math.inf) -> int:
+        """
+        The recorded step nearest to `step`; of two equally near ones, the later.
+
+        Raises:
+            ValueError: If no state is recorded at a step smaller than `before`.
+        """
+        steps = [s for s in self.trajectory.state_steps if s < before]
+        if not steps:
+            raise ValueError(
+                f"No state before step {before} is recorded, only {list(self.trajectory.state_steps)}. Record more "
+                "states with `TrajectoryCallback(num_states=...)`."
+            )
+        return min(reversed(steps), key=lambda s: abs(s - step))
 
     def state(self, step: int) -> Tensor:
         """Parameters of a recorded state: `(num_parameters,)`, float32."""
@@ -105,34 +125,39 @@ class RecordedPath:
         group = rule.groups[0]
         table = trajectory.steps
         covered = slice(start, start + span)
+        zero = torch.zeros(1, device=self.device)
         active = ~table.skipped[covered]
+        nearest = self.nearest_state(start + (span - 1) / 2)
+        if not active.any():
+            return LinearStep(start, nearest, zero, 0.0, 1.0, 0.0, zero, zero, nesterov=False)
         learning_rates = (table.learning_rates[covered] * active[:, None]).sum(0)
         weights = table.learning_rates[covered].sum(1) * active
-        scale = float((table.clip_factor[covered] * weights).sum() / weights.sum()) if weights.sum() > 0 else 0.0
+        # Steps with learning rate 0 (the first of a warm-up) still feed the momentum.
+        weights = weights if weights.any() else active
+        scale = float(np.average(table.clip_factor[covered], weights=weights))
         rates = self.space.expand_groups(learning_rates.tolist(), rule.group_of, self.device)
         decay = self.space.expand_groups([g.weight_decay for g in rule.groups], rule.group_of, self.device)
-        zero = torch.zeros(1, device=self.device)
         if not self.is_adaptive:
             return LinearStep(
                 step=start,
-                nearest_state=self.nearest_state(start + (span - 1) / 2),
+                nearest_state=nearest,
                 precondition=rates,
                 gradient_scale=scale,
                 momentum=group.momentum,
-                gain=1.0 - group.dampening if group.momentum and start > 0 else 1.0,
+                gain=1.0 - group.dampening if group.momentum and trajectory.update_numbers[start] > 1 else 1.0,
                 coupled_decay=decay,
                 decoupled_decay=zero,
                 nesterov=group.nesterov,
             )
         first = group.betas[0]
         middle = start + (span + 1) / 2
-        updates = float(trajectory.update_numbers[covered].mean())
+        updates = float(trajectory.update_numbers[covered][active].mean())
         moment = self._interpolate(middle, [s for s in trajectory.state_steps if s > 0], self._flat_second_moment)
         precondition = rates / (1 - first**updates) / (moment.sqrt() + group.eps)
         decoupled = rule.name == "adamw"
         return LinearStep(
             step=start,
-            nearest_state=self.nearest_state(start + (span - 1) / 2),
+            nearest_state=nearest,
             precondition=precondition,
             gradient_scale=scale,
             momentum=first,
@@ -165,7 +190,7 @@ class RecordedPath:
             raw = self.space.flatten(
                 {name: moments.get(name, torch.zeros_like(value)) for name, value in state.parameters.items()}
             )
-            updates = int(self.trajectory.update_numbers[step - 1])
+            updates = max(1, int(self.trajectory.update_numbers[step - 1]))
             self._second_moments[step] = (raw / (1 - second**updates)).to(self.device)
         return self._second_moments[step]
 
@@ -195,18 +220,17 @@ def adjoint_step(step: LinearStep, sensitivity: Tensor, momentum: Tensor) -> tup
     Args:
         step (`LinearStep`): Coefficients.
         sensitivity (`Tensor`): lambda, `(batch_size, num_parameters)`: of the objective to the parameters after it.
-        momentum (`Tensor`): mu, `(batch_size, num_parameters)`: of the objective to the later momentum.
+        momentum (`Tensor`): mu, `(batch_size, num_parameters)`: of the objective to the momentum after it.
 
     Returns:
-        `tuple[Tensor, Tensor]`: `u`, the sensitivity to the gradient of this step, and the next mu. The sensitivity
-        before the step is `(1 - decoupled_decay) * lambda + coupled_decay * u_raw + C u` with the curvature C.
+        `tuple[Tensor, Tensor]`: `u`, the sensitivity to the decayed gradient of this step, and mu before the step. The
+        sensitivity before the step is `(1 - decoupled_decay) * lambda + coupled_decay * u + C (gradient_scale * u)`
+        with the curvature C.
     """
     pushed = -step.precondition * sensitivity
-    if step.nesterov:
-        momentum = step.momentum * momentum + step.momentum * pushed
-        return step.gain * (momentum + pushed), momentum
-    momentum = step.momentum * momentum + pushed
-    return step.gain * momentum, momentum
+    total = momentum + (step.momentum * pushed if step.nesterov else pushed)
+    u = step.gain * (total + pushed if step.nesterov else total)
+    return u, step.momentum * total
 
 
 def adjoint_directions(

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from hf_rgm.files import read_json, staged_folder, write_json
+from hf_rgm.trajectory.fingerprint import dataset_fingerprint
 from hf_rgm.trajectory.optimizers import OptimizerRule
 from hf_rgm.trajectory.states import TrajectoryState, check_state, read_state, state_path, write_state
 from hf_rgm.trajectory.steps import StepTable, part_path, read_steps, write_part
@@ -154,6 +155,27 @@ class Trajectory:
     def final(self) -> TrajectoryState:
         """The trained model: the state at `num_steps`."""
         return self.state(self.num_steps)
+
+    def check_dataset(self, dataset: Any, what: str = "train_dataset") -> None:
+        """
+        Raises a `ValueError` unless `dataset` has the rows that were trained on, in the same order.
+
+        Args:
+            dataset: A map-style dataset.
+            what (`str`, *optional*, defaults to `"train_dataset"`): How the error calls it.
+        """
+        if len(dataset) != self.num_rows:
+            raise ValueError(
+                f"`{what}` has {len(dataset)} rows, the recorded run had {self.num_rows}. Pass the dataset exactly as "
+                "it was given to the Trainer."
+            )
+        fingerprint = dataset_fingerprint(dataset, self.metadata.get("fingerprint_columns"))
+        if fingerprint != self.dataset_fingerprint:
+            raise ValueError(
+                f"`{what}` has fingerprint {fingerprint[:12]}, the recorded run's dataset had "
+                f"{self.dataset_fingerprint[:12]}: same length, other rows or another order. Pass the dataset exactly "
+                "as it was given to the Trainer."
+            )
 
     def without_rows(self) -> Trajectory:
         """The same run without telling which rows were in which step, to be shared."""

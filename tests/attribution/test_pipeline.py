@@ -1,0 +1,108 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from datasets import IterableDataset
+from transformers import pipeline
+from transformers.pipelines import PIPELINE_REGISTRY
+
+from hf_rgm.attribution.attributor import Attributor
+from hf_rgm.attribution.pipeline import TASK, AttributionPipeline, register
+from hf_rgm.exceptions import ParameterMismatchError
+from hf_rgm.testing import tiny_recorded_run, tiny_synset
+from tests.vision import vit, vit_run
+
+RUN = tiny_recorded_run()
+
+
+@pytest.fixture(scope="module")
+def attribute():
+    return pipeline("data-attribution", model=RUN.model, synset=tiny_synset(), disable_tqdm=True)
+
+
+@pytest.fixture(scope="module")
+def expected():
+    return Attributor(RUN.model, tiny_synset(), disable_tqdm=True).attribute(RUN.queries)
+
+
+def test_registered_once():
+    before = list(PIPELINE_REGISTRY.get_supported_tasks())
+    register()
+    register()
+    assert list(PIPELINE_REGISTRY.get_supported_tasks()) == before
+    assert before.count(TASK) == 1
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda q: q,
+        list,
+        lambda q: (row for row in q),
+        lambda q: [{**row, "pixel_values": row["pixel_values"].tolist()} for row in q],
+        lambda q: q.with_format(None),
+    ],
+    ids=["dataset", "list", "generator", "plain lists", "plain dataset"],
+)
+def test_every_kind_of_queries_gives_the_same_scores(attribute, expected, make):
+    assert isinstance(attribute, AttributionPipeline)
+    np.testing.assert_allclose(attribute(make(RUN.queries)).scores, expected.scores, rtol=1e-6)
+
+
+def test_one_query_alone(attribute, expected):
+    result = attribute(RUN.queries[4])
+    np.testing.assert_allclose(result.scores, expected.scores[4:5], rtol=1e-4, atol=1e-5)
+
+
+def test_a_batch_size_changes_nothing(attribute, expected):
+    np.testing.assert_array_equal(attribute(RUN.queries, batch_size=2, num_workers=0).scores, expected.scores)
+
+
+def test_options_at_the_call_and_at_construction(attribute):
+    called = attribute(RUN.queries, engine="replay", objective="loss", rewind=0.5)
+    built = pipeline(
+        "data-attribution",
+        model=RUN.model,
+        synset=tiny_synset(),
+        engine="replay",
+        objective="loss",
+        rewind=0.1,
+        batch_size=2,
+        disable_tqdm=True,
+    )
+    assert built(RUN.queries).engine == "replay"
+    np.testing.assert_array_equal(built(RUN.queries, rewind=0.5).scores, called.scores)
+    assert attribute(RUN.queries).engine == "adjoint"
+
+
+def test_model_and_synset_from_folders(tmp_path):
+    run = vit_run()
+    run.model.save_pretrained(tmp_path / "model")
+    run.synset.save_pretrained(tmp_path / "synset")
+    attribute = pipeline(
+        "data-attribution", model=str(tmp_path / "model"), synset=tmp_path / "synset", disable_tqdm=True
+    )
+    assert type(attribute.model) is type(run.model)
+    direct = Attributor(run.model, run.synset, disable_tqdm=True).attribute(run.queries)
+    np.testing.assert_allclose(attribute(run.queries).scores, direct.scores, rtol=1e-5, atol=1e-7)
+    assert attribute.synset.clusters == run.synset.clusters
+    assert type(attribute.model_without(["label=0" if "label=0" in attribute.synset.clusters.names else 0])) is type(
+        run.model
+    )
+
+
+def test_another_model_is_refused(tmp_path):
+    vit(seed=1).save_pretrained(tmp_path)
+    with pytest.raises(ParameterMismatchError):
+        pipeline("data-attribution", model=str(tmp_path), synset=vit_run().synset)
+
+
+def test_streaming_queries_are_refused_with_the_way_out(attribute):
+    stream = IterableDataset.from_generator(lambda: iter(list(RUN.queries)))
+    with pytest.raises(TypeError, match="`queries` must be a map-style dataset.*from_list"):
+        attribute(stream)
+
+
+def test_unknown_options_are_refused(attribute):
+    with pytest.raises(TypeError, match="temperature"):
+        attribute(RUN.queries, temperature=1)

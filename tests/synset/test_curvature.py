@@ -1,0 +1,96 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hf_rgm.modeling import FunctionalModel
+from hf_rgm.synset.curvature import GaussNewton
+from hf_rgm.synset.inputs import ContinuousInputs
+from hf_rgm.synset.matching import SyntheticSamples, soft_cross_entropy
+from tests.recorded import Linear, TinyNet
+from tests.vision import vit
+
+
+def setup(model, *shape, seed=0):
+    functional = FunctionalModel(model)
+    functional.module.double()
+    inputs = ContinuousInputs(functional)
+    generator = torch.Generator().manual_seed(seed)
+    samples = SyntheticSamples(
+        torch.randn(3, 2, *shape, generator=generator).double(),
+        torch.randn(3, 2, 3, generator=generator).double(),
+        torch.randn(3, 2, generator=generator).double(),
+    )
+    return functional, inputs, samples, functional.space.flatten(functional.parameters())
+
+
+def curvature(parts, **settings):
+    model, inputs, samples, vector = parts
+    return GaussNewton(
+        model, inputs, samples.inputs.flatten(0, 1), samples.log_weights.flatten().exp(), vector, **settings
+    )
+
+
+def dense(parts, **settings):
+    return curvature(parts, **settings).product(torch.eye(parts[0].num_parameters, dtype=torch.float64))
+
+
+def loss(model, inputs, samples):
+    def function(vector):
+        logits = model.logits(model.space.unflatten(vector), inputs.to_forward(samples.inputs.flatten(0, 1)))
+        return soft_cross_entropy(logits, samples.targets.flatten(0, 1), samples.log_weights.flatten())
+
+    return function
+
+
+def test_for_a_linear_model_it_is_the_hessian():
+    model, inputs, samples, vector = setup(Linear(), 5)
+    hessian = torch.autograd.functional.hessian(loss(model, inputs, samples), vector)
+    for max_bytes in (0, 2**30):
+        torch.testing.assert_close(dense((model, inputs, samples, vector), max_bytes=max_bytes), hessian)
+
+
+def test_where_targets_are_the_models_own_output_it_is_the_hessian():
+    model, inputs, samples, vector = setup(TinyNet(), 5)
+    logits = model.logits(model.space.unflatten(vector), inputs.to_forward(samples.inputs.flatten(0, 1)))
+    samples.targets = logits.detach().reshape(3, 2, 3)
+    hessian = torch.autograd.functional.hessian(loss(model, inputs, samples), vector)
+    torch.testing.assert_close(dense((model, inputs, samples, vector)), hessian)
+
+
+@pytest.mark.parametrize("make", [lambda: setup(TinyNet(), 5), lambda: setup(vit(initializer_range=0.3), 1, 4, 4)])
+def test_explicit_equals_implicit(make):
+    parts = make()
+    vectors = torch.randn(4, parts[0].num_parameters, generator=torch.Generator().manual_seed(1)).double()
+    explicit, implicit = curvature(parts), curvature(parts, max_bytes=0)
+    assert explicit._jacobian is not None
+    assert implicit._jacobian is None
+    with parts[0].differentiable():
+        torch.testing.assert_close(explicit.product(vectors), implicit.product(vectors), atol=1e-4, rtol=1e-4)
+
+
+@settings(max_examples=10, deadline=None)
+@given(seed=st.integers(0, 1000), max_bytes=st.sampled_from([0, 2**30]))
+def test_it_is_symmetric_and_positive_semidefinite(seed, max_bytes):
+    parts = setup(TinyNet(), 5, seed=seed)
+    matrix = dense(parts, max_bytes=max_bytes)
+    torch.testing.assert_close(matrix, matrix.T, atol=1e-10, rtol=1e-8)
+    values = torch.linalg.eigvalsh(matrix)
+    assert values[0] > -1e-10 * values[-1]
+    assert (values > 1e-10 * values[-1]).sum() <= 6 * (3 - 1)
+
+
+@pytest.mark.parametrize("max_bytes", [0, 2**30])
+def test_products_are_differentiable_in_samples_and_weights(max_bytes):
+    model, inputs, samples, vector = setup(TinyNet(), 5)
+    vectors = torch.randn(2, model.num_parameters, generator=torch.Generator().manual_seed(1)).double()
+
+    def energy(features, log_weights):
+        product = GaussNewton(model, inputs, features, log_weights.exp(), vector, max_bytes=max_bytes).product(vectors)
+        return product.square().sum()
+
+    features = samples.inputs.flatten(0, 1).requires_grad_()
+    log_weights = samples.log_weights.flatten().requires_grad_()
+    assert torch.autograd.gradcheck(energy, (features, log_weights))

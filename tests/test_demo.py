@@ -1,0 +1,108 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from hf_rgm.attribution.attributor import Attributor
+from hf_rgm.attribution.result import AttributionResult
+from hf_rgm.demo import DemoSettings, build_trainer, inspection_order, load_data, loss_order, run_demo, share_found
+from hf_rgm.modeling import FunctionalModel
+from hf_rgm.testing import tiny_recorded_run, tiny_synset
+
+TINY = DemoSettings(num_rows=120, num_queries=8, num_epochs=1, num_iterations=3, num_subsets=3)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder, lines = tmp_path_factory.mktemp("demo") / "out", []
+    torch.manual_seed(0)
+    assert run_demo(folder, say=lines.append, settings=TINY, disable_tqdm=True) == folder
+    return folder, lines
+
+
+def test_everything_is_written_and_can_be_used(finished):
+    folder, _ = finished
+    assert {"model", "synset", "attributions", "plots", "report.html", "trajectory"} <= {
+        p.name for p in folder.iterdir()
+    }
+    assert all(path.stat().st_size > 0 for path in folder.rglob("*") if path.is_file())
+    result = AttributionResult.from_pretrained(folder / "attributions")
+    assert result.scores.shape == (8, 30)
+    assert result.row_scores is not None
+    assert result.row_scores.shape == (8, 120)
+    model = build_trainer(TINY)(load_data(TINY).train, 0).model
+    loaded = type(model).from_pretrained(folder / "model")
+    again = Attributor(loaded, folder / "synset", disable_tqdm=True).attribute(
+        load_data(TINY).queries, rows=load_data(TINY).train
+    )
+    np.testing.assert_allclose(again.scores, result.scores, rtol=1e-4, atol=1e-6)
+
+
+def test_it_tells_what_it_does(finished):
+    folder, lines = finished
+    text = "\n".join(lines)
+    for part in (
+        "on 120 digits, 6 of them with a flipped label",
+        "60 synthetic digits stand in for 120 real ones",
+        AttributionResult.SIGN_CONVENTION,
+        "first 5% inspected",
+        "first 10% inspected",
+        "random 10% of them found",
+        "3 retrainings",
+        str(folder.resolve()),
+    ):
+        assert part in text
+    assert "nan" not in text.lower()
+
+
+def test_the_report_stands_alone(finished):
+    html = (finished[0] / "report.html").read_text()
+    assert "data:image/png;base64," in html
+    assert "http://" not in html.replace("http://www.w3.org", "")
+    assert "<script src" not in html
+
+
+def test_labels_are_flipped_where_it_says_so():
+    clean, noisy = load_data(DemoSettings(flipped_share=0.0)), load_data(DemoSettings())
+    assert noisy.flipped.sum() == 60
+    assert clean.flipped.sum() == 0
+    different = np.asarray(clean.train["labels"]) != np.asarray(noisy.train["labels"])
+    np.testing.assert_array_equal(different, noisy.flipped)
+    assert torch.equal(clean.queries[:]["labels"], noisy.queries[:]["labels"])
+    assert torch.equal(clean.train[:]["pixel_values"], noisy.train[:]["pixel_values"])
+
+
+def test_training_rows_and_queries_do_not_overlap_and_follow_the_seed():
+    data, same, other = (load_data(DemoSettings(seed=seed)) for seed in (1, 1, 2))
+    train, queries = ({tuple(x.flatten().tolist()) for x in d[:]["pixel_values"]} for d in (data.train, data.queries))
+    assert len(data.train) == 1200
+    assert len(data.queries) == 120
+    assert not train & queries
+    assert torch.equal(data.train[:]["pixel_values"], same.train[:]["pixel_values"])
+    assert not torch.equal(data.train[:]["pixel_values"], other.train[:]["pixel_values"])
+
+
+def test_inspection_begins_with_the_most_harmful_rows():
+    run = tiny_recorded_run()
+    result = Attributor(run.model, tiny_synset(), disable_tqdm=True).attribute(run.queries, rows=run.train_dataset)
+    means = result.row_scores.mean(0)[inspection_order(result)]
+    assert (np.diff(means) >= 0).all()
+    result.row_scores = None
+    with pytest.raises(ValueError, match="no row scores"):
+        inspection_order(result)
+
+
+def test_loss_order_begins_with_the_highest_loss():
+    run = tiny_recorded_run()
+    with torch.no_grad():
+        logits = run.model(run.train_dataset[:]["pixel_values"]).logits
+    losses = torch.nn.functional.cross_entropy(logits, run.train_dataset[:]["labels"], reduction="none").numpy()
+    assert (np.diff(losses[loss_order(FunctionalModel(run.model), run.train_dataset)]) <= 1e-6).all()
+
+
+def test_share_found():
+    flipped = np.array([False, True, False, True, False, False, False, False, False, True])
+    assert share_found(np.arange(10), flipped, 0.2) == pytest.approx(1 / 3)
+    assert share_found(np.arange(10)[::-1], flipped, 0.1) == pytest.approx(1 / 3)
+    assert share_found(np.arange(10), flipped, 1.0) == 1.0

@@ -1,0 +1,249 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hf_rgm.modeling import ParameterSpace
+from hf_rgm.trajectory.optimizers import OptimizerRule, ParameterGroup
+from hf_rgm.trajectory.path import LinearStep, RecordedPath, adjoint_step, deviation_step
+from hf_rgm.trajectory.storage import StepTable, Trajectory, TrajectoryState
+
+SPACE = ParameterSpace(("a", "b"), (torch.Size([2]), torch.Size([1])))
+NUM_STEPS = 6
+RATES = [[0.1, 0.2], [0.2, 0.4], [0.3, 0.6], [0.4, 0.8], [0.5, 1.0], [0.6, 1.2]]
+CLIPS = [1.0, 0.5, 1.0, 0.25, 1.0, 1.0]
+
+
+def trajectory(name="adamw", *, skipped=(), states=(0, 3, 6), rates=RATES, metadata=None, **constants):
+    """Parameters at step t are t; second moments are t^2 times the bias correction."""
+    updates = [sum(s not in skipped for s in range(t)) for t in range(NUM_STEPS + 1)]
+
+    def moments(step):
+        if name == "sgd" or step == 0:
+            return {}
+        raw = step**2 * (1 - 0.99 ** max(updates[step], 1))
+        second = {key: torch.full(shape, raw) for key, shape in zip("ab", SPACE.shapes, strict=True)}
+        return {"exp_avg": {key: torch.zeros_like(value) for key, value in second.items()}, "exp_avg_sq": second}
+
+    kinds = {"betas": (0.9, 0.99), "eps": 1e-3} if name != "sgd" else {"momentum": 0.8}
+    groups = tuple(
+        ParameterGroup((key,), weight_decay=decay, **{**kinds, **constants}) for key, decay in (("a", 0.1), ("b", 0.0))
+    )
+    return Trajectory(
+        optimizer=OptimizerRule(name, groups),
+        parameter_shapes={"a": (2,), "b": (1,)},
+        steps=StepTable(
+            epoch=[0.0] * NUM_STEPS,
+            learning_rates=rates,
+            gradient_norm=[1.0] * NUM_STEPS,
+            clip_factor=CLIPS,
+            skipped=[s in skipped for s in range(NUM_STEPS)],
+        ),
+        states={
+            s: TrajectoryState(
+                s, {k: torch.full(v, float(s)) for k, v in zip("ab", SPACE.shapes, strict=True)}, moments(s)
+            )
+            for s in states
+        },
+        num_rows=4,
+        dataset_fingerprint="",
+        metadata=metadata,
+    )
+
+
+def path(run, rewind=0.0, stride=1):
+    return RecordedPath(run, SPACE, torch.device("cpu"), rewind=rewind, stride=stride)
+
+
+def close(values, expected):
+    torch.testing.assert_close(values, torch.tensor(expected), atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("step", [0, 1, 1.5, 3, 4, 5.75, 6])
+def test_parameters_are_interpolated_between_recorded_states(step):
+    close(path(trajectory()).parameters_at(step), [float(step)] * 3)
+
+
+def test_before_the_first_recorded_state_its_parameters_hold():
+    close(path(trajectory(states=(3, 6))).parameters_at(1), [3.0] * 3)
+
+
+def test_recorded_states_are_given_exactly():
+    run = trajectory()
+    assert torch.equal(path(run).parameters_at(6), SPACE.flatten(run.final.parameters))
+
+
+@pytest.mark.parametrize(("step", "nearest"), [(0, 0), (1, 0), (1.5, 3), (2, 3), (4.4, 3), (4.5, 6), (6, 6)])
+def test_nearest_state_prefers_the_later_of_two(step, nearest):
+    assert path(trajectory()).nearest_state(step) == nearest
+
+
+@pytest.mark.parametrize("rewind", [-0.1, 1.0, 1.5, float("nan")])
+def test_rewind_out_of_range_is_refused(rewind):
+    with pytest.raises(ValueError, match=f"`rewind` must be .* got {rewind}"):
+        path(trajectory(), rewind=rewind)
+
+
+@pytest.mark.parametrize("stride", [0, -2])
+def test_stride_out_of_range_is_refused(stride):
+    with pytest.raises(ValueError, match=f"`stride` must be .* got {stride}"):
+        path(trajectory(), stride=stride)
+
+
+@pytest.mark.parametrize(("stride", "starts"), [(1, [2, 3, 4, 5]), (3, [2, 5]), (4, [2]), (100, [2])])
+def test_steps_cover_everything_from_the_rewind_point(stride, starts):
+    assert [step.step for step in path(trajectory(), rewind=1 / 3, stride=stride).steps()] == starts
+
+
+def test_the_latest_rewind_still_has_a_step():
+    """0.99 of six steps rounds to six, where nothing would be left and every score would be zero."""
+    assert [step.step for step in path(trajectory(), rewind=0.99).steps()] == [5]
+
+
+@pytest.mark.parametrize("name", ["adam", "adamw"])
+def test_constants_of_adam(name):
+    step = path(trajectory(name)).steps()[3]
+    root = torch.tensor(math.sqrt((9 * 2 + 36) / 3) + 1e-3)  # the corrected second moment at step 4, between 3 and 6
+    rates = torch.tensor([0.4, 0.4, 0.8])
+    torch.testing.assert_close(step.precondition, rates / (1 - 0.9**4) / root)
+    assert (step.gradient_scale, step.momentum, step.gain) == pytest.approx((0.25, 0.9, 0.1))
+    decay = torch.tensor([0.1, 0.1, 0.0])
+    coupled, decoupled = (decay, 0 * decay) if name == "adam" else (0 * decay, rates * decay)
+    torch.testing.assert_close(step.coupled_decay.expand(3), coupled)
+    torch.testing.assert_close(step.decoupled_decay.expand(3), decoupled)
+    assert step.nearest_state == 3
+
+
+def test_constants_of_sgd():
+    steps = path(trajectory("sgd", dampening=0.3)).steps()
+    close(steps[3].precondition, [0.4, 0.4, 0.8])
+    close(steps[3].coupled_decay, [0.1, 0.1, 0.0])
+    assert not steps[3].decoupled_decay.any()
+    assert (steps[3].momentum, steps[3].gain, steps[3].gradient_scale) == pytest.approx((0.8, 0.7, 0.25))
+    assert steps[0].gain == 1.0  # torch's first buffer is the gradient itself
+    assert path(trajectory("sgd", dampening=0.3, metadata={"updates_before": 5})).steps()[0].gain == pytest.approx(0.7)
+    assert path(trajectory("sgd", nesterov=True)).steps()[1].nesterov
+
+
+def test_strides_add_learning_rates_and_weigh_clipping_by_them():
+    step = path(trajectory("sgd"), stride=4).steps()[0]
+    close(step.precondition, [1.0, 1.0, 2.0])
+    assert step.gradient_scale == pytest.approx((0.1 + 0.2 * 0.5 + 0.3 + 0.4 * 0.25) / 1.0)
+    assert step.nearest_state == 3
+    step = path(trajectory("adamw"), stride=4).steps()[1]
+    expected = torch.tensor([1.1, 1.1, 2.2]) / (1 - 0.9**5.5) / (math.sqrt((9 * 0.5 + 36 * 2.5) / 3) + 1e-3)
+    torch.testing.assert_close(step.precondition, expected)
+
+
+@pytest.mark.parametrize("name", ["sgd", "adam", "adamw"])
+def test_a_skipped_step_changes_nothing(name):
+    step = path(trajectory(name, skipped=(0, 2))).steps()[2]
+    deviation, momentum, gradient = torch.randn(3, 2, 3)
+    after = deviation_step(step, deviation, momentum, gradient)
+    assert torch.equal(after[0], deviation)
+    assert torch.equal(after[1], momentum)
+
+
+@pytest.mark.parametrize("name", ["sgd", "adam", "adamw"])
+def test_skipped_first_steps_stay_finite(name):
+    """A loss scaler skips the very first updates, when Adam's bias correction is still zero."""
+    for step in path(trajectory(name, skipped=(0, 1), states=(0, 1, 3, 6)), stride=1).steps():
+        assert torch.isfinite(step.precondition).all()
+        assert math.isfinite(step.gradient_scale)
+
+
+def test_skipped_steps_inside_a_stride_do_not_count():
+    step = path(trajectory("sgd", skipped=(1,)), stride=3).steps()[0]
+    close(step.precondition, [0.4, 0.4, 0.8])
+    assert step.gradient_scale == pytest.approx(1.0)
+
+
+def test_a_step_with_learning_rate_zero_still_feeds_the_momentum():
+    """The first step of a warm-up."""
+    step = path(trajectory("adamw", rates=[[0.0, 0.0], *RATES[1:]])).steps()[0]
+    assert not step.precondition.any()
+    _, momentum = deviation_step(step, torch.zeros(1, 3), torch.zeros(1, 3), torch.ones(1, 3))
+    close(momentum, [[0.1] * 3])
+
+
+def test_groups_with_different_momentum_are_refused():
+    run = trajectory("sgd")
+    groups = (run.optimizer.groups[0], ParameterGroup(("b",), momentum=0.5))
+    run.optimizer = OptimizerRule("sgd", groups)
+    with pytest.raises(NotImplementedError, match="momentum.*0.8.*0.5"):
+        path(run)
+
+
+@st.composite
+def linear_steps(draw):
+    number = st.floats(0.0, 1.0)
+    vector = st.lists(number, min_size=3, max_size=3).map(lambda v: torch.tensor(v, dtype=torch.float64))
+    nesterov = draw(st.booleans())
+    return LinearStep(
+        step=0,
+        nearest_state=0,
+        precondition=draw(vector),
+        gradient_scale=draw(number),
+        momentum=draw(number),
+        gain=1.0 if nesterov else draw(number),
+        coupled_decay=draw(vector),
+        decoupled_decay=draw(vector),
+        nesterov=nesterov,
+    )
+
+
+def forward(step, deviation, momentum, disturbance, curvature):
+    return deviation_step(step, deviation, momentum, disturbance + deviation @ curvature)
+
+
+def backward(step, sensitivity, momentum, curvature):
+    """As the adjoint engine does it; also gives the sensitivity to the disturbance of the gradient."""
+    raw, momentum = adjoint_step(step, sensitivity, momentum)
+    u = step.gradient_scale * raw
+    return (1 - step.decoupled_decay) * sensitivity + step.coupled_decay * raw + u @ curvature, momentum, u
+
+
+@settings(max_examples=100, deadline=None)
+@given(steps=st.lists(linear_steps(), min_size=1, max_size=4), seed=st.integers(0, 100))
+def test_adjoint_is_the_exact_transpose_also_when_constants_change(steps, seed):
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw():
+        return torch.randn(2, 3, generator=generator).double()
+
+    half = torch.randn(3, 3, generator=generator).double()
+    curvature = half @ half.T
+    start, start_momentum, end, end_momentum = draw(), draw(), draw(), draw()
+    disturbances = [draw() for _ in steps]
+    deviation, momentum = start, start_momentum
+    for step, disturbance in zip(steps, disturbances, strict=True):
+        deviation, momentum = forward(step, deviation, momentum, disturbance, curvature)
+    left = (deviation * end).sum() + (momentum * end_momentum).sum()
+    sensitivity, mu = end, end_momentum
+    right = torch.zeros((), dtype=torch.float64)
+    for step, disturbance in zip(reversed(steps), reversed(disturbances), strict=True):
+        sensitivity, mu, u = backward(step, sensitivity, mu, curvature)
+        right = right + (u * disturbance).sum()
+    right = right + (sensitivity * start).sum() + (mu * start_momentum).sum()
+    torch.testing.assert_close(left, right, atol=1e-8, rtol=1e-9)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("settings_", [("sgd", {}), ("sgd", {"nesterov": True}), ("adam", {}), ("adamw", {})])
+def test_adjoint_is_the_transpose_along_a_recorded_path(settings_, stride):
+    name, constants = settings_
+    steps = path(trajectory(name, skipped=(3,), **constants), stride=stride).steps()
+    curvature = torch.eye(3)
+    deviation, momentum, disturbance = torch.zeros(1, 3), torch.zeros(1, 3), torch.randn(len(steps), 1, 3)
+    for step, change in zip(steps, disturbance, strict=True):
+        deviation, momentum = forward(step, deviation, momentum, change, curvature)
+    end = torch.randn(1, 3)
+    sensitivity, mu, right = end, torch.zeros(1, 3), torch.zeros(())
+    for step, change in zip(reversed(steps), disturbance.flip(0), strict=True):
+        sensitivity, mu, u = backward(step, sensitivity, mu, curvature)
+        right = right + (u * change).sum()
+    torch.testing.assert_close((deviation * end).sum(), right, atol=1e-5, rtol=1e-4)
