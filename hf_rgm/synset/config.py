@@ -27,7 +27,7 @@ class DistillationConfig:
         target_smoothing (`float`, *optional*, defaults to `0.1`): Mass that the first targets take from the label.
         total_gradient_weight (`float`, *optional*, defaults to `0.0`): tau, weight of the match of the summed
             gradient; only plain replay from the final state needs it.
-        curvature_weight (`float`, *optional*, defaults to `0.1`): Weight of the match of the curvature, beside that of
+        curvature_weight (`float`, *optional*, defaults to `0.5`): Weight of the match of the curvature, beside that of
             the gradients; 0 leaves it out.
         curvature_interval (`int`, *optional*, defaults to `4`): The curvature is matched every so many iterations.
         num_probes (`int`, *optional*, defaults to `64`): Directions in which the curvature is matched.
@@ -47,7 +47,7 @@ class DistillationConfig:
     weight_learning_rate: float = field(default=0.03, metadata={"help": "Adam's rate for log-weights."})
     target_smoothing: float = field(default=0.1, metadata={"help": "Mass the first targets take from the label."})
     total_gradient_weight: float = field(default=0.0, metadata={"help": "Weight of the summed gradient's match."})
-    curvature_weight: float = field(default=0.1, metadata={"help": "Weight of the curvature's match, or 0."})
+    curvature_weight: float = field(default=0.5, metadata={"help": "Weight of the curvature's match, or 0."})
     curvature_interval: int = field(default=4, metadata={"help": "Iterations between matches of the curvature."})
     num_probes: int = field(default=64, metadata={"help": "Directions in which the curvature is matched."})
     curriculum_tolerance: float = field(default=0.05, metadata={"help": "Error at which earlier states join."})

@@ -12,7 +12,7 @@ from hf_rgm.modeling import FunctionalModel
 from hf_rgm.rows import RowReader
 from hf_rgm.synset.curvature import GaussNewton
 from hf_rgm.synset.inputs import ContinuousInputs
-from hf_rgm.synset.targets import row_gradients
+from hf_rgm.synset.targets import check_labels, row_gradients
 from hf_rgm.trajectory.path import RecordedPath, adjoint_directions
 from hf_rgm.trajectory.storage import Trajectory
 
@@ -54,9 +54,9 @@ def curvature_probes(
     order = np.random.default_rng(seed).permutation(len(reader))
     final = trajectory.num_steps
     rows, labels = reader.batch(order[:num_probes])
-    parameters = model.space.unflatten(model.space.flatten(model.parameters()))
-    gradients = row_gradients(model, parameters, rows, labels)
-    gradients = _unit(gradients)
+    parameters = model.parameters()
+    check_labels(labels, model.logits(parameters, rows).shape[-1])
+    gradients = _unit(row_gradients(model, parameters, rows, labels))
     sample = inputs.from_batch(reader.batch(order[-MAX_ROWS:])[0])
     weights = torch.full((len(sample),), 1 / len(sample), device=model.device)
     span = final - steps[0]

@@ -151,7 +151,7 @@ def test_blocks_of_another_distillation_are_refused(tmp_path, other):
 
 
 def test_divergence_names_cluster_and_step_and_writes_nothing(tmp_path):
-    with pytest.raises(DivergenceError, match="diverged at cluster 'class .* half' .* recorded step \\d+.*Lower"):
+    with pytest.raises(DivergenceError, match="diverged at cluster 'class .* half', recorded step \\d+.*Lower"):
         distiller(output_dir=tmp_path, num_iterations=100, weight_learning_rate=50.0).distill()
     assert blocks(tmp_path) == []
 
