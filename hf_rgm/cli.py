@@ -28,11 +28,14 @@ def demo(
     Example: hf-rgm demo -o my-demo
     """
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    # Imported here so that `hf-rgm --help` answers at once.
+    # The environment must be set before these are imported.
     import transformers
 
     from hf_rgm.demo import DemoSettings, run_demo
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    run_demo(output_dir, settings=DemoSettings(seed=seed), disable_tqdm=quiet, say=typer.echo)
+    try:
+        run_demo(output_dir, settings=DemoSettings(seed=seed), disable_tqdm=quiet, say=typer.echo)
+    except FileExistsError as error:
+        raise typer.BadParameter(str(error), param_hint="--output-dir") from error

@@ -35,6 +35,7 @@ logger = logging.getLogger(__name__)
 
 NUM_TRAIN, NUM_QUERIES = 1200, 120
 CELLS_PER_CLASS = 3
+MARKER = ".hf-rgm-demo"
 INSPECTED_SHARES = (0.05, 0.1)
 
 
@@ -61,6 +62,10 @@ class DemoSettings:
     num_subsets: int = 10
     flipped_share: float = 0.05
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 1 <= round(self.flipped_share * self.num_rows) < self.num_rows:
+            raise ValueError(f"`flipped_share` must flip some labels and leave some, got {self.flipped_share}.")
 
 
 @dataclass
@@ -202,10 +207,16 @@ def run_demo(
 
     Returns:
         `Path`: the folder.
+
+    Raises:
+        FileExistsError: If the folder holds anything but an earlier demo.
     """
     settings = settings or DemoSettings()
     folder = Path(output_dir)
+    if folder.exists() and not (folder.is_dir() and ((folder / MARKER).is_file() or not any(folder.iterdir()))):
+        raise FileExistsError(f"{folder} holds something else than an earlier demo and is left alone. Choose another.")
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / MARKER).touch()
     data = load_data(settings)
     num_flipped = int(data.flipped.sum())
     say(f"1. Training a small ViT on {len(data.train)} digits, {num_flipped} of them with a flipped label ...")

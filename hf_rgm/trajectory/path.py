@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,6 +14,8 @@ from torch import Tensor
 from hf_rgm.exceptions import DivergenceError
 from hf_rgm.modeling import ParameterSpace
 from hf_rgm.trajectory.storage import Trajectory
+
+logger = logging.getLogger(__name__)
 
 MAX_GROWTH = 100.0
 
@@ -239,6 +242,9 @@ def adjoint_directions(
     """
     Sensitivity of each objective to the training gradient, summed over the steps nearest to each recorded state.
 
+    Where sensitivities explode, which an explicit integration with too long a stride brings about, the path's stride
+    is halved and the integration repeated.
+
     Args:
         path (`RecordedPath`): Integration steps.
         gradients (`Tensor`): `(num_values, num_parameters)`, gradients of the objectives at the final parameters.
@@ -250,8 +256,21 @@ def adjoint_directions(
         there raises objective i by `eps * <direction_i, g>`.
 
     Raises:
-        DivergenceError: If sensitivities grow without bound going back.
+        DivergenceError: If sensitivities grow without bound going back, one training step at a time.
     """
+    while True:
+        try:
+            return _adjoint_directions(path, gradients, curvature)
+        except DivergenceError as error:
+            if path.stride == 1:
+                raise
+            path.stride //= 2
+            logger.info("%s Trying again with a stride of %d.", error, path.stride)
+
+
+def _adjoint_directions(
+    path: RecordedPath, gradients: Tensor, curvature: Callable[[int], Callable[[Tensor], Tensor]]
+) -> dict[int, Tensor]:
     bound = MAX_GROWTH * gradients.norm(dim=1).clamp_min(torch.finfo(gradients.dtype).tiny)
     sensitivity, momentum = gradients.clone(), torch.zeros_like(gradients)
     result: dict[int, Tensor] = {}
@@ -268,7 +287,7 @@ def adjoint_directions(
             worst = int((norm / bound).nan_to_num(nan=torch.inf).argmax())
             raise DivergenceError(
                 f"The adjoint diverged at training step {step.step}: the sensitivity of objective value {worst} "
-                f"grew to {float(norm[worst]):.3g}, {MAX_GROWTH:g} times its start or more. Use a smaller `stride` "
-                f"(now {path.stride}), a later `rewind` (now from step {path.start}), or record more states."
+                f"grew to {float(norm[worst]):.3g}, {MAX_GROWTH:g} times its start or more, with a stride of "
+                f"{path.stride}. Use a later `rewind` (now from step {path.start}), or record more states."
             )
     return result

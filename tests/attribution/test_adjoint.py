@@ -60,7 +60,7 @@ def test_growing_sensitivities_raise_instead_of_returning_scores():
     model, inputs, samples = engine_parts(run, rows_per_cluster=3)
     samples = dataclasses.replace(samples, log_weights=samples.log_weights + 6)
     adjoint = AdjointEngine(model, inputs, samples, run.trajectory, rewind=0)
-    with pytest.raises(DivergenceError, match="diverged at training step .* smaller `stride` .now 1.*later `rewind`"):
+    with pytest.raises(DivergenceError, match="diverged at training step .* stride of 1.*later `rewind`"):
         adjoint.cluster_scores(torch.ones(1, model.num_parameters))
 
 
