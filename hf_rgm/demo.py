@@ -63,10 +63,6 @@ class DemoSettings:
     flipped_share: float = 0.05
     seed: int = 0
 
-    def __post_init__(self) -> None:
-        if not 1 <= round(self.flipped_share * self.num_rows) < self.num_rows:
-            raise ValueError(f"`flipped_share` must flip some labels and leave some, got {self.flipped_share}.")
-
 
 @dataclass
 class DemoData:
@@ -210,15 +206,20 @@ def run_demo(
 
     Raises:
         FileExistsError: If the folder holds anything but an earlier demo.
+        ValueError: If no label would be flipped.
     """
     settings = settings or DemoSettings()
+    data = load_data(settings)
+    num_flipped = int(data.flipped.sum())
+    if num_flipped == 0:
+        raise ValueError(
+            f"`flipped_share` = {settings.flipped_share} flips no label of {settings.num_rows}. Raise it."
+        )
     folder = Path(output_dir)
     if folder.exists() and not (folder.is_dir() and ((folder / MARKER).is_file() or not any(folder.iterdir()))):
         raise FileExistsError(f"{folder} holds something else than an earlier demo and is left alone. Choose another.")
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / MARKER).touch()
-    data = load_data(settings)
-    num_flipped = int(data.flipped.sum())
+    (folder / MARKER).write_text("Written by `hf-rgm demo`, which may replace this folder's content.\n")
     say(f"1. Training a small ViT on {len(data.train)} digits, {num_flipped} of them with a flipped label ...")
     callback = TrajectoryCallback(folder / "trajectory", overwrite=True)
     trainer = build_trainer(settings)(data.train, settings.seed, [callback], disable_tqdm)

@@ -106,3 +106,17 @@ def test_share_found():
     assert share_found(np.arange(10), flipped, 0.2) == pytest.approx(1 / 3)
     assert share_found(np.arange(10)[::-1], flipped, 0.1) == pytest.approx(1 / 3)
     assert share_found(np.arange(10), flipped, 1.0) == 1.0
+
+
+def test_other_folders_are_left_alone(tmp_path):
+    (tmp_path / "report.html").write_text("mine")
+    with pytest.raises(FileExistsError, match="something else than an earlier demo"):
+        run_demo(tmp_path, say=str, settings=TINY, disable_tqdm=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
+    assert (tmp_path / "report.html").read_text() == "mine"
+
+
+def test_a_demo_without_flipped_labels_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="flips no label of 1200"):
+        run_demo(tmp_path / "out", say=str, settings=DemoSettings(flipped_share=0.0), disable_tqdm=True)
+    assert not (tmp_path / "out").exists()
