@@ -103,7 +103,8 @@ class Attributor:
             `AttributionResult`: positive where presence raises the objective.
 
         Raises:
-            ValueError: If engine, objective, queries or rows do not fit each other.
+            ValueError: If engine, objective, queries or rows do not fit each other, or the adjoint is asked for an
+                objective without gradient.
         """
         if engine not in ENGINES:
             raise ValueError(f"Unknown engine {engine!r}. Use one of {', '.join(ENGINES)}.")
@@ -128,6 +129,7 @@ class Attributor:
             if engine == "adjoint":
                 adjoint = AdjointEngine(self.model, self.inputs, self.samples, self.synset.trajectory, **settings)
                 gradients = objective.gradients(self.model, self._final, batch)
+                _check_gradients(gradients, objective)
                 if row_reader is None:
                     scores = adjoint.cluster_scores(gradients)
                 else:
@@ -161,7 +163,14 @@ class Attributor:
         )
 
     def replayed_values(
-        self, queries: Any, masks: Tensor, *, objective: str | Objective = "margin", anchored: bool = True, **settings
+        self,
+        queries: Any,
+        masks: Tensor,
+        *,
+        objective: str | Objective = "margin",
+        anchored: bool = True,
+        data_collator: DataCollator | None = None,
+        **settings: Any,
     ) -> np.ndarray:
         """
         The objective of models replayed under given cluster weights.
@@ -171,13 +180,14 @@ class Attributor:
             masks (`Tensor`): `(num_masks, num_clusters)`, weights in [0, 1].
             objective (`str` or `Objective`, *optional*, defaults to `"margin"`): What to evaluate.
             anchored (`bool`, *optional*, defaults to `True`): See [`ReplayEngine`].
+            data_collator (`Callable`, *optional*): Collates queries. Defaults to `default_data_collator`.
             settings: `rewind` and `stride` of the engine.
 
         Returns:
             `np.ndarray`: `(num_masks, num_values)`, float32.
         """
         objective = resolve_objective(objective)
-        reader = RowReader(queries, self.model, what="queries", predict_labels=True)
+        reader = RowReader(queries, self.model, data_collator=data_collator, what="queries", predict_labels=True)
         batch = Queries(*reader.batch(range(len(reader))))
         engine = self._replay_engine(anchored=anchored, **settings)
         return self._replayed(engine, objective, batch, masks).cpu().numpy()
@@ -251,6 +261,19 @@ class Attributor:
         ids = torch.tensor(self.synset.clusters.cluster_ids, device=row_scores.device)
         result = torch.zeros(len(row_scores), self.synset.num_clusters, device=row_scores.device)
         return result.index_add_(1, ids, row_scores)
+
+
+def _check_gradients(gradients: Tensor, objective: Objective) -> None:
+    flat = int((gradients == 0).all(1).sum())
+    if flat == len(gradients):
+        raise ValueError(
+            f"Objective {objective.name!r} has a gradient of zero everywhere: the adjoint would score everything 0. "
+            'Declare it `differentiable=False` and use `engine="replay"`.'
+        )
+    if flat:
+        logger.warning(
+            "Objective %r has a gradient of zero for %d of its values: their scores are 0.", objective.name, flat
+        )
 
 
 def _as_list(clusters: Iterable[str | int] | str | int) -> list[str | int]:

@@ -59,7 +59,6 @@ class DistillationConfig:
         for name in (
             "samples_per_cluster",
             "num_iterations",
-            "states_per_iteration",
             "batch_size",
             "cluster_block_size",
             "curvature_interval",
@@ -67,6 +66,11 @@ class DistillationConfig:
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+        if self.states_per_iteration < 2:
+            raise ValueError(
+                f"`states_per_iteration` must be at least 2, the last state and an earlier one, got "
+                f"{self.states_per_iteration}."
+            )
         for name in ("input_learning_rate", "target_learning_rate", "weight_learning_rate"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ValueError(f"`{name}` must be a positive number, got {getattr(self, name)}.")

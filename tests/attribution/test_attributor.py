@@ -226,3 +226,12 @@ def test_clusters_that_are_not_there_are_refused(attributor):
     for clusters in ([], range(6)):
         with pytest.raises(ValueError, match="of 6 clusters are to be removed"):
             attributor.model_without(clusters)
+
+
+def test_an_objective_without_gradient_is_refused_by_the_adjoint():
+    run = tiny_recorded_run()
+    attributor = Attributor(run.model, tiny_synset(), disable_tqdm=True)
+    hits = Objective("hits", lambda forward, queries: (forward(queries.inputs).argmax(-1) == queries.labels).float())
+    with pytest.raises(ValueError, match='gradient of zero everywhere.*engine="replay"'):
+        attributor.attribute(run.queries, objective=hits)
+    assert attributor.attribute(run.queries, objective=hits, engine="replay").scores.shape == (12, 6)
