@@ -46,6 +46,7 @@ class ReverseGradientMatchingDistiller:
         disable_tqdm (`bool`, *optional*, defaults to `False`): No progress bar.
 
     Raises:
+        NotImplementedError: If the run was trained with label smoothing.
         ValueError: If dataset, clusters, trajectory and model do not belong together.
 
     Example:
@@ -105,6 +106,11 @@ class ReverseGradientMatchingDistiller:
                 f"The model's parameters have other shapes than the recorded ones; first difference: {different[0]}. "
                 "Pass the model that was trained."
             )
+        if trajectory.metadata.get("label_smoothing_factor"):
+            raise NotImplementedError(
+                f"The run was trained with `label_smoothing_factor={trajectory.metadata['label_smoothing_factor']}`, "
+                "which distilling does not know yet: its gradients would not be the recorded ones. Train without it."
+            )
         trajectory.check_dataset(train_dataset)
         self.clusters.check_num_rows(len(self.reader))
         final, own = trajectory.final.parameters, self.model.parameters()
@@ -143,16 +149,14 @@ class ReverseGradientMatchingDistiller:
         size = self.config.cluster_block_size
         blocks = [range(k, min(k + size, len(self.rows))) for k in range(0, len(self.rows), size)]
         mine = blocks[self.accelerator.process_index :: self.accelerator.num_processes]
-        finished = []
+        stored = {block: self._store.read(block) if self._store else None for block in mine}
         with torch.enable_grad(), self.model.differentiable():
-            probes = self._probes()
-            for block in mine:
-                done = self._store.read(block) if self._store else None
-                if done is None:
-                    done = self._distill_block(block, states, probes)
-                    if self._store:
-                        self._store.write(block, done)
-                finished.append((block.start, done))
+            probes = self._probes() if None in stored.values() else None
+            for block in (block for block in mine if stored[block] is None):
+                stored[block] = self._distill_block(block, states, probes)
+                if self._store:
+                    self._store.write(block, stored[block])
+        finished = [(block.start, stored[block]) for block in mine]
         ordered = sorted(gather_object(finished), key=lambda item: item[0])
         merged = {
             key: torch.cat([done[key] for _, done in ordered], dim=dim) for key, dim in BlockStore.TENSORS.items()

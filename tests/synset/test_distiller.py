@@ -17,7 +17,8 @@ from hf_rgm.synset.distiller import ReverseGradientMatchingDistiller
 from hf_rgm.synset.inputs import ContinuousInputs
 from hf_rgm.synset.matching import SynsetGradients, cluster_residuals
 from hf_rgm.synset.targets import cluster_gradients
-from hf_rgm.testing import TinyConfig, TinyModel, tiny_recorded_run, tiny_synset
+from hf_rgm.testing import TinyConfig, TinyModel, tiny_recorded_run, tiny_synset, tiny_trainer
+from hf_rgm.trajectory.callback import TrajectoryCallback
 from tests.vision import distilled_run, vit
 
 RUN = tiny_recorded_run()
@@ -238,3 +239,15 @@ def test_clusters_of_another_dataset_are_refused():
 def test_a_trajectory_folder_that_is_not_there_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="no folder .*nowhere"):
         distiller(trajectory=tmp_path / "nowhere")
+
+
+def test_a_run_with_label_smoothing_is_refused(tmp_path):
+    trainer = tiny_trainer(
+        RUN.train_dataset,
+        callbacks=[TrajectoryCallback(tmp_path / "trajectory")],
+        label_smoothing_factor=0.1,
+        num_train_epochs=1,
+    )
+    trainer.train()
+    with pytest.raises(NotImplementedError, match="label_smoothing_factor=0.1"):
+        distiller(model=trainer.model, trajectory=tmp_path / "trajectory")
