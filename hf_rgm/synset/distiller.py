@@ -149,15 +149,16 @@ class ReverseGradientMatchingDistiller:
         size = self.config.cluster_block_size
         blocks = [range(k, min(k + size, len(self.rows))) for k in range(0, len(self.rows), size)]
         mine = blocks[self.accelerator.process_index :: self.accelerator.num_processes]
-        stored = {block: self._store.read(block) if self._store else None for block in mine}
+        finished = {b: done for b in mine if self._store and (done := self._store.read(b)) is not None}
+        pending = [block for block in mine if block not in finished]
         with torch.enable_grad(), self.model.differentiable():
-            probes = self._probes() if None in stored.values() else None
-            for block in (block for block in mine if stored[block] is None):
-                stored[block] = self._distill_block(block, states, probes)
+            probes = self._probes() if pending else None
+            for block in pending:
+                finished[block] = self._distill_block(block, states, probes)
                 if self._store:
-                    self._store.write(block, stored[block])
-        finished = [(block.start, stored[block]) for block in mine]
-        ordered = sorted(gather_object(finished), key=lambda item: item[0])
+                    self._store.write(block, finished[block])
+        gathered = gather_object([(block.start, finished[block]) for block in mine])
+        ordered = sorted(gathered, key=lambda item: item[0])
         merged = {
             key: torch.cat([done[key] for _, done in ordered], dim=dim) for key, dim in BlockStore.TENSORS.items()
         }
