@@ -30,7 +30,7 @@ class Recorded:
     folder: Path
     num_states: int = 8
     training_seconds: float = field(init=False)
-    _synsets: dict[int, tuple[Synset, float]] = field(init=False, default_factory=dict)
+    _synsets: dict[DistillationConfig, tuple[Synset, float]] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         callback = TrajectoryCallback(self.folder, num_states=self.num_states)
@@ -41,20 +41,20 @@ class Recorded:
         self.model = trainer.model
         self.summary = callback.summary()
 
-    def synset(self, samples_per_cluster: int) -> tuple[Synset, float]:
+    def synset(self, config: DistillationConfig) -> tuple[Synset, float]:
         """A synset and the seconds it took, distilled at most once."""
-        if samples_per_cluster not in self._synsets:
+        if config not in self._synsets:
             start = time.perf_counter()
             distiller = ReverseGradientMatchingDistiller(
                 self.model,
                 self.folder,
                 self.task.train,
                 self.task.clusters,
-                config=DistillationConfig(samples_per_cluster=samples_per_cluster),
+                config=config,
                 disable_tqdm=True,
             )
-            self._synsets[samples_per_cluster] = distiller.distill(), time.perf_counter() - start
-        return self._synsets[samples_per_cluster]
+            self._synsets[config] = distiller.distill(), time.perf_counter() - start
+        return self._synsets[config]
 
 
 @dataclass
@@ -82,15 +82,13 @@ class Prediction:
 Method = Callable[[Recorded, Dataset], Prediction]
 
 
-def adjoint(samples_per_cluster: int, **settings) -> Method:
+def adjoint(samples_per_cluster: int, **distillation) -> Method:
     """Scores of rows by the adjoint, summed for clusters."""
 
     def run(recorded: Recorded, queries: Dataset) -> Prediction:
-        synset, seconds = recorded.synset(samples_per_cluster)
+        synset, seconds = recorded.synset(DistillationConfig(samples_per_cluster=samples_per_cluster, **distillation))
         start = time.perf_counter()
-        result = Attributor(recorded.model, synset, disable_tqdm=True).attribute(
-            queries, rows=recorded.task.train, **settings
-        )
+        result = Attributor(recorded.model, synset, disable_tqdm=True).attribute(queries, rows=recorded.task.train)
         return Prediction(
             result.scores,
             result.row_scores,
@@ -106,7 +104,7 @@ def replay(samples_per_cluster: int, *, anchored: bool = True, **settings) -> Me
     """Leave-one-out and subsets by replay."""
 
     def run(recorded: Recorded, queries: Dataset) -> Prediction:
-        synset, seconds = recorded.synset(samples_per_cluster)
+        synset, seconds = recorded.synset(DistillationConfig(samples_per_cluster=samples_per_cluster))
         attributor = Attributor(recorded.model, synset, disable_tqdm=True)
         masks = torch.from_numpy(recorded.task.cluster_masks().astype(np.float32))
         start = time.perf_counter()
@@ -130,4 +128,10 @@ METHODS: dict[str, Method] = {
     "anchored replay, 1 per cluster": replay(1),
     "anchored replay, 3 per cluster": replay(3),
     "plain replay, 3 per cluster": replay(3, anchored=False),
+}
+
+ABLATIONS: dict[str, Method] = {
+    "adjoint, 1 per cluster, gradients only": adjoint(1, curvature_weight=0.0),
+    "adjoint, 2 per cluster, gradients only": adjoint(2, curvature_weight=0.0),
+    "adjoint, 2 per cluster, 256 probes": adjoint(2, num_probes=256),
 }

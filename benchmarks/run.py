@@ -23,7 +23,7 @@ import torch
 import transformers
 
 from benchmarks import truth as ground_truth
-from benchmarks.methods import METHODS, Prediction, Recorded
+from benchmarks.methods import ABLATIONS, METHODS, Prediction, Recorded
 from benchmarks.tasks import Task
 from hf_rgm.fidelity.scores import leave_cluster_out_correlation, linear_datamodeling_score, noise_ceiling
 
@@ -61,7 +61,7 @@ def line(name: str, values: dict) -> str:
         f"{values[key]['value']:.3f} [{values[key]['low']:.3f}, {values[key]['high']:.3f}]" if key in values else ""
         for key in ("leave_cluster_out", "lds_clusters", "lds_rows")
     ]
-    return f"{name:34s} " + " ".join(f"{cell:22s}" for cell in cells)
+    return f"{name:40s} " + " ".join(f"{cell:22s}" for cell in cells)
 
 
 def main(task_name: str, method_names: list[str], *, tuning: bool) -> None:
@@ -87,7 +87,7 @@ def main(task_name: str, method_names: list[str], *, tuning: bool) -> None:
         print(line("", {}).rstrip() + "leave-cluster-out      LDS clusters           LDS rows")
         print(line("noise ceiling (one seed)", report["noise_ceiling"]))
         for name in method_names:
-            prediction = METHODS[name](recorded, queries)
+            prediction = {**METHODS, **ABLATIONS}[name](recorded, queries)
             report["methods"][name] = {
                 **figures(task, truth, prediction),
                 "offline_over_training": prediction.offline_seconds / recorded.training_seconds,
@@ -109,7 +109,7 @@ def main(task_name: str, method_names: list[str], *, tuning: bool) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", required=True)
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=[*METHODS, *ABLATIONS])
     parser.add_argument("--tuning", action="store_true")
     arguments = parser.parse_args()
     transformers.logging.set_verbosity_error()
