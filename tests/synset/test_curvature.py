@@ -68,7 +68,8 @@ def test_explicit_equals_implicit(make):
     assert explicit._jacobian is not None
     assert implicit._jacobian is None
     with parts[0].differentiable():
-        torch.testing.assert_close(explicit.product(vectors), implicit.product(vectors), atol=1e-4, rtol=1e-4)
+        # Eager attention takes its softmax in float32 whatever the model's dtype.
+        torch.testing.assert_close(explicit.product(vectors), implicit.product(vectors), atol=2e-6, rtol=1e-6)
 
 
 @settings(max_examples=10, deadline=None)
