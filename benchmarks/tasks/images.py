@@ -1,0 +1,91 @@
+"""What the image tasks share: datasets of standardised pixels, trainers for small CNNs, the split into clusters."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from functools import partial
+
+import numpy as np
+from datasets import Array3D, Dataset, Features, Value
+from numpy.typing import NDArray
+from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
+
+from benchmarks.models import SmallCnnConfig, SmallCnnForImageClassification
+from benchmarks.tasks import Task
+from hf_rgm import ClusterMap
+
+NUM_QUERIES = 200
+
+
+def build_trainer(
+    dataset: Dataset, seed: int, callbacks=(), *, image_size: int, num_steps: int, batch_size: int, **overrides
+) -> Trainer:
+    """
+    AdamW at 2e-3 with linear decay, `num_steps` batches of `batch_size`, no clipping.
+
+    Steps are fixed, not epochs, so that a retraining on half of the rows takes as many steps as the recorded run.
+    """
+    set_seed(seed)
+    model = SmallCnnForImageClassification(SmallCnnConfig(image_size=image_size, num_labels=10))
+    settings = {
+        "output_dir": tempfile.mkdtemp(prefix="hf-rgm-benchmark-"),
+        "max_steps": num_steps,
+        "per_device_train_batch_size": batch_size,
+        "learning_rate": 2e-3,
+        "lr_scheduler_type": "linear",
+        "max_grad_norm": 0.0,
+        "seed": seed,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "logging_strategy": "no",
+        "use_cpu": True,
+    }
+    trainer = Trainer(
+        model, TrainingArguments(**{**settings, **overrides}), train_dataset=dataset, callbacks=list(callbacks)
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def image_task(
+    name: str,
+    images: NDArray[np.float32],
+    labels: NDArray[np.integer],
+    *,
+    num_train: int,
+    build_trainer: Callable[..., Trainer],
+    num_cluster_masks: int,
+    num_row_masks: int,
+    seeds: tuple[int, ...],
+) -> Task:
+    """
+    A task on images: `num_train` rows in five k-means cells per class, then the queries, then the tuning queries.
+
+    Args:
+        images: `(num_images, 1, side, side)`, pixel values; standardised here by the training rows.
+        labels: `(num_images,)`.
+    """
+    images = (images - images[:num_train].mean()) / images[:num_train].std()
+    features = Features({"pixel_values": Array3D(images.shape[1:], "float32"), "labels": Value("int64")})
+
+    def part(start: int, count: int) -> Dataset:
+        rows = slice(start, start + count)
+        columns = {"pixel_values": images[rows], "labels": labels[rows]}
+        return Dataset.from_dict(columns, features=features).with_format("torch")
+
+    clusters = ClusterMap.from_embeddings(
+        images[:num_train].reshape(num_train, -1), labels=labels[:num_train], num_clusters_per_class=5, seed=0
+    )
+    return Task(
+        name=name,
+        train=part(0, num_train),
+        queries=part(num_train, NUM_QUERIES),
+        tuning_queries=part(num_train + NUM_QUERIES, NUM_QUERIES),
+        clusters=clusters,
+        build_trainer=partial(build_trainer, image_size=images.shape[-1]),
+        num_cluster_masks=num_cluster_masks,
+        num_row_masks=num_row_masks,
+        seeds=seeds,
+    )
