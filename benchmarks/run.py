@@ -23,7 +23,8 @@ import torch
 import transformers
 
 from benchmarks import truth as ground_truth
-from benchmarks.methods import ABLATIONS, METHODS, Prediction, Recorded
+from benchmarks.methods import ABLATIONS, METHODS
+from benchmarks.recorded import Prediction, Recorded
 from benchmarks.tasks import Task
 from hf_rgm.fidelity.scores import leave_cluster_out_correlation, linear_datamodeling_score, noise_ceiling
 

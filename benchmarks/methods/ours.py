@@ -1,0 +1,67 @@
+"""Our engines: adjoint and replay on a synset."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import torch
+from datasets import Dataset
+
+from benchmarks.recorded import Method, Prediction, Recorded
+from hf_rgm import Attributor, DistillationConfig
+
+
+def adjoint(samples_per_cluster: int, **distillation) -> Method:
+    """Scores of rows by the adjoint, summed for clusters."""
+
+    def run(recorded: Recorded, queries: Dataset) -> Prediction:
+        synset, seconds = recorded.synset(DistillationConfig(samples_per_cluster=samples_per_cluster, **distillation))
+        start = time.perf_counter()
+        result = Attributor(recorded.model, synset, disable_tqdm=True).attribute(queries, rows=recorded.task.train)
+        return Prediction(
+            result.scores,
+            result.row_scores,
+            offline_seconds=seconds,
+            online_seconds=time.perf_counter() - start,
+            details={"matching_error": synset.matching_error},
+        )
+
+    return run
+
+
+def replay(samples_per_cluster: int, *, anchored: bool = True, **settings) -> Method:
+    """Leave-one-out and subsets by replay."""
+
+    def run(recorded: Recorded, queries: Dataset) -> Prediction:
+        synset, seconds = recorded.synset(DistillationConfig(samples_per_cluster=samples_per_cluster))
+        attributor = Attributor(recorded.model, synset, disable_tqdm=True)
+        masks = torch.from_numpy(recorded.task.cluster_masks().astype(np.float32))
+        start = time.perf_counter()
+        engine = "replay" if anchored else "plain_replay"
+        result = attributor.attribute(queries, engine=engine, **settings)
+        subsets = attributor.replayed_values(queries, masks, anchored=anchored, **settings)
+        return Prediction(
+            result.scores,
+            cluster_subset_values=subsets.T,
+            offline_seconds=seconds,
+            online_seconds=time.perf_counter() - start,
+            details={"matching_error": synset.matching_error, "replayed_models": len(masks) + masks.shape[1]},
+        )
+
+    return run
+
+
+METHODS: dict[str, Method] = {
+    "adjoint, 1 per cluster": adjoint(1),
+    "adjoint, 2 per cluster": adjoint(2),
+    "anchored replay, 1 per cluster": replay(1),
+    "anchored replay, 3 per cluster": replay(3),
+    "plain replay, 3 per cluster": replay(3, anchored=False),
+}
+
+ABLATIONS: dict[str, Method] = {
+    "adjoint, 1 per cluster, gradients only": adjoint(1, curvature_weight=0.0),
+    "adjoint, 2 per cluster, gradients only": adjoint(2, curvature_weight=0.0),
+    "adjoint, 2 per cluster, 256 probes": adjoint(2, num_probes=256),
+}
