@@ -22,6 +22,8 @@ class Task:
         build_trainer (`Callable`): `build_trainer(dataset, seed, callbacks=())`, a fresh `Trainer`.
         num_cluster_masks, num_row_masks (`int`): Half-masks of the ground truth.
         seeds (`tuple[int, ...]`): Retraining seeds; the recorded run uses seed 0, which is none of them.
+        num_distances (`int`, *optional*, defaults to `10`): Clusters left out, and as many half-masks, on which the
+            outputs of perturbed models are compared with those of retrained ones.
     """
 
     name: str
@@ -33,6 +35,7 @@ class Task:
     num_cluster_masks: int
     num_row_masks: int
     seeds: tuple[int, ...]
+    num_distances: int = 10
 
     def leave_out_subsets(self) -> list[np.ndarray]:
         """Rows kept when each cluster is left out."""
@@ -46,6 +49,19 @@ class Task:
     def row_masks(self, seed: int = 8) -> np.ndarray:
         """Half-masks of rows, `(num_row_masks, num_rows)`, bool."""
         return half_masks(len(self.train), self.num_row_masks, seed)
+
+    def distance_masks(self) -> dict[str, np.ndarray]:
+        """
+        Masks of clusters on which outputs are compared, `(num_distances, num_clusters)` each, bool.
+
+        `leave_out` drops one cluster each, spread over all clusters; `halves` are the first of the half-masks.
+        """
+        num_clusters = self.clusters.num_clusters
+        left_out = np.linspace(0, num_clusters - 1, self.num_distances).round().astype(int)
+        return {
+            "leave_out": ~np.eye(num_clusters, dtype=bool)[left_out],
+            "halves": self.cluster_masks()[: self.num_distances],
+        }
 
 
 def half_masks(num_items: int, num_masks: int, seed: int) -> np.ndarray:

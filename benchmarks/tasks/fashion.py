@@ -35,8 +35,14 @@ def read_idx(path: Path) -> NDArray[np.uint8]:
     return np.frombuffer(content, dtype=np.uint8, offset=4 + 4 * num_dimensions).reshape(shape)
 
 
-def load() -> Task:
-    """The task: the first 10,000 of the shuffled training pictures, queries from the test pictures."""
+def fashion_task(name: str, **length: int) -> Task:
+    """
+    The task: the first 10,000 of the shuffled training pictures, queries from the test pictures.
+
+    Args:
+        name: Of the task.
+        length: `max_steps` or `num_train_epochs` of every training.
+    """
     parts = [
         (read_idx(FOLDER / f"{part}-images-idx3-ubyte.gz"), read_idx(FOLDER / f"{part}-labels-idx1-ubyte.gz"))
         for part in ("train", "t10k")
@@ -46,12 +52,17 @@ def load() -> Task:
         (images[order], labels[order]) for images, labels in parts for order in (generator.permutation(len(labels)),)
     )
     return image_task(
-        "fashion",
+        name,
         np.concatenate([train_images[:NUM_TRAIN], test_images])[:, None].astype(np.float32),
         np.concatenate([train_labels[:NUM_TRAIN], test_labels]).astype(np.int64),
         num_train=NUM_TRAIN,
-        build_trainer=partial(build_trainer, num_steps=474, batch_size=128),
+        build_trainer=partial(build_trainer, batch_size=128, **length),
         num_cluster_masks=40,
         num_row_masks=40,
         seeds=(1, 2),
     )
+
+
+def load() -> Task:
+    """The task with a fixed number of steps."""
+    return fashion_task("fashion", max_steps=474)
