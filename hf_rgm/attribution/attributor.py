@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_rgm.attribution.adjoint import AdjointEngine
+from hf_rgm.attribution.mixture import MixtureSuggestion, check_request, maximized_by_default, trusted_mixture
 from hf_rgm.attribution.objectives import Objective, Queries, resolve_objective
 from hf_rgm.attribution.perturbations import leave_one_out, random_subsets, ridge_scores
 from hf_rgm.attribution.replay import ReplayEngine
@@ -177,7 +178,7 @@ class Attributor:
 
         Args:
             queries: Rows to evaluate.
-            masks (`Tensor`): `(num_masks, num_clusters)`, weights in [0, 1].
+            masks (`Tensor`): `(num_masks, num_clusters)`, weights, not negative: 1 for as it was, 0 for absent.
             objective (`str` or `Objective`, *optional*, defaults to `"margin"`): What to evaluate.
             anchored (`bool`, *optional*, defaults to `True`): See [`ReplayEngine`].
             data_collator (`Callable`, *optional*): Collates queries. Defaults to `default_data_collator`.
@@ -218,6 +219,67 @@ class Attributor:
         engine = self._replay_engine(anchored=True, **({} if rewind is None else {"rewind": rewind}))
         vector = engine.parameters(mask)[0]
         return self.model.module_with(self.model.space.unflatten(vector), like=self._original).eval()
+
+    def suggest_mixture(
+        self,
+        queries: Any,
+        *,
+        objective: str | Objective = "margin",
+        maximize: bool | None = None,
+        max_change: float = 2.0,
+        min_agreement: float | None = 0.5,
+        rows: Any = None,
+        data_collator: DataCollator | None = None,
+        rewind: float | None = None,
+    ) -> MixtureSuggestion:
+        """
+        Which clusters to train on more, and which less, at the same amount of data.
+
+        The objective is a function of the cluster weights p; the adjoint gives its gradient at p = 1, anchored replay
+        its value at the suggested p. Weights follow the score per row; see [`mixture_weights`].
+
+        Args:
+            queries: Rows to do better on; the objective is the mean over them. Keep others to verify the result on.
+            objective (`str` or `Objective`, *optional*, defaults to `"margin"`): What to improve; differentiable.
+            maximize (`bool`, *optional*): Whether higher is better. Defaults to `False` for the built-in `"loss"` and
+                `"mean_loss"`, to `True` for every other objective, your own included.
+            max_change (`float`, *optional*, defaults to `2.0`): No weight leaves `[1 / max_change, max_change]`.
+            min_agreement (`float`, *optional*, defaults to `0.5`): The bound shrinks until the replayed change is at
+                least this share of the first-order one. `None` does without replay and takes `max_change` as it is.
+            rows (*optional*): The training dataset, for a gradient from the rows in place of the synset.
+            data_collator (`Callable`, *optional*): Collates queries and rows. Defaults to `default_data_collator`.
+            rewind (`float`, *optional*): Fraction of training to go back to. Defaults to each engine's.
+
+        Returns:
+            [`MixtureSuggestion`]
+
+        Raises:
+            ValueError: If the objective is not differentiable, a number is out of range, there is one cluster only,
+                all score alike, or no replay agrees with the first-order prediction.
+        """
+        objective = resolve_objective(objective)
+        clusters = self.synset.clusters
+        check_request(objective, clusters.num_clusters, max_change, min_agreement)
+        options: dict[str, Any] = {"objective": objective, "data_collator": data_collator}
+        if rewind is not None:
+            options["rewind"] = rewind
+        result = self.attribute(queries, rows=rows, **options)
+        value = float(result.objective_values.mean())
+
+        def replayed_change(weights: np.ndarray) -> float:
+            replayed = self.replayed_values(queries, torch.from_numpy(weights[None]).float(), **options)
+            return float(replayed.mean()) - value
+
+        return trusted_mixture(
+            result.scores.mean(0).astype(np.float64),
+            clusters,
+            objective.name,
+            value,
+            maximize=maximized_by_default(objective) if maximize is None else maximize,
+            max_change=max_change,
+            min_agreement=min_agreement,
+            replayed_change=replayed_change,
+        )
 
     def _replay_engine(self, *, anchored: bool, **settings) -> ReplayEngine:
         return ReplayEngine(

@@ -17,6 +17,7 @@ from transformers import (
 from transformers.pipelines import PIPELINE_REGISTRY
 
 from hf_rgm.attribution.attributor import Attributor
+from hf_rgm.attribution.mixture import MixtureSuggestion
 from hf_rgm.attribution.result import AttributionResult
 from hf_rgm.synset.synset import Synset
 
@@ -98,15 +99,15 @@ class AttributionPipeline(Pipeline):
         options = {**self._options, **options}
         for name in ("batch_size", "num_workers"):
             options.pop(name, None)
-        if isinstance(queries, dict):
-            queries = [queries]
-        elif isinstance(queries, Iterator):
-            queries = list(queries)
-        return self.attributor.attribute(queries, **options)
+        return self.attributor.attribute(_as_sequence(queries), **options)
 
     def model_without(self, clusters: Iterable[str | int], **options: Any) -> nn.Module:
         """The model as it would be without some clusters; see [`Attributor.model_without`]."""
         return self.attributor.model_without(clusters, **options)
+
+    def suggest_mixture(self, queries: Any, **options: Any) -> MixtureSuggestion:
+        """Which clusters to train on more, and which less; see [`Attributor.suggest_mixture`]."""
+        return self.attributor.suggest_mixture(_as_sequence(queries), **options)
 
     def _sanitize_parameters(self, **options: Any) -> tuple[dict, dict, dict]:
         # Called once, by the constructor of `Pipeline`, with the options it does not know.
@@ -123,6 +124,12 @@ class AttributionPipeline(Pipeline):
     def postprocess(self, model_outputs: AttributionResult, **_: Any) -> AttributionResult:
         """Part of the interface of `Pipeline`: results are complete as they are."""
         return model_outputs
+
+
+def _as_sequence(queries: Any) -> Any:
+    if isinstance(queries, dict):
+        return [queries]
+    return list(queries) if isinstance(queries, Iterator) else queries
 
 
 def register() -> None:
