@@ -2,58 +2,82 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from datasets import Dataset
 
+from benchmarks.costs import Meter, folder_bytes
 from benchmarks.tasks import Task
 from hf_rgm import DistillationConfig, ReverseGradientMatchingDistiller, Synset, TrajectoryCallback
+
+RECORDED_SEED = 0
 
 
 @dataclass
 class Recorded:
     """
-    The recorded run of a task (seed 0), trained once and shared by all methods.
+    The recorded run of a task, trained once and shared by all methods; and one plain retraining, for its time.
 
     Args:
         task (`Task`): The task.
         folder (`Path`): Where the trajectory goes.
         num_states (`int`, *optional*, defaults to `8`): Recorded states.
+
+    Attributes:
+        training_seconds (`float`): Of the recorded training.
+        retraining_seconds (`float`): Of a training on all rows from another seed that records nothing.
+        reused_bytes (`int`): Peak memory of the dearest distillation since this was last set to 0, reused ones among
+            them: a method's cost does not depend on who distilled first.
     """
 
     task: Task
     folder: Path
     num_states: int = 8
     training_seconds: float = field(init=False)
-    _synsets: dict[DistillationConfig, tuple[Synset, float]] = field(init=False, default_factory=dict)
+    retraining_seconds: float = field(init=False)
+    reused_bytes: int = field(init=False, default=0)
+    _synsets: dict[DistillationConfig, tuple[Synset, Meter]] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         callback = TrajectoryCallback(self.folder, num_states=self.num_states)
-        trainer = self.task.build_trainer(self.task.train, 0, callbacks=[callback])
-        start = time.perf_counter()
-        trainer.train()
-        self.training_seconds = time.perf_counter() - start
+        trainer = self.task.build_trainer(self.task.train, RECORDED_SEED, callbacks=[callback])
+        with Meter() as meter:
+            trainer.train()
+        self.training_seconds = meter.seconds
         self.model = trainer.model
         self.summary = callback.summary()
+        plain = self.task.build_trainer(self.task.train, self.task.seeds[0])
+        with Meter() as meter:
+            plain.train()
+        self.retraining_seconds = meter.seconds
 
     def synset(self, config: DistillationConfig) -> tuple[Synset, float]:
         """A synset and the seconds it took, distilled at most once."""
         if config not in self._synsets:
-            start = time.perf_counter()
-            distiller = ReverseGradientMatchingDistiller(
-                self.model,
-                self.folder,
-                self.task.train,
-                self.task.clusters,
-                config=config,
-                disable_tqdm=True,
-            )
-            self._synsets[config] = distiller.distill(), time.perf_counter() - start
-        return self._synsets[config]
+            with Meter() as meter:
+                synset = ReverseGradientMatchingDistiller(
+                    self.model,
+                    self.folder,
+                    self.task.train,
+                    self.task.clusters,
+                    config=config,
+                    disable_tqdm=True,
+                ).distill()
+            self._synsets[config] = synset, meter
+        synset, meter = self._synsets[config]
+        self.reused_bytes = max(self.reused_bytes, meter.peak_bytes)
+        return synset, meter.seconds
+
+
+def synset_bytes(synset: Synset) -> int:
+    """Size of the folder a synset is saved to."""
+    with tempfile.TemporaryDirectory() as parent:
+        return folder_bytes(synset.save_pretrained(Path(parent) / "synset"))
 
 
 @dataclass
@@ -66,16 +90,44 @@ class Prediction:
         row_scores (`np.ndarray`, *optional*): `(num_queries, num_rows)`.
         cluster_subset_values (`np.ndarray`, *optional*): `(num_queries, num_cluster_masks)`, for methods that predict
             the objective of a subset directly; sums of cluster scores otherwise.
-        offline_seconds, online_seconds (`float`): Cost before any query is known, and after.
-        details (`dict`): What else to keep.
+        outputs (`dict[str, np.ndarray]`, *optional*): For methods that give perturbed models: their logits under each
+            of [`Task.distance_masks`], `(num_masks, num_queries, num_labels)`.
+        offline_seconds, online_seconds (`float`): Cost before any query is known, and of all cluster scores (and row
+            scores, if any) of these queries after.
+        model_seconds (`float`, *optional*): Cost of one perturbed model, evaluated on these queries.
+        details (`dict`): What else to keep, JSON-safe; `kept_bytes` among them is what a user must store between the
+            offline and the online part, beside the trained model and the training rows.
     """
 
     cluster_scores: np.ndarray
     row_scores: np.ndarray | None = None
     cluster_subset_values: np.ndarray | None = None
+    outputs: dict[str, np.ndarray] | None = None
     offline_seconds: float = 0.0
     online_seconds: float = 0.0
-    details: dict = field(default_factory=dict)
+    model_seconds: float | None = None
+    details: dict[str, Any] = field(default_factory=dict)
 
 
 Method = Callable[[Recorded, Dataset], Prediction]
+"""Scores some queries, given the recorded run."""
+
+
+@dataclass(frozen=True)
+class Entrant:
+    """
+    A method as it enters the benchmark.
+
+    Args:
+        name (`str`): In results and tables.
+        family (`str`): The group it is shown in.
+        grid (`Mapping[str, Method]`): Setting to method. Of several settings, the best on the tuning queries is
+            scored on the reported ones.
+        dear (`bool`, *optional*, defaults to `False`): Queries are dear, so that tasks may ask for fewer of them
+            ([`Task.num_dear_queries`]).
+    """
+
+    name: str
+    family: str
+    grid: Mapping[str, Method]
+    dear: bool = False

@@ -1,6 +1,8 @@
 """
 Ground truth of a task by retraining, cached as one file per retraining.
 
+Margins are cached in the task's folder, logits of the models whose outputs are compared in its subfolder `logits`.
+
     python -m benchmarks.truth --task digits                # everything
     python -m benchmarks.truth --task digits --shard 0/2    # half of the work, for two processes side by side
 """
@@ -8,6 +10,7 @@ Ground truth of a task by retraining, cached as one file per retraining.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import importlib
 import os
 from dataclasses import dataclass
@@ -18,25 +21,49 @@ import torch
 from datasets import concatenate_datasets
 
 from benchmarks.tasks import Task
+from hf_rgm import Objective
 from hf_rgm.fidelity.retraining import retrain
 
 CACHE = Path(os.environ.get("HF_RGM_BENCH_CACHE", Path.home() / ".cache" / "hf-rgm-benchmarks"))
+NUM_OUTPUT_SEEDS = 2
+
+LOGITS = Objective("logits", lambda forward, queries: forward(queries.inputs).flatten())
+"""All logits of all queries as one vector: `(num_queries * num_labels,)`."""
 
 
 @dataclass
 class Truth:
     """
-    Retrained margins.
+    Retrained margins and outputs.
 
     Args:
         leave_out (`np.ndarray`): `(num_seeds, num_queries, num_clusters)`, f(all) - f(without cluster).
         cluster_subsets (`np.ndarray`): `(num_seeds, num_queries, num_cluster_masks)`, objective values.
         row_subsets (`np.ndarray`): `(num_seeds, num_queries, num_row_masks)`, objective values.
+        outputs (`dict[str, np.ndarray]`): For each of [`Task.distance_masks`], the logits of two seeds:
+            `(2, num_masks, num_queries, num_labels)`.
     """
 
     leave_out: np.ndarray
     cluster_subsets: np.ndarray
     row_subsets: np.ndarray
+    outputs: dict[str, np.ndarray]
+
+    def first(self, count: int) -> Truth:
+        """The truth on the first `count` queries."""
+        return Truth(
+            self.leave_out[:, :count],
+            self.cluster_subsets[:, :count],
+            self.row_subsets[:, :count],
+            {part: logits[:, :, :count] for part, logits in self.outputs.items()},
+        )
+
+    def sha256(self) -> str:
+        """Identity of all values."""
+        digest = hashlib.sha256()
+        for array in (self.leave_out, self.cluster_subsets, self.row_subsets, *self.outputs.values()):
+            digest.update(np.ascontiguousarray(array, dtype=np.float32).tobytes())
+        return digest.hexdigest()
 
 
 def load_task(name: str) -> Task:
@@ -55,13 +82,22 @@ def subsets(task: Task) -> dict[str, list[np.ndarray]]:
 
 
 def compute(task: Task, *, shard: tuple[int, int] = (0, 1), disable_tqdm: bool = False) -> dict[str, np.ndarray]:
-    """Values `(num_subsets, num_seeds, num_queries + num_tuning_queries)` of each part, from the cache or anew."""
+    """
+    Every part of the ground truth, from the cache or anew; of a shard, every n-th retraining.
+
+    Returns:
+        `dict[str, np.ndarray]`: margins `(num_subsets, num_seeds, num_queries + num_tuning_queries)` of the parts of
+        [`subsets`], and logits `(num_masks, 2, (num_queries + num_tuning_queries) * num_labels)` of the parts of
+        [`Task.distance_masks`], named `"outputs of ..."`.
+    """
     queries = concatenate_datasets([task.queries, task.tuning_queries]).with_format("torch")
-    return {
+    cluster_ids = task.clusters.cluster_ids
+    mine = slice(shard[0], None, shard[1])
+    results = {
         part: retrain(
             task.build_trainer,
             task.train,
-            rows[shard[0] :: shard[1]],
+            rows[mine],
             queries,
             seeds=task.seeds,
             output_dir=CACHE / task.name,
@@ -69,16 +105,33 @@ def compute(task: Task, *, shard: tuple[int, int] = (0, 1), disable_tqdm: bool =
         )
         for part, rows in subsets(task).items()
     }
+    for part, masks in task.distance_masks().items():
+        results[f"outputs of {part}"] = retrain(
+            task.build_trainer,
+            task.train,
+            [np.flatnonzero(mask[cluster_ids]) for mask in masks[mine]],
+            queries,
+            seeds=task.seeds[:NUM_OUTPUT_SEEDS],
+            objective=LOGITS,
+            output_dir=CACHE / task.name / "logits",
+            disable_tqdm=disable_tqdm,
+        )
+    return results
 
 
 def load(task: Task, *, tuning: bool = False) -> Truth:
     """The ground truth on the reported queries, or on the tuning queries."""
     values = compute(task, disable_tqdm=True)
-    count = len(task.queries)
+    count, total = len(task.queries), len(task.queries) + len(task.tuning_queries)
     chosen = slice(count, None) if tuning else slice(0, count)
-    by_seed = {part: array.transpose(1, 2, 0)[:, chosen] for part, array in values.items()}
-    leave_out = by_seed["leave_out"]
-    return Truth(leave_out[:, :, :1] - leave_out[:, :, 1:], by_seed["clusters"], by_seed["rows"])
+    leave_out, cluster_subsets, row_subsets = (
+        values[part].transpose(1, 2, 0)[:, chosen] for part in ("leave_out", "clusters", "rows")
+    )
+    outputs = {}
+    for part in task.distance_masks():
+        logits = values[f"outputs of {part}"]
+        outputs[part] = logits.reshape(*logits.shape[:2], total, -1).swapaxes(0, 1)[:, :, chosen]
+    return Truth(leave_out[:, :, :1] - leave_out[:, :, 1:], cluster_subsets, row_subsets, outputs)
 
 
 if __name__ == "__main__":

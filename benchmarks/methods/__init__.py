@@ -2,9 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from benchmarks.methods import ours
-from benchmarks.recorded import Method
+from benchmarks.recorded import Entrant, Method
 
-METHODS: dict[str, Method] = {**ours.METHODS}
+DEAR = ("dattri influence, CG",)
+"""Methods with dear queries: see `Task.num_dear_queries`."""
 
-ABLATIONS: dict[str, Method] = {**ours.ABLATIONS}
+
+def _family(family: str, methods: Mapping[str, Method | Mapping[str, Method]]) -> dict[str, Entrant]:
+    return {
+        name: Entrant(name, family, {"": method} if callable(method) else method, dear=name in DEAR)
+        for name, method in methods.items()
+    }
+
+
+METHODS: dict[str, Entrant] = {
+    **_family("ours", ours.METHODS),
+}
+
+ABLATIONS: dict[str, Entrant] = _family("ablations", ours.ABLATIONS)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 
 import numpy as np
 import torch
 from datasets import Dataset
 
-from benchmarks.recorded import Method, Prediction, Recorded
+from benchmarks.recorded import Method, Prediction, Recorded, synset_bytes
+from benchmarks.truth import LOGITS
 from hf_rgm import Attributor, DistillationConfig
 
 
@@ -24,29 +26,45 @@ def adjoint(samples_per_cluster: int, **distillation) -> Method:
             result.row_scores,
             offline_seconds=seconds,
             online_seconds=time.perf_counter() - start,
-            details={"matching_error": synset.matching_error},
+            details={"matching_error": synset.matching_error, "kept_bytes": synset_bytes(synset)},
         )
 
     return run
 
 
-def replay(samples_per_cluster: int, *, anchored: bool = True, **settings) -> Method:
-    """Leave-one-out and subsets by replay."""
+def replay(
+    samples_per_cluster: int, *, anchored: bool = True, distillation: dict[str, Any] | None = None, **settings
+) -> Method:
+    """Leave-one-out, subsets and outputs by replay."""
 
     def run(recorded: Recorded, queries: Dataset) -> Prediction:
-        synset, seconds = recorded.synset(DistillationConfig(samples_per_cluster=samples_per_cluster))
+        config = DistillationConfig(samples_per_cluster=samples_per_cluster, **(distillation or {}))
+        synset, seconds = recorded.synset(config)
         attributor = Attributor(recorded.model, synset, disable_tqdm=True)
-        masks = torch.from_numpy(recorded.task.cluster_masks().astype(np.float32))
+
+        def replayed(masks: np.ndarray, **objective) -> np.ndarray:
+            weights = torch.from_numpy(masks.astype(np.float32))
+            return attributor.replayed_values(queries, weights, anchored=anchored, **objective, **settings)
+
         start = time.perf_counter()
         engine = "replay" if anchored else "plain_replay"
         result = attributor.attribute(queries, engine=engine, **settings)
-        subsets = attributor.replayed_values(queries, masks, anchored=anchored, **settings)
+        scored = time.perf_counter()
+        masks = recorded.task.cluster_masks()
+        subsets = replayed(masks)
+        replayed_seconds = time.perf_counter() - scored
+        outputs = {
+            part: replayed(chosen, objective=LOGITS).reshape(len(chosen), len(queries), -1)
+            for part, chosen in recorded.task.distance_masks().items()
+        }
         return Prediction(
             result.scores,
             cluster_subset_values=subsets.T,
+            outputs=outputs,
             offline_seconds=seconds,
-            online_seconds=time.perf_counter() - start,
-            details={"matching_error": synset.matching_error, "replayed_models": len(masks) + masks.shape[1]},
+            online_seconds=scored - start,
+            model_seconds=replayed_seconds / len(masks),
+            details={"matching_error": synset.matching_error, "kept_bytes": synset_bytes(synset)},
         )
 
     return run

@@ -24,6 +24,8 @@ class Task:
         seeds (`tuple[int, ...]`): Retraining seeds; the recorded run uses seed 0, which is none of them.
         num_distances (`int`, *optional*, defaults to `10`): Clusters left out, and as many half-masks, on which the
             outputs of perturbed models are compared with those of retrained ones.
+        num_dear_queries (`int`, *optional*): Methods with dear queries are scored on the first so many only, and all
+            methods are compared on these too. By default none are spared.
     """
 
     name: str
@@ -36,6 +38,7 @@ class Task:
     num_row_masks: int
     seeds: tuple[int, ...]
     num_distances: int = 10
+    num_dear_queries: int | None = None
 
     def leave_out_subsets(self) -> list[np.ndarray]:
         """Rows kept when each cluster is left out."""

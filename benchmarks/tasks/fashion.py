@@ -60,6 +60,7 @@ def fashion_task(name: str, **length: int) -> Task:
         num_cluster_masks=40,
         num_row_masks=40,
         seeds=(1, 2),
+        num_dear_queries=30,
     )
 
 

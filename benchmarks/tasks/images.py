@@ -59,6 +59,7 @@ def image_task(
     num_cluster_masks: int,
     num_row_masks: int,
     seeds: tuple[int, ...],
+    num_dear_queries: int | None = None,
 ) -> Task:
     """
     A task on images: `num_train` rows in five k-means cells per class, then the queries, then the tuning queries.
@@ -88,4 +89,5 @@ def image_task(
         num_cluster_masks=num_cluster_masks,
         num_row_masks=num_row_masks,
         seeds=seeds,
+        num_dear_queries=num_dear_queries,
     )

@@ -1,0 +1,67 @@
+"""What a method costs: seconds, memory, and bytes a user keeps."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import sys
+import threading
+import time
+from pathlib import Path
+
+import psutil
+
+SAMPLING_SECONDS = 0.02
+
+
+class Meter:
+    """
+    Wall time of a block and the most memory it held beyond what the process held before.
+
+    Memory is the process's resident set, sampled by a thread. Free memory is given back to the system first, so that
+    a block does not seem to need less because an earlier one left some behind.
+
+    Attributes:
+        seconds (`float`): Wall time, set when the block ends.
+        peak_bytes (`int`): Largest resident set within the block less the one at its start, set when the block ends.
+    """
+
+    seconds: float
+    peak_bytes: int
+
+    def __enter__(self) -> Meter:
+        self._process = psutil.Process()
+        _give_back()
+        self._before = self._largest = self._process.memory_info().rss
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._sample, daemon=True)
+        self._thread.start()
+        self._start = time.perf_counter()
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.seconds = time.perf_counter() - self._start
+        self._stop.set()
+        self._thread.join()
+        self._look()
+        self.peak_bytes = self._largest - self._before
+
+    def _sample(self) -> None:
+        while not self._stop.wait(SAMPLING_SECONDS):
+            self._look()
+
+    def _look(self) -> None:
+        self._largest = max(self._largest, self._process.memory_info().rss)
+
+
+def _give_back() -> None:
+    gc.collect()
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's; other C libraries have none
+        if trim is not None:
+            trim(0)
+
+
+def folder_bytes(folder: str | Path) -> int:
+    """Size of all files in a folder."""
+    return sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())
