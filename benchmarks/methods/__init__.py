@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from benchmarks.methods import ours
+from benchmarks.methods import baselines, ours, paper
 from benchmarks.recorded import Entrant, Method
 
 DEAR = ("dattri influence, CG",)
@@ -20,6 +20,8 @@ def _family(family: str, methods: Mapping[str, Method | Mapping[str, Method]]) -
 
 METHODS: dict[str, Entrant] = {
     **_family("ours", ours.METHODS),
+    **_family("the paper's plain forms", paper.METHODS),
+    **_family("baselines", baselines.METHODS),
 }
 
 ABLATIONS: dict[str, Entrant] = _family("ablations", ours.ABLATIONS)

@@ -1,0 +1,93 @@
+"""What any method has to beat: random scores, gradient cosine, and real rows in place of the synthetic ones."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+
+from benchmarks.methods.ours import adjoint, replay
+from benchmarks.recorded import Method, Prediction, Recorded
+from hf_rgm.attribution.objectives import Queries, resolve_objective
+from hf_rgm.modeling import FunctionalModel
+from hf_rgm.rows import RowReader
+from hf_rgm.synset.targets import row_gradients
+
+BATCH_SIZE = 256
+RANDOM_SEED = 11
+
+
+def random(recorded: Recorded, queries: Dataset) -> Prediction:
+    """Normal scores of rows, summed for clusters: what chance gives."""
+    generator = np.random.default_rng(RANDOM_SEED)
+    scores = generator.standard_normal((len(queries), len(recorded.task.train)), dtype=np.float32)
+    return Prediction(sum_by_cluster(recorded, scores), scores, details={"kept_bytes": 0, "seed": RANDOM_SEED})
+
+
+def gradient_cosine(recorded: Recorded, queries: Dataset) -> Prediction:
+    """
+    Cosine of a query's gradient of the objective and a row's gradient of the loss, at the trained parameters.
+
+    With the sign turned: a step on a row goes against the gradient of its loss, so the row helps where the two point
+    in opposite directions.
+    """
+    start = time.perf_counter()
+    model = FunctionalModel(recorded.model)
+    trained = model.parameters()
+    reader = RowReader(queries, model, what="queries")
+    objective = resolve_objective("margin")
+    gradients = objective.gradients(model, model.space.flatten(trained), Queries(*reader.batch(range(len(reader)))))
+    gradients = torch.nn.functional.normalize(gradients)
+    rows = RowReader(recorded.task.train, model)
+    scores = []
+    for first in range(0, len(rows), BATCH_SIZE):
+        inputs, labels = rows.batch(range(first, min(first + BATCH_SIZE, len(rows))))
+        scores.append(-gradients @ torch.nn.functional.normalize(row_gradients(model, trained, inputs, labels)).T)
+    row_scores = torch.cat(scores, dim=1).numpy()
+    return Prediction(
+        sum_by_cluster(recorded, row_scores),
+        row_scores,
+        online_seconds=time.perf_counter() - start,
+        details={"kept_bytes": 0},
+    )
+
+
+def sum_by_cluster(recorded: Recorded, row_scores: np.ndarray) -> np.ndarray:
+    """Scores of clusters, `(num_queries, num_clusters)`, from those of rows, `(num_queries, num_rows)`."""
+    clusters = recorded.task.clusters
+    membership = np.eye(clusters.num_clusters, dtype=row_scores.dtype)[clusters.cluster_ids]
+    return row_scores @ membership
+
+
+def real_rows(init: str) -> dict[str, Any]:
+    """
+    Settings of a distillation that learns nothing: its samples are real rows with (next to) hard labels, each with an
+    equal part of its cluster's share as its weight.
+
+    Args:
+        init (`str`): `"nearest"`, the row nearest the cluster's centre and, where there are more, random rows; or
+            `"random"` rows.
+    """
+    rates = dict.fromkeys(("input_learning_rate", "target_learning_rate", "weight_learning_rate"), 1e-12)
+    return {"init": init, "num_iterations": 1, "curvature_weight": 0.0, "target_smoothing": 1e-6, **rates}
+
+
+METHODS: dict[str, Method | dict[str, Method]] = {
+    "random": random,
+    "gradient cosine": gradient_cosine,
+    **{
+        f"adjoint on real rows, {count} per cluster": {
+            init: adjoint(count, **real_rows(init)) for init in ("nearest", "random")
+        }
+        for count in (1, 2)
+    },
+    **{
+        f"anchored replay on real rows, {count} per cluster": {
+            init: replay(count, distillation=real_rows(init)) for init in ("nearest", "random")
+        }
+        for count in (1, 3)
+    },
+}

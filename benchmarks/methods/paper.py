@@ -1,0 +1,139 @@
+"""
+The plain forms of the paper (Ye et al., "Distilled Datamodel with Reverse Gradient Matching", CVPR 2024).
+
+Both perturb a model for every question: without one cluster for leave-cluster-out, without the others for a subset.
+Both use a synset that matches gradients only, as the paper does (ours also matches curvature), but are given our
+distiller: every state counts by its own gradient energy, targets and weights are learned beside the pictures.
+"""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import torch
+from datasets import Dataset
+from torch import Tensor
+
+from benchmarks.methods.ours import replay
+from benchmarks.recorded import Method, Prediction, Recorded
+from benchmarks.truth import LOGITS
+from hf_rgm import Attributor, DistillationConfig
+from hf_rgm.attribution.objectives import Queries, log_odds_margin
+from hf_rgm.attribution.perturbations import leave_one_out
+from hf_rgm.rows import RowReader
+from hf_rgm.synset.matching import soft_cross_entropy
+
+GRADIENTS_ONLY = {"curvature_weight": 0.0}
+
+
+def ascent(samples_per_cluster: int, *, num_steps: int, learning_rate: float, **distillation) -> Method:
+    """
+    Gradient ascent from the trained parameters on the synthetic samples of what is absent.
+
+    `theta <- theta + learning_rate * grad sum over absent k of sum_j exp(w_kj) CE_kj`, `num_steps` times, for each
+    cluster alone and for the absent half of each subset: plain ascent, without the recorded optimizer's moments and
+    without the clusters that stay. The score is f(trained) - f(ascended).
+
+    Differs from the paper, whose step counts and rates belong to its own networks, in that both come from a grid.
+    """
+
+    def run(recorded: Recorded, queries: Dataset) -> Prediction:
+        config = DistillationConfig(samples_per_cluster=samples_per_cluster, **GRADIENTS_ONLY, **distillation)
+        synset, seconds = recorded.synset(config)
+        start = time.perf_counter()
+        attributor = Attributor(recorded.model, synset, disable_tqdm=True)
+        model = attributor.model
+        reader = RowReader(queries, model, what="queries")
+        batch = Queries(*reader.batch(range(len(reader))))
+        trained = model.space.flatten(model.parameters())
+
+        def logits(masks: Tensor) -> Tensor:
+            """Logits under each mask: `(num_masks, num_queries, num_labels)`."""
+            rows = [
+                LOGITS.values(model, _ascend(attributor, mask < 0.5, num_steps, learning_rate), batch)
+                for mask in masks
+            ]
+            return torch.stack(rows).unflatten(1, (len(batch), -1))
+
+        def margins(outputs: Tensor) -> np.ndarray:
+            """`(num_queries, num_masks)`."""
+            return torch.stack([log_odds_margin(output, batch.labels) for output in outputs], dim=1).numpy()
+
+        unperturbed = margins(LOGITS.values(model, trained, batch).reshape(1, len(batch), -1))
+        scores = unperturbed - margins(logits(leave_one_out(synset.num_clusters)))
+        scored = time.perf_counter()
+        masks = recorded.task.cluster_masks()
+        subsets = margins(logits(_as_weights(masks)))
+        subset_seconds = time.perf_counter() - scored
+        return Prediction(
+            scores,
+            cluster_subset_values=subsets,
+            outputs={
+                part: logits(_as_weights(chosen)).numpy() for part, chosen in recorded.task.distance_masks().items()
+            },
+            offline_seconds=seconds,
+            online_seconds=scored - start,
+            model_seconds=subset_seconds / len(masks),
+            details={
+                "matching_error": synset.matching_error,
+                "kept_bytes": sum(tensor.nbytes for tensor in synset.samples.tensors()),
+            },
+        )
+
+    return run
+
+
+def _as_weights(masks: np.ndarray) -> Tensor:
+    return torch.from_numpy(masks.astype(np.float32))
+
+
+def _ascend(attributor: Attributor, absent: Tensor, num_steps: int, learning_rate: float) -> Tensor:
+    """Parameters after the ascent: `(num_parameters,)`."""
+    model = attributor.model
+    inputs, targets, log_weights = (tensor.flatten(0, 1) for tensor in attributor.samples[absent].tensors())
+    parameters = model.parameters()
+    for _ in range(num_steps):
+        leaves = {name: value.detach().requires_grad_() for name, value in parameters.items()}
+        loss = soft_cross_entropy(
+            model.logits(leaves, attributor.inputs.to_forward(inputs)), targets, log_weights.flatten()
+        )
+        gradients = torch.autograd.grad(loss, list(leaves.values()))
+        parameters = {
+            name: value.detach() + learning_rate * gradient
+            for (name, value), gradient in zip(leaves.items(), gradients, strict=True)
+        }
+    return model.space.flatten(parameters)
+
+
+def matched(samples_per_cluster: int, *, total_gradient_weight: float, **distillation) -> Method:
+    """
+    DDM-match: training from scratch on the synset without what is absent.
+
+    From the recorded run's initial parameters, with its optimizer, learning rates and number of steps, on all
+    remaining synthetic samples at once: plain replay from step 0. The score is f(all clusters) - f(without the
+    cluster), both trained on the synset.
+
+    Differs from the paper in that gradients are matched at states of the recorded run other than the initial one
+    rather than along fresh trainings, in the distiller's own order, last states first; only from the middle of the
+    iterations on are all states matched alike. The paper starts from random parameters; these are the recorded run's
+    own, which favours the method.
+    """
+    return replay(
+        samples_per_cluster,
+        anchored=False,
+        distillation={**GRADIENTS_ONLY, "total_gradient_weight": total_gradient_weight, **distillation},
+        rewind=0.0,
+    )
+
+
+METHODS: dict[str, dict[str, Method]] = {
+    "ascent, 2 per cluster": {
+        f"{num_steps} steps of {rate:g}": ascent(2, num_steps=num_steps, learning_rate=rate)
+        for num_steps in (1, 5, 20)
+        for rate in (0.001, 0.01, 0.1)
+    },
+    "DDM-match, 2 per cluster": {
+        f"tau {weight:g}": matched(2, total_gradient_weight=weight) for weight in (0.0, 0.1, 1.0)
+    },
+}
