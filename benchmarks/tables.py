@@ -1,5 +1,5 @@
 """
-Writes the README's tables from the JSON files under benchmarks/results/.
+Writes the tables of README.md and the whole of docs/benchmarks.md from the JSON files under benchmarks/results/.
 
     python -m benchmarks.tables
 """
@@ -8,42 +8,284 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
-from benchmarks.run import RESULTS
+from benchmarks.report import FORMAT_VERSION, RESULTS, ROOT
 
-README = Path(__file__).parents[1] / "README.md"
+README = ROOT / "README.md"
+PAGE = ROOT / "docs" / "benchmarks.md"
 COLUMNS = {"leave_cluster_out": "leave-cluster-out", "lds_clusters": "LDS clusters", "lds_rows": "LDS rows"}
+ALL_COLUMNS = COLUMNS | {"leave_cluster_out_pearson": "leave-cluster-out, Pearson"}
+DISTANCES = {"softmax_l2": "L2 of softmax", "cross_entropy": "cross entropy", "logits_l2": "L2 of logits"}
+SINGLE_RUN = {
+    "leave_cluster_out": "leave-cluster-out",
+    "lds_removals": "LDS of 1% removals",
+    "lds_halves": "LDS of half of the rows",
+}
+PARTS = {"leave_out": "one cluster left out", "halves": "half of the clusters"}
+
+INTRODUCTION = """\
+<!-- Written by `python -m benchmarks.tables` from benchmarks/results/; do not edit. -->
+# Benchmarks
+
+How well attribution methods agree with retraining, and what they cost. How to run them, and what each figure is, is
+told in [benchmarks/README.md](../benchmarks/README.md). Brackets are 95% bootstrap intervals over queries and clusters
+or subsets. The *noise ceiling* is one seed's retraining scored against the other seeds. Where a method has several
+settings, the one that is reported was chosen on other queries.
+"""
+
+Row = tuple[str, dict[str, Any]]
 
 
-def cell(values: dict, key: str) -> str:
-    """A figure with its interval."""
+def figure(values: dict[str, Any], key: str) -> str:
+    """A figure with its interval, and the number of queries without one."""
     if key not in values:
         return ""
     estimate = values[key]
-    return f"{estimate['value']:.3f} [{estimate['low']:.3f}, {estimate['high']:.3f}]"
+    undefined = f" ({estimate['num_nan']} undefined)" if estimate["num_nan"] else ""
+    interval = "" if estimate["low"] is None else f" [{estimate['low']:.3f}, {estimate['high']:.3f}]"
+    return f"{estimate['value']:.3f}{interval}{undefined}"
 
 
-def table(report: dict) -> str:
-    """The Markdown table of one task."""
-    lines = [
-        f"| {report['task']}, {report['num_queries']} queries | {' | '.join(COLUMNS.values())} | offline / training | "
-        "online / training |",
-        "|---|" + "---|" * (len(COLUMNS) + 2),
-        f"| *noise ceiling* | {' | '.join(cell(report['noise_ceiling'], key) for key in COLUMNS)} | | |",
+def size(num_bytes: int | None) -> str:
+    """Bytes as kB or MB."""
+    if num_bytes is None:
+        return ""
+    return f"{num_bytes / 1e6:,.1f} MB" if num_bytes >= 1e6 else f"{num_bytes / 1e3:,.0f} kB"
+
+
+def ratio(value: float | None) -> str:
+    """A cost relative to a training, two digits."""
+    return "" if value is None else f"{value:.2g}" if value < 10 else f"{value:.0f}"
+
+
+def markdown(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table, or nothing if there are no rows."""
+    if not rows:
+        return ""
+    lines = [" | ".join(titles), "|".join("---" for _ in titles), *(" | ".join(row) for row in rows)]
+    return "\n".join(f"| {line} |" if index != 1 else f"|{line}|" for index, line in enumerate(lines))
+
+
+def scored(report: dict[str, Any], *, ablations: bool = True) -> list[Row]:
+    """Names and entries of the methods that have figures."""
+    return [
+        (name, entry)
+        for name, entry in report["methods"].items()
+        if "error" not in entry and (ablations or entry["family"] != "ablations")
     ]
-    for name, values in report["methods"].items():
-        cells = " | ".join(cell(values, key) for key in COLUMNS)
-        offline, online = values["offline_over_training"], values["online_over_training"]
-        lines.append(f"| {name} | {cells} | {offline:.1f} | {online:.1f} |")
-    return "\n".join(lines)
+
+
+def label(report: dict[str, Any], name: str, entry: dict[str, Any]) -> str:
+    """A method's name, with its number of queries where it was not scored on all."""
+    count = entry["num_queries"]
+    return name if count == report["identity"]["num_queries"] else f"{name} ({count} queries)"
+
+
+def fidelity(report: dict[str, Any], columns: dict[str, str], *, costs: bool, ablations: bool) -> str:
+    """The table of agreement with retraining, the ceiling first."""
+    titles = [f"{report['identity']['task']}, {report['identity']['num_queries']} queries", *columns.values()]
+    ceiling = ["*noise ceiling*", *(figure(report["noise_ceiling"], key) for key in columns)]
+    rows = [
+        [label(report, name, entry), *(figure(entry["figures"], key) for key in columns)]
+        for name, entry in scored(report, ablations=ablations)
+    ]
+    if costs:
+        titles += ["offline / training", "online / retraining"]
+        ceiling += ["", ""]
+        for row, (_, entry) in zip(rows, scored(report, ablations=ablations), strict=True):
+            row += [ratio(entry["costs"][key]) for key in ("offline_over_training", "online_over_retraining")]
+    return markdown(titles, [ceiling, *rows])
+
+
+def first_queries(report: dict[str, Any]) -> str:
+    """All methods on the queries that even those with dear ones were scored on."""
+    block = report["first_queries"]
+    titles = [f"{report['identity']['task']}, first {block['num_queries']} queries", *COLUMNS.values()]
+    rows = [["*noise ceiling*", *(figure(block["noise_ceiling"], key) for key in COLUMNS)]]
+    for name, entry in scored(report):
+        rows.append([name, *(figure(entry["first_queries"]["figures"], key) for key in COLUMNS)])
+    return markdown(titles, rows)
+
+
+def distances(report: dict[str, Any]) -> str:
+    """Distances between the outputs of perturbed and of retrained models."""
+    titles = ["outputs", *(f"{part}: {measure}" for part in PARTS.values() for measure in DISTANCES.values())]
+    references = [
+        ("*another seed's retraining*", report["noise_ceiling"]),
+        ("*the trained model as it is*", report["unperturbed"]),
+    ]
+    methods = [(label(report, name, entry), entry["figures"]) for name, entry in scored(report)]
+    rows = [
+        [name, *(figure(values["distances"][part], key) for part in PARTS for key in DISTANCES)]
+        for name, values in references + methods
+        if "distances" in values
+    ]
+    return markdown(titles, rows)
+
+
+def single_run(report: dict[str, Any]) -> str:
+    """Agreement with the recorded run itself, had it not seen some rows."""
+    found = report.get("single_run")
+    if found is None:
+        return ""
+    rows = [
+        [label(found, name, entry), *(figure(entry["figures"], key) for key in SINGLE_RUN)]
+        for name, entry in found["methods"].items()
+    ]
+    titles = [f"{found['identity']['task']}, {found['identity']['num_queries']} queries", *SINGLE_RUN.values()]
+    return markdown(titles, rows)
+
+
+def costs(report: dict[str, Any]) -> str:
+    """What the methods cost."""
+    titles = [
+        "method",
+        "offline / training",
+        "online / retraining",
+        "queries",
+        "one model / retraining",
+        "kept",
+        "peak memory",
+    ]
+    rows = [
+        [
+            name,
+            ratio(cost["offline_over_training"]),
+            ratio(cost["online_over_retraining"]),
+            str(entry["num_queries"]),
+            ratio(cost["model_over_retraining"]),
+            size(cost["kept_bytes"]),
+            size(cost["peak_bytes"]),
+        ]
+        for name, entry in scored(report)
+        for cost in (entry["costs"],)
+    ]
+    return markdown(titles, rows)
+
+
+def grids(report: dict[str, Any]) -> str:
+    """Every setting of the methods that were tuned, on the tuning queries."""
+    rows = []
+    for name, entry in report["methods"].items():
+        tuning = entry.get("tuning")
+        for setting, values in tuning["settings"].items() if tuning else ():
+            chosen = "**" if setting == tuning["chosen"] else ""
+            figures = (
+                [f"{values['mean']:.3f}", *(figure(values, key) for key in COLUMNS)]
+                if "mean" in values
+                else [values["error"], "", "", ""]
+            )
+            rows.append([name, f"{chosen}{setting}{chosen}", str(tuning["num_queries"]), *figures])
+    return markdown(["method", "setting", "tuning queries", "mean", *COLUMNS.values()], rows)
+
+
+def run_conditions(report: dict[str, Any]) -> str:
+    """Commits, machines and versions."""
+    seeds = ", ".join(str(seed) for seed in report["seeds"]["truth"])
+    recorded = f"seed {report['seeds']['recorded']}, {report['num_states']} states"
+    lines = [f"Recorded run: {recorded}; truth: mean of seeds {seeds}."]
+    by_environment: dict[str, list[str]] = {}
+    for name, entry in report["methods"].items():
+        where = entry["environment"]
+        commit = (where["commit"] or "unknown")[:12] + (
+            " with uncommitted changes" if where["uncommitted_changes"] else ""
+        )
+        description = f"commit {commit}, {where['processor']}, {where['threads']} of {where['cores']} cores"
+        by_environment.setdefault(description, []).append(name)
+    for description, names in by_environment.items():
+        which = "All methods" if len(by_environment) == 1 else "; ".join(names)
+        lines.append(f"{which}: {description}.")
+    lines.append("Versions: " + ", ".join(f"{name} {number}" for name, number in report["versions"].items()) + ".")
+    return "\n\n".join(lines)
+
+
+def failures(report: dict[str, Any]) -> str:
+    """Methods without figures, and why."""
+    return "\n".join(f"- {name}: {entry['error']}" for name, entry in report["methods"].items() if "error" in entry)
+
+
+def page(reports: Sequence[dict[str, Any]]) -> str:
+    """All of docs/benchmarks.md."""
+    sections: list[tuple[str, str, Callable[[dict[str, Any]], str]]] = [
+        ("Agreement with retraining", "Spearman correlations, unless it says Pearson.", _all_methods),
+        ("First queries", "All methods on the queries that those with dear queries were scored on.", first_queries),
+        (
+            "Single-run truth",
+            "Against retraining from the same initial parameters with the same batches in the same order.",
+            single_run,
+        ),
+        (
+            "Outputs of perturbed models",
+            "Mean distance between the outputs of a perturbed model and of a retrained one, for methods that give "
+            "models; smaller is better.",
+            distances,
+        ),
+        (
+            "Costs",
+            "Times relative to one training in the same run; online: all scores of these queries for one objective; "
+            "kept: what is stored between the offline and the online part beside the model and the training rows; "
+            "peak memory: beyond what the process held before.",
+            costs,
+        ),
+        ("Settings", "Chosen by the mean of the figures on tuning queries (bold).", grids),
+        ("Failed", "Methods that did not run.", failures),
+        ("Conditions", "", run_conditions),
+    ]
+    text = INTRODUCTION
+    for report in reports:
+        text += f"\n## {report['identity']['task']}\n"
+        for title, explanation, render in sections:
+            content = render(report)
+            if not content:
+                continue
+            text += f"\n### {title}\n\n" + (f"{explanation}\n\n" if explanation else "") + content + "\n"
+    return text
+
+
+def _all_methods(report: dict[str, Any]) -> str:
+    return fidelity(report, ALL_COLUMNS, costs=False, ablations=True)
+
+
+def insert(text: str, report: dict[str, Any]) -> str:
+    """The README with the task's table between its markers, if it has them."""
+    task = report["identity"]["task"]
+    begin, end = f"<!-- {task}:begin -->", f"<!-- {task}:end -->"
+    table = fidelity(report, COLUMNS, costs=True, ablations=False)
+    return re.sub(f"{begin}.*?{end}", lambda _: f"{begin}\n{table}\n{end}", text, flags=re.DOTALL)
+
+
+def read(folder: Path) -> list[dict[str, Any]]:
+    """
+    The reports on reported queries, by task, each with its single-run report, if there is one, as `"single_run"`.
+
+    Raises:
+        ValueError: If one was written in another format; says how to write it again.
+    """
+    reports = []
+    for path in sorted(folder.glob("*.json")):
+        report = json.loads(path.read_text(encoding="utf-8"))
+        if report.get("identity", report).get("queries") != "reported":
+            continue
+        if report.get("format_version") != FORMAT_VERSION:
+            raise ValueError(
+                f"{path} has format version {report.get('format_version')}, not {FORMAT_VERSION}. Write it again with "
+                f"python -m benchmarks.run --task {path.stem} --anew."
+            )
+        single_run = folder / f"single-run-{path.stem}.json"
+        if single_run.is_file():
+            report["single_run"] = json.loads(single_run.read_text(encoding="utf-8"))
+        reports.append(report)
+    return reports
 
 
 if __name__ == "__main__":
-    text = README.read_text(encoding="utf-8")
-    for path in sorted(RESULTS.glob("*.json")):
-        report = json.loads(path.read_text(encoding="utf-8"))
-        begin, end = f"<!-- {path.stem}:begin -->", f"<!-- {path.stem}:end -->"
-        pattern = re.escape(begin) + ".*?" + re.escape(end)
-        text = re.sub(pattern, lambda _: f"{begin}\n{table(report)}\n{end}", text, flags=re.DOTALL)  # noqa: B023
-    README.write_text(text, encoding="utf-8")
+    found = read(RESULTS)
+    readme = README.read_text(encoding="utf-8")
+    for one in found:
+        readme = insert(readme, one)
+    README.write_text(readme, encoding="utf-8")
+    PAGE.parent.mkdir(exist_ok=True)
+    PAGE.write_text(page(found), encoding="utf-8")
