@@ -29,7 +29,7 @@ from benchmarks.figures import MEASURES, ceilings, figures, first_queries, mean_
 from benchmarks.methods import ABLATIONS, METHODS
 from benchmarks.recorded import RECORDED_SEED, Entrant, Method, Prediction, Recorded
 from benchmarks.report import RESULTS, Report, environment, versions
-from benchmarks.tasks import Task
+from benchmarks.tasks import CLUSTER_MASK_SEED, ROW_MASK_SEED, Task
 from benchmarks.truth import Truth
 from hf_rgm.fidelity.scores import Estimate
 from hf_rgm.modeling import parameters_sha256
@@ -83,7 +83,12 @@ class Benchmark:
                 "truth": self.truth.sha256(),
             },
             "versions": versions(),
-            "seeds": {"recorded": RECORDED_SEED, "truth": list(self.task.seeds)},
+            "seeds": {
+                "recorded": RECORDED_SEED,
+                "truth": list(self.task.seeds),
+                "cluster_masks": CLUSTER_MASK_SEED,
+                "row_masks": ROW_MASK_SEED,
+            },
             "num_states": self.recorded.num_states,
             "noise_ceiling": ceilings(self.truth),
             "unperturbed": unperturbed(self.recorded, self.queries, self.truth),

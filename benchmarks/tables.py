@@ -101,7 +101,9 @@ def fidelity(report: dict[str, Any], columns: dict[str, str], *, costs: bool, ab
 
 
 def first_queries(report: dict[str, Any]) -> str:
-    """All methods on the queries that even those with dear ones were scored on."""
+    """All methods on the queries that even those with dear ones were scored on, if there are such methods."""
+    if all(entry["num_queries"] == report["identity"]["num_queries"] for _, entry in scored(report)):
+        return ""
     block = report["first_queries"]
     titles = [f"{report['identity']['task']}, first {block['num_queries']} queries", *COLUMNS.values()]
     rows = [["*noise ceiling*", *(figure(block["noise_ceiling"], key) for key in COLUMNS)]]

@@ -11,6 +11,9 @@ from transformers import Trainer
 
 from hf_rgm import ClusterMap
 
+CLUSTER_MASK_SEED = 7
+ROW_MASK_SEED = 8
+
 
 @dataclass
 class Task:
@@ -45,11 +48,11 @@ class Task:
         rows = np.arange(len(self.train))
         return [np.setdiff1d(rows, self.clusters.rows(k)) for k in range(self.clusters.num_clusters)]
 
-    def cluster_masks(self, seed: int = 7) -> np.ndarray:
+    def cluster_masks(self, seed: int = CLUSTER_MASK_SEED) -> np.ndarray:
         """Half-masks of clusters, `(num_cluster_masks, num_clusters)`, bool."""
         return half_masks(self.clusters.num_clusters, self.num_cluster_masks, seed)
 
-    def row_masks(self, seed: int = 8) -> np.ndarray:
+    def row_masks(self, seed: int = ROW_MASK_SEED) -> np.ndarray:
         """Half-masks of rows, `(num_row_masks, num_rows)`, bool."""
         return half_masks(len(self.train), self.num_row_masks, seed)
 

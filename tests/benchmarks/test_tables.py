@@ -110,6 +110,7 @@ def test_page_leaves_out_what_is_not_there(report):
     report["methods"] = {"variant": entry(0.1)}
     text = page([report])
     assert "### Settings" not in text
+    assert "### First queries" not in text
     assert "### Failed" not in text
 
 
