@@ -13,11 +13,9 @@ from hf_rgm.synset.curvature import GaussNewton
 from hf_rgm.synset.inputs import ContinuousInputs
 from hf_rgm.synset.matching import SynsetGradients, SyntheticSamples
 from hf_rgm.synset.targets import check_labels, row_gradients
-from hf_rgm.trajectory.path import RecordedPath, adjoint_directions
+from hf_rgm.trajectory.path import RecordedPath, adjoint_directions, automatic_stride
 
 logger = logging.getLogger(__name__)
-
-MAX_INTEGRATION_STEPS = 500
 
 
 class AdjointEngine:
@@ -52,9 +50,14 @@ class AdjointEngine:
         self.inputs = inputs
         self.samples = samples
         if stride is None:
-            stride = max(1, -(-round((1 - rewind) * trajectory.num_steps) // MAX_INTEGRATION_STEPS))
+            stride = automatic_stride(trajectory, rewind)
         self.path = RecordedPath(trajectory, model.space, model.device, rewind=rewind, stride=stride)
         self._max_bytes = max_bytes
+
+    @property
+    def start(self) -> int:
+        """Training step down to which effects are followed."""
+        return self.path.start
 
     def directions(self, gradients: Tensor) -> dict[int, Tensor]:
         """

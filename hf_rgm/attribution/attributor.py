@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,21 +12,23 @@ import torch
 from torch import Tensor, nn
 
 from hf_rgm.attribution.adjoint import AdjointEngine
+from hf_rgm.attribution.engines import ENGINES_OF_ROWS, check_engine, replay_engine
+from hf_rgm.attribution.linearized import LinearizedReplayEngine
 from hf_rgm.attribution.mixture import MixtureSuggestion, check_request, maximized_by_default, trusted_mixture
 from hf_rgm.attribution.objectives import Objective, Queries, resolve_objective
 from hf_rgm.attribution.perturbations import leave_one_out, random_subsets, ridge_scores
 from hf_rgm.attribution.replay import ReplayEngine
 from hf_rgm.attribution.result import AttributionResult
 from hf_rgm.modeling import FunctionalModel
-from hf_rgm.rows import DataCollator, RowReader
+from hf_rgm.rows import CachedBatches, DataCollator, RowReader
 from hf_rgm.synset.inputs import ContinuousInputs
 from hf_rgm.synset.matching import SyntheticSamples
 from hf_rgm.synset.synset import Synset
+from hf_rgm.synset.targets import cluster_gradients
 
 logger = logging.getLogger(__name__)
 
-ENGINES = ("adjoint", "replay", "plain_replay")
-REPLAY_BATCH_SIZE = 64
+ROWS_AT_ONCE = 256
 
 
 class Attributor:
@@ -72,7 +74,7 @@ class Attributor:
         self,
         queries: Any,
         *,
-        engine: str = "adjoint",
+        engine: str = "linearized_replay",
         objective: str | Objective = "margin",
         rows: Any = None,
         data_collator: DataCollator | None = None,
@@ -88,10 +90,13 @@ class Attributor:
         Args:
             queries: Rows to explain: a dataset, or a list of dictionaries. Without labels, the model's own predictions
                 are explained.
-            engine (`str`, *optional*, defaults to `"adjoint"`): `"adjoint"`, `"replay"` (anchored) or
-                `"plain_replay"`.
+            engine (`str`, *optional*, defaults to `"linearized_replay"`): What scores the clusters:
+                `"linearized_replay"` (each left out, to first order in the parameters), `"adjoint"` (derivatives; its
+                cost does not depend on the number of clusters), `"replay"` (anchored) or `"plain_replay"`.
             objective (`str` or `Objective`, *optional*, defaults to `"margin"`): What to explain.
-            rows (*optional*): The training dataset, for scores of single rows (adjoint only).
+            rows (*optional*): The training dataset. Clusters are then scored by their real gradients in place of the
+                synset's, and every row by the adjoint where the objective is differentiable. For
+                `"linearized_replay"` and `"adjoint"`.
             data_collator (`Callable`, *optional*): Collates queries and rows. Defaults to `default_data_collator`.
             rewind (`float`, *optional*): Fraction of training to go back to. Defaults to the engine's.
             stride (`int`, *optional*): Training steps per integration step. Defaults to the engine's.
@@ -107,40 +112,32 @@ class Attributor:
             ValueError: If engine, objective, queries or rows do not fit each other, or the adjoint is asked for an
                 objective without gradient.
         """
-        if engine not in ENGINES:
-            raise ValueError(f"Unknown engine {engine!r}. Use one of {', '.join(ENGINES)}.")
-        if rows is not None and engine != "adjoint":
-            raise ValueError(f'Row scores need `engine="adjoint"`, got {engine!r}.')
+        check_engine(engine)
+        if rows is not None and engine not in ENGINES_OF_ROWS:
+            raise ValueError(f"`rows` are for engines {' and '.join(ENGINES_OF_ROWS)}, got {engine!r}.")
         if num_masks is not None and engine == "adjoint":
             raise ValueError(f'`num_masks` = {num_masks} is for replay engines; `engine="adjoint"` needs no masks.')
         if num_masks is not None and num_masks < 2:
             raise ValueError(f"`num_masks` must be at least 2, got {num_masks}. Use several times the clusters.")
         objective = resolve_objective(objective)
-        reader = RowReader(queries, self.model, data_collator=data_collator, what="queries", predict_labels=True)
-        batch = Queries(*reader.batch(range(len(reader))))
-        row_reader = None
-        if rows is not None:
-            row_reader = RowReader(rows, self.model, data_collator=data_collator)
-            self.synset.clusters.check_num_rows(len(row_reader))
-            self.synset.trajectory.check_dataset(rows, what="rows")
+        batch = self._queries(queries, data_collator)
+        row_reader = self._row_reader(rows, data_collator) if rows is not None else None
         settings = {name: value for name, value in {"rewind": rewind, "stride": stride}.items() if value is not None}
         row_scores = None
         with self.model.differentiable():
             values = objective.values(self.model, self._final, batch)
-            if engine == "adjoint":
-                adjoint = AdjointEngine(self.model, self.inputs, self.samples, self.synset.trajectory, **settings)
+            if engine == "adjoint" or (row_reader is not None and objective.differentiable):
+                adjoint = self._adjoint_engine(**(settings if engine == "adjoint" else {}))
                 gradients = objective.gradients(self.model, self._final, batch)
                 _check_gradients(gradients, objective)
-                if row_reader is None:
-                    scores = adjoint.cluster_scores(gradients)
-                else:
+                if row_reader is not None:
                     row_scores = adjoint.row_scores(gradients, row_reader)
-                    scores = self._sum_by_cluster(row_scores)
-                start, stride = adjoint.path.start, adjoint.path.stride
+            if engine == "adjoint":
+                used = adjoint
+                scores = adjoint.cluster_scores(gradients) if row_scores is None else self._sum_by_cluster(row_scores)
             else:
-                replay = self._replay_engine(anchored=engine == "replay", **settings)
-                scores = self._replayed_scores(replay, objective, batch, values, num_masks, seed)
-                start, stride = replay.start, replay.path.stride
+                used = self._replay_engine(engine, row_reader=row_reader, **settings)
+                scores = self._replayed_scores(used, objective, batch, values, num_masks, seed)
         if query_ids is None:
             per_query = len(values) == len(batch)
             query_ids = range(len(values)) if per_query else [f"{objective.name} {i}" for i in range(len(values))]
@@ -155,8 +152,8 @@ class Attributor:
             objective_values=values.cpu().numpy(),
             engine=engine,
             metadata={
-                "rewind_step": start,
-                "stride": stride,
+                "rewind_step": used.start,
+                "stride": used.path.stride,
                 "num_steps": self.synset.trajectory.num_steps,
                 "num_masks": num_masks,
                 "parameters_sha256": self.synset.parameters_sha256,
@@ -169,7 +166,8 @@ class Attributor:
         masks: Tensor,
         *,
         objective: str | Objective = "margin",
-        anchored: bool = True,
+        engine: str = "linearized_replay",
+        rows: Any = None,
         data_collator: DataCollator | None = None,
         **settings: Any,
     ) -> np.ndarray:
@@ -180,18 +178,20 @@ class Attributor:
             queries: Rows to evaluate.
             masks (`Tensor`): `(num_masks, num_clusters)`, weights, not negative: 1 for as it was, 0 for absent.
             objective (`str` or `Objective`, *optional*, defaults to `"margin"`): What to evaluate.
-            anchored (`bool`, *optional*, defaults to `True`): See [`ReplayEngine`].
-            data_collator (`Callable`, *optional*): Collates queries. Defaults to `default_data_collator`.
+            engine (`str`, *optional*, defaults to `"linearized_replay"`): Or `"replay"`, `"plain_replay"`.
+            rows (*optional*): The training dataset, for real cluster gradients (`"linearized_replay"` only).
+            data_collator (`Callable`, *optional*): Collates queries and rows. Defaults to `default_data_collator`.
             settings: `rewind` and `stride` of the engine.
 
         Returns:
             `np.ndarray`: `(num_masks, num_values)`, float32.
         """
         objective = resolve_objective(objective)
-        reader = RowReader(queries, self.model, data_collator=data_collator, what="queries", predict_labels=True)
-        batch = Queries(*reader.batch(range(len(reader))))
-        engine = self._replay_engine(anchored=anchored, **settings)
-        return self._replayed(engine, objective, batch, masks).cpu().numpy()
+        batch = self._queries(queries, data_collator)
+        row_reader = self._row_reader(rows, data_collator) if rows is not None else None
+        with self.model.differentiable():
+            replay = self._replay_engine(engine, row_reader=row_reader, **settings)
+            return self._replayed(replay, objective, batch, masks).cpu().numpy()
 
     def model_without(self, clusters: Iterable[str | int], *, rewind: float | None = None) -> nn.Module:
         """
@@ -216,7 +216,8 @@ class Attributor:
             )
         mask = torch.ones(1, self.synset.num_clusters)
         mask[0, chosen] = 0
-        engine = self._replay_engine(anchored=True, **({} if rewind is None else {"rewind": rewind}))
+        settings: dict[str, Any] = {} if rewind is None else {"rewind": rewind}
+        engine = self._replay_engine("replay", **settings)
         vector = engine.parameters(mask)[0]
         return self.model.module_with(self.model.space.unflatten(vector), like=self._original).eval()
 
@@ -263,11 +264,12 @@ class Attributor:
         options: dict[str, Any] = {"objective": objective, "data_collator": data_collator}
         if rewind is not None:
             options["rewind"] = rewind
-        result = self.attribute(queries, rows=rows, **options)
+        result = self.attribute(queries, engine="adjoint", rows=rows, **options)
         value = float(result.objective_values.mean())
 
         def replayed_change(weights: np.ndarray) -> float:
-            replayed = self.replayed_values(queries, torch.from_numpy(weights[None]).float(), **options)
+            masks = torch.from_numpy(weights[None]).float()
+            replayed = self.replayed_values(queries, masks, engine="replay", **options)
             return float(replayed.mean()) - value
 
         return trusted_mixture(
@@ -281,20 +283,41 @@ class Attributor:
             replayed_change=replayed_change,
         )
 
-    def _replay_engine(self, *, anchored: bool, **settings) -> ReplayEngine:
-        return ReplayEngine(
-            self.model,
-            self.inputs,
-            self.samples,
-            self.synset.trajectory,
-            anchored=anchored,
-            disable_tqdm=self.disable_tqdm,
-            **settings,
-        )
+    def _queries(self, queries: Any, data_collator: DataCollator | None) -> Queries:
+        reader = RowReader(queries, self.model, data_collator=data_collator, what="queries", predict_labels=True)
+        return Queries(*reader.batch(range(len(reader))))
+
+    def _row_reader(self, rows: Any, data_collator: DataCollator | None) -> RowReader:
+        reader = RowReader(rows, self.model, data_collator=data_collator)
+        self.synset.clusters.check_num_rows(len(reader))
+        self.synset.trajectory.check_dataset(rows, what="rows")
+        return reader
+
+    def _adjoint_engine(self, **settings) -> AdjointEngine:
+        return AdjointEngine(self.model, self.inputs, self.samples, self.synset.trajectory, **settings)
+
+    def _replay_engine(
+        self, name: str, *, row_reader: RowReader | None = None, **settings
+    ) -> LinearizedReplayEngine | ReplayEngine:
+        if row_reader is not None:
+            settings["cluster_gradients"] = self._cluster_gradients(row_reader)
+        parts = (self.model, self.inputs, self.samples, self.synset.trajectory)
+        return replay_engine(name, *parts, disable_tqdm=self.disable_tqdm, **settings)
+
+    def _cluster_gradients(self, reader: RowReader) -> Callable[[dict[str, Tensor]], Tensor]:
+        clusters = range(self.synset.num_clusters)
+        rows = [self.synset.clusters.rows(k) for k in clusters]
+        batches = CachedBatches(reader, rows, batch_size=ROWS_AT_ONCE)
+
+        def gradients(parameters: dict[str, Tensor]) -> Tensor:
+            with torch.enable_grad():
+                return cluster_gradients(self.model, [parameters], batches, clusters, len(reader))[0]
+
+        return gradients
 
     def _replayed_scores(
         self,
-        engine: ReplayEngine,
+        engine: LinearizedReplayEngine | ReplayEngine,
         objective: Objective,
         queries: Queries,
         values: Tensor,
@@ -311,10 +334,12 @@ class Attributor:
             everything = self._replayed(engine, objective, queries, torch.ones(1, num_clusters))[0]
         return (everything - without).T
 
-    def _replayed(self, engine: ReplayEngine, objective: Objective, queries: Queries, masks: Tensor) -> Tensor:
+    def _replayed(
+        self, engine: LinearizedReplayEngine | ReplayEngine, objective: Objective, queries: Queries, masks: Tensor
+    ) -> Tensor:
         values = [
             objective.values(self.model, vector, queries)
-            for chunk in masks.split(REPLAY_BATCH_SIZE)
+            for chunk in masks.split(engine.batch_size)
             for vector in engine.parameters(chunk)
         ]
         return torch.stack(values)

@@ -41,6 +41,15 @@ def random_subsets(num_clusters: int, num_masks: int, *, keep: float = 0.5, seed
     return masks
 
 
+def check_masks(masks: Tensor, num_clusters: int) -> None:
+    """Raises a `ValueError` unless masks are finite, not negative and of shape `(num_masks, num_clusters)`."""
+    if masks.dim() != 2 or masks.shape[1] != num_clusters or not (torch.isfinite(masks) & (masks >= 0)).all():
+        raise ValueError(
+            f"Masks must be finite, not negative and of shape (num_masks, {num_clusters}), one weight a cluster, "
+            f"got shape {tuple(masks.shape)}."
+        )
+
+
 def ridge_scores(masks: Tensor, values: Tensor, *, penalty: float = 1e-2) -> Tensor:
     """
     Cluster scores from objective values under random masks, by ridge regression with an intercept.

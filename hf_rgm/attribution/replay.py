@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.func import grad, vmap
 from tqdm.auto import tqdm
 
+from hf_rgm.attribution.perturbations import check_masks
 from hf_rgm.exceptions import DivergenceError
 from hf_rgm.modeling import FunctionalModel
 from hf_rgm.synset.inputs import ContinuousInputs
@@ -37,6 +38,7 @@ class ReplayEngine:
     """
 
     name = "replay"
+    batch_size = 64
 
     def __init__(
         self,
@@ -81,12 +83,7 @@ class ReplayEngine:
             ValueError: If the masks have another number of clusters, or entries that are negative or not finite.
             DivergenceError: If parameters become NaN or infinite.
         """
-        num_clusters = len(self.samples.log_weights)
-        if masks.dim() != 2 or masks.shape[1] != num_clusters or not (torch.isfinite(masks) & (masks >= 0)).all():
-            raise ValueError(
-                f"Masks must be finite, not negative and of shape (num_masks, {num_clusters}), one weight a cluster, "
-                f"got shape {tuple(masks.shape)}."
-            )
+        check_masks(masks, len(self.samples.log_weights))
         masks = masks.to(self.model.device, torch.float32)
         result = self._anchored(masks) if self.anchored else self._plain(masks)
         bad = torch.nonzero(~torch.isfinite(result).all(1)).flatten().tolist()

@@ -45,19 +45,21 @@ class GaussNewton:
         bytes_needed = 4 * self._probabilities.numel() * model.num_parameters
         self._jacobian = self._explicit_jacobian() if bytes_needed <= max_bytes else None
 
-    def product(self, vectors: Tensor) -> Tensor:
+    def product(self, vectors: Tensor, *, weights: Tensor | None = None) -> Tensor:
         """
         `C v` for each row of `vectors`.
 
         Args:
             vectors (`Tensor`): `(batch_size, num_parameters)`, float32.
+            weights (`Tensor`, *optional*): `(batch_size, num_samples)`, other weights of the samples for each row.
 
         Returns:
             `Tensor`: `(batch_size, num_parameters)`, float32.
         """
         changes = self._logit_changes(vectors)
         p = self._probabilities
-        scaled = self._weights[:, None] * p * (changes - (p * changes).sum(-1, keepdim=True))
+        weights = self._weights if weights is None else weights
+        scaled = weights[..., None] * p * (changes - (p * changes).sum(-1, keepdim=True))
         if self._jacobian is not None:
             return scaled.flatten(1) @ self._jacobian
         pull_back = vjp(self._logits, self._parameters)[1]

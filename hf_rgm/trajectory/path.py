@@ -18,6 +18,12 @@ from hf_rgm.trajectory.storage import Trajectory
 logger = logging.getLogger(__name__)
 
 MAX_GROWTH = 100.0
+MAX_INTEGRATION_STEPS = 500
+
+
+def automatic_stride(trajectory: Trajectory, rewind: float) -> int:
+    """The smallest stride that needs at most 500 integration steps from `rewind` to the end of training."""
+    return max(1, -(-round((1 - rewind) * trajectory.num_steps) // MAX_INTEGRATION_STEPS))
 
 
 @dataclass(frozen=True)

@@ -72,7 +72,7 @@ def test_nan_gradients_raise():
 
 
 def test_default_stride_bounds_the_number_of_integration_steps(monkeypatch):
-    monkeypatch.setattr("hf_rgm.attribution.adjoint.MAX_INTEGRATION_STEPS", 10)
+    monkeypatch.setattr("hf_rgm.trajectory.path.MAX_INTEGRATION_STEPS", 10)
     adjoint = engine()[0]
     assert adjoint.path.stride == 5
     assert len(adjoint.path.steps()) <= 10

@@ -21,12 +21,12 @@ def attributor():
 
 @pytest.fixture(scope="module")
 def by_rows(attributor):
-    return attributor.attribute(RUN.queries, rows=RUN.train_dataset)
+    return attributor.attribute(RUN.queries, engine="adjoint", rows=RUN.train_dataset)
 
 
 @pytest.fixture(scope="module")
 def by_synset(attributor):
-    return attributor.attribute(RUN.queries)
+    return attributor.attribute(RUN.queries, engine="adjoint")
 
 
 def mean_spearman(first, second):
@@ -46,18 +46,19 @@ def test_scores_from_the_synset_are_close_to_those_from_rows(by_rows, by_synset)
 
 
 def test_leaving_out_agrees_with_the_adjoint(attributor, by_synset):
-    for engine in ("replay", "plain_replay"):
+    for engine in ("linearized_replay", "replay", "plain_replay"):
         replayed = attributor.attribute(RUN.queries, engine=engine)
         assert replayed.engine == engine
         assert mean_spearman(replayed.scores, by_synset.scores) > 0.8
     assert replayed.metadata["rewind_step"] == 10
 
 
-def test_leave_one_out_is_with_minus_without(attributor):
-    result = attributor.attribute(RUN.queries, engine="replay")
-    values = attributor.replayed_values(RUN.queries, 1 - torch.eye(6))
+@pytest.mark.parametrize("engine", ["linearized_replay", "replay"])
+def test_leave_one_out_is_with_minus_without(attributor, engine):
+    result = attributor.attribute(RUN.queries, engine=engine)
+    values = attributor.replayed_values(RUN.queries, 1 - torch.eye(6), engine=engine)
     np.testing.assert_allclose(result.scores, result.objective_values[:, None] - values.T, rtol=1e-5, atol=1e-6)
-    everything = attributor.replayed_values(RUN.queries, torch.ones(1, 6))
+    everything = attributor.replayed_values(RUN.queries, torch.ones(1, 6), engine=engine)
     np.testing.assert_array_equal(everything[0], result.objective_values)
 
 
@@ -96,24 +97,26 @@ def test_queries_without_labels_explain_the_prediction(attributor):
 
 
 def test_queries_do_not_influence_each_other(attributor, by_synset):
-    alone = attributor.attribute([RUN.queries[5]])
+    alone = attributor.attribute([RUN.queries[5]], engine="adjoint")
     np.testing.assert_allclose(alone.scores[0], by_synset.scores[5], rtol=1e-4, atol=1e-5)
 
 
 def test_objectives_over_a_set_have_one_value(attributor):
-    loss = attributor.attribute(RUN.queries, objective="mean_loss")
+    loss = attributor.attribute(RUN.queries, objective="mean_loss", engine="adjoint")
     assert loss.scores.shape == (1, 6)
     assert loss.query_ids == ["mean_loss 0"]
-    each = attributor.attribute(RUN.queries, objective="loss")
+    each = attributor.attribute(RUN.queries, objective="loss", engine="adjoint")
     np.testing.assert_allclose(loss.scores[0], each.scores.mean(0), rtol=1e-3, atol=1e-5)
 
 
 def test_accuracy_needs_replay(attributor):
     with pytest.raises(ValueError, match="'accuracy' is not differentiable"):
-        attributor.attribute(RUN.queries, objective="accuracy")
-    result = attributor.attribute(RUN.queries, objective="accuracy", engine="replay")
-    assert result.scores.shape == (1, 6)
-    assert np.allclose(result.scores * 12, np.round(result.scores * 12), atol=1e-5)
+        attributor.attribute(RUN.queries, objective="accuracy", engine="adjoint")
+    for engine in ("linearized_replay", "replay"):
+        result = attributor.attribute(RUN.queries, objective="accuracy", engine=engine)
+        assert result.scores.shape == (1, 6)
+        assert np.allclose(result.scores * 12, np.round(result.scores * 12), atol=1e-5)
+    assert attributor.attribute(RUN.queries, objective="accuracy", rows=RUN.train_dataset).row_scores is None
 
 
 def test_an_objective_of_ones_own(attributor, by_synset):
@@ -132,9 +135,13 @@ def test_query_ids_are_kept(attributor):
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"engine": "magic"}, ValueError, "Unknown engine 'magic'. Use one of adjoint, replay, plain_replay"),
-        ({"engine": "replay", "rows": RUN.train_dataset}, ValueError, 'Row scores need `engine="adjoint"`'),
-        ({"num_masks": 5}, ValueError, "`num_masks` = 5 is for replay engines"),
+        ({"engine": "magic"}, ValueError, "Unknown engine 'magic'. Use one of adjoint, linearized_replay, replay"),
+        (
+            {"engine": "replay", "rows": RUN.train_dataset},
+            ValueError,
+            "`rows` are for engines adjoint and linearized_replay, got 'replay'",
+        ),
+        ({"engine": "adjoint", "num_masks": 5}, ValueError, "`num_masks` = 5 is for replay engines"),
         ({"engine": "replay", "num_masks": 1}, ValueError, "`num_masks` must be at least 2, got 1"),
         ({"engine": "plain_replay", "stride": 2}, ValueError, "takes every recorded step"),
         ({"rewind": 1.0}, ValueError, "`rewind` must be"),
@@ -161,7 +168,7 @@ def test_bad_requests_are_refused(attributor, options, error, message):
         attributor.attribute(queries, **options)
 
 
-@pytest.mark.parametrize("engine", ["adjoint", "replay", "plain_replay"])
+@pytest.mark.parametrize("engine", ["adjoint", "linearized_replay", "replay", "plain_replay"])
 def test_works_where_gradients_are_switched_off(attributor, engine):
     expected = attributor.attribute(RUN.queries, engine=engine).scores
     with torch.no_grad():
@@ -169,7 +176,7 @@ def test_works_where_gradients_are_switched_off(attributor, engine):
 
 
 def test_a_late_rewind_still_gives_scores(attributor):
-    for engine in ("adjoint", "replay", "plain_replay"):
+    for engine in ("adjoint", "linearized_replay", "replay", "plain_replay"):
         assert attributor.attribute(RUN.queries, engine=engine, rewind=0.999).scores.any()
 
 
@@ -233,5 +240,5 @@ def test_an_objective_without_gradient_is_refused_by_the_adjoint():
     attributor = Attributor(run.model, tiny_synset(), disable_tqdm=True)
     hits = Objective("hits", lambda forward, queries: (forward(queries.inputs).argmax(-1) == queries.labels).float())
     with pytest.raises(ValueError, match='gradient of zero everywhere.*engine="replay"'):
-        attributor.attribute(run.queries, objective=hits)
+        attributor.attribute(run.queries, objective=hits, engine="adjoint")
     assert attributor.attribute(run.queries, objective=hits, engine="replay").scores.shape == (12, 6)

@@ -72,7 +72,7 @@ def test_options_at_the_call_and_at_construction(attribute):
     )
     assert built(RUN.queries).engine == "replay"
     np.testing.assert_array_equal(built(RUN.queries, rewind=0.5).scores, called.scores)
-    assert attribute(RUN.queries).engine == "adjoint"
+    assert attribute(RUN.queries).engine == "linearized_replay"
 
 
 def test_model_and_synset_from_folders(tmp_path):
