@@ -1,0 +1,196 @@
+"""What the peers' adapters share: tensors, the objective, models of an ensemble, scores in our shape and sign."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import time
+from collections.abc import Callable, Hashable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+from typing import Any, TypeVar
+
+import numpy as np
+from datasets import Dataset
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+from transformers import PreTrainedModel, default_data_collator
+
+from benchmarks.recorded import Prediction, Recorded
+from hf_rgm.attribution.objectives import log_odds_margin
+
+INSTALL = (
+    'pip install -c constraints.txt -e ".[bench]" && pip install -c constraints.txt --no-deps kronfluence '
+    "(kronfluence asks for torchvision, which it does not use)"
+)
+FIRST_ENSEMBLE_SEED = 100
+Value = TypeVar("Value")
+
+
+def load_peer(module: str) -> ModuleType:
+    """
+    A peer's module.
+
+    Raises:
+        ImportError: If it is not installed; says how to install it.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ImportError(f"{module} cannot be imported ({error}). Install the peers with: {INSTALL}") from error
+
+
+class Logits(nn.Module):
+    """
+    A copy of a Transformers model as a function from its main input to logits, in evaluation mode.
+
+    Args:
+        model (`PreTrainedModel`): The model; it is not touched.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = copy.deepcopy(model)
+        self.input_name = model.main_input_name
+        self.eval()
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.model(**{self.input_name: inputs}).logits
+
+    def checkpoint(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """A whole state dict of this module, with the given parameters of the Transformers model."""
+        return self.state_dict() | {f"model.{name}": value for name, value in parameters.items()}
+
+
+def as_tensors(dataset: Dataset, model: PreTrainedModel) -> TensorDataset:
+    """The model's main input `(num_rows, ...)`, float32, and labels `(num_rows,)`, int64, of all rows."""
+    batch = default_data_collator([dataset[row] for row in range(len(dataset))])
+    return TensorDataset(batch[model.main_input_name].float(), batch["labels"])
+
+
+def loader(rows: TensorDataset, batch_size: int | None = None) -> DataLoader:
+    """Batches in order; all rows at once by default."""
+    return DataLoader(rows, batch_size=batch_size or len(rows), shuffle=False)
+
+
+def summed_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross entropy, summed over the batch."""
+    return F.cross_entropy(logits, labels, reduction="sum")
+
+
+def negative_margin(logits: Tensor, labels: Tensor) -> Tensor:
+    """
+    The objective of every task as a peer's "loss of the query", summed over the batch.
+
+    Descending on a row's loss changes the objective by -<its gradient, the loss's gradient>, so that with this sign a
+    peer's inner product is positive where the presence of the row raises the objective.
+    """
+    return -log_odds_margin(logits, labels).sum()
+
+
+@dataclass(frozen=True)
+class Member:
+    """
+    A model of an ensemble.
+
+    Args:
+        parameters (`dict[str, Tensor]`): Its parameters.
+        seconds (`float`): What its training took, beyond the recorded run.
+    """
+
+    parameters: dict[str, Tensor]
+    seconds: float
+
+
+_SHARED: dict[tuple[Path, Hashable], Any] = {}
+
+
+def shared(recorded: Recorded, key: Hashable, build: Callable[[], Value]) -> Value:
+    """What several settings or peers share, built once for a recorded run in this process."""
+    if (recorded.folder, key) not in _SHARED:
+        _SHARED[recorded.folder, key] = build()
+    return _SHARED[recorded.folder, key]
+
+
+def ensemble(recorded: Recorded, size: int) -> list[Member]:
+    """
+    Models trained like the recorded one, which comes first; the others have the seeds 100, 101, ...
+
+    Each is trained once, whichever setting asks first.
+
+    Raises:
+        ValueError: If one of these seeds belongs to the ground truth.
+    """
+
+    def train(seed: int) -> Member:
+        trainer = recorded.task.build_trainer(recorded.task.train, seed)
+        start = time.perf_counter()
+        trainer.train()
+        return Member(_parameters(trainer.model), time.perf_counter() - start)
+
+    seeds = range(FIRST_ENSEMBLE_SEED, FIRST_ENSEMBLE_SEED + size - 1)
+    used = sorted({*seeds} & {*recorded.task.seeds})
+    if used:
+        raise ValueError(
+            f"Seeds {used} belong to the ground truth of {recorded.task.name}. Choose others for the task."
+        )
+    return [
+        Member(_parameters(recorded.model), 0.0),
+        *(shared(recorded, ("member", seed), partial(train, seed)) for seed in seeds),
+    ]
+
+
+def _parameters(model: PreTrainedModel) -> dict[str, Tensor]:
+    return {name: value.detach().clone() for name, value in model.named_parameters()}
+
+
+def num_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes that the tensors take."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def folder_bytes(folder: Path, pattern: str) -> int:
+    """Bytes of the files under a folder whose names match."""
+    return sum(path.stat().st_size for path in folder.rglob(pattern))
+
+
+def prediction(
+    recorded: Recorded,
+    row_scores: Tensor,
+    *,
+    offline_seconds: float,
+    online_seconds: float,
+    kept_bytes: int,
+    **details: object,
+) -> Prediction:
+    """
+    Scores of rows, and their sums over clusters.
+
+    Args:
+        recorded (`Recorded`): The recorded run.
+        row_scores (`Tensor`): `(num_queries, num_rows)`; positive where the row's presence raises the objective.
+        offline_seconds, online_seconds (`float`): Before any query is known, and after.
+        kept_bytes (`int`): What must be kept to answer new queries, training rows aside.
+        details: What else to report.
+
+    Raises:
+        ValueError: If a score is NaN or infinite.
+    """
+    scores = row_scores.detach().cpu().numpy().astype(np.float32)
+    if not np.isfinite(scores).all():
+        raise ValueError(
+            f"{int((~np.isfinite(scores)).sum())} of {scores.size} scores are NaN or infinite. "
+            "Choose a stronger regularisation."
+        )
+    clusters = recorded.task.clusters
+    membership = np.eye(clusters.num_clusters, dtype=np.float32)[clusters.cluster_ids]
+    return Prediction(
+        scores @ membership,
+        scores,
+        offline_seconds=offline_seconds,
+        online_seconds=online_seconds,
+        details={"kept_bytes": kept_bytes, **details},
+    )

@@ -1,0 +1,121 @@
+"""kronfluence's EK-FAC influence functions."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from benchmarks.peers.common import (
+    Logits,
+    as_tensors,
+    folder_bytes,
+    load_peer,
+    negative_margin,
+    num_bytes,
+    prediction,
+    shared,
+    summed_loss,
+)
+from benchmarks.recorded import Method, Prediction, Recorded
+
+BATCH_SIZE = 256
+
+
+@dataclass
+class Factors:
+    """Kronecker factors fitted to the training rows, the seconds that took, and their folder, removed with them."""
+
+    analyzer: Any
+    seconds: float
+    folder: tempfile.TemporaryDirectory
+
+
+def ekfac(damping_factor: float | None) -> Method:
+    """
+    EK-FAC with the Fisher matrix of labels drawn from the model.
+
+    Args:
+        damping_factor (`float` or `None`): What is added to the eigenvalues; `None` is kronfluence's own heuristic,
+            a tenth of their mean in each layer.
+    """
+
+    def run(recorded: Recorded, queries: Dataset) -> Prediction:
+        arguments = load_peer("kronfluence.arguments")
+        factors = shared(recorded, "kronfluence", partial(_fit, recorded))
+        train, tests = (as_tensors(part, recorded.model) for part in (recorded.task.train, queries))
+        start = time.perf_counter()
+        factors.analyzer.compute_pairwise_scores(
+            scores_name="margin",
+            factors_name="ekfac",
+            query_dataset=tests,
+            train_dataset=train,
+            per_device_query_batch_size=len(tests),
+            per_device_train_batch_size=BATCH_SIZE,
+            score_args=arguments.ScoreArguments(damping_factor=damping_factor),
+            overwrite_output_dir=True,
+        )
+        scores = factors.analyzer.load_pairwise_scores("margin")["all_modules"]
+        folder = Path(factors.folder.name)
+        return prediction(
+            recorded,
+            scores,
+            offline_seconds=factors.seconds,
+            online_seconds=time.perf_counter() - start,
+            kept_bytes=num_bytes(recorded.model.parameters())
+            + folder_bytes(folder, "*eigen*.safetensors")
+            + folder_bytes(folder, "*lambda*.safetensors"),
+        )
+
+    return run
+
+
+def _fit(recorded: Recorded) -> Factors:
+    analyzer_module, arguments, task_module = (
+        load_peer(f"kronfluence.{name}") for name in ("analyzer", "arguments", "task")
+    )
+
+    class MarginTask(task_module.Task):
+        """Summed losses of training rows, summed negative margins of queries."""
+
+        def compute_train_loss(self, batch: list[Tensor], model: nn.Module, sample: bool = False) -> Tensor:
+            inputs, labels = batch
+            logits = model(inputs)
+            if sample:
+                labels = torch.multinomial(F.softmax(logits.detach(), dim=-1), 1).flatten()
+            return summed_loss(logits, labels)
+
+        def compute_measurement(self, batch: list[Tensor], model: nn.Module) -> Tensor:
+            inputs, labels = batch
+            return negative_margin(model(inputs), labels)
+
+    folder = tempfile.TemporaryDirectory(prefix="hf-rgm-kronfluence-")
+    train = as_tensors(recorded.task.train, recorded.model)
+    task = MarginTask()
+    start = time.perf_counter()
+    analyzer = analyzer_module.Analyzer(
+        "peer",
+        analyzer_module.prepare_model(Logits(recorded.model), task),
+        task,
+        cpu=True,
+        disable_tqdm=True,
+        output_dir=folder.name,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        analyzer.fit_all_factors(
+            factors_name="ekfac",
+            dataset=train,
+            per_device_batch_size=BATCH_SIZE,
+            factor_args=arguments.FactorArguments(strategy="ekfac"),
+            overwrite_output_dir=True,
+        )
+    return Factors(analyzer, time.perf_counter() - start, folder)
