@@ -101,11 +101,11 @@ def tiny_trainer(dataset: Dataset, seed: int = 0, *, callbacks=(), **overrides) 
 
 
 @functools.cache
-def tiny_recorded_run() -> RecordedRun:
-    """Trains and records a [`TinyModel`]; the same object every time."""
+def tiny_recorded_run(seed: int = 0) -> RecordedRun:
+    """Trains and records a [`TinyModel`] on the same data whatever the seed; the same object for the same seed."""
     train_dataset = tiny_dataset(48, seed=0)
     folder = Path(tempfile.mkdtemp(prefix="hf-rgm-tiny-")) / "trajectory"
-    trainer = tiny_trainer(train_dataset, callbacks=[TrajectoryCallback(folder, num_states=6)])
+    trainer = tiny_trainer(train_dataset, seed, callbacks=[TrajectoryCallback(folder, num_states=6)])
     trainer.train()
     labels = torch.arange(48) % 3
     names = [f"class {label}, {half} half" for label in range(3) for half in ("first", "second")]
@@ -120,12 +120,12 @@ def tiny_recorded_run() -> RecordedRun:
 
 
 @functools.cache
-def tiny_synset() -> Synset:
-    """The synset of [`tiny_recorded_run`]; the same object every time."""
+def tiny_synset(num_runs: int = 1) -> Synset:
+    """The synset of [`tiny_recorded_run`] with one or several seeds; the same object every time."""
     run = tiny_recorded_run()
     distiller = ReverseGradientMatchingDistiller(
         run.model,
-        run.trajectory,
+        [tiny_recorded_run(seed).trajectory for seed in range(num_runs)],
         run.train_dataset,
         run.clusters,
         config=DistillationConfig(num_iterations=200),

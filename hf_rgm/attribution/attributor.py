@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,24 +11,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from hf_rgm.attribution.adjoint import AdjointEngine
-from hf_rgm.attribution.engines import ENGINES_OF_ROWS, check_engine, replay_engine
-from hf_rgm.attribution.linearized import LinearizedReplayEngine
 from hf_rgm.attribution.mixture import MixtureSuggestion, check_request, maximized_by_default, trusted_mixture
 from hf_rgm.attribution.objectives import Objective, Queries, resolve_objective
-from hf_rgm.attribution.perturbations import leave_one_out, random_subsets, ridge_scores
-from hf_rgm.attribution.replay import ReplayEngine
 from hf_rgm.attribution.result import AttributionResult
+from hf_rgm.attribution.runs import ENGINES_OF_ROWS, RecordedRun, check_engine
 from hf_rgm.modeling import FunctionalModel
-from hf_rgm.rows import CachedBatches, DataCollator, RowReader
+from hf_rgm.rows import DataCollator, RowReader
 from hf_rgm.synset.inputs import ContinuousInputs
 from hf_rgm.synset.matching import SyntheticSamples
 from hf_rgm.synset.synset import Synset
-from hf_rgm.synset.targets import cluster_gradients
 
 logger = logging.getLogger(__name__)
-
-ROWS_AT_ONCE = 256
 
 
 class Attributor:
@@ -69,6 +62,12 @@ class Attributor:
         self.samples = SyntheticSamples(*(tensor.to(self.model.device) for tensor in self.synset.samples.tensors()))
         self.disable_tqdm = disable_tqdm
         self._final = self.model.space.flatten(self.model.parameters())
+        self._runs = [
+            RecordedRun(
+                self.model, self.inputs, self.samples, self.synset.clusters, trajectory, disable_tqdm=disable_tqdm
+            )
+            for trajectory in self.synset.trajectories
+        ]
 
     def attribute(
         self,
@@ -123,21 +122,16 @@ class Attributor:
         batch = self._queries(queries, data_collator)
         row_reader = self._row_reader(rows, data_collator) if rows is not None else None
         settings = {name: value for name, value in {"rewind": rewind, "stride": stride}.items() if value is not None}
-        row_scores = None
         with self.model.differentiable():
             values = objective.values(self.model, self._final, batch)
-            if engine == "adjoint" or (row_reader is not None and objective.differentiable):
-                adjoint = self._adjoint_engine(**(settings if engine == "adjoint" else {}))
-                gradients = objective.gradients(self.model, self._final, batch)
-                _check_gradients(gradients, objective)
-                if row_reader is not None:
-                    row_scores = adjoint.row_scores(gradients, row_reader)
-            if engine == "adjoint":
-                used = adjoint
-                scores = adjoint.cluster_scores(gradients) if row_scores is None else self._sum_by_cluster(row_scores)
-            else:
-                used = self._replay_engine(engine, row_reader=row_reader, **settings)
-                scores = self._replayed_scores(used, objective, batch, values, num_masks, seed)
+            runs = [
+                run.scores(engine, objective, batch, row_reader=row_reader, num_masks=num_masks, seed=seed, **settings)
+                for run in self._runs
+            ]
+        scores = torch.stack([run.scores for run in runs]).mean(0)
+        row_scores = None
+        if runs[0].row_scores is not None:
+            row_scores = torch.stack([run.row_scores for run in runs if run.row_scores is not None]).mean(0)
         if query_ids is None:
             per_query = len(values) == len(batch)
             query_ids = range(len(values)) if per_query else [f"{objective.name} {i}" for i in range(len(values))]
@@ -152,9 +146,10 @@ class Attributor:
             objective_values=values.cpu().numpy(),
             engine=engine,
             metadata={
-                "rewind_step": used.start,
-                "stride": used.path.stride,
+                "rewind_step": runs[0].start,
+                "stride": runs[0].stride,
                 "num_steps": self.synset.trajectory.num_steps,
+                "num_runs": len(runs),
                 "num_masks": num_masks,
                 "parameters_sha256": self.synset.parameters_sha256,
             },
@@ -184,14 +179,22 @@ class Attributor:
             settings: `rewind` and `stride` of the engine.
 
         Returns:
-            `np.ndarray`: `(num_masks, num_values)`, float32.
+            `np.ndarray`: `(num_masks, num_values)`, float32. With several recorded runs, the mean over them; anchored
+            engines add the mean change to the value of the model itself.
         """
         objective = resolve_objective(objective)
         batch = self._queries(queries, data_collator)
         row_reader = self._row_reader(rows, data_collator) if rows is not None else None
         with self.model.differentiable():
-            replay = self._replay_engine(engine, row_reader=row_reader, **settings)
-            return self._replayed(replay, objective, batch, masks).cpu().numpy()
+            values = objective.values(self.model, self._final, batch)
+            by_run = []
+            for run in self._runs:
+                replay = run.replay_engine(engine, row_reader=row_reader, **settings)
+                replayed = run.replayed_values(replay, objective, batch, masks)
+                if replay.anchored and run is not self._runs[0]:
+                    replayed = values + replayed - objective.values(self.model, run.final, batch)
+                by_run.append(replayed)
+        return torch.stack(by_run).mean(0).cpu().numpy()
 
     def model_without(self, clusters: Iterable[str | int], *, rewind: float | None = None) -> nn.Module:
         """
@@ -217,7 +220,7 @@ class Attributor:
         mask = torch.ones(1, self.synset.num_clusters)
         mask[0, chosen] = 0
         settings: dict[str, Any] = {} if rewind is None else {"rewind": rewind}
-        engine = self._replay_engine("replay", **settings)
+        engine = self._runs[0].replay_engine("replay", **settings)
         vector = engine.parameters(mask)[0]
         return self.model.module_with(self.model.space.unflatten(vector), like=self._original).eval()
 
@@ -228,7 +231,7 @@ class Attributor:
         objective: str | Objective = "margin",
         maximize: bool | None = None,
         max_change: float = 2.0,
-        min_agreement: float | None = 0.5,
+        min_agreement: float | None = 0.25,
         rows: Any = None,
         data_collator: DataCollator | None = None,
         rewind: float | None = None,
@@ -245,7 +248,7 @@ class Attributor:
             maximize (`bool`, *optional*): Whether higher is better. Defaults to `False` for the built-in `"loss"` and
                 `"mean_loss"`, to `True` for every other objective, your own included.
             max_change (`float`, *optional*, defaults to `2.0`): No weight leaves `[1 / max_change, max_change]`.
-            min_agreement (`float`, *optional*, defaults to `0.5`): The bound shrinks until the replayed change is at
+            min_agreement (`float`, *optional*, defaults to `0.25`): The bound shrinks until the replayed change is at
                 least this share of the first-order one. `None` does without replay and takes `max_change` as it is.
             rows (*optional*): The training dataset, for a gradient from the rows in place of the synset.
             data_collator (`Callable`, *optional*): Collates queries and rows. Defaults to `default_data_collator`.
@@ -292,75 +295,6 @@ class Attributor:
         self.synset.clusters.check_num_rows(len(reader))
         self.synset.trajectory.check_dataset(rows, what="rows")
         return reader
-
-    def _adjoint_engine(self, **settings) -> AdjointEngine:
-        return AdjointEngine(self.model, self.inputs, self.samples, self.synset.trajectory, **settings)
-
-    def _replay_engine(
-        self, name: str, *, row_reader: RowReader | None = None, **settings
-    ) -> LinearizedReplayEngine | ReplayEngine:
-        if row_reader is not None:
-            settings["cluster_gradients"] = self._cluster_gradients(row_reader)
-        parts = (self.model, self.inputs, self.samples, self.synset.trajectory)
-        return replay_engine(name, *parts, disable_tqdm=self.disable_tqdm, **settings)
-
-    def _cluster_gradients(self, reader: RowReader) -> Callable[[dict[str, Tensor]], Tensor]:
-        clusters = range(self.synset.num_clusters)
-        rows = [self.synset.clusters.rows(k) for k in clusters]
-        batches = CachedBatches(reader, rows, batch_size=ROWS_AT_ONCE)
-
-        def gradients(parameters: dict[str, Tensor]) -> Tensor:
-            with torch.enable_grad():
-                return cluster_gradients(self.model, [parameters], batches, clusters, len(reader))[0]
-
-        return gradients
-
-    def _replayed_scores(
-        self,
-        engine: LinearizedReplayEngine | ReplayEngine,
-        objective: Objective,
-        queries: Queries,
-        values: Tensor,
-        num_masks: int | None,
-        seed: int,
-    ) -> Tensor:
-        num_clusters = self.synset.num_clusters
-        if num_masks is not None:
-            masks = random_subsets(num_clusters, num_masks, seed=seed)
-            return ridge_scores(masks, self._replayed(engine, objective, queries, masks).cpu())
-        without = self._replayed(engine, objective, queries, leave_one_out(num_clusters))
-        everything = values
-        if not engine.anchored:
-            everything = self._replayed(engine, objective, queries, torch.ones(1, num_clusters))[0]
-        return (everything - without).T
-
-    def _replayed(
-        self, engine: LinearizedReplayEngine | ReplayEngine, objective: Objective, queries: Queries, masks: Tensor
-    ) -> Tensor:
-        values = [
-            objective.values(self.model, vector, queries)
-            for chunk in masks.split(engine.batch_size)
-            for vector in engine.parameters(chunk)
-        ]
-        return torch.stack(values)
-
-    def _sum_by_cluster(self, row_scores: Tensor) -> Tensor:
-        ids = torch.tensor(self.synset.clusters.cluster_ids, device=row_scores.device)
-        result = torch.zeros(len(row_scores), self.synset.num_clusters, device=row_scores.device)
-        return result.index_add_(1, ids, row_scores)
-
-
-def _check_gradients(gradients: Tensor, objective: Objective) -> None:
-    flat = int((gradients == 0).all(1).sum())
-    if flat == len(gradients):
-        raise ValueError(
-            f"Objective {objective.name!r} has a gradient of zero everywhere: the adjoint would score everything 0. "
-            'Declare it `differentiable=False` and use `engine="replay"`.'
-        )
-    if flat:
-        logger.warning(
-            "Objective %r has a gradient of zero for %d of its values: their scores are 0.", objective.name, flat
-        )
 
 
 def _as_list(clusters: Iterable[str | int] | str | int) -> list[str | int]:

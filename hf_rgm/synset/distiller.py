@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from hf_rgm.synset.inputs import ContinuousInputs
 from hf_rgm.synset.learner import BlockLearner, BlockTargets
 from hf_rgm.synset.matching import SyntheticSamples
 from hf_rgm.synset.probes import curvature_probes
+from hf_rgm.synset.states import matched_states
 from hf_rgm.synset.synset import Synset
 from hf_rgm.synset.targets import cluster_gradients, curvature_products
 from hf_rgm.trajectory.storage import Trajectory
@@ -36,7 +38,9 @@ class ReverseGradientMatchingDistiller:
 
     Args:
         model (`nn.Module`): The trained model, as the `Trainer` left it.
-        trajectory (`str`, `Path` or `Trajectory`): What `TrajectoryCallback` recorded.
+        trajectory (`str`, `Path`, `Trajectory` or a list of them): What `TrajectoryCallback` recorded. Of several
+            runs that differ in their seed only, the first is the model's; scores are then means over the runs, which
+            agree better with what retraining with any seed would show.
         train_dataset: The dataset that was trained on, same rows in the same order.
         clusters (`ClusterMap`): Which row belongs to which cluster.
         config (`DistillationConfig`, *optional*): Settings; the defaults are meant to be good.
@@ -68,7 +72,7 @@ class ReverseGradientMatchingDistiller:
     def __init__(
         self,
         model: nn.Module,
-        trajectory: str | Path | Trajectory,
+        trajectory: str | Path | Trajectory | Sequence[str | Path | Trajectory],
         train_dataset: Any,
         clusters: ClusterMap,
         *,
@@ -80,11 +84,14 @@ class ReverseGradientMatchingDistiller:
     ) -> None:
         self.config = config or DistillationConfig()
         self.accelerator = Accelerator()
-        self.trajectory = trajectory if isinstance(trajectory, Trajectory) else Trajectory.load(trajectory)
+        recorded = [trajectory] if isinstance(trajectory, str | Path | Trajectory) else list(trajectory)
+        if not recorded:
+            raise ValueError("`trajectory` is an empty list. Name at least the run that trained the model.")
+        self.trajectories = tuple(t if isinstance(t, Trajectory) else Trajectory.load(t) for t in recorded)
         self.clusters = clusters
         self.disable_tqdm = disable_tqdm
         self.model = FunctionalModel(
-            model, trainable_names=tuple(self.trajectory.parameter_shapes), device=self.accelerator.device
+            model, trainable_names=tuple(self.trajectories[0].parameter_shapes), device=self.accelerator.device
         )
         self.inputs = ContinuousInputs(self.model)
         self.reader = RowReader(
@@ -93,32 +100,43 @@ class ReverseGradientMatchingDistiller:
         self._check_belong_together(train_dataset)
         self.rows = [clusters.rows(k) for k in range(clusters.num_clusters)]
         self.batches = CachedBatches(self.reader, self.rows, batch_size=self.config.batch_size)
-        self.matched_steps = tuple(step for step in self.trajectory.state_steps if step > 0)
+        self.matched_states = matched_states(self.trajectories)
         self._store = BlockStore(output_dir, self._identity()) if output_dir is not None else None
 
     def _check_belong_together(self, train_dataset: Any) -> None:
-        trajectory = self.trajectory
-        expected = {name: tuple(shape) for name, shape in trajectory.parameter_shapes.items()}
-        found = {n: tuple(s) for n, s in zip(self.model.space.names, self.model.space.shapes, strict=True)}
-        if expected != found:
-            different = sorted(set(expected.items()) ^ set(found.items()))
-            raise ValueError(
-                f"The model's parameters have other shapes than the recorded ones; first difference: {different[0]}. "
-                "Pass the model that was trained."
-            )
-        if trajectory.metadata.get("label_smoothing_factor"):
-            raise NotImplementedError(
-                f"The run was trained with `label_smoothing_factor={trajectory.metadata['label_smoothing_factor']}`, "
-                "which distilling does not know yet: its gradients would not be the recorded ones. Train without it."
-            )
-        trajectory.check_dataset(train_dataset)
+        space = self.model.space
+        found = {n: tuple(s) for n, s in zip(space.names, space.shapes, strict=True)}
+        for run, trajectory in enumerate(self.trajectories):
+            what = f"Run {run}: the" if run else "The"
+            expected = {name: tuple(shape) for name, shape in trajectory.parameter_shapes.items()}
+            if expected != found:
+                different = sorted(set(expected.items()) ^ set(found.items()))
+                raise ValueError(
+                    f"{what} model's parameters have other shapes than the recorded ones; first difference: "
+                    f"{different[0]}. Pass the model that was trained."
+                )
+            if trajectory.metadata.get("label_smoothing_factor"):
+                raise NotImplementedError(
+                    f"{what} run was trained with "
+                    f"`label_smoothing_factor={trajectory.metadata['label_smoothing_factor']}`, which distilling does "
+                    "not know yet: its gradients would not be the recorded ones. Train without it."
+                )
+            trajectory.check_dataset(train_dataset)
         self.clusters.check_num_rows(len(self.reader))
-        final, own = trajectory.final.parameters, self.model.parameters()
-        for name in self.model.space.names:
+        final, own = self.trajectories[0].final.parameters, self.model.parameters()
+        for name in space.names:
             if not torch.equal(final[name], own[name].cpu()):
                 raise ValueError(
                     f"The model's `{name}` is not what the recorded run ended with. Pass the model as the Trainer "
                     "left it (not a later fine-tune, not the initial checkpoint)."
+                )
+        ends: dict[str, int] = {}
+        for run, trajectory in enumerate(self.trajectories):
+            twin = ends.setdefault(parameters_sha256(trajectory.final.parameters), run)
+            if twin != run:
+                raise ValueError(
+                    f"Runs {twin} and {run} end at the same parameters: they are the same run. Train each with a seed "
+                    "of its own."
                 )
 
     def _identity(self) -> dict[str, Any]:
@@ -126,9 +144,10 @@ class ReverseGradientMatchingDistiller:
         return {
             "config": self.config.to_dict(),
             "parameters_sha256": parameters_sha256(self.model.parameters()),
-            "dataset_fingerprint": self.trajectory.dataset_fingerprint,
+            "other_runs_sha256": [parameters_sha256(t.final.parameters) for t in self.trajectories[1:]],
+            "dataset_fingerprint": self.trajectories[0].dataset_fingerprint,
             "cluster_ids_sha256": hashlib.sha256(self.clusters.cluster_ids.tobytes()).hexdigest(),
-            "matched_steps": list(self.matched_steps),
+            "matched_states": [[state.run, state.step] for state in self.matched_states],
         }
 
     def distill(self) -> Synset:
@@ -144,7 +163,10 @@ class ReverseGradientMatchingDistiller:
         """
         start = time.perf_counter()
         states = torch.stack(
-            [self.model.space.flatten(self.trajectory.state(step).parameters) for step in self.matched_steps]
+            [
+                self.model.space.flatten(self.trajectories[state.run].state(state.step).parameters)
+                for state in self.matched_states
+            ]
         ).to(self.model.device)
         size = self.config.cluster_block_size
         blocks = [range(k, min(k + size, len(self.rows))) for k in range(0, len(self.rows), size)]
@@ -165,14 +187,14 @@ class ReverseGradientMatchingDistiller:
         return Synset(
             samples=SyntheticSamples(merged["inputs"], merged["targets"], merged["log_weights"]),
             clusters=self.clusters,
-            trajectory=self.trajectory,
+            trajectories=self.trajectories,
             residuals=merged["residuals"],
-            matched_steps=self.matched_steps,
+            matched_states=self.matched_states,
             parameters_sha256=parameters_sha256(self.model.parameters()),
             input_name=self.inputs.name,
             config=self.config.to_dict(),
             metadata={
-                "dataset_fingerprint": self.trajectory.dataset_fingerprint,
+                "dataset_fingerprint": self.trajectories[0].dataset_fingerprint,
                 "num_rows": len(self.reader),
                 "distillation_seconds": round(time.perf_counter() - start, 2),
                 "num_processes": self.accelerator.num_processes,
@@ -184,7 +206,7 @@ class ReverseGradientMatchingDistiller:
         named = [model.space.unflatten(state) for state in states]
         targets = BlockTargets(
             names=[self.clusters.names[cluster] for cluster in block],
-            steps=self.matched_steps,
+            matched=self.matched_states,
             states=states,
             gradients=cluster_gradients(model, named, self.batches, block, num_rows),
         )
@@ -213,15 +235,20 @@ class ReverseGradientMatchingDistiller:
     def _probes(self) -> Tensor | None:
         if not self.config.curvature_weight:
             return None
-        return curvature_probes(
-            self.model,
-            self.inputs,
-            self.reader,
-            self.trajectory,
-            self.matched_steps,
-            num_probes=min(self.config.num_probes, len(self.reader)),
-            seed=self.config.seed,
-        )
+        by_run = [
+            curvature_probes(
+                self.model,
+                self.inputs,
+                self.reader,
+                trajectory,
+                tuple(state.step for state in self.matched_states if state.run == run),
+                num_probes=min(self.config.num_probes, len(self.reader)),
+                seed=self.config.seed + run,
+            )
+            for run, trajectory in enumerate(self.trajectories)
+        ]
+        left = [iter(probes) for probes in by_run]
+        return torch.stack([next(left[state.run]) for state in self.matched_states])
 
     def _num_labels(self, state: dict[str, Tensor]) -> int:
         inputs, _ = self.reader.batch([0])

@@ -22,6 +22,7 @@ from hf_rgm.synset.matching import (
     curvature_error,
     matching_error,
 )
+from hf_rgm.synset.states import MatchedState
 
 DIVERGED_FACTOR = 100.0
 
@@ -33,7 +34,7 @@ class BlockTargets:
 
     Args:
         names (`Sequence[str]`): The clusters' names.
-        steps (`Sequence[int]`): Recorded step of each state.
+        matched (`Sequence[MatchedState]`): Run and step of each state, the runs' final ones last.
         states (`Tensor`): Parameters, `(num_states, num_parameters)`.
         gradients (`Tensor`): `(num_states, num_clusters, num_parameters)`.
         probes, products (`Tensor`, *optional*): Directions and the curvature times them,
@@ -41,7 +42,7 @@ class BlockTargets:
     """
 
     names: Sequence[str]
-    steps: Sequence[int]
+    matched: Sequence[MatchedState]
     states: Tensor
     gradients: Tensor
     probes: Tensor | None = None
@@ -111,13 +112,14 @@ class BlockLearner:
             config.states_per_iteration,
             config.curriculum_tolerance,
             self._generator,
+            num_runs=len({state.run for state in self.targets.matched}),
         )
         progress = tqdm(curriculum, total=config.num_iterations, desc=description, disable=disable_tqdm)
         for iteration, batch in enumerate(progress):
             optimizer.zero_grad()
             errors = {index: self._match(index, samples) for index in batch}
             if iteration % config.curvature_interval == 0:
-                # The last state is in every batch; its curvature, matched best of all, only takes its turn.
+                # A final state is in every batch; its curvature, matched best of all, only takes its turn.
                 turn = iteration // config.curvature_interval % num_states
                 self._match_curvature(batch[-1] if turn else batch[0], samples)
             optimizer.step()
@@ -171,8 +173,8 @@ class BlockLearner:
         residuals = cluster_residuals(synthetic, self.targets.gradients[index])
         worst = int(residuals.nan_to_num(nan=torch.inf).argmax())
         raise DivergenceError(
-            f"Distillation diverged at cluster {self.targets.names[worst]!r}, recorded step "
-            f"{self.targets.steps[index]}. Nothing was saved for this block of clusters. Lower "
+            f"Distillation diverged at cluster {self.targets.names[worst]!r}, "
+            f"{self.targets.matched[index]}. Nothing was saved for this block of clusters. Lower "
             f"`input_learning_rate` (now {self.config.input_learning_rate}) and `target_learning_rate` (now "
             f"{self.config.target_learning_rate})."
         )

@@ -164,15 +164,16 @@ class ReverseCurriculum:
     Which recorded states each iteration matches: the last ones first, then a window that grows backwards.
 
     The window grows when the error at its earliest state falls below `tolerance`, or when its share of the
-    iterations is used up, so that the second half of the iterations sees every state. The last state is part of
+    iterations is used up, so that the second half of the iterations sees every state. A final state is part of
     every batch.
 
     Args:
-        num_states (`int`): Number of states, the last one being the end of training.
+        num_states (`int`): Number of states, the last `num_runs` of them being the ends of training.
         num_iterations (`int`): Iterations planned.
-        states_per_iteration (`int`): States per batch, the last one included.
+        states_per_iteration (`int`): States per batch, the final one included.
         tolerance (`float`): Relative matching error at which the window grows early.
-        generator (`torch.Generator`): Draws the other states of a batch.
+        generator (`torch.Generator`): Draws the states of a batch.
+        num_runs (`int`, *optional*, defaults to `1`): Recorded runs, each with a final state.
     """
 
     def __init__(
@@ -182,9 +183,11 @@ class ReverseCurriculum:
         states_per_iteration: int,
         tolerance: float,
         generator: torch.Generator,
+        num_runs: int = 1,
     ) -> None:
         self.num_states = num_states
-        self.window = min(num_states, states_per_iteration)
+        self.window = min(num_states, num_runs + states_per_iteration - 1)
+        self._num_runs = num_runs
         self._tolerance = tolerance
         self._per_iteration = states_per_iteration
         self._generator = generator
@@ -196,8 +199,12 @@ class ReverseCurriculum:
     def __iter__(self) -> Iterator[list[int]]:
         for _ in range(self._num_iterations):
             others = self._per_iteration - 1
-            earlier = torch.randperm(self.window - 1, generator=self._generator)[:others].tolist()
-            yield [self.num_states - 1, *(self.num_states - 2 - offset for offset in earlier)]
+            earliest_final = self.num_states - self._num_runs
+            final = self.num_states - 1
+            if self._num_runs > 1:
+                final -= int(torch.randint(self._num_runs, (1,), generator=self._generator))
+            earlier = torch.randperm(self.window - self._num_runs, generator=self._generator)[:others].tolist()
+            yield [final, *(earliest_final - 1 - offset for offset in earlier)]
 
     def report(self, errors: dict[int, float]) -> None:
         """Takes the matching errors of an iteration, keyed by state, and grows the window when it is time."""

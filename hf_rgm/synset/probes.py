@@ -54,7 +54,7 @@ def curvature_probes(
     order = np.random.default_rng(seed).permutation(len(reader))
     final = trajectory.num_steps
     rows, labels = reader.batch(order[:num_probes])
-    parameters = model.parameters()
+    parameters = model.space.unflatten(model.space.flatten(trajectory.final.parameters).to(model.device))
     check_labels(labels, model.logits(parameters, rows).shape[-1])
     gradients = _unit(row_gradients(model, parameters, rows, labels))
     sample = inputs.from_batch(reader.batch(order[-MAX_ROWS:])[0])

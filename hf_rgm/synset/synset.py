@@ -19,13 +19,15 @@ from hf_rgm.exceptions import ParameterMismatchError
 from hf_rgm.files import read_json, staged_folder, write_json
 from hf_rgm.modeling import parameters_sha256
 from hf_rgm.synset.matching import SyntheticSamples
+from hf_rgm.synset.states import MatchedState
 from hf_rgm.trajectory.storage import Trajectory
 
 logger = logging.getLogger(__name__)
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 TENSORS_FILE = "synset.safetensors"
 CONFIG_FILE = "synset.json"
+RUNS_FOLDER = "trajectories"
 
 
 @dataclass
@@ -38,14 +40,17 @@ class Synset:
             `(num_clusters, samples_per_cluster, num_labels)`, log-weights `(num_clusters, samples_per_cluster)`, all
             float32.
         clusters (`ClusterMap`): Which training row belongs to which cluster.
-        trajectory (`Trajectory`): The recorded training run (row ids are not shared).
+        trajectories (`tuple[Trajectory, ...]`): The recorded training runs (row ids are not shared); the first is that
+            of the model the synset belongs to, others repeat it with other seeds.
         residuals (`Tensor`): `(num_matched_states, num_clusters)`, float32, relative squared matching error
             `|g_k - G_k|^2 / |G_k|^2`.
-        matched_steps (`tuple[int, ...]`): Training steps of the matched states, ascending.
+        matched_states (`tuple[MatchedState, ...]`): Run and training step of the matched states, in training order.
         parameters_sha256 (`str`): Identity of the trained parameters the synset belongs to.
         input_name (`str`): Forward argument the inputs are for.
         config (`dict`): The `DistillationConfig` that was used.
         metadata (`dict`, *optional*): Model id, dataset fingerprint, seconds, library versions.
+        fidelity (`dict`, *optional*): What [`~hf_rgm.FidelityReport.to_dict`] gave for this synset; kept in
+            `synset.json` and shown on the card.
 
     Example:
 
@@ -62,18 +67,19 @@ class Synset:
 
     samples: SyntheticSamples
     clusters: ClusterMap
-    trajectory: Trajectory
+    trajectories: tuple[Trajectory, ...]
     residuals: Tensor
-    matched_steps: tuple[int, ...]
+    matched_states: tuple[MatchedState, ...]
     parameters_sha256: str
     input_name: str
     config: dict[str, Any] = field(default_factory=dict)
     metadata: dict[str, Any] = field(default_factory=dict)
+    fidelity: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         inputs, targets, log_weights = self.samples.tensors()
         per_cluster = (self.clusters.num_clusters, *log_weights.shape[1:2])
-        matched = (len(self.matched_steps), self.clusters.num_clusters)
+        matched = (len(self.matched_states), self.clusters.num_clusters)
         for name, tensor in zip(("inputs", "targets", "log_weights"), self.samples.tensors(), strict=True):
             if tensor.shape[0] != self.clusters.num_clusters:
                 raise ValueError(
@@ -96,6 +102,26 @@ class Synset:
                 f"Synset residuals have shape {tuple(self.residuals.shape)} for {matched[0]} matched states and "
                 f"{matched[1]} clusters. The files do not belong together."
             )
+        self._check_fidelity()
+
+    def _check_fidelity(self) -> None:
+        if self.fidelity is None:
+            return
+        if not isinstance(self.fidelity, dict):
+            raise ValueError(
+                f"`fidelity` must be a dictionary, got {type(self.fidelity).__name__}. Use `FidelityReport.to_dict()`."
+            )
+        measured = str(self.fidelity.get("samples_sha256"))
+        if measured != self.samples_sha256:
+            raise ValueError(
+                f"`fidelity` was measured for the samples {measured[:12]}, the synset's are "
+                f"{self.samples_sha256[:12]}. Measure this synset, or set `fidelity` to None."
+            )
+
+    @property
+    def trajectory(self) -> Trajectory:
+        """The recorded run of the model the synset belongs to."""
+        return self.trajectories[0]
 
     @property
     def num_clusters(self) -> int:
@@ -111,6 +137,11 @@ class Synset:
     def matching_error(self) -> float:
         """Relative squared matching error, mean over clusters and matched states."""
         return float(self.residuals.mean())
+
+    @property
+    def samples_sha256(self) -> str:
+        """Identity of the synthetic samples."""
+        return parameters_sha256(dict(zip(("inputs", "targets", "log_weights"), self.samples.tensors(), strict=True)))
 
     def check_parameters(self, parameters: Mapping[str, Tensor], *, force: bool = False) -> None:
         """
@@ -134,11 +165,19 @@ class Synset:
 
     def save_pretrained(self, save_directory: str | Path) -> Path:
         """
-        Writes the synset to a folder (safetensors, parquet and JSON; replaces a synset already there).
+        Writes the synset to a folder (safetensors, parquet, JSON and a card; replaces a synset already there).
 
         Returns:
             `Path`: the folder.
+
+        Raises:
+            FileExistsError: If the folder holds something else.
+            ValueError: If `fidelity` is not a whole report, or one of other samples.
         """
+        from hf_rgm.hub.cards import synset_card
+
+        self._check_fidelity()
+        card = synset_card(self)
         inputs, targets, log_weights = self.samples.tensors()
         with staged_folder(save_directory, CONFIG_FILE) as folder:
             save_file(
@@ -153,19 +192,24 @@ class Synset:
             (folder / "data").mkdir()
             self.to_pandas().to_parquet(folder / "data" / "train.parquet", index=False)
             self.clusters.save(folder / "clusters")
-            self.trajectory.without_rows().save(folder / "trajectory")
+            (folder / RUNS_FOLDER).mkdir()
+            for run, trajectory in enumerate(self.trajectories):
+                trajectory.without_rows().save(folder / RUNS_FOLDER / str(run))
             write_json(
                 folder / CONFIG_FILE,
                 {
                     "format_version": FORMAT_VERSION,
                     "parameters_sha256": self.parameters_sha256,
                     "input_name": self.input_name,
-                    "matched_steps": list(self.matched_steps),
+                    "num_runs": len(self.trajectories),
+                    "matched_states": [[state.run, state.step] for state in self.matched_states],
                     "matching_error": self.residuals.mean(0).tolist(),
                     "config": self.config,
                     "metadata": self.metadata,
+                    "fidelity": self.fidelity,
                 },
             )
+            (folder / "README.md").write_text(card, encoding="utf-8")
         return Path(save_directory)
 
     @classmethod
@@ -187,23 +231,27 @@ class Synset:
         except SafetensorError as error:
             raise ValueError(f"{folder / TENSORS_FILE} is damaged ({error}). Copy or distil it again.") from error
         try:
+            num_runs = config["num_runs"]
+            if not isinstance(num_runs, int) or num_runs < 1:
+                raise ValueError(f"{folder / CONFIG_FILE} names {num_runs!r} recorded runs. Copy or distil it again.")
             synset = cls(
                 samples=SyntheticSamples(tensors["inputs"], tensors["targets"], tensors["log_weights"]),
                 clusters=ClusterMap.load(folder / "clusters"),
-                trajectory=Trajectory.load(folder / "trajectory"),
+                trajectories=tuple(Trajectory.load(folder / RUNS_FOLDER / str(run)) for run in range(num_runs)),
                 residuals=tensors["residuals"],
-                matched_steps=tuple(config["matched_steps"]),
+                matched_states=tuple(MatchedState(int(run), int(step)) for run, step in config["matched_states"]),
                 parameters_sha256=config["parameters_sha256"],
                 input_name=config["input_name"],
                 config=config["config"],
                 metadata=config["metadata"],
+                fidelity=config.get("fidelity"),
             )
         except KeyError as error:
             raise ValueError(f"{folder} lacks {error}: it is not a whole synset. Copy or distil it again.") from error
         if parameters_sha256(synset.trajectory.final.parameters) != synset.parameters_sha256:
             raise ValueError(
-                f"{folder / 'trajectory'} ends at other parameters than {folder / CONFIG_FILE} names; they do not "
-                "belong together. Copy the synset again."
+                f"{folder / RUNS_FOLDER / '0'} ends at other parameters than {folder / CONFIG_FILE} names; they do "
+                "not belong together. Copy the synset again."
             )
         return synset
 

@@ -14,6 +14,7 @@ from hf_rgm.attribution.objectives import OBJECTIVES, Objective, log_odds_margin
 from hf_rgm.clusters import ClusterMap
 from hf_rgm.exceptions import DivergenceError
 from hf_rgm.modeling import parameters_sha256
+from hf_rgm.synset.states import MatchedState
 from hf_rgm.synset.synset import Synset
 from hf_rgm.testing import tiny_recorded_run, tiny_synset
 from tests.recorded import engine_parts, record
@@ -43,9 +44,9 @@ class ConvexProblem:
         self.synset = Synset(
             samples=samples,
             clusters=self.clusters,
-            trajectory=self.run.trajectory,
+            trajectories=(self.run.trajectory,),
             residuals=torch.zeros(1, num_clusters),
-            matched_steps=(self.run.trajectory.num_steps,),
+            matched_states=(MatchedState(0, self.run.trajectory.num_steps),),
             parameters_sha256=parameters_sha256(dict(self.run.model.named_parameters())),
             input_name="features",
         )

@@ -16,6 +16,7 @@ from hf_rgm.synset.config import INITIALISATIONS, DistillationConfig
 from hf_rgm.synset.distiller import ReverseGradientMatchingDistiller
 from hf_rgm.synset.inputs import ContinuousInputs
 from hf_rgm.synset.matching import SynsetGradients, cluster_residuals
+from hf_rgm.synset.states import MatchedState
 from hf_rgm.synset.targets import cluster_gradients
 from hf_rgm.testing import TinyConfig, TinyModel, tiny_recorded_run, tiny_synset, tiny_trainer
 from hf_rgm.trajectory.callback import TrajectoryCallback
@@ -51,7 +52,7 @@ def test_matching_is_learned():
     synset = tiny_synset()
     start = distiller(num_iterations=1).distill()
     assert synset.matching_error < 0.05 * start.matching_error
-    assert synset.matched_steps == tuple(step for step in RUN.trajectory.state_steps if step > 0)
+    assert synset.matched_states == tuple(MatchedState(0, step) for step in RUN.trajectory.state_steps if step > 0)
     assert synset.residuals.shape == (5, 6)
 
 
@@ -64,7 +65,7 @@ def test_every_start_is_learned_from(init):
 def test_stored_residuals_are_those_of_the_stored_samples():
     synset = tiny_synset()
     model = FunctionalModel(RUN.model)
-    states = [RUN.trajectory.state(step).parameters for step in synset.matched_steps]
+    states = [RUN.trajectory.state(matched.step).parameters for matched in synset.matched_states]
     rows = [RUN.clusters.rows(k) for k in range(6)]
     batches = CachedBatches(RowReader(RUN.train_dataset, model), rows, batch_size=5)
     real = cluster_gradients(model, states, batches, range(6), 48)

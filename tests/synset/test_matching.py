@@ -142,8 +142,9 @@ def test_matching_error_is_the_energy_weighted_mean_of_residuals_and_free_of_sca
     torch.testing.assert_close(matching_error(scale * synthetic, scale * real, 0.0), expected)
 
 
-def curriculum(num_states, num_iterations, per_iteration, tolerance=0.0, seed=0):
-    return ReverseCurriculum(num_states, num_iterations, per_iteration, tolerance, torch.Generator().manual_seed(seed))
+def curriculum(num_states, num_iterations, per_iteration, tolerance=0.0, seed=0, num_runs=1):
+    generator = torch.Generator().manual_seed(seed)
+    return ReverseCurriculum(num_states, num_iterations, per_iteration, tolerance, generator, num_runs=num_runs)
 
 
 @settings(max_examples=50, deadline=None)
@@ -173,6 +174,18 @@ def test_curriculum_is_deterministic_and_visits_every_state():
 
     assert visited(0) == visited(0) != visited(1)
     assert {index for batch in visited(0) for index in batch} == set(range(6))
+
+
+def test_curriculum_takes_turns_at_the_final_states_of_several_runs():
+    plan = curriculum(12, 200, 3, num_runs=3)
+    finals, earlier = set(), set()
+    for batch in plan:
+        finals.add(batch[0])
+        earlier.update(batch[1:])
+        assert len(set(batch)) == 3
+        plan.report(dict.fromkeys(batch, 1.0))
+    assert finals == {9, 10, 11}
+    assert earlier == set(range(9))
 
 
 def test_curriculum_grows_early_when_the_earliest_state_matches():

@@ -27,7 +27,7 @@ def test_save_and_load_is_identity_bit_for_bit(folder):
         assert torch.equal(first, second)
     assert torch.equal(loaded.residuals, synset.residuals)
     assert loaded.clusters == synset.clusters
-    for name in ("matched_steps", "parameters_sha256", "input_name", "config", "metadata", "matching_error"):
+    for name in ("matched_states", "parameters_sha256", "input_name", "config", "metadata", "matching_error"):
         assert getattr(loaded, name) == getattr(synset, name)
     for step in synset.trajectory.state_steps:
         first, second = synset.trajectory.state(step), loaded.trajectory.state(step)
@@ -65,7 +65,7 @@ def test_a_folder_with_something_else_is_left_alone(tmp_path):
         ("synset.json", "has no synset.json"),
         ("synset.safetensors", "has no synset.safetensors"),
         ("clusters", "clusters"),
-        ("trajectory", "trajectory"),
+        ("trajectories", "trajectories"),
     ],
 )
 def test_a_missing_part_is_named(folder, name, message):
@@ -88,7 +88,7 @@ def test_truncated_tensors_are_named(folder):
 
 
 def test_a_truncated_trajectory_is_named(folder):
-    path = max((folder / "trajectory").rglob("*.safetensors"))
+    path = max((folder / "trajectories" / "0").rglob("*.safetensors"))
     path.write_bytes(path.read_bytes()[:-5])
     with pytest.raises(ValueError, match=path.name):
         Synset.from_pretrained(folder)
@@ -102,7 +102,7 @@ def change_json(folder, **changes):
 
 def test_another_format_version_is_refused(folder):
     change_json(folder, format_version=99)
-    with pytest.raises(ValueError, match="format version 99, this release of hf_rgm reads 1"):
+    with pytest.raises(ValueError, match="format version 99, this release of hf_rgm reads 2"):
         Synset.from_pretrained(folder)
 
 
@@ -164,7 +164,7 @@ def test_a_trajectory_of_another_run_is_refused(folder):
         num_rows=48,
         dataset_fingerprint=other.dataset_fingerprint,
     )
-    other.save(folder / "trajectory")
+    other.save(folder / "trajectories" / "0")
     with pytest.raises(ValueError, match="do not belong together"):
         Synset.from_pretrained(folder)
 

@@ -1,0 +1,191 @@
+"""Scores and replays along one recorded run, by any engine."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_rgm.attribution.adjoint import AdjointEngine
+from hf_rgm.attribution.linearized import LinearizedReplayEngine
+from hf_rgm.attribution.objectives import Objective, Queries
+from hf_rgm.attribution.perturbations import leave_one_out, random_subsets, ridge_scores
+from hf_rgm.attribution.replay import ReplayEngine
+from hf_rgm.clusters import ClusterMap
+from hf_rgm.modeling import FunctionalModel
+from hf_rgm.rows import CachedBatches, RowReader
+from hf_rgm.synset.inputs import ContinuousInputs
+from hf_rgm.synset.matching import SyntheticSamples
+from hf_rgm.synset.targets import cluster_gradients
+from hf_rgm.trajectory.storage import Trajectory
+
+logger = logging.getLogger(__name__)
+
+REPLAY_ENGINES = ("linearized_replay", "replay", "plain_replay")
+ENGINES = ("adjoint", *REPLAY_ENGINES)
+ENGINES_OF_ROWS = ("adjoint", "linearized_replay")
+ROWS_AT_ONCE = 256
+
+
+def check_engine(engine: str, known: tuple[str, ...] = ENGINES) -> None:
+    """Raises a `ValueError` that names the known engines."""
+    if engine not in known:
+        raise ValueError(f"Unknown engine {engine!r}. Use one of {', '.join(known)}.")
+
+
+@dataclass(frozen=True)
+class RunScores:
+    """
+    Scores by one recorded run.
+
+    Args:
+        scores (`Tensor`): `(num_values, num_clusters)`.
+        row_scores (`Tensor`, *optional*): `(num_values, num_rows)`.
+        start, stride (`int`): First training step and steps per integration step of the engine.
+    """
+
+    scores: Tensor
+    row_scores: Tensor | None
+    start: int
+    stride: int
+
+
+class RecordedRun:
+    """
+    One recorded run as seen through a synset.
+
+    Args:
+        model (`FunctionalModel`): The model as a function of its parameters.
+        inputs (`ContinuousInputs`): The continuous input space.
+        samples (`SyntheticSamples`): The synset's samples, on the model's device.
+        clusters (`ClusterMap`): The clusters of the training rows.
+        trajectory (`Trajectory`): The recorded run.
+        disable_tqdm (`bool`): No progress bars.
+    """
+
+    def __init__(
+        self,
+        model: FunctionalModel,
+        inputs: ContinuousInputs,
+        samples: SyntheticSamples,
+        clusters: ClusterMap,
+        trajectory: Trajectory,
+        *,
+        disable_tqdm: bool,
+    ) -> None:
+        self.model = model
+        self.clusters = clusters
+        self.disable_tqdm = disable_tqdm
+        self.final = model.space.flatten(trajectory.final.parameters).to(model.device)
+        self._parts = (model, inputs, samples, trajectory)
+
+    def replay_engine(
+        self, name: str, *, row_reader: RowReader | None = None, **settings: Any
+    ) -> LinearizedReplayEngine | ReplayEngine:
+        """
+        Builds a replay engine: `"linearized_replay"`, `"replay"` (anchored) or `"plain_replay"`.
+
+        Raises:
+            ValueError: If there is no such replay engine, or it cannot make use of rows.
+        """
+        check_engine(name, REPLAY_ENGINES)
+        if row_reader is not None and name not in ENGINES_OF_ROWS:
+            raise ValueError(f"`rows` are for engines {' and '.join(ENGINES_OF_ROWS)}, got {name!r}.")
+        settings["disable_tqdm"] = self.disable_tqdm
+        if name == "linearized_replay":
+            gradients = None if row_reader is None else self._cluster_gradients(row_reader)
+            return LinearizedReplayEngine(*self._parts, cluster_gradients=gradients, **settings)
+        return ReplayEngine(*self._parts, anchored=name == "replay", **settings)
+
+    def scores(
+        self,
+        engine: str,
+        objective: Objective,
+        queries: Queries,
+        *,
+        row_reader: RowReader | None,
+        num_masks: int | None,
+        seed: int,
+        **settings: Any,
+    ) -> RunScores:
+        """
+        Scores of clusters by an engine, and of rows by the adjoint where there are rows and the objective has a
+        gradient; see [`Attributor.attribute`] for the arguments.
+        """
+        if engine == "adjoint":
+            gradients = self._objective_gradients(objective, queries)
+            adjoint = AdjointEngine(*self._parts, **settings)
+            if row_reader is None:
+                return RunScores(adjoint.cluster_scores(gradients), None, adjoint.start, adjoint.path.stride)
+            row_scores = adjoint.row_scores(gradients, row_reader)
+            return RunScores(self._sum_by_cluster(row_scores), row_scores, adjoint.start, adjoint.path.stride)
+        row_scores = None
+        if row_reader is not None and objective.differentiable:
+            gradients = self._objective_gradients(objective, queries)
+            row_scores = AdjointEngine(*self._parts).row_scores(gradients, row_reader)
+        replay = self.replay_engine(engine, row_reader=row_reader, **settings)
+        scores = self._replayed_scores(replay, objective, queries, num_masks, seed)
+        return RunScores(scores, row_scores, replay.start, replay.path.stride)
+
+    def replayed_values(
+        self, engine: LinearizedReplayEngine | ReplayEngine, objective: Objective, queries: Queries, masks: Tensor
+    ) -> Tensor:
+        """The objective of models replayed under cluster weights `(num_masks, num_clusters)`."""
+        values = [
+            objective.values(self.model, vector, queries)
+            for chunk in masks.split(engine.batch_size)
+            for vector in engine.parameters(chunk)
+        ]
+        return torch.stack(values)
+
+    def _replayed_scores(
+        self,
+        engine: LinearizedReplayEngine | ReplayEngine,
+        objective: Objective,
+        queries: Queries,
+        num_masks: int | None,
+        seed: int,
+    ) -> Tensor:
+        num_clusters = self.clusters.num_clusters
+        if num_masks is not None:
+            masks = random_subsets(num_clusters, num_masks, seed=seed)
+            return ridge_scores(masks, self.replayed_values(engine, objective, queries, masks).cpu())
+        without = self.replayed_values(engine, objective, queries, leave_one_out(num_clusters))
+        if engine.anchored:
+            everything = objective.values(self.model, self.final, queries)
+        else:
+            everything = self.replayed_values(engine, objective, queries, torch.ones(1, num_clusters))[0]
+        return (everything - without).T
+
+    def _objective_gradients(self, objective: Objective, queries: Queries) -> Tensor:
+        gradients = objective.gradients(self.model, self.final, queries)
+        flat = int((gradients == 0).all(1).sum())
+        if flat == len(gradients):
+            raise ValueError(
+                f"Objective {objective.name!r} has a gradient of zero everywhere: the adjoint would score everything "
+                '0. Declare it `differentiable=False` and use `engine="linearized_replay"`.'
+            )
+        if flat:
+            logger.warning(
+                "Objective %r has a gradient of zero for %d of its values: their scores are 0.", objective.name, flat
+            )
+        return gradients
+
+    def _cluster_gradients(self, reader: RowReader) -> Callable[[dict[str, Tensor]], Tensor]:
+        clusters = range(self.clusters.num_clusters)
+        batches = CachedBatches(reader, [self.clusters.rows(k) for k in clusters], batch_size=ROWS_AT_ONCE)
+
+        def gradients(parameters: dict[str, Tensor]) -> Tensor:
+            with torch.enable_grad():
+                return cluster_gradients(self.model, [parameters], batches, clusters, len(reader))[0]
+
+        return gradients
+
+    def _sum_by_cluster(self, row_scores: Tensor) -> Tensor:
+        ids = torch.tensor(self.clusters.cluster_ids, device=row_scores.device)
+        result = torch.zeros(len(row_scores), self.clusters.num_clusters, device=row_scores.device)
+        return result.index_add_(1, ids, row_scores)
