@@ -20,7 +20,7 @@ BATCH_SIZE = 256
 RANDOM_SEED = 11
 
 
-def random(recorded: Recorded, queries: Dataset) -> Prediction:
+def random_scores(recorded: Recorded, queries: Dataset) -> Prediction:
     """Normal scores of rows, summed for clusters: what chance gives."""
     generator = np.random.default_rng(RANDOM_SEED)
     scores = generator.standard_normal((len(queries), len(recorded.task.train)), dtype=np.float32)
@@ -76,7 +76,7 @@ def real_rows(init: str) -> dict[str, Any]:
 
 
 METHODS: dict[str, Method | dict[str, Method]] = {
-    "random": random,
+    "random": random_scores,
     "gradient cosine": gradient_cosine,
     **{
         f"adjoint on real rows, {count} per cluster": {

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.methods.baselines import gradient_cosine, random, real_rows, sum_by_cluster
+from benchmarks.methods.baselines import gradient_cosine, random_scores, real_rows, sum_by_cluster
 from benchmarks.methods.ours import adjoint, replay
 from benchmarks.methods.paper import ascent, matched
 from benchmarks.recorded import Recorded
@@ -41,7 +41,7 @@ def query_gradients(recorded):
 
 
 def test_random_scores_are_the_same_every_time(recorded):
-    first, second = (random(recorded, recorded.task.queries) for _ in range(2))
+    first, second = (random_scores(recorded, recorded.task.queries) for _ in range(2))
     assert np.array_equal(first.row_scores, second.row_scores)
     assert np.allclose(first.cluster_scores, tiny.by_cluster(first.row_scores), atol=1e-5)
 
