@@ -16,6 +16,7 @@ from benchmarks.tasks import Task
 from hf_rgm import DistillationConfig, ReverseGradientMatchingDistiller, Synset, TrajectoryCallback
 
 RECORDED_SEED = 0
+FIRST_OTHER_SEED = 100
 
 
 @dataclass
@@ -41,7 +42,8 @@ class Recorded:
     training_seconds: float = field(init=False)
     retraining_seconds: float = field(init=False)
     reused_bytes: int = field(init=False, default=0)
-    _synsets: dict[DistillationConfig, tuple[Synset, Meter]] = field(init=False, default_factory=dict)
+    _others: dict[int, float] = field(init=False, default_factory=dict)
+    _synsets: dict[tuple[DistillationConfig, int], tuple[Synset, Meter]] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         callback = TrajectoryCallback(self.folder, num_states=self.num_states)
@@ -56,22 +58,42 @@ class Recorded:
             plain.train()
         self.retraining_seconds = meter.seconds
 
-    def synset(self, config: DistillationConfig) -> tuple[Synset, float]:
-        """A synset and the seconds it took, distilled at most once."""
-        if config not in self._synsets:
+    def synset(self, config: DistillationConfig, *, num_runs: int = 1) -> tuple[Synset, float]:
+        """
+        A synset, distilled at most once, and the seconds it took; of several runs, with the training of the others.
+
+        The first run is the recorded one, the others have the seeds 100, 101, ...: neither its own nor the truth's.
+        """
+        others = range(FIRST_OTHER_SEED, FIRST_OTHER_SEED + num_runs - 1)
+        seconds = sum(self._record_other(seed) for seed in others)
+        key = (config, num_runs)
+        if key not in self._synsets:
             with Meter() as meter:
                 synset = ReverseGradientMatchingDistiller(
                     self.model,
-                    self.folder,
+                    [self.folder, *(self._other_folder(seed) for seed in others)],
                     self.task.train,
                     self.task.clusters,
                     config=config,
                     disable_tqdm=True,
                 ).distill()
-            self._synsets[config] = synset, meter
-        synset, meter = self._synsets[config]
+            self._synsets[key] = synset, meter
+        synset, meter = self._synsets[key]
         self.reused_bytes = max(self.reused_bytes, meter.peak_bytes)
-        return synset, meter.seconds
+        return synset, seconds + meter.seconds
+
+    def _other_folder(self, seed: int) -> Path:
+        return self.folder.with_name(f"{self.folder.name}-{seed}")
+
+    def _record_other(self, seed: int) -> float:
+        """Records a training with another seed, once, and gives the seconds it took."""
+        if seed not in self._others:
+            callback = TrajectoryCallback(self._other_folder(seed), num_states=self.num_states)
+            trainer = self.task.build_trainer(self.task.train, seed, callbacks=[callback])
+            with Meter() as meter:
+                trainer.train()
+            self._others[seed] = meter.seconds
+        return self._others[seed]
 
 
 def synset_bytes(synset: Synset) -> int:

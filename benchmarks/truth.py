@@ -27,8 +27,8 @@ from hf_rgm.fidelity.retraining import retrain
 CACHE = Path(os.environ.get("HF_RGM_BENCH_CACHE", Path.home() / ".cache" / "hf-rgm-benchmarks"))
 NUM_OUTPUT_SEEDS = 2
 
-LOGITS = Objective("logits", lambda forward, queries: forward(queries.inputs).flatten())
-"""All logits of all queries as one vector: `(num_queries * num_labels,)`."""
+LOGITS = Objective("logits", lambda forward, queries: forward(queries.inputs).flatten(), differentiable=False)
+"""All logits of all queries as one vector: `(num_queries * num_labels,)`; of a model, never of its linearisation."""
 
 
 @dataclass

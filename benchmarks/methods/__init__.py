@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from benchmarks.methods import baselines, ours, paper
+from benchmarks.peers import PEERS
 from benchmarks.recorded import Entrant, Method
 
 DEAR = ("dattri influence, CG",)
@@ -22,6 +23,7 @@ METHODS: dict[str, Entrant] = {
     **_family("ours", ours.METHODS),
     **_family("the paper's plain forms", paper.METHODS),
     **_family("baselines", baselines.METHODS),
+    **_family("peers", PEERS),
 }
 
 ABLATIONS: dict[str, Entrant] = _family("ablations", ours.ABLATIONS)

@@ -86,7 +86,7 @@ METHODS: dict[str, Method | dict[str, Method]] = {
     },
     **{
         f"anchored replay on real rows, {count} per cluster": {
-            init: replay(count, distillation=real_rows(init)) for init in ("nearest", "random")
+            init: replay(count, engine="replay", distillation=real_rows(init)) for init in ("nearest", "random")
         }
         for count in (1, 3)
     },

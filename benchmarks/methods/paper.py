@@ -121,7 +121,7 @@ def matched(samples_per_cluster: int, *, total_gradient_weight: float, **distill
     """
     return replay(
         samples_per_cluster,
-        anchored=False,
+        engine="plain_replay",
         distillation={**GRADIENTS_ONLY, "total_gradient_weight": total_gradient_weight, **distillation},
         rewind=0.0,
     )

@@ -79,13 +79,20 @@ class LinearizedReplayEngine:
 
     def parameters(self, masks: Tensor) -> Tensor:
         """
-        Final parameters under each perturbation.
+        Final parameters under each perturbation, `(num_masks, num_parameters)`; see
+        [`LinearizedReplayEngine.deviations`].
+        """
+        return self.path.state(self.path.trajectory.num_steps) + self.deviations(masks)
+
+    def deviations(self, masks: Tensor) -> Tensor:
+        """
+        Change of the final parameters under each perturbation.
 
         Args:
             masks (`Tensor`): `(num_masks, num_clusters)`, the weight p of each cluster, not negative.
 
         Returns:
-            `Tensor`: `(num_masks, num_parameters)`, float32; the trained parameters exactly for p = 1.
+            `Tensor`: `(num_masks, num_parameters)`, float32; exactly 0 for p = 1.
 
         Raises:
             ValueError: If the masks have another number of clusters, or entries that are negative or not finite.
@@ -93,10 +100,9 @@ class LinearizedReplayEngine:
         """
         check_masks(masks, len(self.samples.log_weights))
         masks = masks.to(self.model.device, torch.float32)
-        final = self.path.state(self.path.trajectory.num_steps)
         while True:
             try:
-                return final + self._deviations(masks)
+                return self._deviations(masks)
             except DivergenceError as error:
                 if self.path.stride == 1:
                     raise

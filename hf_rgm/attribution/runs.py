@@ -134,7 +134,16 @@ class RecordedRun:
     def replayed_values(
         self, engine: LinearizedReplayEngine | ReplayEngine, objective: Objective, queries: Queries, masks: Tensor
     ) -> Tensor:
-        """The objective of models replayed under cluster weights `(num_masks, num_clusters)`."""
+        """
+        The objective of models replayed under cluster weights `(num_masks, num_clusters)`.
+
+        Linearised replay is of first order in the objective too, where it has a gradient: the deviations of random
+        halves are large, and a margin far from where the deviation was computed says less than its derivative.
+        """
+        if isinstance(engine, LinearizedReplayEngine) and objective.differentiable:
+            gradients = self._objective_gradients(objective, queries)
+            deviations = torch.cat([engine.deviations(chunk) for chunk in masks.split(engine.batch_size)])
+            return objective.values(self.model, self.final, queries) + deviations @ gradients.T
         values = [
             objective.values(self.model, vector, queries)
             for chunk in masks.split(engine.batch_size)

@@ -127,7 +127,9 @@ def test_matched_trains_from_scratch_on_the_synset(recorded):
     assert expected.abs().max() > 20 * REPLAY_TOLERANCE
 
 
-@pytest.mark.parametrize("method", [replay(1, distillation=FAST), ascent(1, num_steps=2, learning_rate=0.1, **FAST)])
+@pytest.mark.parametrize(
+    "method", [replay(1, engine="replay", distillation=FAST), ascent(1, num_steps=2, learning_rate=0.1, **FAST)]
+)
 def test_outputs_belong_to_the_masks(recorded, method):
     """Margins of the outputs under the half-masks are the subset values of the same masks."""
     prediction = method(recorded, recorded.task.queries)
