@@ -80,14 +80,15 @@ METHODS: dict[str, Method | dict[str, Method]] = {
     "gradient cosine": gradient_cosine,
     **{
         f"adjoint on real rows, {count} per cluster": {
-            init: adjoint(count, **real_rows(init)) for init in ("nearest", "random")
+            init: adjoint(samples_per_cluster=count, **real_rows(init)) for init in ("nearest", "random")
         }
-        for count in (1, 2)
+        for count in (1, 5)
     },
     **{
         f"anchored replay on real rows, {count} per cluster": {
-            init: replay(count, engine="replay", distillation=real_rows(init)) for init in ("nearest", "random")
+            init: replay(engine="replay", distillation={"samples_per_cluster": count, **real_rows(init)})
+            for init in ("nearest", "random")
         }
-        for count in (1, 3)
+        for count in (1, 5)
     },
 }

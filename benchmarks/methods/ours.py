@@ -12,20 +12,20 @@ from datasets import Dataset
 from benchmarks.recorded import Method, Prediction, Recorded, synset_bytes
 from benchmarks.truth import LOGITS
 from hf_rgm import Attributor, DistillationConfig
+from hf_rgm.synset.config import PRESETS
 
 HALVES = "halves"
 """The part of [`Task.distance_masks`] that holds random halves."""
 
 
-def adjoint(samples_per_cluster: int, *, num_runs: int = 1, **distillation) -> Method:
+def adjoint(*, num_runs: int = 1, attribution: dict[str, Any] | None = None, **distillation) -> Method:
     """Scores of rows by the adjoint, summed for clusters."""
 
     def run(recorded: Recorded, queries: Dataset) -> Prediction:
-        config = DistillationConfig(samples_per_cluster=samples_per_cluster, **distillation)
-        synset, seconds = recorded.synset(config, num_runs=num_runs)
+        synset, seconds = recorded.synset(DistillationConfig(**distillation), num_runs=num_runs)
         attributor = Attributor(recorded.model, synset, disable_tqdm=True)
         start = time.perf_counter()
-        result = attributor.attribute(queries, engine="adjoint", rows=recorded.task.train)
+        result = attributor.attribute(queries, engine="adjoint", rows=recorded.task.train, **(attribution or {}))
         return Prediction(
             result.scores,
             result.row_scores,
@@ -38,7 +38,6 @@ def adjoint(samples_per_cluster: int, *, num_runs: int = 1, **distillation) -> M
 
 
 def replay(
-    samples_per_cluster: int,
     *,
     engine: str = "linearized_replay",
     num_runs: int = 1,
@@ -56,8 +55,7 @@ def replay(
 
     def run(recorded: Recorded, queries: Dataset) -> Prediction:
         task = recorded.task
-        config = DistillationConfig(samples_per_cluster=samples_per_cluster, **(distillation or {}))
-        synset, seconds = recorded.synset(config, num_runs=num_runs)
+        synset, seconds = recorded.synset(DistillationConfig(**(distillation or {})), num_runs=num_runs)
         attributor = Attributor(recorded.model, synset, disable_tqdm=True)
         options = {"engine": engine, "rows": task.train if with_rows else None, **settings}
 
@@ -96,18 +94,23 @@ def replay(
 
 
 METHODS: dict[str, Method] = {
-    "linearised replay and adjoint, 2 per cluster": replay(2, with_rows=True),
-    "linearised replay and adjoint, 2 per cluster, 5 runs": replay(2, with_rows=True, num_runs=5),
-    "linearised replay, 2 per cluster, synset alone": replay(2),
-    "adjoint, 1 per cluster": adjoint(1),
-    "adjoint, 2 per cluster": adjoint(2),
-    "adjoint, 2 per cluster, 5 runs": adjoint(2, num_runs=5),
-    "anchored replay, 3 per cluster": replay(3, engine="replay"),
-    "plain replay, 3 per cluster": replay(3, engine="plain_replay"),
+    "linearised replay and adjoint": replay(with_rows=True),
+    "linearised replay and adjoint, 5 runs": replay(with_rows=True, num_runs=5),
+    "linearised replay, synset alone": replay(),
+    "adjoint": adjoint(),
+    "adjoint, 5 runs": adjoint(num_runs=5),
+    "adjoint, quick preset": adjoint(**PRESETS["quick"]),
+    "adjoint, 1 per cluster": adjoint(samples_per_cluster=1),
+    "anchored replay": replay(engine="replay"),
+    "plain replay": replay(engine="plain_replay"),
 }
 
 ABLATIONS: dict[str, Method] = {
-    "adjoint, 1 per cluster, gradients only": adjoint(1, curvature_weight=0.0),
-    "adjoint, 2 per cluster, gradients only": adjoint(2, curvature_weight=0.0),
-    "adjoint, 2 per cluster, 256 probes": adjoint(2, num_probes=256),
+    **{
+        f"adjoint, {count} per cluster{note}": adjoint(samples_per_cluster=count, **settings)
+        for count in (1, 2, 5)
+        for note, settings in (("", {}), (", curvature matched", {"curvature_weight": 0.5}))
+        if count != 1 or settings
+    },
+    "adjoint, stride 1": adjoint(attribution={"stride": 1}),
 }

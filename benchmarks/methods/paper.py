@@ -120,20 +120,22 @@ def matched(samples_per_cluster: int, *, total_gradient_weight: float, **distill
     own, which favours the method.
     """
     return replay(
-        samples_per_cluster,
         engine="plain_replay",
-        distillation={**GRADIENTS_ONLY, "total_gradient_weight": total_gradient_weight, **distillation},
+        distillation={
+            **GRADIENTS_ONLY,
+            "samples_per_cluster": samples_per_cluster,
+            "total_gradient_weight": total_gradient_weight,
+            **distillation,
+        },
         rewind=0.0,
     )
 
 
 METHODS: dict[str, dict[str, Method]] = {
-    "ascent, 2 per cluster": {
-        f"{num_steps} steps of {rate:g}": ascent(2, num_steps=num_steps, learning_rate=rate)
-        for num_steps in (1, 5, 20)
+    "ascent": {
+        f"{num_steps} steps of {rate:g}": ascent(5, num_steps=num_steps, learning_rate=rate)
+        for num_steps in (1, 5)
         for rate in (0.001, 0.01, 0.1)
     },
-    "DDM-match, 2 per cluster": {
-        f"tau {weight:g}": matched(2, total_gradient_weight=weight) for weight in (0.0, 0.1, 1.0)
-    },
+    "DDM-match": {f"tau {weight:g}": matched(5, total_gradient_weight=weight) for weight in (0.0, 0.1)},
 }

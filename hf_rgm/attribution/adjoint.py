@@ -29,7 +29,7 @@ class AdjointEngine:
         trajectory (`Trajectory`): The recorded run.
         rewind (`float`, *optional*, defaults to `0.07`): Fraction of training down to which effects are followed.
         stride (`int`, *optional*): Training steps per integration step. Defaults to the smallest that needs at most
-            500 integration steps.
+            100 integration steps.
         max_bytes (`int`, *optional*, defaults to `2**30`): Memory for sensitivities and curvature factors.
     """
 

@@ -37,7 +37,7 @@ class LinearizedReplayEngine:
         trajectory (`Trajectory`): The recorded run.
         rewind (`float`, *optional*, defaults to `0.14`): Fraction of training down to which effects are followed.
         stride (`int`, *optional*): Training steps per integration step. Defaults to the smallest that needs at most
-            500 integration steps; halved where the deviation explodes.
+            100 integration steps; halved where the deviation explodes.
         cluster_gradients (`Callable`, *optional*): Takes parameters by name and returns the data's gradients `G_k`
             there, `(num_clusters, num_parameters)`. Defaults to the synset's, which are an approximation.
         max_bytes (`int`, *optional*, defaults to `2**30`): Memory for deviations and curvature factors.

@@ -128,7 +128,7 @@ def test_matched_trains_from_scratch_on_the_synset(recorded):
 
 
 @pytest.mark.parametrize(
-    "method", [replay(1, engine="replay", distillation=FAST), ascent(1, num_steps=2, learning_rate=0.1, **FAST)]
+    "method", [replay(engine="replay", distillation=FAST), ascent(1, num_steps=2, learning_rate=0.1, **FAST)]
 )
 def test_outputs_belong_to_the_masks(recorded, method):
     """Margins of the outputs under the half-masks are the subset values of the same masks."""
@@ -143,8 +143,8 @@ def test_outputs_belong_to_the_masks(recorded, method):
 
 
 def test_costs(recorded):
-    prediction = adjoint(1, **FAST)(recorded, recorded.task.queries)
-    again = replay(1, distillation=FAST)(recorded, recorded.task.queries)
+    prediction = adjoint(**FAST)(recorded, recorded.task.queries)
+    again = replay(distillation=FAST)(recorded, recorded.task.queries)
     assert prediction.offline_seconds == again.offline_seconds
     assert prediction.details["kept_bytes"] == again.details["kept_bytes"] > 1000
     assert prediction.model_seconds is None

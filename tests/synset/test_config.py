@@ -47,7 +47,7 @@ def test_unknown_settings_are_refused():
 
 def test_presets():
     quick = DistillationConfig.from_preset("quick", seed=3)
-    assert (quick.samples_per_cluster, quick.curvature_weight, quick.seed) == (1, 0.0, 3)
+    assert (quick.samples_per_cluster, quick.seed) == (2, 3)
     assert quick.num_iterations < DistillationConfig().num_iterations
     assert DistillationConfig.from_preset("accurate") == DistillationConfig()
     with pytest.raises(ValueError, match="Unknown preset 'best'. Use one of quick, accurate"):
