@@ -18,11 +18,11 @@ from hf_rgm.trajectory.storage import Trajectory
 logger = logging.getLogger(__name__)
 
 MAX_GROWTH = 100.0
-MAX_INTEGRATION_STEPS = 500
+MAX_INTEGRATION_STEPS = 100
 
 
 def automatic_stride(trajectory: Trajectory, rewind: float) -> int:
-    """The smallest stride that needs at most 500 integration steps from `rewind` to the end of training."""
+    """The smallest stride that needs at most 100 integration steps from `rewind` to the end of training."""
     return max(1, -(-round((1 - rewind) * trajectory.num_steps) // MAX_INTEGRATION_STEPS))
 
 
@@ -31,18 +31,23 @@ class LinearStep:
     """
     One integration step of the deviation `delta` from the recorded path, with gradient deviation `a`:
 
-    `m <- momentum * m + gain * (a + coupled_decay * delta)`, `d = m` (Nesterov: `gain * a' + momentum * m`),
+    `d = momentum_share * m + gradient_share * (a + coupled_decay * delta)`,
+    `m <- momentum * m + gain * (a + coupled_decay * delta)`,
     `delta <- (1 - decoupled_decay) * delta - precondition * d`.
+
+    Over a stride of several training steps these are the optimizer's own steps composed, for a gradient that does not
+    change meanwhile.
 
     Args:
         step (`int`): Training step the integration step starts at.
         nearest_state (`int`): Recorded step whose parameters are nearest.
-        precondition (`Tensor`): D, `(num_parameters,)` or `(1,)`: learning rate over the root of Adam's second moment.
+        precondition (`Tensor`): D, `(num_parameters,)` or `(1,)`: learning rate over Adam's root of second moment.
         gradient_scale (`float`): The recorded clipping factor.
-        momentum, gain (`float`): The optimizer's.
+        momentum, gain (`float`): What is left of the momentum, and what the gradient adds to it.
+        momentum_share, gradient_share (`float`): What the momentum before the step and the gradient add to the
+            direction `d`, mean over the stride.
         coupled_decay (`Tensor`): Weight decay that goes through the gradient (SGD, Adam).
         decoupled_decay (`Tensor`): Learning rate times weight decay (AdamW).
-        nesterov (`bool`): SGD's Nesterov form.
     """
 
     step: int
@@ -51,9 +56,10 @@ class LinearStep:
     gradient_scale: float
     momentum: float
     gain: float
+    momentum_share: float
+    gradient_share: float
     coupled_decay: Tensor
     decoupled_decay: Tensor
-    nesterov: bool
 
 
 class RecordedPath:
@@ -131,50 +137,55 @@ class RecordedPath:
 
     def _step(self, start: int, span: int) -> LinearStep:
         trajectory, rule = self.trajectory, self.trajectory.optimizer
-        group = rule.groups[0]
         table = trajectory.steps
         covered = slice(start, start + span)
         zero = torch.zeros(1, device=self.device)
         active = ~table.skipped[covered]
         nearest = self.nearest_state(start + (span - 1) / 2)
         if not active.any():
-            return LinearStep(start, nearest, zero, 0.0, 1.0, 0.0, zero, zero, nesterov=False)
-        learning_rates = (table.learning_rates[covered] * active[:, None]).sum(0)
-        weights = table.learning_rates[covered].sum(1) * active
+            return LinearStep(start, nearest, zero, 0.0, 1.0, 0.0, 0.0, 0.0, zero, zero)
+        learning_rates = table.learning_rates[covered][active]
+        updates = trajectory.update_numbers[covered][active]
+        lengths = learning_rates
+        if self.is_adaptive:
+            lengths = learning_rates / (1 - rule.groups[0].betas[0] ** updates[:, None])
         # Steps with learning rate 0 (the first of a warm-up) still feed the momentum.
-        weights = weights if weights.any() else active
-        scale = float(np.average(table.clip_factor[covered], weights=weights))
-        rates = self.space.expand_groups(learning_rates.tolist(), rule.group_of, self.device)
+        weights = lengths.sum(1) if lengths.any() else np.ones(len(lengths))
+        momentum, gain, momentum_share, gradient_share = self._momentum(updates, weights / weights.sum())
+        precondition = self.space.expand_groups(lengths.sum(0).tolist(), rule.group_of, self.device)
+        if self.is_adaptive:
+            recorded = [s for s in trajectory.state_steps if s > 0]
+            moment = self._interpolate(start + (span + 1) / 2, recorded, self._flat_second_moment)
+            precondition = precondition / (moment.sqrt() + rule.groups[0].eps)
         decay = self.space.expand_groups([g.weight_decay for g in rule.groups], rule.group_of, self.device)
-        if not self.is_adaptive:
-            return LinearStep(
-                step=start,
-                nearest_state=nearest,
-                precondition=rates,
-                gradient_scale=scale,
-                momentum=group.momentum,
-                gain=1.0 - group.dampening if group.momentum and trajectory.update_numbers[start] > 1 else 1.0,
-                coupled_decay=decay,
-                decoupled_decay=zero,
-                nesterov=group.nesterov,
-            )
-        first = group.betas[0]
-        middle = start + (span + 1) / 2
-        updates = float(trajectory.update_numbers[covered][active].mean())
-        moment = self._interpolate(middle, [s for s in trajectory.state_steps if s > 0], self._flat_second_moment)
-        precondition = rates / (1 - first**updates) / (moment.sqrt() + group.eps)
         decoupled = rule.name == "adamw"
+        rates = self.space.expand_groups(learning_rates.sum(0).tolist(), rule.group_of, self.device)
         return LinearStep(
             step=start,
             nearest_state=nearest,
             precondition=precondition,
-            gradient_scale=scale,
-            momentum=first,
-            gain=1 - first,
+            gradient_scale=float(np.average(table.clip_factor[covered][active], weights=weights)),
+            momentum=momentum,
+            gain=gain,
+            momentum_share=momentum_share,
+            gradient_share=gradient_share,
             coupled_decay=zero if decoupled else decay,
             decoupled_decay=rates * decay if decoupled else zero,
-            nesterov=False,
         )
+
+    def _momentum(self, updates: np.ndarray, weights: np.ndarray) -> tuple[float, float, float, float]:
+        """Momentum, gain and the two shares of updates of these numbers, whose directions count by `weights`."""
+        group = self.trajectory.optimizer.groups[0]
+        decay = group.betas[0] if self.is_adaptive else group.momentum
+        momentum, gain, momentum_share, gradient_share = 1.0, 0.0, 0.0, 0.0
+        for update, weight in zip(updates.tolist(), weights.tolist(), strict=True):
+            own = 1 - decay if self.is_adaptive else 1 - group.dampening
+            if not self.is_adaptive and (update == 1 or not decay):
+                own = 1.0  # torch's first buffer is the gradient itself
+            momentum, gain = decay * momentum, decay * gain + own
+            momentum_share += weight * (decay * momentum if group.nesterov else momentum)
+            gradient_share += weight * (1.0 + decay * gain if group.nesterov else gain)
+        return momentum, gain, momentum_share, gradient_share
 
     def _interpolate(self, step: float, recorded, read) -> Tensor:
         if step <= recorded[0]:
@@ -217,9 +228,9 @@ def deviation_step(step: LinearStep, deviation: Tensor, momentum: Tensor, gradie
         `tuple[Tensor, Tensor]`: the next deviation and momentum.
     """
     gradient = step.gradient_scale * gradient + step.coupled_decay * deviation
-    momentum = step.momentum * momentum + step.gain * gradient
-    direction = step.gain * gradient + step.momentum * momentum if step.nesterov else momentum
-    return (1 - step.decoupled_decay) * deviation - step.precondition * direction, momentum
+    direction = step.momentum_share * momentum + step.gradient_share * gradient
+    deviation = (1 - step.decoupled_decay) * deviation - step.precondition * direction
+    return deviation, step.momentum * momentum + step.gain * gradient
 
 
 def adjoint_step(step: LinearStep, sensitivity: Tensor, momentum: Tensor) -> tuple[Tensor, Tensor]:
@@ -237,9 +248,8 @@ def adjoint_step(step: LinearStep, sensitivity: Tensor, momentum: Tensor) -> tup
         with the curvature C.
     """
     pushed = -step.precondition * sensitivity
-    total = momentum + (step.momentum * pushed if step.nesterov else pushed)
-    u = step.gain * (total + pushed if step.nesterov else total)
-    return u, step.momentum * total
+    u = step.gain * momentum + step.gradient_share * pushed
+    return u, step.momentum * momentum + step.momentum_share * pushed
 
 
 def adjoint_directions(

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -31,7 +32,8 @@ def trajectory(name="adamw", *, skipped=(), states=(0, 3, 6), rates=RATES, metad
 
     kinds = {"betas": (0.9, 0.99), "eps": 1e-3} if name != "sgd" else {"momentum": 0.8}
     groups = tuple(
-        ParameterGroup((key,), weight_decay=decay, **{**kinds, **constants}) for key, decay in (("a", 0.1), ("b", 0.0))
+        ParameterGroup((key,), **{"weight_decay": decay, **kinds, **constants})
+        for key, decay in (("a", 0.1), ("b", 0.0))
     )
     return Trajectory(
         optimizer=OptimizerRule(name, groups),
@@ -126,7 +128,9 @@ def test_constants_of_sgd():
     assert (steps[3].momentum, steps[3].gain, steps[3].gradient_scale) == pytest.approx((0.8, 0.7, 0.25))
     assert steps[0].gain == 1.0  # torch's first buffer is the gradient itself
     assert path(trajectory("sgd", dampening=0.3, metadata={"updates_before": 5})).steps()[0].gain == pytest.approx(0.7)
-    assert path(trajectory("sgd", nesterov=True)).steps()[1].nesterov
+    nesterov = path(trajectory("sgd", nesterov=True)).steps()[1]
+    shares = (nesterov.momentum_share, nesterov.gradient_share, nesterov.gain)
+    assert shares == pytest.approx((0.8 * 0.8, 1 + 0.8, 1.0))
 
 
 def test_strides_add_learning_rates_and_weigh_clipping_by_them():
@@ -135,8 +139,28 @@ def test_strides_add_learning_rates_and_weigh_clipping_by_them():
     assert step.gradient_scale == pytest.approx((0.1 + 0.2 * 0.5 + 0.3 + 0.4 * 0.25) / 1.0)
     assert step.nearest_state == 3
     step = path(trajectory("adamw"), stride=4).steps()[1]
-    expected = torch.tensor([1.1, 1.1, 2.2]) / (1 - 0.9**5.5) / (math.sqrt((9 * 0.5 + 36 * 2.5) / 3) + 1e-3)
+    corrected = 0.5 / (1 - 0.9**5) + 0.6 / (1 - 0.9**6)
+    expected = torch.tensor([1.0, 1.0, 2.0]) * corrected / (math.sqrt((9 * 0.5 + 36 * 2.5) / 3) + 1e-3)
     torch.testing.assert_close(step.precondition, expected)
+
+
+@pytest.mark.parametrize(
+    "settings_", [("sgd", {"dampening": 0.3}), ("sgd", {"nesterov": True}), ("sgd", {"momentum": 0.0}), ("adamw", {})]
+)
+def test_a_stride_does_what_its_steps_do_to_a_constant_gradient(settings_):
+    """Without decay, clipping and changes of the second moments, which a stride takes for constant."""
+    name, constants = settings_
+    generator = torch.Generator().manual_seed(0)
+    deviation, momentum, gradient = torch.randn(3, 2, 3, generator=generator)
+    run = trajectory(name, skipped=(3,), states=(0, 6), **{"weight_decay": 0.0, **constants})
+    run.steps.clip_factor[:] = 1.0
+    (whole,) = path(run, stride=NUM_STEPS).steps()
+    expected = deviation, momentum
+    for step in path(run).steps():
+        step = dataclasses.replace(step, gradient_scale=float(step.gradient_scale > 0))
+        expected = deviation_step(step, *expected, gradient)
+    got = deviation_step(whole, deviation, momentum, gradient)
+    torch.testing.assert_close(got, expected, atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["sgd", "adam", "adamw"])
@@ -182,17 +206,17 @@ def test_groups_with_different_momentum_are_refused():
 def linear_steps(draw):
     number = st.floats(0.0, 1.0)
     vector = st.lists(number, min_size=3, max_size=3).map(lambda v: torch.tensor(v, dtype=torch.float64))
-    nesterov = draw(st.booleans())
     return LinearStep(
         step=0,
         nearest_state=0,
         precondition=draw(vector),
         gradient_scale=draw(number),
         momentum=draw(number),
-        gain=1.0 if nesterov else draw(number),
+        gain=draw(number),
+        momentum_share=draw(number),
+        gradient_share=draw(number),
         coupled_decay=draw(vector),
         decoupled_decay=draw(vector),
-        nesterov=nesterov,
     )
 
 
