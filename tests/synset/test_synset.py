@@ -187,10 +187,10 @@ def test_another_models_parameters_are_refused_with_both_hashes(caplog):
 
 def test_the_table_has_a_line_for_each_sample(folder):
     table = tiny_synset().to_pandas()
-    assert len(table) == tiny_synset().num_samples == 12
-    assert table["label"].tolist() == [0] * 4 + [1] * 4 + [2] * 4
-    assert table["cluster_size"].tolist() == [8] * 12
-    assert torch.equal(torch.tensor(table["pixel_values"][5]), tiny_synset().samples.inputs[2, 1].flatten())
+    assert len(table) == tiny_synset().num_samples == 30
+    assert table["label"].tolist() == [0] * 10 + [1] * 10 + [2] * 10
+    assert table["cluster_size"].tolist() == [8] * 30
+    assert torch.equal(torch.tensor(table["pixel_values"][7]), tiny_synset().samples.inputs[1, 2].flatten())
     assert (folder / "data" / "train.parquet").is_file()
 
 
