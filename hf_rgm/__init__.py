@@ -5,6 +5,7 @@ from hf_rgm.attribution.objectives import Objective
 from hf_rgm.attribution.pipeline import AttributionPipeline, register
 from hf_rgm.attribution.result import AttributionResult
 from hf_rgm.clusters import ClusterMap
+from hf_rgm.fidelity.report import FidelityReport
 from hf_rgm.synset.config import DistillationConfig
 from hf_rgm.synset.distiller import ReverseGradientMatchingDistiller
 from hf_rgm.synset.synset import Synset
@@ -19,6 +20,7 @@ __all__ = [
     "Attributor",
     "ClusterMap",
     "DistillationConfig",
+    "FidelityReport",
     "Objective",
     "ReverseGradientMatchingDistiller",
     "Synset",

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import logging
 import os
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,11 @@ from tqdm.auto import tqdm
 from transformers import Trainer
 
 from hf_rgm.attribution.objectives import Objective, Queries, resolve_objective
+from hf_rgm.fidelity.processes import Launch, claimed
 from hf_rgm.modeling import FunctionalModel
 from hf_rgm.rows import DataCollator, RowReader
 
-logger = logging.getLogger(__name__)
+POLL_SECONDS = 0.2
 
 BuildTrainer = Callable[[Any, int], Trainer]
 """Takes a dataset and a seed and returns a fresh `Trainer` for a freshly initialised model."""
@@ -39,55 +40,145 @@ def retrain(
     """
     Objective values of models trained from scratch on subsets of the rows.
 
+    The same script under `torchrun --nproc_per_node N` or `accelerate launch` shares the retrainings among the
+    processes through `output_dir`. Each `Trainer` trains alone on its process's own device; every process returns
+    everything. Who has finished its share takes over what nobody is training, so that the work of a process that died
+    is done by the others (`torchrun` ends them all when one fails; started again, they continue). Accelerate knows a
+    single process afterwards, so give retraining a script of its own.
+
     Args:
         build_trainer (`Callable`): `build_trainer(dataset, seed)` returns a fresh `Trainer`: new model, new
             `TrainingArguments`, everything random seeded with `seed`.
         train_dataset (`datasets.Dataset` or sequence): All the rows.
-        subsets (`Sequence[Sequence[int]]`): Row indices that each retraining keeps.
+        subsets (`Sequence[Sequence[int]]`): Row indices that each retraining keeps, in any order; a row that is named
+            several times is there several times. [`~hf_rgm.fidelity.subsets.kept_rows`] makes them from masks.
         queries: Rows the objective is evaluated on, with labels.
         seeds (`Sequence[int]`, *optional*, defaults to `(0,)`): Each subset is retrained once per seed.
         objective (`str` or `Objective`, *optional*, defaults to `"margin"`): What to evaluate.
         data_collator (`Callable`, *optional*): Collates queries. Defaults to `default_data_collator`.
         output_dir (`str` or `Path`, *optional*): One file per finished retraining; what is there is not done again.
-            Use another folder for another model, dataset or objective.
+            Use another folder for another model, dataset, objective or other queries. Several processes need one that
+            all of them see.
         disable_tqdm (`bool`, *optional*, defaults to `False`): No progress bar.
 
     Returns:
         `np.ndarray`: `(num_subsets, num_seeds, num_values)`, float32.
 
     Raises:
-        ValueError: If there are no subsets or seeds, a subset is empty or names a row that is not there, or the file
-            of a finished retraining is damaged.
+        RuntimeError: If several processes were launched and have been joined to one training already.
+        ValueError: If there are no subsets or seeds, a subset is empty or not made of row indices, several processes
+            have no `output_dir`, the file of a finished retraining is damaged, or files are of other queries.
     """
     for name, values in (("subsets", subsets), ("seeds", seeds)):
         if len(values) == 0:
             raise ValueError(f"`{name}` is empty. Name at least one.")
-    subsets = [np.unique(np.asarray(rows, dtype=np.int64)) for rows in subsets]
-    for index, rows in enumerate(subsets):
-        if len(rows) == 0 or rows[0] < 0 or rows[-1] >= len(train_dataset):
-            what = "is empty" if len(rows) == 0 else f"names rows {rows[0]} to {rows[-1]}"
-            raise ValueError(f"Subset {index} {what}; rows must lie in 0 to {len(train_dataset) - 1}.")
-    objective = resolve_objective(objective)
+    kept = [_checked(rows, index, len(train_dataset)) for index, rows in enumerate(subsets)]
+    launch = Launch.from_environment()
     folder = Path(output_dir) if output_dir is not None else None
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
-    results = []
-    jobs = [(rows, seed) for rows in subsets for seed in seeds]
-    for rows, seed in tqdm(jobs, desc="Retraining", disable=disable_tqdm):
-        path = folder / f"{hashlib.sha256(rows.tobytes()).hexdigest()[:20]}-{seed}.npy" if folder else None
-        if path is not None and path.is_file():
-            results.append(_read(path))
-            continue
-        trainer = build_trainer(_select(train_dataset, rows), seed)
-        trainer.train()
-        values = _evaluate(trainer.model, queries, objective, data_collator)
-        if path is not None:
+    elif launch.count > 1:
+        raise ValueError(
+            f"`output_dir` is missing: {launch.count} processes share retrainings through a folder. Pass one that all "
+            "of them see."
+        )
+    digests = [hashlib.sha256(rows.tobytes()).hexdigest()[:20] for rows in kept]
+    rows_of = dict(zip(digests, kept, strict=True))
+    jobs = [(digest, seed) for digest in rows_of for seed in dict.fromkeys(seeds)]
+    worker = _Worker(build_trainer, train_dataset, queries, resolve_objective(objective), data_collator)
+    finished: dict[tuple[str, int], NDArray[np.float32]] = {}
+    bar = tqdm(total=len(jobs), desc="Retraining", disable=disable_tqdm or launch.local_index > 0)
+    with launch.alone(), bar:
+        pending = [jobs[index] for index in launch.order(len(jobs))]
+        while pending:
+            for digest, seed in pending:
+                path = folder / f"{digest}-{seed}.npy" if folder is not None else None
+                values = worker.values(rows_of[digest], seed, path)
+                if values is not None:
+                    finished[digest, seed] = values
+                    bar.update()
+            elsewhere = [job for job in pending if job not in finished]
+            if len(elsewhere) == len(pending):
+                time.sleep(POLL_SECONDS)
+            pending = elsewhere
+    lengths = {len(values) for values in finished.values()}
+    if len(lengths) > 1:
+        raise ValueError(
+            f"The files in {folder} hold {' and '.join(map(str, sorted(lengths)))} values each: some are of other "
+            "queries or another objective. Use a folder for each."
+        )
+    return np.stack([[finished[digest, seed] for seed in seeds] for digest in digests])
+
+
+class _Worker:
+    """Trains on rows and evaluates the objective."""
+
+    def __init__(
+        self,
+        build_trainer: BuildTrainer,
+        train_dataset: Any,
+        queries: Any,
+        objective: Objective,
+        data_collator: DataCollator | None,
+    ) -> None:
+        self._build_trainer = build_trainer
+        self._train_dataset = train_dataset
+        self._queries = queries
+        self._objective = objective
+        self._data_collator = data_collator
+        self._checked = False
+
+    def values(self, rows: NDArray[np.int64], seed: int, path: Path | None) -> NDArray[np.float32] | None:
+        """Read from the file or trained now; `None` while another process is training them."""
+        if path is None:
+            return self._train(rows, seed)
+        if path.is_file():
+            return _read(path)
+        with claimed(path) as mine:
+            if not mine:
+                return None
+            if path.is_file():
+                return _read(path)
+            values = self._train(rows, seed)
             temporary = path.with_suffix(f".{os.getpid()}.tmp")
             with temporary.open("wb") as file:
                 np.save(file, values, allow_pickle=False)
             os.replace(temporary, path)
-        results.append(values)
-    return np.stack(results).reshape(len(subsets), len(seeds), -1)
+            return values
+
+    def _train(self, rows: NDArray[np.int64], seed: int) -> NDArray[np.float32]:
+        trainer = self._build_trainer(_select(self._train_dataset, rows), seed)
+        if trainer.args.world_size > 1:
+            raise RuntimeError(
+                f"`build_trainer` returned a `Trainer` that trains on {trainer.args.world_size} processes together. "
+                "Make its `TrainingArguments` inside `build_trainer`, without `use_configured_state`."
+            )
+        if not self._checked:
+            self._evaluate(trainer.model)  # bad queries and objectives show before the first training
+            self._checked = True
+        trainer.train()
+        return self._evaluate(trainer.model)
+
+    def _evaluate(self, model: Any) -> NDArray[np.float32]:
+        functional = FunctionalModel(model)
+        reader = RowReader(self._queries, functional, data_collator=self._data_collator, what="queries")
+        batch = Queries(*reader.batch(range(len(reader))))
+        parameters = functional.space.flatten(functional.parameters())
+        return self._objective.values(functional, parameters, batch).cpu().numpy()
+
+
+def _checked(rows: Sequence[int] | NDArray[np.integer], index: int, num_rows: int) -> NDArray[np.int64]:
+    array = np.asarray(rows)
+    if array.size and (array.ndim != 1 or array.dtype.kind not in "iu"):
+        raise ValueError(
+            f"Subset {index} must be a list of row indices, got {array.dtype} of shape {array.shape}. Turn a mask "
+            "into indices with `numpy.flatnonzero(mask)`."
+        )
+    array = np.sort(array.astype(np.int64))
+    if len(array) == 0 or array[0] < 0 or array[-1] >= num_rows:
+        what = "is empty" if len(array) == 0 else f"names rows {array[0]} to {array[-1]}"
+        raise ValueError(f"Subset {index} {what}; rows must lie in 0 to {num_rows - 1}.")
+    return array
 
 
 def _read(path: Path) -> NDArray[np.float32]:
@@ -99,13 +190,3 @@ def _read(path: Path) -> NDArray[np.float32]:
 
 def _select(dataset: Any, rows: NDArray[np.int64]) -> Any:
     return dataset.select(rows) if hasattr(dataset, "select") else [dataset[int(row)] for row in rows]
-
-
-def _evaluate(
-    model: Any, queries: Any, objective: Objective, data_collator: DataCollator | None
-) -> NDArray[np.float32]:
-    functional = FunctionalModel(model)
-    reader = RowReader(queries, functional, data_collator=data_collator, what="queries")
-    batch = Queries(*reader.batch(range(len(reader))))
-    parameters = functional.space.flatten(functional.parameters())
-    return objective.values(functional, parameters, batch).cpu().numpy()

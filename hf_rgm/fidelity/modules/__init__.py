@@ -1,0 +1,1 @@
+"""Modules for the `evaluate` library: importable, and loadable by the path of their folder."""
