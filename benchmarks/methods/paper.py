@@ -2,8 +2,8 @@
 The plain forms of the paper (Ye et al., "Distilled Datamodel with Reverse Gradient Matching", CVPR 2024).
 
 Both perturb a model for every question: without one cluster for leave-cluster-out, without the others for a subset.
-Both use a synset that matches gradients only, as the paper does (ours also matches curvature), but are given our
-distiller: every state counts by its own gradient energy, targets and weights are learned beside the pictures.
+Both use a synset that matches gradients only, as the paper does (our distiller can match curvature too), but are given
+our distiller: every state counts by its own gradient energy, targets and weights are learned beside the pictures.
 """
 
 from __future__ import annotations
@@ -111,8 +111,8 @@ def matched(samples_per_cluster: int, *, total_gradient_weight: float, **distill
     DDM-match: training from scratch on the synset without what is absent.
 
     From the recorded run's initial parameters, with its optimizer, learning rates and number of steps, on all
-    remaining synthetic samples at once: plain replay from step 0. The score is f(all clusters) - f(without the
-    cluster), both trained on the synset.
+    remaining synthetic samples at once: plain replay from step 0, halves weighted up as for our own. The score is
+    f(all clusters) - f(without the cluster), both trained on the synset.
 
     Differs from the paper in that gradients are matched at states of the recorded run other than the initial one
     rather than along fresh trainings, in the distiller's own order, last states first; only from the middle of the
