@@ -8,6 +8,7 @@ A peer is reported with the setting that does best on the tuning queries. How to
 from __future__ import annotations
 
 from benchmarks.peers.captum_tracin import tracin
+from benchmarks.peers.dattri_dvemb import dvemb
 from benchmarks.peers.dattri_influence import conjugate_gradients
 from benchmarks.peers.kronfluence_ekfac import ekfac
 from benchmarks.peers.trak import trak
@@ -31,8 +32,11 @@ PEERS: dict[str, dict[str, Method]] = {
         **{f"damping {value:g}": ekfac(value) for value in (1e-8, 1e-5, 1e-4)},
     },
     "dattri influence, CG": {
-        f"regularization {value:g}": conjugate_gradients(value) for value in (3e-3, 1e-2, 3e-2, 1e-1)
+        **{f"regularization {value:g}": conjugate_gradients(value) for value in (0.03, 0.1, 0.3)},
+        "regularization 0.1, 20 iterations": conjugate_gradients(0.1, num_iterations=20),
     },
+    "dattri DVEmb": {"as it comes": dvemb(preconditioned=False)},
+    "dattri DVEmb, preconditioned by us": {"mean second moments": dvemb(preconditioned=True)},
     "TRAK, 1 model": _trak_grid(1),
     "TRAK, 5 models": _trak_grid(5),
 }

@@ -54,20 +54,22 @@ def conjugate_gradients(regularization: float, *, num_iterations: int = 10, num_
             regularization=regularization,
         )
         attributor.cache(loader(hessian_rows))
+        # Without the graph that autograd would keep of every iteration; torch.func's gradients do not need it.
         # Query by query: several at once are no faster, and take as many times the memory.
-        solutions = torch.cat(
-            [
-                attributor.transform_test_rep(0, attributor.generate_test_rep(0, with_batch_of_one(query)))
-                for query in loader(tests, 1)
-            ]
-        ).detach()
-        scores = torch.cat(
-            [
-                solutions @ attributor.generate_train_rep(0, with_batch_of_one(batch)).detach().T
-                for batch in loader(train, BATCH_SIZE)
-            ],
-            dim=1,
-        )
+        with torch.no_grad():
+            solutions = torch.cat(
+                [
+                    attributor.transform_test_rep(0, attributor.generate_test_rep(0, with_batch_of_one(query)))
+                    for query in loader(tests, 1)
+                ]
+            )
+            scores = torch.cat(
+                [
+                    solutions @ attributor.generate_train_rep(0, with_batch_of_one(batch)).T
+                    for batch in loader(train, BATCH_SIZE)
+                ],
+                dim=1,
+            )
         return prediction(
             recorded,
             scores,

@@ -89,8 +89,9 @@ class _Features:
         name = f"{len(tests)} queries"
         for index, checkpoint in enumerate(checkpoints):
             self.peer.start_scoring_checkpoint(name, checkpoint, model_id=index, num_targets=len(tests))
-            for batch in loader(tests, BATCH_SIZE):
-                self.peer.score(batch, num_samples=len(batch[0]))
+            with torch.no_grad():
+                for batch in loader(tests, BATCH_SIZE):
+                    self.peer.score(batch, num_samples=len(batch[0]))
         scores = torch.tensor(self.peer.finalize_scores(name, model_ids=range(num_models))).T
         # Features and weights of every row, and the models, for the gradients of queries.
         numbers_kept = len(self.train) * (self.projector.proj_dim + 1)
@@ -108,8 +109,9 @@ class _Features:
     def _featurize(self, index: int, checkpoint: dict[str, Tensor]) -> None:
         start = time.perf_counter()
         self.peer.load_checkpoint(checkpoint, model_id=index)
-        for batch in loader(self.train, BATCH_SIZE):
-            self.peer.featurize(batch, num_samples=len(batch[0]))
+        with torch.no_grad():
+            for batch in loader(self.train, BATCH_SIZE):
+                self.peer.featurize(batch, num_samples=len(batch[0]))
         self.seconds.append(time.perf_counter() - start)
 
     def _finalize(self, num_models: int, regularization: float) -> None:

@@ -12,7 +12,14 @@ from datasets import Dataset
 from torch import Tensor, nn
 from torch.func import grad, hessian, vmap
 from torch.nn import functional as F
-from transformers import PreTrainedConfig, PreTrainedModel, PrinterCallback, Trainer, TrainingArguments
+from transformers import (
+    PreTrainedConfig,
+    PreTrainedModel,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from benchmarks.recorded import Recorded
@@ -21,6 +28,7 @@ from hf_rgm import ClusterMap
 from hf_rgm.attribution.objectives import log_odds_margin
 
 NUM_ROWS, NUM_QUERIES, NUM_FEATURES, NUM_LABELS = 60, 7, 4, 3
+BATCH_SIZE = 20
 
 
 class LinearConfig(PreTrainedConfig):
@@ -52,15 +60,15 @@ def dataset(num_rows: int, seed: int) -> Dataset:
 
 
 def build_trainer(rows: Dataset, seed: int, callbacks=()) -> Trainer:
-    """Full-batch AdamW without weight decay, decayed to rest at the optimum."""
+    """AdamW without weight decay, decayed to rest at the optimum."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = LinearModel(LinearConfig(num_labels=NUM_LABELS))
     arguments = TrainingArguments(
         output_dir=tempfile.mkdtemp(prefix="hf-rgm-peers-"),
-        max_steps=400,
-        per_device_train_batch_size=NUM_ROWS,
-        learning_rate=5e-2,
+        max_steps=300,
+        per_device_train_batch_size=BATCH_SIZE,
+        learning_rate=3e-2,
         max_grad_norm=0.0,
         seed=seed,
         save_strategy="no",
@@ -89,6 +97,19 @@ def recorded_run() -> Recorded:
         seeds=(1, 2),
     )
     return Recorded(task, Path(tempfile.mkdtemp(prefix="hf-rgm-peers-")) / "trajectory", num_states=5)
+
+
+@functools.cache
+def path() -> list[Tensor]:
+    """Parameters before every step of the recorded run, by training it once more."""
+    points: list[Tensor] = []
+
+    class Keep(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs) -> None:
+            points.append(flat(dict(kwargs["model"].named_parameters())))
+
+    build_trainer(recorded_run().task.train, 0, callbacks=[Keep()]).train()
+    return points
 
 
 def flat(parameters: dict[str, Tensor]) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 from benchmarks.peers import PEERS
 from benchmarks.peers.captum_tracin import tracin
 from benchmarks.peers.common import INSTALL, ensemble, load_peer, prediction
+from benchmarks.peers.dattri_dvemb import dvemb
 from benchmarks.peers.dattri_influence import conjugate_gradients
 from benchmarks.peers.kronfluence_ekfac import ekfac
 from benchmarks.peers.trak import trak
@@ -54,10 +55,11 @@ def assert_close(actual: np.ndarray, expected: torch.Tensor) -> None:
     [
         ("captum", tracin(4), 0.5),
         ("kronfluence", ekfac(1e-8), 0.8),
-        ("dattri", conjugate_gradients(1e-6, num_iterations=20), 0.99),
+        ("dattri", conjugate_gradients(1e-6, num_iterations=20), 0.95),
+        ("dattri", dvemb(preconditioned=True), 0.5),
         ("trak", trak(1, regularization=1e-3, projection_dimension=64), 0.8),
     ],
-    ids=list(MODULES),
+    ids=["TracInCP", "EK-FAC", "conjugate gradients", "DVEmb", "TRAK"],
 )
 def test_scores_are_positive_where_a_row_raises_the_margin(recorded, peer, method, at_least):
     need(peer)
@@ -103,6 +105,31 @@ def test_the_hessian_of_fewer_rows(recorded):
     some = scores_of(conjugate_gradients(0.01, num_iterations=12, num_hessian_rows=30), recorded)
     every = scores_of(conjugate_gradients(0.01, num_iterations=12, num_hessian_rows=linear.NUM_ROWS), recorded)
     assert 0.8 < np.corrcoef(some.ravel(), every.ravel())[0, 1] < 0.9999
+
+
+@pytest.mark.parametrize("preconditioned", [False, True])
+def test_embeddings_follow_every_step(recorded, preconditioned):
+    need("dattri")
+    trajectory = Trajectory.load(recorded.folder)
+    path = linear.path()
+    preconditioner = torch.ones(NUM_PARAMETERS, dtype=torch.float64)
+    if preconditioned:
+        second_moments = [
+            linear.flat(trajectory.state(step).moments["exp_avg_sq"]) / (1 - 0.999**step)
+            for step in trajectory.state_steps[1:]
+        ]
+        preconditioner = 1 / (torch.stack(second_moments).mean(0).sqrt() + 1e-8)
+    survived = torch.eye(NUM_PARAMETERS, dtype=torch.float64)  # what later steps leave of an earlier change
+    embeddings = torch.zeros(linear.NUM_ROWS, NUM_PARAMETERS, dtype=torch.float64)
+    for step in range(len(path) - 1, -1, -1):
+        rows = trajectory.steps.rows[step]
+        gradients = linear.per_row(linear.losses, path[step], recorded.task.train)[rows]
+        rate = trajectory.steps.learning_rates[step, 0] / len(rows)
+        changes = rate * (gradients * preconditioner) @ survived.T
+        embeddings[rows] += changes
+        survived = survived - changes.T @ gradients
+    queries = linear.per_row(linear.margins, linear.flat(trajectory.final.parameters), recorded.task.queries)
+    assert_close(scores_of(dvemb(preconditioned=preconditioned), recorded), -queries @ embeddings.T)
 
 
 def test_trak_is_its_formula_when_projections_lose_nothing(recorded):
