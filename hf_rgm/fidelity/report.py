@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from hf_rgm.attribution.attributor import Attributor
 from hf_rgm.attribution.objectives import Objective, resolve_objective
-from hf_rgm.attribution.runs import ENGINES, ENGINES_OF_ROWS, check_engine
+from hf_rgm.attribution.runs import ENGINES_OF_ROWS, check_engine
 from hf_rgm.fidelity.budget import LDS_CLUSTERS, LDS_ROWS, LEAVE_CLUSTER_OUT, MEASURES, plan_retrainings
 from hf_rgm.fidelity.predictions import evaluation_identity, predicted_values, subset_masks
 from hf_rgm.fidelity.retraining import BuildTrainer, retrain
@@ -149,8 +149,8 @@ class FidelityReport:
                 to one or two, by the budget, other than the recorded runs'.
             engine (`str`, *optional*, defaults to `"linearized_replay"`): As in [`Attributor.attribute`].
             rows (`bool`, *optional*, defaults to `False`): Whether the attributor is given the training rows, as in
-                [`Attributor.attribute`], so that clusters are scored by their real gradients and rows are scored. Else
-                the synset alone is measured: what those have with whom it is shared.
+                [`Attributor.attribute`], so that clusters are scored by their real gradients, and rows too. Else the
+                synset alone is measured, which is all that those have with whom it is shared.
             objective (`str` or `Objective`, *optional*, defaults to `"margin"`): What is predicted.
             rewind, stride (*optional*): As in [`Attributor.attribute`].
             data_collator (`Callable`, *optional*): Collates queries and rows. Defaults to `default_data_collator`.
@@ -166,7 +166,9 @@ class FidelityReport:
             ValueError: Before any training, if the budget is too small, queries have no labels, the dataset is not the
                 recorded one, or the engine predicts the same of every subset.
         """
-        check_engine(engine, ENGINES_OF_ROWS if rows else ENGINES)
+        check_engine(engine)
+        if rows and engine not in ENGINES_OF_ROWS:
+            raise ValueError(f"`rows=True` is for engines {' and '.join(ENGINES_OF_ROWS)}, got {engine!r}.")
         synset, objective = attributor.synset, resolve_objective(objective)
         recorded_seeds = {run.metadata.get("seeds", {}).get("seed") for run in synset.trajectories}
         plan = plan_retrainings(
@@ -184,7 +186,6 @@ class FidelityReport:
                 "`seeds` to learn about retraining in general.",
                 repeated,
             )
-        synset.clusters.check_num_rows(len(train_dataset), "`train_dataset`")
         synset.trajectory.check_dataset(train_dataset)
         masks = {name: subset_masks(name, count, synset.clusters, seed) for name, count in plan.num_points.items()}
         settings = {name: value for name, value in {"rewind": rewind, "stride": stride}.items() if value is not None}

@@ -222,8 +222,8 @@ def _interval(
     """
     Normal interval with the bootstrap's standard deviation, over queries and points alike.
 
-    Percentiles would not do: repeated points lower rank correlations, so that at a true correlation of 0.8 percentile
-    intervals contain it in only 5 to 8 of 10 cases with 5 to 40 points.
+    Percentiles would not do: repeated points lower rank correlations, so that in simulations with a true correlation
+    of 0.8 percentile intervals held it in only 5 to 8 of 10 cases with 5 to 40 points.
     """
     num_queries, num_points = shape
     if num_points < MIN_POINTS_FOR_INTERVAL:

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import hashlib
+
 import numpy as np
 import pytest
 import torch
 
-from hf_rgm.attribution.objectives import log_odds_margin
+from hf_rgm.attribution.objectives import Objective, log_odds_margin
 from hf_rgm.fidelity.retraining import retrain
 from hf_rgm.testing import tiny_dataset, tiny_trainer
 
@@ -83,6 +85,9 @@ def test_objectives_over_a_set_and_lists_of_rows():
         ([[0, 12]], "Subset 0 names rows 0 to 12; rows must lie in 0 to 11"),
         ([[-1, 3]], "Subset 0 names rows -1 to 3"),
         ([], "`subsets` is empty"),
+        ([np.ones(12, dtype=bool)], r"Subset 0 must be a list of row indices, got bool of shape \(12,\)"),
+        ([[0.0, 1.0]], "Subset 0 must be a list of row indices, got float64"),
+        ([[[0, 1]]], r"Subset 0 must be a list of row indices, got int64 of shape \(1, 2\)"),
     ],
 )
 def test_bad_subsets_are_refused_before_training(subsets, message):
@@ -90,11 +95,59 @@ def test_bad_subsets_are_refused_before_training(subsets, message):
         run(refuse, subsets)
 
 
+def test_rows_named_twice_are_there_twice():
+    seen = []
+
+    def counting(dataset, seed):
+        seen.append(len(dataset))
+        return build(dataset, seed)
+
+    values = run(counting, [[0, 1, 2], [2, 0, 1, 1]], seeds=(0,))
+    assert seen == [3, 4]
+    assert (values[0] != values[1]).all()
+    np.testing.assert_array_equal(run(build, [[1, 1, 0, 2]], seeds=(0,)), values[1:])
+
+
+def test_a_subset_that_repeats_is_trained_once():
+    seen = []
+
+    def counting(dataset, seed):
+        seen.append(seed)
+        return build(dataset, seed)
+
+    values = run(counting, [[0, 1, 2], [2, 1, 0]], seeds=(3,))
+    assert seen == [3]
+    np.testing.assert_array_equal(values[0], values[1])
+
+
+def test_files_are_named_by_the_sorted_rows(tmp_path):
+    """Other names would make every cache that exists worthless."""
+    run(build, [[8, 5, 0, 2, 1]], seeds=(7,), output_dir=tmp_path)
+    digest = hashlib.sha256(np.array([0, 1, 2, 5, 8], dtype="<i8").tobytes()).hexdigest()[:20]
+    assert [path.name for path in tmp_path.iterdir()] == [f"{digest}-7.npy"]
+
+
+def test_files_of_other_queries_are_noticed(tmp_path):
+    run(subsets=SUBSETS[:1], output_dir=tmp_path)
+    other = tiny_dataset(4, seed=2)
+    with pytest.raises(ValueError, match="hold 4 and 5 values each: some are of other queries"):
+        retrain(build, DATASET, SUBSETS, other, seeds=(0,), output_dir=tmp_path, disable_tqdm=True)
+
+
 def test_no_seeds_are_refused():
     with pytest.raises(ValueError, match="`seeds` is empty"):
         run(refuse, seeds=())
 
 
-def test_queries_without_labels_are_refused():
+def untrainable(dataset, seed):
+    trainer = build(dataset, seed)
+    trainer.train = refuse
+    return trainer
+
+
+def test_bad_queries_and_objectives_show_before_the_first_training():
     with pytest.raises(ValueError, match="`queries` have no labels"):
-        retrain(build, DATASET, SUBSETS[1:], QUERIES.remove_columns("labels"), disable_tqdm=True)
+        retrain(untrainable, DATASET, SUBSETS[1:], QUERIES.remove_columns("labels"), disable_tqdm=True)
+    matrix = Objective("matrix", lambda forward, queries: forward(queries.inputs))
+    with pytest.raises(ValueError, match="must return a tensor of shape"):
+        run(untrainable, objective=matrix)

@@ -6,9 +6,11 @@ from scipy.stats import spearmanr
 
 from hf_rgm.fidelity.scores import (
     Estimate,
+    average_distance,
     leave_cluster_out_correlation,
     linear_datamodeling_score,
     noise_ceiling,
+    pearson_by_query,
     spearman_by_query,
 )
 
@@ -32,6 +34,66 @@ def test_spearman_equals_scipy_and_sees_only_ranks():
     expected = [spearmanr(p, a).statistic for p, a in zip(predicted, actual, strict=True)]
     np.testing.assert_allclose(spearman_by_query(predicted, actual), expected)
     np.testing.assert_allclose(spearman_by_query(np.exp(3 * predicted), actual), expected)
+
+
+def test_pearson_equals_numpy():
+    predicted, actual = noisy()
+    expected = [np.corrcoef(p, a)[0, 1] for p, a in zip(predicted, actual, strict=True)]
+    np.testing.assert_allclose(pearson_by_query(predicted, actual), expected)
+    got = leave_cluster_out_correlation(predicted, actual, correlation="pearson")
+    assert got.value == pytest.approx(np.mean(expected))
+    assert got.value != leave_cluster_out_correlation(predicted, actual).value
+
+
+def test_constant_rows_are_undefined_for_pearson_down_to_float_error():
+    """The mean of five times 0.1 is not 0.1."""
+    assert np.isnan(pearson_by_query([[0.1] * 5], [[1.0, 2.0, 3.0, 4.0, 5.0]])).all()
+
+
+def test_unknown_correlations_are_refused():
+    with pytest.raises(ValueError, match="Unknown `correlation` 'kendall'. Use one of spearman, pearson"):
+        leave_cluster_out_correlation(*noisy(), correlation="kendall")
+
+
+@pytest.mark.parametrize("measure", MEASURES)
+@pytest.mark.parametrize(
+    ("constant", "name"), [(0, "constant predictions over"), (1, "constant retrained values over")]
+)
+def test_queries_that_are_all_constant_are_refused(measure, constant, name):
+    pair = list(noisy())
+    pair[constant] = np.ones_like(pair[constant]) * np.arange(20)[:, None]
+    with pytest.raises(ValueError, match=f"All 20 queries have {name} the 15 points"):
+        measure(*pair)
+
+
+def test_undefined_for_different_reasons_is_undefined():
+    with pytest.raises(ValueError, match="constant predictions or retrained values"):
+        linear_datamodeling_score([[1, 1, 1], [1, 2, 3]], [[1, 2, 3], [1, 1, 1]])
+
+
+@pytest.mark.parametrize("measure", MEASURES)
+def test_too_few_points_give_no_interval(measure):
+    estimate = measure(*noisy(num_points=4))
+    assert (estimate.low, estimate.high) == (None, None)
+    assert str(estimate).endswith(" (no interval: fewer than 5 points)")
+    assert measure(*noisy(num_points=5)).low is not None
+
+
+def population(generator, num_queries, num_points):
+    """Predicted and actual values of subsets whose effects queries share in part, correlated at about 0.9."""
+    factors = generator.normal(size=(6, num_points))
+    loadings = generator.normal(size=(num_queries, 6))
+    actual = loadings @ factors + generator.normal(size=(num_queries, num_points))
+    return actual + generator.normal(size=actual.shape), actual
+
+
+def test_intervals_hold_the_value_of_many_queries_and_subsets():
+    """Percentile intervals hold it in 8 of these 40 cases."""
+    generator = np.random.default_rng(0)
+    truth = spearman_by_query(*population(generator, 1000, 1000)).mean()
+    estimates = [linear_datamodeling_score(*population(generator, 50, 10)) for _ in range(40)]
+    assert sum(e.low <= truth <= e.high for e in estimates) >= 36
+    assert np.mean([e.high - e.low for e in estimates]) < 0.2
 
 
 @pytest.mark.parametrize("measure", MEASURES)
@@ -104,3 +166,48 @@ def test_noise_ceiling_needs_two_seeds():
 
 def test_estimates_print_value_and_interval():
     assert str(Estimate(0.5, 0.25, 0.75)) == "0.500 [0.250, 0.750]"
+
+
+def test_ceilings_without_interval():
+    ceiling = noise_ceiling(np.stack(noisy(num_points=4)), linear_datamodeling_score)
+    assert (ceiling.low, ceiling.high) == (None, None)
+
+
+def test_distances_of_outputs_by_hand():
+    """Softmaxes (1/2, 1/2) and (1/4, 3/4)."""
+    predicted, retrained = np.zeros((6, 2, 2)), np.zeros((6, 2, 2))
+    retrained[..., 1] = np.log(3)
+    distances = average_distance(predicted, retrained)
+    assert {name: estimate.value for name, estimate in distances.items()} == pytest.approx(
+        {"softmax_l2": np.sqrt(2) / 4, "cross_entropy": np.log(2), "logits_l2": np.log(3)}
+    )
+    reverse = average_distance(retrained, predicted)
+    assert reverse["cross_entropy"].value == pytest.approx(-(np.log(1 / 4) + np.log(3 / 4)) / 2)
+    for estimate in distances.values():
+        assert estimate.low == pytest.approx(estimate.value) == estimate.high
+
+
+def test_distances_vanish_for_equal_outputs_and_have_intervals():
+    generator = np.random.default_rng(0)
+    logits = generator.normal(size=(8, 10, 3))
+    same = average_distance(logits, logits)
+    assert same["softmax_l2"].value == same["logits_l2"].value == 0
+    probabilities = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    assert same["cross_entropy"].value == pytest.approx(-(probabilities * np.log(probabilities)).sum(-1).mean())
+    moved = average_distance(logits + generator.normal(size=logits.shape), logits, seed=3)
+    assert all(0 < e.low < e.value < e.high for e in moved.values())
+    assert average_distance(logits[:4], logits[1:5])["logits_l2"].low is None
+
+
+@pytest.mark.parametrize(
+    ("predicted", "retrained", "message"),
+    [
+        (np.zeros((2, 3)), np.zeros((2, 3)), r"logits of shape \(num_models, num_queries, num_labels\)"),
+        (np.zeros((2, 3, 4)), np.zeros((2, 3, 5)), "must be alike"),
+        (np.zeros((0, 3, 4)), np.zeros((0, 3, 4)), "not empty"),
+        (np.zeros((2, 3, 4)), np.full((2, 3, 4), np.nan), "`retrained` has 24 NaN"),
+    ],
+)
+def test_outputs_that_cannot_be_compared_are_refused(predicted, retrained, message):
+    with pytest.raises(ValueError, match=message):
+        average_distance(predicted, retrained)
