@@ -19,6 +19,7 @@ logger = logging.getLogger(__name__)
 
 MAX_GROWTH = 100.0
 MAX_INTEGRATION_STEPS = 100
+POWER_ITERATIONS = 8
 
 
 def automatic_stride(trajectory: Trajectory, rewind: float) -> int:
@@ -107,10 +108,61 @@ class RecordedPath:
         """Whether the optimizer divides by the root of a second moment."""
         return self.trajectory.optimizer.name != "sgd"
 
-    def steps(self) -> list[LinearStep]:
-        """Integration steps in training order."""
-        end = self.trajectory.num_steps
-        return [self._step(t, min(self.stride, end - t)) for t in range(self.start, end, self.stride)]
+    def steps(
+        self, first: int | None = None, last: int | None = None, *, stride: int | None = None
+    ) -> list[LinearStep]:
+        """
+        Integration steps in training order.
+
+        Args:
+            first, last (`int`, *optional*): Training steps to cover, the last one excluded. Default to all from the
+                rewind point on.
+            stride (`int`, *optional*): Defaults to the path's.
+        """
+        start = self.start if first is None else first
+        end = self.trajectory.num_steps if last is None else last
+        span = self.stride if stride is None else stride
+        return [self._step(t, min(span, end - t)) for t in range(start, end, span)]
+
+    def segments(self) -> list[tuple[int, int, int]]:
+        """
+        Recorded steps in use, in training order, each with the training steps `first` to `last` (excluded) that it is
+        nearest to.
+        """
+        nearest = [self.nearest_state(step) for step in range(self.start, self.trajectory.num_steps)]
+        edges = [i for i, state in enumerate(nearest) if i == 0 or state != nearest[i - 1]] + [len(nearest)]
+        return [
+            (nearest[begin], self.start + begin, self.start + end)
+            for begin, end in zip(edges, edges[1:], strict=False)
+        ]
+
+    def stable_stride(self, first: int, last: int, product: Callable[[Tensor], Tensor]) -> int:
+        """
+        The longest stride, at most the path's, at which deviations do not grow by the integration's own doing.
+
+        Explicit steps are unstable where the learning rate times the largest curvature is too large for the momentum
+        that a stride leaves.
+
+        Args:
+            first, last (`int`): The training steps to cover, the last one excluded.
+            product (`Callable`): The product with the curvature there, `(1, num_parameters)` to the same shape.
+        """
+        stride = min(self.stride, last - first)
+        if stride == 1:
+            return 1
+        # Learning rates are largest at one end: they only rise in a warm-up and fall after it.
+        at = max((first, last - stride), key=lambda start: float(self._step(start, stride).precondition.sum()))
+        step = self._step(at, stride)
+        root = step.precondition.sqrt()
+        generator = torch.Generator().manual_seed(0)
+        vector = torch.randn(1, self.space.num_parameters, generator=generator).to(self.device)
+        for _ in range(POWER_ITERATIONS):
+            vector = root * product(root * vector / vector.norm().clamp_min(torch.finfo(vector.dtype).tiny))
+        largest = float(vector.norm() / step.precondition.sum().clamp_min(torch.finfo(vector.dtype).tiny))
+        while stride > 1 and _amplification(step, largest * float(step.precondition.sum())) > 1:
+            stride -= 1
+            step = self._step(at, stride)
+        return stride
 
     def parameters_at(self, step: float) -> Tensor:
         """Parameters interpolated between recorded states: `(num_parameters,)`, float32."""
@@ -215,6 +267,13 @@ class RecordedPath:
         return self._second_moments[step]
 
 
+def _amplification(step: LinearStep, curvature: float) -> float:
+    """By how much a step multiplies a deviation and its momentum at most, for `precondition` times the curvature."""
+    curvature *= step.gradient_scale
+    matrix = [[1 - step.gradient_share * curvature, -step.momentum_share], [step.gain * curvature, step.momentum]]
+    return float(np.abs(np.linalg.eigvals(np.array(matrix))).max())
+
+
 def deviation_step(step: LinearStep, deviation: Tensor, momentum: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
     """
     Advances deviations from the recorded path by one integration step.
@@ -258,8 +317,7 @@ def adjoint_directions(
     """
     Sensitivity of each objective to the training gradient, summed over the steps nearest to each recorded state.
 
-    Where sensitivities explode, which an explicit integration with too long a stride brings about, the path's stride
-    is halved and the integration repeated.
+    Where the path's stride would make sensitivities explode, a shorter one is taken.
 
     Args:
         path (`RecordedPath`): Integration steps.
@@ -272,38 +330,27 @@ def adjoint_directions(
         there raises objective i by `eps * <direction_i, g>`.
 
     Raises:
-        DivergenceError: If sensitivities grow without bound going back, one training step at a time.
+        DivergenceError: If sensitivities grow without bound going back.
     """
-    while True:
-        try:
-            return _adjoint_directions(path, gradients, curvature)
-        except DivergenceError as error:
-            if path.stride == 1:
-                raise
-            path.stride //= 2
-            logger.info("%s Trying again with a stride of %d.", error, path.stride)
-
-
-def _adjoint_directions(
-    path: RecordedPath, gradients: Tensor, curvature: Callable[[int], Callable[[Tensor], Tensor]]
-) -> dict[int, Tensor]:
     bound = MAX_GROWTH * gradients.norm(dim=1).clamp_min(torch.finfo(gradients.dtype).tiny)
     sensitivity, momentum = gradients.clone(), torch.zeros_like(gradients)
     result: dict[int, Tensor] = {}
-    product, product_at = None, None
-    for step in reversed(path.steps()):
-        raw, momentum = adjoint_step(step, sensitivity, momentum)
-        u = step.gradient_scale * raw
-        result[step.nearest_state] = result[step.nearest_state] + u if step.nearest_state in result else u
-        if product is None or product_at != step.nearest_state:
-            product, product_at = curvature(step.nearest_state), step.nearest_state
-        sensitivity = (1 - step.decoupled_decay) * sensitivity + step.coupled_decay * raw + product(u)
-        norm = sensitivity.norm(dim=1)
-        if not bool((norm <= bound).all()):
-            worst = int((norm / bound).nan_to_num(nan=torch.inf).argmax())
-            raise DivergenceError(
-                f"The adjoint diverged at training step {step.step}: the sensitivity of objective value {worst} "
-                f"grew to {float(norm[worst]):.3g}, {MAX_GROWTH:g} times its start or more, with a stride of "
-                f"{path.stride}. Use a later `rewind` (now from step {path.start}), or record more states."
-            )
+    for state, first, last in reversed(path.segments()):
+        product = curvature(state)
+        stride = path.stable_stride(first, last, product)
+        total = torch.zeros_like(gradients)
+        for step in reversed(path.steps(first, last, stride=stride)):
+            raw, momentum = adjoint_step(step, sensitivity, momentum)
+            u = step.gradient_scale * raw
+            total += u
+            sensitivity = (1 - step.decoupled_decay) * sensitivity + step.coupled_decay * raw + product(u)
+            norm = sensitivity.norm(dim=1)
+            if not bool((norm <= bound).all()):
+                worst = int((norm / bound).nan_to_num(nan=torch.inf).argmax())
+                raise DivergenceError(
+                    f"The adjoint diverged at training step {step.step}: the sensitivity of objective value {worst} "
+                    f"grew to {float(norm[worst]):.3g}, {MAX_GROWTH:g} times its start or more, with a stride of "
+                    f"{stride}. Use a later `rewind` (now from step {path.start}), or record more states."
+                )
+        result[state] = total
     return result
