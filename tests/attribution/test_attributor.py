@@ -239,6 +239,6 @@ def test_an_objective_without_gradient_is_refused_by_the_adjoint():
     run = tiny_recorded_run()
     attributor = Attributor(run.model, tiny_synset(), disable_tqdm=True)
     hits = Objective("hits", lambda forward, queries: (forward(queries.inputs).argmax(-1) == queries.labels).float())
-    with pytest.raises(ValueError, match='gradient of zero everywhere.*linearized_replay'):
+    with pytest.raises(ValueError, match="gradient of zero everywhere.*linearized_replay"):
         attributor.attribute(run.queries, objective=hits, engine="adjoint")
     assert attributor.attribute(run.queries, objective=hits, engine="replay").scores.shape == (12, 6)
