@@ -35,8 +35,8 @@ PEERS: dict[str, dict[str, Method]] = {
         **{f"regularization {value:g}": conjugate_gradients(value) for value in (0.03, 0.1, 0.3)},
         "regularization 0.1, 20 iterations": conjugate_gradients(0.1, num_iterations=20),
     },
-    "dattri DVEmb": {"as it comes": dvemb(preconditioned=False)},
-    "dattri DVEmb, preconditioned by us": {"mean second moments": dvemb(preconditioned=True)},
+    "dattri DVEmb": {"as it comes": dvemb()},
+    "dattri DVEmb, preconditioned by us": {f"{which} second moments": dvemb(which) for which in ("final", "mean")},
     "TRAK, 1 model": _trak_grid(1),
     "TRAK, 5 models": _trak_grid(5),
 }

@@ -41,20 +41,20 @@ class Embeddings:
     seconds: float
 
 
-def dvemb(*, preconditioned: bool) -> Method:
+def dvemb(second_moments: str | None = None) -> Method:
     """
     `DVEmbAttributor` with gradients of every row at every step, from training the recorded run once more.
 
     Up to 8,192 parameters it works in full dimension, beyond that on random projections to 4,096.
 
     Args:
-        preconditioned (`bool`): DVEmb takes the optimizer for SGD. With `True` it is given coordinates in which Adam
-            with the run's mean second moments is SGD, which is our addition; with `False` it is as it comes, with
-            Adam's learning rates.
+        second_moments (`str`, *optional*): DVEmb takes the optimizer for SGD. With `"final"` or `"mean"` it is given
+            coordinates in which Adam with those second moments (of the end, or averaged over the recorded states) is
+            SGD, which is our addition; by default it is as it comes, with Adam's learning rates.
     """
 
     def run(recorded: Recorded, queries: Dataset) -> Prediction:
-        embeddings = shared(recorded, ("dvemb", preconditioned), partial(_embed, recorded, preconditioned))
+        embeddings = shared(recorded, ("dvemb", second_moments), partial(_embed, recorded, second_moments))
         attributor = embeddings.attributor
         start = time.perf_counter()
         # `attribute` takes the gradients of queries from the task's loss.
@@ -72,12 +72,12 @@ def dvemb(*, preconditioned: bool) -> Method:
     return run
 
 
-def _embed(recorded: Recorded, preconditioned: bool) -> Embeddings:
+def _embed(recorded: Recorded, second_moments: str | None) -> Embeddings:
     algorithm, task_module = load_peer("dattri.algorithm.dvemb"), load_peer("dattri.task")
     trajectory = Trajectory.load(recorded.folder)
     inputs, labels = as_tensors(recorded.task.train, recorded.model).tensors
     model = Logits(recorded.model)
-    scales = _scales(trajectory) if preconditioned else {}
+    scales = _scales(trajectory, second_moments) if second_moments else {}
     scales = {f"model.{name}": scale for name, scale in scales.items()}
 
     def outputs(parameters: dict[str, Tensor], rows: Tensor) -> Tensor:
@@ -108,7 +108,7 @@ def _embed(recorded: Recorded, preconditioned: bool) -> Embeddings:
 
         def on_step_begin(self, args, state, control, **kwargs) -> None:
             place(kwargs["model"])
-            rows = torch.from_numpy(trajectory.steps.rows[state.global_step])
+            rows = torch.tensor(trajectory.steps.rows[state.global_step])
             learning_rate = float(trajectory.steps.learning_rates[state.global_step].mean())
             attributor.cache_gradients(0, (inputs[rows], labels[rows]), rows, learning_rate)
 
@@ -129,23 +129,24 @@ def _embed(recorded: Recorded, preconditioned: bool) -> Embeddings:
     return Embeddings(attributor, query_task, time.perf_counter() - start)
 
 
-def _scales(trajectory: Trajectory) -> dict[str, Tensor]:
+def _scales(trajectory: Trajectory, second_moments: str) -> dict[str, Tensor]:
     """
     Square root of what Adam's step multiplies the momentum by, beside the learning rate, for every parameter.
 
-    Second moments are averaged over the recorded states: those of the end alone are so small that early steps, with
-    their larger learning rates, can diverge.
+    Second moments of the end can be so small that early steps, with their larger learning rates, diverge; then dattri
+    raises a `ValueError`.
     """
     if trajectory.optimizer.name not in ("adam", "adamw"):
         raise NotImplementedError(f"Preconditioning is for Adam and AdamW, the run used {trajectory.optimizer.name}.")
     steps = [step for step in trajectory.state_steps if step > 0]
+    states = [trajectory.state(step) for step in (steps[-1:] if second_moments == "final" else steps)]
     scales = {}
     for group in trajectory.optimizer.groups:
         for name in group.names:
-            second_moments = [
-                trajectory.state(step).moments["exp_avg_sq"][name]
-                / (1 - group.betas[1] ** int(trajectory.update_numbers[step - 1]))
-                for step in steps
+            moments = [
+                state.moments["exp_avg_sq"][name]
+                / (1 - group.betas[1] ** int(trajectory.update_numbers[state.step - 1]))
+                for state in states
             ]
-            scales[name] = (torch.stack(second_moments).mean(0).sqrt() + group.eps).rsqrt()
+            scales[name] = (torch.stack(moments).mean(0).sqrt() + group.eps).rsqrt()
     return scales

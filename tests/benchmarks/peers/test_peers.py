@@ -56,7 +56,7 @@ def assert_close(actual: np.ndarray, expected: torch.Tensor) -> None:
         ("captum", tracin(4), 0.5),
         ("kronfluence", ekfac(1e-8), 0.8),
         ("dattri", conjugate_gradients(1e-6, num_iterations=20), 0.95),
-        ("dattri", dvemb(preconditioned=True), 0.5),
+        ("dattri", dvemb("mean"), 0.5),
         ("trak", trak(1, regularization=1e-3, projection_dimension=64), 0.8),
     ],
     ids=["TracInCP", "EK-FAC", "conjugate gradients", "DVEmb", "TRAK"],
@@ -107,16 +107,16 @@ def test_the_hessian_of_fewer_rows(recorded):
     assert 0.8 < np.corrcoef(some.ravel(), every.ravel())[0, 1] < 0.9999
 
 
-@pytest.mark.parametrize("preconditioned", [False, True])
-def test_embeddings_follow_every_step(recorded, preconditioned):
+@pytest.mark.parametrize("which", [None, "final", "mean"])
+def test_embeddings_follow_every_step(recorded, which):
     need("dattri")
     trajectory = Trajectory.load(recorded.folder)
     path = linear.path()
     preconditioner = torch.ones(NUM_PARAMETERS, dtype=torch.float64)
-    if preconditioned:
+    if which:
         second_moments = [
             linear.flat(trajectory.state(step).moments["exp_avg_sq"]) / (1 - 0.999**step)
-            for step in trajectory.state_steps[1:]
+            for step in trajectory.state_steps[-1 if which == "final" else 1 :]
         ]
         preconditioner = 1 / (torch.stack(second_moments).mean(0).sqrt() + 1e-8)
     survived = torch.eye(NUM_PARAMETERS, dtype=torch.float64)  # what later steps leave of an earlier change
@@ -129,7 +129,7 @@ def test_embeddings_follow_every_step(recorded, preconditioned):
         embeddings[rows] += changes
         survived = survived - changes.T @ gradients
     queries = linear.per_row(linear.margins, linear.flat(trajectory.final.parameters), recorded.task.queries)
-    assert_close(scores_of(dvemb(preconditioned=preconditioned), recorded), -queries @ embeddings.T)
+    assert_close(scores_of(dvemb(which), recorded), -queries @ embeddings.T)
 
 
 def test_trak_is_its_formula_when_projections_lose_nothing(recorded):
