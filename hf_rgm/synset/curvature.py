@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from torch.func import jacrev, jvp, vjp, vmap
 
@@ -14,8 +15,9 @@ class GaussNewton:
     `C = sum over samples s of w_s J_s' (diag p_s - p_s p_s') J_s` at one value of the parameters.
 
     `J_s` is the Jacobian of the logits of sample s, `p_s` their softmax. Labels play no part, so the samples may be
-    synthetic or real. The Jacobian is kept where it fits in memory; else products go through the model forward (jvp)
-    and back (vjp). Products are differentiable in samples and weights.
+    synthetic or real. The Jacobian is kept where it fits in memory. Else a product takes it anew, some samples at a
+    time, or goes through the model forward (jvp) and back (vjp) for each vector where those are fewer than the labels.
+    Products are differentiable in samples and weights.
 
     Args:
         model (`FunctionalModel`): The model as a function of its parameters.
@@ -42,8 +44,9 @@ class GaussNewton:
         self._weights = weights
         self._parameters = model.space.unflatten(parameters)
         self._probabilities = self._logits(self._parameters).softmax(-1)
-        bytes_needed = 4 * self._probabilities.numel() * model.num_parameters
-        self._jacobian = self._explicit_jacobian() if bytes_needed <= max_bytes else None
+        per_sample = 4 * self._probabilities.shape[1] * model.num_parameters
+        self._samples_at_once = max(1, max_bytes // per_sample)
+        self._jacobian = self._explicit_jacobian(samples) if len(samples) <= self._samples_at_once else None
 
     def product(self, vectors: Tensor, *, weights: Tensor | None = None) -> Tensor:
         """
@@ -56,30 +59,44 @@ class GaussNewton:
         Returns:
             `Tensor`: `(batch_size, num_parameters)`, float32.
         """
-        changes = self._logit_changes(vectors)
-        p = self._probabilities
-        weights = self._weights if weights is None else weights
-        scaled = weights[..., None] * p * (changes - (p * changes).sum(-1, keepdim=True))
+        weights = (self._weights if weights is None else weights)[..., None]
         if self._jacobian is not None:
-            return scaled.flatten(1) @ self._jacobian
-        pull_back = vjp(self._logits, self._parameters)[1]
-        return self._model.space.flatten(vmap(pull_back)(scaled)[0])
+            return self._explicit_product(vectors, self._jacobian, self._probabilities, weights)
+        if len(vectors) <= self._probabilities.shape[1]:
+            return self._implicit_product(vectors, weights)
+        result = torch.zeros_like(vectors)
+        for start in range(0, len(self._samples), self._samples_at_once):
+            part = slice(start, start + self._samples_at_once)
+            jacobian = self._explicit_jacobian(self._samples[part])
+            result = result + self._explicit_product(
+                vectors, jacobian, self._probabilities[part], weights[..., part, :]
+            )
+        return result
 
-    def _logit_changes(self, vectors: Tensor) -> Tensor:
-        """Directional derivatives of the logits: `(batch_size, num_samples, num_labels)`."""
-        if self._jacobian is not None:
-            return (vectors @ self._jacobian.T).unflatten(1, self._probabilities.shape)
+    def _explicit_product(self, vectors: Tensor, jacobian: Tensor, probabilities: Tensor, weights: Tensor) -> Tensor:
+        changes = (vectors @ jacobian.T).unflatten(1, probabilities.shape)
+        return (weights * _covariance_times(probabilities, changes)).flatten(1) @ jacobian
+
+    def _implicit_product(self, vectors: Tensor, weights: Tensor) -> Tensor:
         directions = self._model.space.unflatten(vectors)
-        return vmap(lambda direction: jvp(self._logits, (self._parameters,), (direction,))[1])(directions)
+        changes = vmap(lambda direction: jvp(self._logits, (self._parameters,), (direction,))[1])(directions)
+        pull_back = vjp(self._logits, self._parameters)[1]
+        scaled = weights * _covariance_times(self._probabilities, changes)
+        return self._model.space.flatten(vmap(pull_back)(scaled)[0])
 
     def _logits(self, parameters: dict[str, Tensor]) -> Tensor:
         return self._model.logits(parameters, self._inputs.to_forward(self._samples))
 
-    def _explicit_jacobian(self) -> Tensor:
+    def _explicit_jacobian(self, samples: Tensor) -> Tensor:
         """`(num_samples * num_labels, num_parameters)`."""
 
         def one(parameters: dict[str, Tensor], sample: Tensor) -> Tensor:
             return self._model.logits(parameters, self._inputs.to_forward(sample[None]))[0]
 
-        jacobian = vmap(jacrev(one), in_dims=(None, 0))(self._parameters, self._samples)
+        jacobian = vmap(jacrev(one), in_dims=(None, 0))(self._parameters, samples)
         return self._model.space.flatten(jacobian).flatten(0, 1)
+
+
+def _covariance_times(probabilities: Tensor, changes: Tensor) -> Tensor:
+    """`(diag p - p p')` times each change of the logits: `(batch_size, num_samples, num_labels)`."""
+    return probabilities * (changes - (probabilities * changes).sum(-1, keepdim=True))

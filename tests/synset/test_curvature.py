@@ -12,6 +12,8 @@ from hf_rgm.synset.matching import SyntheticSamples, soft_cross_entropy
 from tests.recorded import Linear, TinyNet
 from tests.vision import vit
 
+MEMORY = (0, 2**30)
+
 
 def setup(model, *shape, seed=0):
     functional = FunctionalModel(model)
@@ -48,7 +50,7 @@ def loss(model, inputs, samples):
 def test_for_a_linear_model_it_is_the_hessian():
     model, inputs, samples, vector = setup(Linear(), 5)
     hessian = torch.autograd.functional.hessian(loss(model, inputs, samples), vector)
-    for max_bytes in (0, 2**30):
+    for max_bytes in MEMORY:
         torch.testing.assert_close(dense((model, inputs, samples, vector), max_bytes=max_bytes), hessian)
 
 
@@ -61,19 +63,26 @@ def test_where_targets_are_the_models_own_output_it_is_the_hessian():
 
 
 @pytest.mark.parametrize("make", [lambda: setup(TinyNet(), 5), lambda: setup(vit(initializer_range=0.3), 1, 4, 4)])
-def test_explicit_equals_implicit(make):
+@pytest.mark.parametrize("num_vectors", [2, 7])
+@pytest.mark.parametrize("samples_at_once", [0, 1, 4])
+def test_memory_changes_the_way_and_not_the_product(make, num_vectors, samples_at_once):
+    """Few vectors go through the model, more than labels take the Jacobian anew, four of six samples at a time."""
     parts = make()
-    vectors = torch.randn(4, parts[0].num_parameters, generator=torch.Generator().manual_seed(1)).double()
-    explicit, implicit = curvature(parts), curvature(parts, max_bytes=0)
-    assert explicit._jacobian is not None
-    assert implicit._jacobian is None
+    generator = torch.Generator().manual_seed(1)
+    vectors = torch.randn(num_vectors, parts[0].num_parameters, generator=generator).double()
+    weights = torch.rand(num_vectors, 6, generator=generator).double()
+    plenty, tight = curvature(parts), curvature(parts, max_bytes=samples_at_once * 4 * 3 * parts[0].num_parameters)
+    assert plenty._jacobian is not None
+    assert tight._jacobian is None
     with parts[0].differentiable():
-        # Eager attention takes its softmax in float32 whatever the model's dtype.
-        torch.testing.assert_close(explicit.product(vectors), implicit.product(vectors), atol=2e-6, rtol=1e-6)
+        for settings_ in ({}, {"weights": weights}):
+            # Eager attention takes its softmax in float32 whatever the model's dtype.
+            expected = plenty.product(vectors, **settings_)
+            torch.testing.assert_close(tight.product(vectors, **settings_), expected, atol=2e-6, rtol=1e-6)
 
 
 @settings(max_examples=10, deadline=None)
-@given(seed=st.integers(0, 1000), max_bytes=st.sampled_from([0, 2**30]))
+@given(seed=st.integers(0, 1000), max_bytes=st.sampled_from(MEMORY))
 def test_it_is_symmetric_and_positive_semidefinite(seed, max_bytes):
     parts = setup(TinyNet(), 5, seed=seed)
     matrix = dense(parts, max_bytes=max_bytes)
@@ -83,10 +92,11 @@ def test_it_is_symmetric_and_positive_semidefinite(seed, max_bytes):
     assert (values > 1e-10 * values[-1]).sum() <= 6 * (3 - 1)
 
 
-@pytest.mark.parametrize("max_bytes", [0, 2**30])
-def test_products_are_differentiable_in_samples_and_weights(max_bytes):
+@pytest.mark.parametrize("num_vectors", [2, 4])
+@pytest.mark.parametrize("max_bytes", MEMORY)
+def test_products_are_differentiable_in_samples_and_weights(max_bytes, num_vectors):
     model, inputs, samples, vector = setup(TinyNet(), 5)
-    vectors = torch.randn(2, model.num_parameters, generator=torch.Generator().manual_seed(1)).double()
+    vectors = torch.randn(num_vectors, model.num_parameters, generator=torch.Generator().manual_seed(1)).double()
 
     def energy(features, log_weights):
         product = GaussNewton(model, inputs, features, log_weights.exp(), vector, max_bytes=max_bytes).product(vectors)
