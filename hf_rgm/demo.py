@@ -23,12 +23,12 @@ from hf_rgm.explorer.plots import plot_inspection_curve, plot_predicted_against_
 from hf_rgm.explorer.report import attribution_report
 from hf_rgm.fidelity.retraining import retrain
 from hf_rgm.fidelity.scores import Estimate, linear_datamodeling_score
+from hf_rgm.losses import label_losses
 from hf_rgm.modeling import FunctionalModel
 from hf_rgm.rows import CachedBatches, RowReader
 from hf_rgm.synset.config import DistillationConfig
 from hf_rgm.synset.distiller import ReverseGradientMatchingDistiller
 from hf_rgm.synset.synset import Synset
-from hf_rgm.synset.targets import row_losses
 from hf_rgm.trajectory.callback import TrajectoryCallback
 
 logger = logging.getLogger(__name__)
@@ -144,7 +144,7 @@ def loss_order(model: FunctionalModel, train: Dataset) -> np.ndarray:
     """Training rows, the one with the highest loss first: `(num_rows,)`, int64."""
     batches = CachedBatches(RowReader(train, model), [range(len(train))], batch_size=256)
     with torch.no_grad():
-        losses = [row_losses(model.logits(model.parameters(), x), y) for x, y in batches.group(0)]
+        losses = [label_losses(model.logits(model.parameters(), x), y) for x, y in batches.group(0)]
     return np.argsort(-torch.cat(losses).cpu().numpy(), kind="stable")
 
 

@@ -10,6 +10,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from accelerate.utils import extract_model_from_parallel
@@ -18,10 +19,13 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 logger = logging.getLogger(__name__)
 
 LABEL_NAMES = ("labels", "label", "label_ids")
+SOFT_TOKEN_IDS, SOFT_TOKEN_LOGITS = "soft_token_ids", "soft_token_logits"
+"""Arguments of [`FunctionalModel.logits`] that stand for token ids: `(batch_size, num_tokens, num_choices)` each."""
 
 
 @dataclass(frozen=True)
@@ -136,11 +140,41 @@ class FunctionalModel:
         # Mixed-precision training leaves its autocast wrapped around the forward; the copy computes in float32.
         clone = extract_model_from_parallel(copy.deepcopy(model, shared), keep_fp32_wrapper=False)
         self.module = _prepare(clone).to(self.device).requires_grad_(False)
+        self._host = _TokenHost(self.module)
+        self._constants = {"use_cache": False} if "use_cache" in self.forward_arguments else {}
 
     @property
     def num_parameters(self) -> int:
         """Number of trainable parameters."""
         return self.space.num_parameters
+
+    @property
+    def config(self) -> Any:
+        """The Transformers configuration, or `None` for other modules."""
+        return getattr(self.module, "config", None)
+
+    @property
+    def shifts_labels(self) -> bool:
+        """Whether the label of a token is what its predecessor predicts, as in causal language models."""
+        # By class name, as the Trainer decides it for label smoothing.
+        return type(_base_model(self.module)).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+
+    @property
+    def embedding(self) -> nn.Module:
+        """
+        The embedding of tokens.
+
+        Raises:
+            TypeError: If the model has none.
+        """
+        return _embedding(self.module)
+
+    @property
+    def trains_embeddings(self) -> bool:
+        """Whether the embedding of tokens has trainable parameters."""
+        embedding = {id(parameter) for parameter in self.embedding.parameters()}
+        own = dict(self.module.named_parameters())
+        return any(id(own[name]) in embedding for name in self.space.names)
 
     def parameters(self) -> dict[str, Tensor]:
         """The trainable parameters of the model that was passed, float32, detached."""
@@ -153,12 +187,13 @@ class FunctionalModel:
 
         Args:
             parameters (`dict[str, Tensor]`): Values of the trainable parameters.
-            inputs (`dict[str, Tensor]`): Keyword arguments of the forward, without labels.
+            inputs (`dict[str, Tensor]`): Keyword arguments of the forward, without labels. `soft_token_ids` and
+                `soft_token_logits` among them are embedded as mixtures of tokens.
 
         Returns:
             `Tensor`: shape `(batch_size, ..., num_labels)`, float32.
         """
-        output = functional_call(self.module, dict(parameters), (), dict(inputs))
+        output = functional_call(self._host, _hosted(parameters), (), {**self._constants, **inputs})
         if isinstance(output, Tensor):
             return output
         if hasattr(output, "logits"):
@@ -167,6 +202,10 @@ class FunctionalModel:
             f"The forward of {type(self.module).__name__} returned {type(output).__name__}. It must return a tensor "
             "of logits or an output with a `.logits` attribute."
         )
+
+    def embed(self, parameters: Mapping[str, Tensor], ids: Tensor) -> Tensor:
+        """Embeddings of token ids: `(*ids.shape, hidden_size)`, float32."""
+        return functional_call(self._host, _hosted(parameters), (), {"embed_only": ids})
 
     @contextlib.contextmanager
     def differentiable(self) -> Iterator[None]:
@@ -182,6 +221,37 @@ class FunctionalModel:
             for name in self.space.names:
                 own[name].copy_(parameters[name])
         return clone
+
+
+class _TokenHost(nn.Module):
+    """Runs a model, on soft tokens where they are given."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *, embed_only: Tensor | None = None, **inputs: Tensor) -> Any:
+        if embed_only is not None:
+            return _embedding(self.module)(embed_only)
+        if SOFT_TOKEN_IDS in inputs:
+            embedded = _embedding(self.module)(inputs.pop(SOFT_TOKEN_IDS))
+            shares = inputs.pop(SOFT_TOKEN_LOGITS).softmax(-1)
+            inputs["inputs_embeds"] = (shares[..., None] * embedded).sum(-2)
+        return self.module(**inputs)
+
+
+def _embedding(module: nn.Module) -> nn.Module:
+    get = getattr(module, "get_input_embeddings", None)
+    if not callable(get):
+        raise TypeError(
+            f"{type(module).__name__} takes token ids but has no `get_input_embeddings`, which synthetic texts need. "
+            "Give it that method and an `inputs_embeds` argument, as Transformers models have."
+        )
+    return get()  # type: ignore[return-value]
+
+
+def _hosted(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {f"module.{name}": value for name, value in parameters.items()}
 
 
 class _PrimitiveLayerNorm(TorchFunctionMode):

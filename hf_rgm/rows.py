@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import default_data_collator
 
+from hf_rgm.losses import IGNORED_LABEL
 from hf_rgm.modeling import LABEL_NAMES, FunctionalModel
 
 DataCollator = Callable[[list[Any]], Mapping[str, Any]]
@@ -76,15 +77,17 @@ class RowReader:
 
         Returns:
             `tuple[dict[str, Tensor], Tensor]`: the forward's inputs (float tensors in float32) and the labels
-            `(len(rows),)`, int64, on the model's device.
+            `(len(rows),)`, or `(len(rows), length)` for labels of tokens, int64, on the model's device. Those of a
+            causal language model stand where they are predicted: one place further left than in the batch.
 
         Raises:
-            ValueError: If the rows carry no labels or a floating-point input is NaN or infinite (rows are named).
+            ValueError: If the rows do not collate, carry no labels, or a floating-point input is NaN or infinite (rows
+                are named).
         """
         items = [self.dataset[int(row)] for row in rows]
         if self._keep is not None and isinstance(items[0], Mapping):
             items = [{name: value for name, value in item.items() if name in self._keep} for item in items]
-        batch = dict(self._collate(items))
+        batch = dict(self._collated(items))
         labels = next((batch.pop(name) for name in LABEL_NAMES if name in batch), None)
         if labels is None and not self._predict_labels:
             raise ValueError(
@@ -106,9 +109,48 @@ class RowReader:
                 value = value.float()
             inputs[name] = value.to(self._model.device)
         if labels is None:
+            labels = self._own_labels(inputs)
+        labels = labels.to(self._model.device)
+        return inputs, _shifted(labels) if self._model.shifts_labels else labels
+
+    def labels_per_row(self, batch_size: int = 256) -> float:
+        """Mean number of labels of a row, those of -100 left out; reads every row where labels are those of tokens."""
+        count = 0
+        for start in range(0, len(self), batch_size):
+            _, labels = self.batch(range(start, min(start + batch_size, len(self))))
+            if labels.dim() == 1:
+                return 1.0
+            count += int((labels != IGNORED_LABEL).sum())
+        if count == 0:
+            raise ValueError(
+                f"No row of `{self.what}` has a label other than {IGNORED_LABEL}: nothing is learned from it."
+            )
+        return count / len(self)
+
+    def _collated(self, items: list[Any]) -> Mapping[str, Any]:
+        try:
+            return self._collate(items)
+        except (ValueError, TypeError) as error:
+            if self._collate is not default_data_collator:
+                raise
+            raise ValueError(
+                f"Rows of `{self.what}` do not collate by `default_data_collator` ({error}). Pass the `data_collator` "
+                "that the Trainer used, such as `DataCollatorWithPadding(tokenizer)` for texts of different lengths."
+            ) from error
+
+    def _own_labels(self, inputs: dict[str, Tensor]) -> Tensor:
+        """The text itself for causal language models, else what the model predicts."""
+        mask = inputs.get("attention_mask")
+        if self._model.shifts_labels and "input_ids" in inputs:
+            labels = inputs["input_ids"]
+        else:
             with torch.no_grad():
                 labels = self._model.logits(self._model.parameters(), inputs).argmax(-1)
-        return inputs, labels.to(self._model.device)
+        return labels if mask is None or labels.dim() == 1 else labels.masked_fill(mask == 0, IGNORED_LABEL)
+
+
+def _shifted(labels: Tensor) -> Tensor:
+    return torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], IGNORED_LABEL)], dim=1)
 
 
 class CachedBatches:

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from hf_rgm.modeling import FunctionalModel
 from hf_rgm.synset.inputs import ContinuousInputs
-from hf_rgm.synset.matching import SyntheticSamples
+from hf_rgm.synset.samples import SyntheticSamples
 from hf_rgm.trajectory.optimizers import OptimizerRule, ParameterGroup, apply_update
 from hf_rgm.trajectory.storage import StepTable, Trajectory, TrajectoryState
 

@@ -22,7 +22,7 @@ from hf_rgm import Attributor, DistillationConfig
 from hf_rgm.attribution.objectives import Queries, log_odds_margin
 from hf_rgm.attribution.perturbations import leave_one_out
 from hf_rgm.rows import RowReader
-from hf_rgm.synset.matching import soft_cross_entropy
+from hf_rgm.synset.samples import soft_cross_entropy
 
 GRADIENTS_ONLY = {"curvature_weight": 0.0}
 

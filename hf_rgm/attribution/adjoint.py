@@ -7,12 +7,14 @@ import logging
 import torch
 from torch import Tensor
 
+from hf_rgm.losses import CROSS_ENTROPY, RowLoss
 from hf_rgm.modeling import FunctionalModel
 from hf_rgm.rows import RowReader
 from hf_rgm.synset.curvature import GaussNewton
-from hf_rgm.synset.inputs import ContinuousInputs
-from hf_rgm.synset.matching import SynsetGradients, SyntheticSamples
-from hf_rgm.synset.targets import check_labels, row_gradients
+from hf_rgm.synset.inputs import InputSpace
+from hf_rgm.synset.matching import SynsetGradients
+from hf_rgm.synset.samples import SyntheticSamples
+from hf_rgm.synset.targets import row_derivatives
 from hf_rgm.trajectory.path import RecordedPath, adjoint_directions, automatic_stride
 
 logger = logging.getLogger(__name__)
@@ -24,7 +26,7 @@ class AdjointEngine:
 
     Args:
         model (`FunctionalModel`): The trained model.
-        inputs (`ContinuousInputs`): The continuous input space.
+        inputs (`InputSpace`): The space of the synthetic inputs.
         samples (`SyntheticSamples`): The synset's samples.
         trajectory (`Trajectory`): The recorded run.
         rewind (`float`, *optional*, defaults to `0.07`): Fraction of training down to which effects are followed.
@@ -38,7 +40,7 @@ class AdjointEngine:
     def __init__(
         self,
         model: FunctionalModel,
-        inputs: ContinuousInputs,
+        inputs: InputSpace,
         samples: SyntheticSamples,
         trajectory,
         *,
@@ -95,13 +97,16 @@ class AdjointEngine:
             scores.append(torch.stack(parts).sum(0))
         return torch.cat(scores)
 
-    def row_scores(self, gradients: Tensor, reader: RowReader, *, batch_size: int = 256) -> Tensor:
+    def row_scores(
+        self, gradients: Tensor, reader: RowReader, row_loss: RowLoss = CROSS_ENTROPY, *, batch_size: int = 256
+    ) -> Tensor:
         """
         Effect of each training row's presence, from the row's own gradient at the recorded states.
 
         Args:
             gradients (`Tensor`): `(num_values, num_parameters)`.
             reader (`RowReader`): The training rows.
+            row_loss (`RowLoss`, *optional*): The loss of a row. Defaults to the cross entropy.
             batch_size (`int`, *optional*, defaults to `256`): Rows at once.
 
         Returns:
@@ -118,10 +123,9 @@ class AdjointEngine:
             for start in range(0, num_rows, batch_size):
                 rows = range(start, min(start + batch_size, num_rows))
                 inputs, labels = reader.batch(rows)
-                check_labels(labels, self.samples.targets.shape[-1])
                 for state, direction in directions.items():
-                    gradients_of_rows = row_gradients(self.model, self._named(state), inputs, labels)
-                    result[queries, start : rows.stop] += direction @ gradients_of_rows.T / num_rows
+                    change = row_derivatives(self.model, self._named(state), direction, inputs, labels, row_loss)
+                    result[queries, start : rows.stop] += change / num_rows
         return result
 
     def _by_query(self, gradients: Tensor):
@@ -133,11 +137,11 @@ class AdjointEngine:
         return self.model.space.unflatten(self.path.state(state))
 
     def _curvature(self, state: int):
+        flat = self.samples.flatten()
         return GaussNewton(
             self.model,
-            self.inputs,
-            self.samples.inputs.flatten(0, 1),
-            self.samples.log_weights.flatten().exp(),
+            self.inputs.to_forward(flat),
+            flat.log_weights.exp(),
             self.path.state(state),
             max_bytes=self._max_bytes,
         ).product

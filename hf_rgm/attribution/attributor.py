@@ -15,10 +15,10 @@ from hf_rgm.attribution.mixture import MixtureSuggestion, check_request, maximiz
 from hf_rgm.attribution.objectives import Objective, Queries, resolve_objective
 from hf_rgm.attribution.result import AttributionResult
 from hf_rgm.attribution.runs import ENGINES_OF_ROWS, RecordedRun, check_engine
+from hf_rgm.losses import LossFunction, RowLoss
 from hf_rgm.modeling import FunctionalModel
 from hf_rgm.rows import DataCollator, RowReader
-from hf_rgm.synset.inputs import ContinuousInputs
-from hf_rgm.synset.matching import SyntheticSamples
+from hf_rgm.synset.inputs import SPACES, input_space
 from hf_rgm.synset.synset import Synset
 
 logger = logging.getLogger(__name__)
@@ -32,6 +32,7 @@ class Attributor:
         model (`nn.Module`): The trained model the synset was distilled for.
         synset (`Synset`, `str` or `Path`): The synset, or its folder.
         device (`torch.device`, *optional*): Where to compute. Defaults to the model's device.
+        row_loss (`Callable`, *optional*): The one the synset was distilled with, where it was; needed to score rows.
         force (`bool`, *optional*, defaults to `False`): Accept a model whose parameters are not the synset's.
         disable_tqdm (`bool`, *optional*, defaults to `False`): No progress bars.
 
@@ -45,6 +46,7 @@ class Attributor:
         synset: Synset | str | Path,
         *,
         device: torch.device | str | None = None,
+        row_loss: LossFunction | None = None,
         force: bool = False,
         disable_tqdm: bool = False,
     ) -> None:
@@ -53,18 +55,30 @@ class Attributor:
         names = tuple(self.synset.trajectory.parameter_shapes)
         self.model = FunctionalModel(model, trainable_names=names, device=device)
         self.synset.check_parameters(self.model.parameters(), force=force)
-        self.inputs = ContinuousInputs(self.model)
-        if self.inputs.name != self.synset.input_name:
+        name = self.synset.input_name
+        self.inputs = input_space(self.model, name if name in SPACES else "auto")
+        if self.inputs.name != name:
             raise ValueError(
-                f"The synset's samples are `{self.synset.input_name}`, the model takes `{self.inputs.name}`. Pass the "
+                f"The synset's samples are `{name}`, the model takes `{self.inputs.name}`. Pass the "
                 "model that was recorded."
             )
-        self.samples = SyntheticSamples(*(tensor.to(self.model.device) for tensor in self.synset.samples.tensors()))
+        self.samples = self.synset.samples.map(lambda tensor: tensor.to(self.model.device))
+        self.row_loss = RowLoss(
+            labels_per_row=float(self.synset.metadata.get("labels_per_row", 1.0)),
+            label_smoothing=float(self.synset.metadata.get("label_smoothing_factor", 0.0)),
+            function=row_loss,
+        )
         self.disable_tqdm = disable_tqdm
         self._final = self.model.space.flatten(self.model.parameters())
         self._runs = [
             RecordedRun(
-                self.model, self.inputs, self.samples, self.synset.clusters, trajectory, disable_tqdm=disable_tqdm
+                self.model,
+                self.inputs,
+                self.samples,
+                self.synset.clusters,
+                trajectory,
+                self.row_loss,
+                disable_tqdm=disable_tqdm,
             )
             for trajectory in self.synset.trajectories
         ]
@@ -291,6 +305,11 @@ class Attributor:
         return Queries(*reader.batch(range(len(reader))))
 
     def _row_reader(self, rows: Any, data_collator: DataCollator | None) -> RowReader:
+        if self.synset.metadata.get("custom_row_loss") and self.row_loss.function is None:
+            raise ValueError(
+                "The synset was distilled with a `row_loss` of its own, which rows are scored by. Pass the same "
+                "function as `row_loss`."
+            )
         reader = RowReader(rows, self.model, data_collator=data_collator)
         self.synset.clusters.check_num_rows(len(reader))
         self.synset.trajectory.check_dataset(rows, what="rows")

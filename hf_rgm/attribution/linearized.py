@@ -13,8 +13,9 @@ from hf_rgm.attribution.perturbations import check_masks
 from hf_rgm.exceptions import DivergenceError
 from hf_rgm.modeling import FunctionalModel
 from hf_rgm.synset.curvature import GaussNewton
-from hf_rgm.synset.inputs import ContinuousInputs
-from hf_rgm.synset.matching import SynsetGradients, SyntheticSamples
+from hf_rgm.synset.inputs import InputSpace
+from hf_rgm.synset.matching import SynsetGradients
+from hf_rgm.synset.samples import SyntheticSamples, broadcast_masks
 from hf_rgm.trajectory.path import RecordedPath, deviation_step
 
 logger = logging.getLogger(__name__)
@@ -36,7 +37,7 @@ class LinearizedReplayEngine:
 
     Args:
         model (`FunctionalModel`): The trained model.
-        inputs (`ContinuousInputs`): The continuous input space.
+        inputs (`InputSpace`): The space of the synthetic inputs.
         samples (`SyntheticSamples`): The synset's samples, on the model's device.
         trajectory (`Trajectory`): The recorded run.
         rewind (`float`, *optional*, defaults to `0.14`): Fraction of training down to which effects are followed.
@@ -54,7 +55,7 @@ class LinearizedReplayEngine:
     def __init__(
         self,
         model: FunctionalModel,
-        inputs: ContinuousInputs,
+        inputs: InputSpace,
         samples: SyntheticSamples,
         trajectory,
         *,
@@ -120,8 +121,7 @@ class LinearizedReplayEngine:
         moved = (path.state(path.trajectory.num_steps) - path.parameters_at(path.start)).norm()
         bound = MAX_DEVIATION * moved * (masks - 1).abs().amax(dim=1).clamp_min(1.0)
         curvature, force, at = None, None, None
-        per_sample = masks.repeat_interleave(self.samples.log_weights.shape[1], dim=1)
-        weights = per_sample * self.samples.log_weights.flatten().exp()
+        weights = (broadcast_masks(masks, self.samples) * self.samples.log_weights.exp()).flatten(1, 2)
         steps = tqdm(path.steps(), desc=f"Replaying {len(masks)} models (linearised)", disable=self.disable_tqdm)
         for step in steps:
             if curvature is None or force is None or at != step.nearest_state:
@@ -141,11 +141,11 @@ class LinearizedReplayEngine:
         return deviation
 
     def _curvature(self, state: int) -> GaussNewton:
+        flat = self.samples.flatten()
         return GaussNewton(
             self.model,
-            self.inputs,
-            self.samples.inputs.flatten(0, 1),
-            self.samples.log_weights.flatten().exp(),
+            self.inputs.to_forward(flat),
+            flat.log_weights.exp(),
             self.path.state(state),
             max_bytes=self._max_bytes,
         )

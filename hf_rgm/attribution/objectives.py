@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.func import jacrev, vmap
-from torch.nn.functional import cross_entropy
+from torch.func import grad, jacrev
 
+from hf_rgm.losses import IGNORED_LABEL, check_labels, label_losses
 from hf_rgm.modeling import FunctionalModel
-from hf_rgm.synset.targets import check_classification
+from hf_rgm.vectorize import map_rows
 
 Forward = Callable[[Mapping[str, Tensor]], Tensor]
 """A model at some parameters: maps the forward's keyword arguments to logits."""
@@ -24,7 +24,8 @@ class Queries:
 
     Args:
         inputs (`dict[str, Tensor]`): The forward's keyword arguments, first dimension `num_queries`.
-        labels (`Tensor`): `(num_queries,)`, int64.
+        labels (`Tensor`): `(num_queries,)`, or `(num_queries, length)` for labels of tokens, int64; -100 counts for
+            nothing. Those of a causal language model stand where they are predicted.
     """
 
     inputs: dict[str, Tensor]
@@ -88,7 +89,7 @@ class Objective:
         def forward(inputs: Mapping[str, Tensor]) -> Tensor:
             logits = model.logits(named, inputs)
             if OBJECTIVES.get(self.name) is self:
-                check_classification(logits, queries.labels)
+                check_labels(logits, queries.labels)
             return logits
 
         with torch.no_grad():
@@ -116,8 +117,10 @@ class Objective:
             query = Queries({name: value[None] for name, value in inputs.items()}, label[None])
             return self.function(lambda x: model.logits(p, x), query)[0]
 
-        jacobian = vmap(jacrev(one), in_dims=(None, 0, 0))(named, queries.inputs, queries.labels)
-        return model.space.flatten(jacobian)
+        def gradient(inputs: dict[str, Tensor], label: Tensor) -> Tensor:
+            return model.space.flatten(grad(one)(named, inputs, label))
+
+        return map_rows(gradient, queries.inputs, queries.labels)
 
     def _checked(self, values: Tensor) -> Tensor:
         if not isinstance(values, Tensor) or values.dim() != 1:
@@ -130,18 +133,26 @@ class Objective:
 
 
 def log_odds_margin(logits: Tensor, labels: Tensor) -> Tensor:
-    """`logit_y - logsumexp(other logits)`: `(num_queries,)`, in nats."""
-    reference = logits.gather(-1, labels[:, None])
-    others = logits.masked_fill(torch.arange(logits.shape[-1], device=logits.device) == labels[:, None], float("-inf"))
-    return reference.squeeze(-1) - others.logsumexp(-1)
+    """`logit_y - logsumexp(other logits)`, in nats: the shape of `labels`; labels of -100 count as 0."""
+    labels = labels.clamp_min(0)[..., None]
+    others = logits.masked_fill(torch.arange(logits.shape[-1], device=logits.device) == labels, float("-inf"))
+    return logits.gather(-1, labels)[..., 0] - others.logsumexp(-1)
+
+
+def _mean_over_labels(values: Tensor, labels: Tensor) -> Tensor:
+    """Each query's mean over its labels that are not -100: `(num_queries,)`."""
+    if labels.dim() == 1:
+        return values
+    known = (labels != IGNORED_LABEL).flatten(1)
+    return (values.flatten(1) * known).sum(1) / known.sum(1).clamp_min(1)
 
 
 def _margin(forward: Forward, queries: Queries) -> Tensor:
-    return log_odds_margin(forward(queries.inputs), queries.labels)
+    return _mean_over_labels(log_odds_margin(forward(queries.inputs), queries.labels), queries.labels)
 
 
 def _loss(forward: Forward, queries: Queries) -> Tensor:
-    return cross_entropy(forward(queries.inputs), queries.labels, reduction="none")
+    return _mean_over_labels(label_losses(forward(queries.inputs), queries.labels), queries.labels)
 
 
 def _log_probability(forward: Forward, queries: Queries) -> Tensor:
@@ -153,7 +164,8 @@ def _mean_loss(forward: Forward, queries: Queries) -> Tensor:
 
 
 def _accuracy(forward: Forward, queries: Queries) -> Tensor:
-    return (forward(queries.inputs).argmax(-1) == queries.labels).float().mean(0, keepdim=True)
+    right = (forward(queries.inputs).argmax(-1) == queries.labels).float()
+    return _mean_over_labels(right, queries.labels).mean(0, keepdim=True)
 
 
 OBJECTIVES = {

@@ -12,8 +12,8 @@ from tqdm.auto import tqdm
 from hf_rgm.attribution.perturbations import check_masks
 from hf_rgm.exceptions import DivergenceError
 from hf_rgm.modeling import FunctionalModel
-from hf_rgm.synset.inputs import ContinuousInputs
-from hf_rgm.synset.matching import SyntheticSamples, soft_cross_entropy
+from hf_rgm.synset.inputs import InputSpace
+from hf_rgm.synset.samples import SyntheticSamples, broadcast_masks, soft_cross_entropy
 from hf_rgm.trajectory.optimizers import apply_update
 from hf_rgm.trajectory.path import RecordedPath, deviation_step
 
@@ -26,7 +26,7 @@ class ReplayEngine:
 
     Args:
         model (`FunctionalModel`): The trained model.
-        inputs (`ContinuousInputs`): The continuous input space.
+        inputs (`InputSpace`): The space of the synthetic inputs.
         samples (`SyntheticSamples`): The synset's samples, on the model's device.
         trajectory (`Trajectory`): The recorded run.
         rewind (`float`, *optional*, defaults to `0.27`): Fraction of training at which the replay starts.
@@ -43,7 +43,7 @@ class ReplayEngine:
     def __init__(
         self,
         model: FunctionalModel,
-        inputs: ContinuousInputs,
+        inputs: InputSpace,
         samples: SyntheticSamples,
         trajectory,
         *,
@@ -147,6 +147,7 @@ class ReplayEngine:
         return torch.stack(rows)
 
     def _loss(self, parameters: dict[str, Tensor], mask: Tensor) -> Tensor:
-        logits = self.model.logits(parameters, self.inputs.to_forward(self.samples.inputs.flatten(0, 1)))
-        log_weights = self.samples.log_weights + mask.log()[:, None]
-        return soft_cross_entropy(logits, self.samples.targets.flatten(0, 1), log_weights.flatten())
+        flat = self.samples.flatten()
+        log_weights = flat.log_weights + broadcast_masks(mask.log(), self.samples).flatten(0, 1)
+        logits = self.model.logits(parameters, self.inputs.to_forward(flat))
+        return soft_cross_entropy(logits, flat.targets, log_weights, flat.target_ids)

@@ -16,10 +16,11 @@ from hf_rgm.attribution.objectives import Objective, Queries
 from hf_rgm.attribution.perturbations import leave_one_out, random_subsets, ridge_scores
 from hf_rgm.attribution.replay import ReplayEngine
 from hf_rgm.clusters import ClusterMap
+from hf_rgm.losses import RowLoss
 from hf_rgm.modeling import FunctionalModel
 from hf_rgm.rows import CachedBatches, RowReader
-from hf_rgm.synset.inputs import ContinuousInputs
-from hf_rgm.synset.matching import SyntheticSamples
+from hf_rgm.synset.inputs import InputSpace
+from hf_rgm.synset.samples import SyntheticSamples
 from hf_rgm.synset.targets import cluster_gradients
 from hf_rgm.trajectory.storage import Trajectory
 
@@ -60,20 +61,22 @@ class RecordedRun:
 
     Args:
         model (`FunctionalModel`): The model as a function of its parameters.
-        inputs (`ContinuousInputs`): The continuous input space.
+        inputs (`InputSpace`): The space of the synthetic inputs.
         samples (`SyntheticSamples`): The synset's samples, on the model's device.
         clusters (`ClusterMap`): The clusters of the training rows.
         trajectory (`Trajectory`): The recorded run.
+        row_loss (`RowLoss`): The loss of a training row.
         disable_tqdm (`bool`): No progress bars.
     """
 
     def __init__(
         self,
         model: FunctionalModel,
-        inputs: ContinuousInputs,
+        inputs: InputSpace,
         samples: SyntheticSamples,
         clusters: ClusterMap,
         trajectory: Trajectory,
+        row_loss: RowLoss,
         *,
         disable_tqdm: bool,
     ) -> None:
@@ -81,6 +84,7 @@ class RecordedRun:
         self.clusters = clusters
         self.disable_tqdm = disable_tqdm
         self.final = model.space.flatten(trajectory.final.parameters).to(model.device)
+        self.row_loss = row_loss
         self._parts = (model, inputs, samples, trajectory)
 
     def replay_engine(
@@ -121,12 +125,12 @@ class RecordedRun:
             adjoint = AdjointEngine(*self._parts, **settings)
             if row_reader is None:
                 return RunScores(adjoint.cluster_scores(gradients), None, adjoint.start, adjoint.path.stride)
-            row_scores = adjoint.row_scores(gradients, row_reader)
+            row_scores = adjoint.row_scores(gradients, row_reader, self.row_loss)
             return RunScores(self._sum_by_cluster(row_scores), row_scores, adjoint.start, adjoint.path.stride)
         row_scores = None
         if row_reader is not None and objective.differentiable:
             gradients = self._objective_gradients(objective, queries)
-            row_scores = AdjointEngine(*self._parts).row_scores(gradients, row_reader)
+            row_scores = AdjointEngine(*self._parts).row_scores(gradients, row_reader, self.row_loss)
         replay = self.replay_engine(engine, row_reader=row_reader, **settings)
         scores = self._replayed_scores(replay, objective, queries, num_masks, seed)
         return RunScores(scores, row_scores, replay.start, replay.path.stride)
@@ -190,7 +194,7 @@ class RecordedRun:
 
         def gradients(parameters: dict[str, Tensor]) -> Tensor:
             with torch.enable_grad():
-                return cluster_gradients(self.model, [parameters], batches, clusters, len(reader))[0]
+                return cluster_gradients(self.model, [parameters], batches, clusters, len(reader), self.row_loss)[0]
 
         return gradients
 

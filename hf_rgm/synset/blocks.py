@@ -24,8 +24,6 @@ class BlockStore:
         FileExistsError: If the folder holds blocks of another distillation.
     """
 
-    TENSORS = {"inputs": 0, "targets": 0, "log_weights": 0, "residuals": 1}
-
     def __init__(self, folder: str | Path, identity: dict[str, Any]) -> None:
         self.folder = Path(folder)
         self._identity = json.dumps(identity, sort_keys=True)
@@ -54,7 +52,7 @@ class BlockStore:
         if not path.is_file():
             return None
         with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in self.TENSORS}
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
 
     def write(self, block: range, tensors: dict[str, Tensor]) -> None:
         """Writes a finished block under a temporary name and renames it."""

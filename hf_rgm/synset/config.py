@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 INITIALISATIONS = ("nearest", "random", "mean", "noise")
+TOKEN_INPUTS = ("auto", "inputs_embeds", "soft_tokens")
 PRESETS: dict[str, dict[str, Any]] = {
     "quick": {"samples_per_cluster": 2, "num_iterations": 300},
     "accurate": {},
@@ -26,6 +27,13 @@ class DistillationConfig:
         init (`str`, *optional*, defaults to `"random"`): Where samples start: `"nearest"` (the real row nearest the
             cluster's centre, further samples random rows), `"random"` rows, the cluster's `"mean"`, or `"noise"` with
             the data's mean and deviation. Only the last two start from no real row.
+        token_inputs (`str`, *optional*, defaults to `"auto"`): For token models, what a synthetic text is:
+            `"inputs_embeds"`, free vectors in place of embeddings; `"soft_tokens"`, mixtures of vocabulary entries,
+            which embeddings that are trained need; `"auto"` takes the latter where they are.
+        num_tokens (`int`, *optional*, defaults to `16`): For token models, length of a synthetic text.
+        num_token_choices (`int`, *optional*, defaults to `16`): Vocabulary entries that a soft token mixes.
+        num_target_choices (`int`, *optional*, defaults to `64`): Labels that a target chooses from; all, if there are
+            no more.
         input_learning_rate (`float`, *optional*, defaults to `0.04`): Adam's, in standard deviations of the inputs.
         target_learning_rate (`float`, *optional*, defaults to `0.1`): Adam's, for target logits.
         weight_learning_rate (`float`, *optional*, defaults to `0.03`): Adam's, for log-weights.
@@ -47,6 +55,10 @@ class DistillationConfig:
     num_iterations: int = field(default=600, metadata={"help": "Adam iterations."})
     states_per_iteration: int = field(default=2, metadata={"help": "Recorded states matched in an iteration."})
     init: str = field(default="random", metadata={"help": f"Where samples start: {', '.join(INITIALISATIONS)}."})
+    token_inputs: str = field(default="auto", metadata={"help": f"One of {', '.join(TOKEN_INPUTS)}."})
+    num_tokens: int = field(default=16, metadata={"help": "Tokens of a synthetic text."})
+    num_token_choices: int = field(default=16, metadata={"help": "Vocabulary entries that a soft token mixes."})
+    num_target_choices: int = field(default=64, metadata={"help": "Labels that a target chooses from."})
     input_learning_rate: float = field(default=0.04, metadata={"help": "In standard deviations of the inputs."})
     target_learning_rate: float = field(default=0.1, metadata={"help": "Adam's rate for target logits."})
     weight_learning_rate: float = field(default=0.03, metadata={"help": "Adam's rate for log-weights."})
@@ -68,6 +80,9 @@ class DistillationConfig:
             "cluster_block_size",
             "curvature_interval",
             "num_probes",
+            "num_tokens",
+            "num_token_choices",
+            "num_target_choices",
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
@@ -86,6 +101,9 @@ class DistillationConfig:
                 raise ValueError(f"`{name}` must be a finite number and not negative, got {getattr(self, name)}.")
         if self.init not in INITIALISATIONS:
             raise ValueError(f"`init` must be one of {', '.join(INITIALISATIONS)}, got {self.init!r}.")
+
+        if self.token_inputs not in TOKEN_INPUTS:
+            raise ValueError(f"`token_inputs` must be one of {', '.join(TOKEN_INPUTS)}, got {self.token_inputs!r}.")
 
     @classmethod
     def from_preset(cls, name: str, **settings: Any) -> DistillationConfig:

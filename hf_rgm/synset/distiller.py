@@ -15,15 +15,16 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from hf_rgm.clusters import ClusterMap
+from hf_rgm.losses import LossFunction, RowLoss
 from hf_rgm.modeling import FunctionalModel, parameters_sha256
 from hf_rgm.rows import CachedBatches, DataCollator, RowReader
 from hf_rgm.synset.blocks import BlockStore
 from hf_rgm.synset.config import DistillationConfig
 from hf_rgm.synset.initialisation import initial_samples
-from hf_rgm.synset.inputs import ContinuousInputs
+from hf_rgm.synset.inputs import input_space
 from hf_rgm.synset.learner import BlockLearner, BlockTargets
-from hf_rgm.synset.matching import SyntheticSamples
 from hf_rgm.synset.probes import curvature_probes
+from hf_rgm.synset.samples import SyntheticSamples
 from hf_rgm.synset.states import matched_states
 from hf_rgm.synset.synset import Synset
 from hf_rgm.synset.targets import cluster_gradients, curvature_products
@@ -45,12 +46,15 @@ class ReverseGradientMatchingDistiller:
         clusters (`ClusterMap`): Which row belongs to which cluster.
         config (`DistillationConfig`, *optional*): Settings; the defaults are meant to be good.
         data_collator (`Callable`, *optional*): The one the Trainer used. Defaults to `default_data_collator`.
+        row_loss (`Callable`, *optional*): Takes logits `(batch_size, *positions, num_labels)` and labels and returns
+            the loss of each row, `(batch_size,)`: needed where the Trainer has a `compute_loss` of its own, which the
+            recording cannot see. Defaults to the cross entropy, with the label smoothing of the recorded run.
         remove_unused_columns (`bool`, *optional*, defaults to `True`): As in `TrainingArguments`.
         output_dir (`str` or `Path`, *optional*): Folder for finished blocks of clusters; a killed run continues there.
         disable_tqdm (`bool`, *optional*, defaults to `False`): No progress bar.
 
     Raises:
-        NotImplementedError: If the run was trained with label smoothing.
+        NotImplementedError: If the model is an encoder-decoder.
         ValueError: If dataset, clusters, trajectory and model do not belong together.
 
     Example:
@@ -78,6 +82,7 @@ class ReverseGradientMatchingDistiller:
         *,
         config: DistillationConfig | None = None,
         data_collator: DataCollator | None = None,
+        row_loss: LossFunction | None = None,
         remove_unused_columns: bool = True,
         output_dir: str | Path | None = None,
         disable_tqdm: bool = False,
@@ -93,11 +98,21 @@ class ReverseGradientMatchingDistiller:
         self.model = FunctionalModel(
             model, trainable_names=tuple(self.trajectories[0].parameter_shapes), device=self.accelerator.device
         )
-        self.inputs = ContinuousInputs(self.model)
+        self.inputs = input_space(
+            self.model,
+            self.config.token_inputs,
+            num_tokens=self.config.num_tokens,
+            num_choices=self.config.num_token_choices,
+        )
         self.reader = RowReader(
             train_dataset, self.model, data_collator=data_collator, remove_unused_columns=remove_unused_columns
         )
         self._check_belong_together(train_dataset)
+        self.row_loss = RowLoss(
+            labels_per_row=self.reader.labels_per_row(),
+            label_smoothing=float(self.trajectories[0].metadata.get("label_smoothing_factor") or 0.0),
+            function=row_loss,
+        )
         self.rows = [clusters.rows(k) for k in range(clusters.num_clusters)]
         self.batches = CachedBatches(self.reader, self.rows, batch_size=self.config.batch_size)
         self.matched_states = matched_states(self.trajectories)
@@ -114,12 +129,6 @@ class ReverseGradientMatchingDistiller:
                 raise ValueError(
                     f"{what} model's parameters have other shapes than the recorded ones; first difference: "
                     f"{different[0]}. Pass the model that was trained."
-                )
-            if trajectory.metadata.get("label_smoothing_factor"):
-                raise NotImplementedError(
-                    f"{what} run was trained with "
-                    f"`label_smoothing_factor={trajectory.metadata['label_smoothing_factor']}`, which distilling does "
-                    "not know yet: its gradients would not be the recorded ones. Train without it."
                 )
             trajectory.check_dataset(train_dataset)
         self.clusters.check_num_rows(len(self.reader))
@@ -181,14 +190,13 @@ class ReverseGradientMatchingDistiller:
                     self._store.write(block, finished[block])
         gathered = gather_object([(block.start, finished[block]) for block in mine])
         ordered = sorted(gathered, key=lambda item: item[0])
-        merged = {
-            key: torch.cat([done[key] for _, done in ordered], dim=dim) for key, dim in BlockStore.TENSORS.items()
-        }
+        residuals = torch.cat([done.pop("residuals") for _, done in ordered], dim=1)
+        merged = {name: torch.cat([done[name] for _, done in ordered]) for name in ordered[0][1]}
         return Synset(
-            samples=SyntheticSamples(merged["inputs"], merged["targets"], merged["log_weights"]),
+            samples=SyntheticSamples(**merged),
+            residuals=residuals,
             clusters=self.clusters,
             trajectories=self.trajectories,
-            residuals=merged["residuals"],
             matched_states=self.matched_states,
             parameters_sha256=parameters_sha256(self.model.parameters()),
             input_name=self.inputs.name,
@@ -196,6 +204,9 @@ class ReverseGradientMatchingDistiller:
             metadata={
                 "dataset_fingerprint": self.trajectories[0].dataset_fingerprint,
                 "num_rows": len(self.reader),
+                "labels_per_row": self.row_loss.labels_per_row,
+                "label_smoothing_factor": self.row_loss.label_smoothing,
+                "custom_row_loss": self.row_loss.function is not None,
                 "distillation_seconds": round(time.perf_counter() - start, 2),
                 "num_processes": self.accelerator.num_processes,
             },
@@ -208,15 +219,15 @@ class ReverseGradientMatchingDistiller:
             names=[self.clusters.names[cluster] for cluster in block],
             matched=self.matched_states,
             states=states,
-            gradients=cluster_gradients(model, named, self.batches, block, num_rows),
+            gradients=cluster_gradients(model, named, self.batches, block, num_rows, self.row_loss),
         )
         if probes is not None:
             targets.probes = probes
             targets.products = curvature_products(
-                model, self.inputs, list(states), probes, self.batches, block, num_rows
+                model, list(states), probes, self.batches, block, num_rows, self.row_loss
             )
         start = initial_samples(
-            self.reader, self.batches, self.rows, block, self.inputs, self._num_labels(named[-1]), config
+            self.batches, self.rows, block, self.inputs, self._num_labels(named[-1]), self.row_loss, config
         )
         generator = torch.Generator().manual_seed(config.seed * 1_000_003 + block.start)
         learner = BlockLearner(model, self.inputs, targets, config, generator)
@@ -225,12 +236,7 @@ class ReverseGradientMatchingDistiller:
             description=f"Distilling clusters {block.start}-{block.stop - 1}",
             disable_tqdm=self.disable_tqdm or not self.accelerator.is_local_main_process,
         )
-        return {
-            "inputs": samples.inputs.cpu(),
-            "targets": samples.targets.cpu(),
-            "log_weights": samples.log_weights.cpu(),
-            "residuals": learner.residuals(samples).cpu(),
-        }
+        return {**samples.map(Tensor.cpu).named_tensors(), "residuals": learner.residuals(samples).cpu()}
 
     def _probes(self) -> Tensor | None:
         if not self.config.curvature_weight:
@@ -238,10 +244,10 @@ class ReverseGradientMatchingDistiller:
         by_run = [
             curvature_probes(
                 self.model,
-                self.inputs,
                 self.reader,
                 trajectory,
                 tuple(state.step for state in self.matched_states if state.run == run),
+                self.row_loss,
                 num_probes=min(self.config.num_probes, len(self.reader)),
                 seed=self.config.seed + run,
             )

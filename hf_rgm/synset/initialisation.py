@@ -9,19 +9,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hf_rgm.rows import CachedBatches, RowReader
+from hf_rgm.losses import IGNORED_LABEL, RowLoss
+from hf_rgm.rows import CachedBatches
 from hf_rgm.synset.config import DistillationConfig
-from hf_rgm.synset.inputs import ContinuousInputs, soft_labels
-from hf_rgm.synset.matching import SyntheticSamples
+from hf_rgm.synset.inputs import InputSpace, choose_ids
+from hf_rgm.synset.samples import SyntheticSamples, smoothed_one_hot
+
+UNLABELLED_LOG_WEIGHT = -3.0
+"""Log-weight, beside that of other positions, of a position that starts from a token without a label."""
 
 
 def initial_samples(
-    reader: RowReader,
     batches: CachedBatches,
     rows: Sequence[np.ndarray],
     clusters: Sequence[int],
-    inputs: ContinuousInputs,
+    inputs: InputSpace,
     num_labels: int,
+    row_loss: RowLoss,
     config: DistillationConfig,
 ) -> SyntheticSamples:
     """
@@ -31,54 +35,67 @@ def initial_samples(
     result does not depend on which clusters are distilled together.
 
     Args:
-        reader (`RowReader`): The training rows.
-        batches (`CachedBatches`): The same rows, grouped by cluster.
+        batches (`CachedBatches`): The training rows, grouped by cluster.
         rows (`Sequence[np.ndarray]`): Row indices of every cluster.
         clusters (`Sequence[int]`): The clusters to start.
-        inputs (`ContinuousInputs`): The continuous input space.
-        num_labels (`int`): Length of the target logits.
-        config (`DistillationConfig`): `init`, `samples_per_cluster`, `target_smoothing` and `seed` matter here.
+        inputs (`InputSpace`): The space of the synthetic inputs.
+        num_labels (`int`): Length of the model's logits.
+        row_loss (`RowLoss`): The loss of a row.
+        config (`DistillationConfig`): `init`, `samples_per_cluster`, `target_smoothing`, `num_target_choices` and
+            `seed` matter here.
 
     Returns:
         `SyntheticSamples`: `(len(clusters), samples_per_cluster, ...)` each.
     """
     count = config.samples_per_cluster
-    samples, targets, log_weights = [], [], []
+    num_rows = sum(len(r) for r in rows)
+    parts = []
     for cluster in clusters:
         generator = torch.Generator().manual_seed(config.seed * 1_000_003 + cluster)
-        pieces = [(inputs.from_batch(x), y) for x, y in batches.group(cluster)]
+        pieces = [inputs.read(x, y) for x, y in batches.group(cluster)]
         real = torch.cat([x for x, _ in pieces])
         labels = torch.cat([y for _, y in pieces])
-        chosen = torch.randint(len(real), (count,), generator=generator)
-        if len(real) >= count:
-            chosen = torch.randperm(len(real), generator=generator)[:count]
-        if config.init == "nearest":
-            nearest = int((real - real.mean(0)).flatten(1).norm(dim=1).argmin())
-            chosen = torch.cat([torch.tensor([nearest]), chosen[chosen != nearest], chosen])[:count]
-        chosen = chosen.to(real.device)
-        samples.append(_start(config.init, real, chosen, generator))
-        if config.init in ("mean", "noise"):
-            share = torch.nn.functional.one_hot(labels, num_labels).float().mean(0)
-            smoothed = share * (1 - config.target_smoothing) + config.target_smoothing / num_labels
-            targets.append(smoothed.log().expand(count, num_labels))
-        else:
-            targets.append(soft_labels(labels[chosen], num_labels, config.target_smoothing))
-        log_weights.append(torch.full((count,), math.log(len(rows[cluster]) / len(reader) / count)))
-    return SyntheticSamples(
-        torch.stack(samples).contiguous(),
-        torch.stack(targets).contiguous(),
-        torch.stack(log_weights).to(samples[0].device),
-    )
+        chosen = _chosen(config, inputs, real, generator).to(real.device)
+        samples = inputs.start(config.init, real, chosen, generator)
+        own = None if config.init in ("mean", "noise") else labels[chosen]
+        samples |= _targets(labels, own, num_labels, config, generator)
+        positions = labels[chosen] if own is not None else labels.new_zeros(count, *labels.shape[1:])
+        weight = math.log(len(rows[cluster]) / num_rows / count)
+        if labels.dim() == 2:
+            labelled = float((labels != IGNORED_LABEL).sum()) / len(labels)
+            weight += math.log(max(labelled, 1.0) / row_loss.labels_per_row / labels.shape[1])
+        samples["log_weights"] = weight + UNLABELLED_LOG_WEIGHT * (positions == IGNORED_LABEL).float()
+        parts.append(samples)
+    return SyntheticSamples(**{name: torch.stack([part[name] for part in parts]).contiguous() for name in parts[0]})
 
 
-def _start(init: str, real: Tensor, chosen: Tensor, generator: torch.Generator) -> Tensor:
-    noise = torch.randn((len(chosen), *real.shape[1:]), generator=generator).to(real)
-    centre, deviation = real.mean(0), real.std(correction=0)
-    # A little noise where samples of a cluster would be identical: they would stay so.
-    if init in ("nearest", "random"):
-        rows = chosen.tolist()
-        repeated = torch.tensor([row in rows[:position] for position, row in enumerate(rows)], device=real.device)
-        return real[chosen] + 0.1 * deviation * noise * repeated.reshape(-1, *[1] * (real.dim() - 1))
-    if init == "mean":
-        return centre + 0.1 * deviation * noise
-    return real.mean() + deviation * noise
+def _chosen(config: DistillationConfig, inputs: InputSpace, real: Tensor, generator: torch.Generator) -> Tensor:
+    count = config.samples_per_cluster
+    chosen = torch.randint(len(real), (count,), generator=generator)
+    if len(real) >= count:
+        chosen = torch.randperm(len(real), generator=generator)[:count]
+    if config.init == "nearest":
+        nearest = int(inputs.distances(real).argmin())
+        chosen = torch.cat([torch.tensor([nearest]), chosen[chosen != nearest], chosen])[:count]
+    return chosen
+
+
+def _targets(
+    labels: Tensor, own: Tensor | None, num_labels: int, config: DistillationConfig, generator: torch.Generator
+) -> dict[str, Tensor]:
+    """Logits of the targets; over some of the labels only where there are more than `num_target_choices`."""
+    count, smoothing = config.samples_per_cluster, config.target_smoothing
+    shape = (count, *labels.shape[1:])
+    known = labels[labels != IGNORED_LABEL]
+    if num_labels <= config.num_target_choices:
+        if own is not None:
+            return {"targets": smoothed_one_hot(own.clamp_min(0), num_labels, smoothing)}
+        share = torch.nn.functional.one_hot(known, num_labels).float().mean(0)
+        return {"targets": (share * (1 - smoothing) + smoothing / num_labels).log().expand(*shape, num_labels)}
+    if own is not None:
+        # A position without a label starts from any of the cluster's.
+        own = torch.where(own == IGNORED_LABEL, known[0], own)
+    ids = choose_ids(known, own, shape, config.num_target_choices, num_labels, generator)
+    if own is None:
+        return {"targets": torch.zeros(ids.shape, device=ids.device), "target_ids": ids}
+    return {"targets": smoothed_one_hot(torch.zeros_like(own), ids.shape[-1], smoothing), "target_ids": ids}

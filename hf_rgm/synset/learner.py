@@ -13,15 +13,15 @@ from hf_rgm.exceptions import DivergenceError
 from hf_rgm.modeling import FunctionalModel
 from hf_rgm.synset.config import DistillationConfig
 from hf_rgm.synset.curvature import GaussNewton
-from hf_rgm.synset.inputs import ContinuousInputs
+from hf_rgm.synset.inputs import InputSpace
 from hf_rgm.synset.matching import (
     ReverseCurriculum,
     SynsetGradients,
-    SyntheticSamples,
     cluster_residuals,
     curvature_error,
     matching_error,
 )
+from hf_rgm.synset.samples import SyntheticSamples
 from hf_rgm.synset.states import MatchedState
 
 DIVERGED_FACTOR = 100.0
@@ -55,7 +55,7 @@ class BlockLearner:
 
     Args:
         model (`FunctionalModel`): The model as a function of its parameters.
-        inputs (`ContinuousInputs`): The continuous input space.
+        inputs (`InputSpace`): The space of the synthetic inputs.
         targets (`BlockTargets`): What to match.
         config (`DistillationConfig`): Settings.
         generator (`torch.Generator`): Draws the states of each iteration.
@@ -64,7 +64,7 @@ class BlockLearner:
     def __init__(
         self,
         model: FunctionalModel,
-        inputs: ContinuousInputs,
+        inputs: InputSpace,
         targets: BlockTargets,
         config: DistillationConfig,
         generator: torch.Generator,
@@ -159,13 +159,9 @@ class BlockLearner:
     def _match_curvature(self, index: int, samples: SyntheticSamples) -> None:
         if self.targets.probes is None or self.targets.products is None:
             return
-        curvature = GaussNewton(
-            self.model,
-            self.inputs,
-            samples.inputs.flatten(0, 1),
-            samples.log_weights.flatten().exp(),
-            self.targets.states[index],
-        )
+        flat = samples.flatten()
+        weights = flat.log_weights.exp()
+        curvature = GaussNewton(self.model, self.inputs.to_forward(flat), weights, self.targets.states[index])
         error = curvature_error(curvature.product(self.targets.probes[index]), self.targets.products[index])
         (self.config.curvature_weight * error).backward()
 

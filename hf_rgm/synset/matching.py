@@ -4,51 +4,18 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.func import grad, vmap
 
 from hf_rgm.modeling import FunctionalModel
-from hf_rgm.synset.inputs import ContinuousInputs
+from hf_rgm.synset.inputs import InputSpace
+from hf_rgm.synset.samples import SyntheticSamples, soft_cross_entropy
 
 logger = logging.getLogger(__name__)
 
 VECTORIZED_TOLERANCE = 1e-3
-
-
-@dataclass
-class SyntheticSamples:
-    """
-    The learned tensors of some clusters.
-
-    Args:
-        inputs (`Tensor`): `(num_clusters, samples_per_cluster, *input_shape)`, float32.
-        targets (`Tensor`): `(num_clusters, samples_per_cluster, num_labels)`, float32 logits.
-        log_weights (`Tensor`): `(num_clusters, samples_per_cluster)`, float32.
-    """
-
-    inputs: Tensor
-    targets: Tensor
-    log_weights: Tensor
-
-    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Inputs, targets and log-weights."""
-        return self.inputs, self.targets, self.log_weights
-
-    def detach(self) -> SyntheticSamples:
-        """The same values outside any graph."""
-        return SyntheticSamples(*(tensor.detach().clone() for tensor in self.tensors()))
-
-    def __getitem__(self, clusters: slice | Tensor) -> SyntheticSamples:
-        return SyntheticSamples(*(tensor[clusters] for tensor in self.tensors()))
-
-
-def soft_cross_entropy(logits: Tensor, targets: Tensor, log_weights: Tensor) -> Tensor:
-    """`sum_j exp(w_j) * CE(logits_j, softmax(targets_j))`, a scalar."""
-    losses = -(targets.softmax(-1) * logits.log_softmax(-1)).sum(-1)
-    return (log_weights.exp() * losses).sum()
 
 
 class SynsetGradients:
@@ -60,18 +27,19 @@ class SynsetGradients:
 
     Args:
         model (`FunctionalModel`): The model as a function of its parameters.
-        inputs (`ContinuousInputs`): How samples become forward arguments.
+        inputs (`InputSpace`): How samples become forward arguments.
     """
 
-    def __init__(self, model: FunctionalModel, inputs: ContinuousInputs) -> None:
+    def __init__(self, model: FunctionalModel, inputs: InputSpace) -> None:
         self.model = model
         self.inputs = inputs
         self._vectorized: bool | None = None
 
-    def loss(self, parameters: dict[str, Tensor], inputs: Tensor, targets: Tensor, log_weights: Tensor) -> Tensor:
-        """Weighted soft cross entropy of one cluster's samples, a scalar."""
-        logits = self.model.logits(parameters, self.inputs.to_forward(inputs))
-        return soft_cross_entropy(logits, targets, log_weights)
+    def loss(self, parameters: dict[str, Tensor], samples: dict[str, Tensor]) -> Tensor:
+        """Weighted soft cross entropy of one cluster's samples (tensors by name), a scalar."""
+        one = SyntheticSamples(**samples)
+        logits = self.model.logits(parameters, self.inputs.to_forward(one))
+        return soft_cross_entropy(logits, one.targets, one.log_weights, one.target_ids)
 
     def __call__(self, parameters: dict[str, Tensor], samples: SyntheticSamples) -> Tensor:
         """
@@ -83,12 +51,14 @@ class SynsetGradients:
         return self._together(parameters, samples) if self._vectorized else self._one_by_one(parameters, samples)
 
     def _together(self, parameters: dict[str, Tensor], samples: SyntheticSamples) -> Tensor:
-        gradients = vmap(grad(self.loss), in_dims=(None, 0, 0, 0))(parameters, *samples.tensors())
+        gradients = vmap(grad(self.loss), in_dims=(None, 0))(parameters, samples.named_tensors())
         return self.model.space.flatten(gradients)
 
     def _one_by_one(self, parameters: dict[str, Tensor], samples: SyntheticSamples) -> Tensor:
+        named = samples.named_tensors()
         rows = [
-            self.model.space.flatten(grad(self.loss)(parameters, *one)) for one in zip(*samples.tensors(), strict=True)
+            self.model.space.flatten(grad(self.loss)(parameters, {name: t[k] for name, t in named.items()}))
+            for k in range(len(samples.inputs))
         ]
         return torch.stack(rows)
 
@@ -115,7 +85,8 @@ class SynsetGradients:
         """Cluster gradients, and the derivative of their energy in the inputs: both orders are needed to distil."""
         leaves = samples.detach()
         with torch.enable_grad():
-            value = compute(parameters, SyntheticSamples(leaves.inputs.requires_grad_(), *leaves.tensors()[1:]))
+            leaves.inputs.requires_grad_()
+            value = compute(parameters, leaves)
             (slope,) = torch.autograd.grad(value.square().sum(), leaves.inputs)
         return value.detach(), slope
 

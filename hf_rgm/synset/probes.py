@@ -8,11 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hf_rgm.losses import CROSS_ENTROPY, IGNORED_LABEL, RowLoss, check_labels
 from hf_rgm.modeling import FunctionalModel
 from hf_rgm.rows import RowReader
 from hf_rgm.synset.curvature import GaussNewton
-from hf_rgm.synset.inputs import ContinuousInputs
-from hf_rgm.synset.targets import check_labels, row_gradients
+from hf_rgm.synset.targets import row_gradients
 from hf_rgm.trajectory.path import RecordedPath, adjoint_directions
 from hf_rgm.trajectory.storage import Trajectory
 
@@ -24,10 +24,10 @@ MAX_INTEGRATION_STEPS = 100
 
 def curvature_probes(
     model: FunctionalModel,
-    inputs: ContinuousInputs,
     reader: RowReader,
     trajectory: Trajectory,
     steps: tuple[int, ...],
+    row_loss: RowLoss = CROSS_ENTROPY,
     *,
     num_probes: int,
     seed: int,
@@ -41,10 +41,10 @@ def curvature_probes(
 
     Args:
         model (`FunctionalModel`): The trained model.
-        inputs (`ContinuousInputs`): The continuous input space.
         reader (`RowReader`): The training rows.
         trajectory (`Trajectory`): The recorded run.
         steps (`tuple[int, ...]`): Recorded steps to give directions for, ascending.
+        row_loss (`RowLoss`, *optional*): The loss of a row. Defaults to the cross entropy.
         num_probes (`int`): Directions for each state.
         seed (`int`): Draws the rows.
 
@@ -55,10 +55,10 @@ def curvature_probes(
     final = trajectory.num_steps
     rows, labels = reader.batch(order[:num_probes])
     parameters = model.space.unflatten(model.space.flatten(trajectory.final.parameters).to(model.device))
-    check_labels(labels, model.logits(parameters, rows).shape[-1])
-    gradients = _unit(row_gradients(model, parameters, rows, labels))
-    sample = inputs.from_batch(reader.batch(order[-MAX_ROWS:])[0])
-    weights = torch.full((len(sample),), 1 / len(sample), device=model.device)
+    check_labels(model.logits(parameters, rows), labels)
+    gradients = _unit(row_gradients(model, parameters, rows, labels, row_loss))
+    sample, labels = reader.batch(order[-MAX_ROWS:])
+    weights = (labels != IGNORED_LABEL) / (len(labels) * row_loss.labels_per_row)
     span = final - steps[0]
     path = RecordedPath(
         trajectory,
@@ -68,7 +68,7 @@ def curvature_probes(
         stride=max(1, -(-span // MAX_INTEGRATION_STEPS)),
     )
     directions = adjoint_directions(
-        path, gradients, lambda step: GaussNewton(model, inputs, sample, weights, path.state(step)).product
+        path, gradients, lambda step: GaussNewton(model, sample, weights, path.state(step)).product
     )
     return torch.stack([_unit(directions.get(step, gradients)) for step in steps])
 

@@ -18,7 +18,8 @@ from hf_rgm.clusters import ClusterMap
 from hf_rgm.exceptions import ParameterMismatchError
 from hf_rgm.files import read_json, staged_folder, write_json
 from hf_rgm.modeling import parameters_sha256
-from hf_rgm.synset.matching import SyntheticSamples
+from hf_rgm.synset.inputs import SoftTokens
+from hf_rgm.synset.samples import SyntheticSamples
 from hf_rgm.synset.states import MatchedState
 from hf_rgm.trajectory.storage import Trajectory
 
@@ -37,8 +38,8 @@ class Synset:
 
     Args:
         samples (`SyntheticSamples`): Inputs `(num_clusters, samples_per_cluster, *input_shape)`, target logits
-            `(num_clusters, samples_per_cluster, num_labels)`, log-weights `(num_clusters, samples_per_cluster)`, all
-            float32.
+            `(num_clusters, samples_per_cluster, *positions, num_labels)`, log-weights
+            `(num_clusters, samples_per_cluster, *positions)`, all float32.
         clusters (`ClusterMap`): Which training row belongs to which cluster.
         trajectories (`tuple[Trajectory, ...]`): The recorded training runs (row ids are not shared); the first is that
             of the model the synset belongs to, others repeat it with other seeds.
@@ -78,9 +79,8 @@ class Synset:
 
     def __post_init__(self) -> None:
         inputs, targets, log_weights = self.samples.tensors()
-        per_cluster = (self.clusters.num_clusters, *log_weights.shape[1:2])
         matched = (len(self.matched_states), self.clusters.num_clusters)
-        for name, tensor in zip(("inputs", "targets", "log_weights"), self.samples.tensors(), strict=True):
+        for name, tensor in self.samples.named_tensors().items():
             if tensor.shape[0] != self.clusters.num_clusters:
                 raise ValueError(
                     f"Synset {name} hold {tensor.shape[0]} clusters, but the cluster map has "
@@ -92,10 +92,25 @@ class Synset:
                     f"Synset {name} are NaN or infinite in clusters {[self.clusters.names[k] for k in bad[:5]]}. "
                     "Distil again with lower learning rates."
                 )
-        if not inputs.shape[:2] == targets.shape[:2] == log_weights.shape == per_cluster:
+        if (
+            not inputs.shape[:2] == targets.shape[:2] == log_weights.shape[:2]
+            or targets.shape[:-1] != log_weights.shape
+        ):
             raise ValueError(
                 f"Synset inputs {tuple(inputs.shape)}, targets {tuple(targets.shape)} and log_weights "
                 f"{tuple(log_weights.shape)} do not belong together: they hold different numbers of samples."
+            )
+        for name, learned in (("input_ids", inputs), ("target_ids", targets)):
+            ids = getattr(self.samples, name)
+            if ids is not None and (ids.shape != learned.shape or ids.is_floating_point() or bool((ids < 0).any())):
+                raise ValueError(
+                    f"Synset {name} {tuple(ids.shape)}, {ids.dtype}, do not belong to logits {tuple(learned.shape)}: "
+                    "they must be the integers, not negative, that these choose from. Copy or distil it again."
+                )
+        if (self.samples.input_ids is None) == (self.input_name == SoftTokens.name):
+            raise ValueError(
+                f"The synset's inputs are `{self.input_name}`, but it holds "
+                f"{'no' if self.samples.input_ids is None else 'its own'} input_ids. Copy or distil it again."
             )
         if self.residuals.shape != matched:
             raise ValueError(
@@ -131,7 +146,7 @@ class Synset:
     @property
     def num_samples(self) -> int:
         """Number of synthetic samples."""
-        return self.samples.log_weights.numel()
+        return len(self.samples.log_weights) * self.samples.log_weights.shape[1]
 
     @property
     def matching_error(self) -> float:
@@ -141,7 +156,7 @@ class Synset:
     @property
     def samples_sha256(self) -> str:
         """Identity of the synthetic samples."""
-        return parameters_sha256(dict(zip(("inputs", "targets", "log_weights"), self.samples.tensors(), strict=True)))
+        return parameters_sha256(self.samples.named_tensors())
 
     def check_parameters(self, parameters: Mapping[str, Tensor], *, force: bool = False) -> None:
         """
@@ -178,17 +193,9 @@ class Synset:
 
         self._check_fidelity()
         card = synset_card(self)
-        inputs, targets, log_weights = self.samples.tensors()
         with staged_folder(save_directory, CONFIG_FILE) as folder:
-            save_file(
-                {
-                    "inputs": inputs.contiguous(),
-                    "targets": targets.contiguous(),
-                    "log_weights": log_weights.contiguous(),
-                    "residuals": self.residuals.contiguous(),
-                },
-                folder / TENSORS_FILE,
-            )
+            tensors = {**self.samples.named_tensors(), "residuals": self.residuals}
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / TENSORS_FILE)
             (folder / "data").mkdir()
             self.to_pandas().to_parquet(folder / "data" / "train.parquet", index=False)
             self.clusters.save(folder / "clusters")
@@ -235,7 +242,13 @@ class Synset:
             if not isinstance(num_runs, int) or num_runs < 1:
                 raise ValueError(f"{folder / CONFIG_FILE} names {num_runs!r} recorded runs. Copy or distil it again.")
             synset = cls(
-                samples=SyntheticSamples(tensors["inputs"], tensors["targets"], tensors["log_weights"]),
+                samples=SyntheticSamples(
+                    tensors["inputs"],
+                    tensors["targets"],
+                    tensors["log_weights"],
+                    input_ids=tensors.get("input_ids"),
+                    target_ids=tensors.get("target_ids"),
+                ),
                 clusters=ClusterMap.load(folder / "clusters"),
                 trajectories=tuple(Trajectory.load(folder / RUNS_FOLDER / str(run)) for run in range(num_runs)),
                 residuals=tensors["residuals"],
@@ -257,18 +270,23 @@ class Synset:
 
     def to_pandas(self) -> pd.DataFrame:
         """
-        One line per synthetic sample: cluster, cluster size, most likely label, weight, matching error, input.
+        One line per synthetic sample: cluster, cluster size, most likely label (one per token for language models),
+        weight, matching error, input.
         """
-        inputs, targets, log_weights = self.samples.tensors()
-        per_cluster = log_weights.shape[1]
+        flat = self.samples.flatten()
+        per_cluster = self.samples.log_weights.shape[1]
         cluster = torch.arange(self.num_clusters).repeat_interleave(per_cluster).tolist()
+        likeliest = flat.targets.argmax(-1)
+        if flat.target_ids is not None:
+            likeliest = flat.target_ids.gather(-1, likeliest[..., None])[..., 0]
+        weights = flat.log_weights.exp()
         return pd.DataFrame(
             {
                 "cluster": [self.clusters.names[k] for k in cluster],
                 "cluster_size": [int(self.clusters.sizes[k]) for k in cluster],
-                "label": targets.flatten(0, 1).argmax(-1).tolist(),
-                "weight": log_weights.exp().flatten().tolist(),
+                "label": likeliest.tolist(),
+                "weight": weights.flatten(1).sum(1).tolist() if weights.dim() > 1 else weights.tolist(),
                 "matching_error": [float(self.residuals[:, k].mean()) for k in cluster],
-                self.input_name: [sample.flatten().tolist() for sample in inputs.flatten(0, 1)],
+                self.input_name: [sample.flatten().tolist() for sample in flat.inputs],
             }
         )

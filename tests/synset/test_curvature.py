@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from hf_rgm.modeling import FunctionalModel
 from hf_rgm.synset.curvature import GaussNewton
 from hf_rgm.synset.inputs import ContinuousInputs
-from hf_rgm.synset.matching import SyntheticSamples, soft_cross_entropy
+from hf_rgm.synset.samples import SyntheticSamples, soft_cross_entropy
 from tests.recorded import Linear, TinyNet
 from tests.vision import vit
 
@@ -30,9 +30,8 @@ def setup(model, *shape, seed=0):
 
 def curvature(parts, **settings):
     model, inputs, samples, vector = parts
-    return GaussNewton(
-        model, inputs, samples.inputs.flatten(0, 1), samples.log_weights.flatten().exp(), vector, **settings
-    )
+    flat = samples.flatten()
+    return GaussNewton(model, inputs.to_forward(flat), flat.log_weights.exp(), vector, **settings)
 
 
 def dense(parts, **settings):
@@ -41,7 +40,7 @@ def dense(parts, **settings):
 
 def loss(model, inputs, samples):
     def function(vector):
-        logits = model.logits(model.space.unflatten(vector), inputs.to_forward(samples.inputs.flatten(0, 1)))
+        logits = model.logits(model.space.unflatten(vector), inputs.to_forward(samples.flatten()))
         return soft_cross_entropy(logits, samples.targets.flatten(0, 1), samples.log_weights.flatten())
 
     return function
@@ -56,7 +55,7 @@ def test_for_a_linear_model_it_is_the_hessian():
 
 def test_where_targets_are_the_models_own_output_it_is_the_hessian():
     model, inputs, samples, vector = setup(TinyNet(), 5)
-    logits = model.logits(model.space.unflatten(vector), inputs.to_forward(samples.inputs.flatten(0, 1)))
+    logits = model.logits(model.space.unflatten(vector), inputs.to_forward(samples.flatten()))
     samples.targets = logits.detach().reshape(3, 2, 3)
     hessian = torch.autograd.functional.hessian(loss(model, inputs, samples), vector)
     torch.testing.assert_close(dense((model, inputs, samples, vector)), hessian)
@@ -99,7 +98,8 @@ def test_products_are_differentiable_in_samples_and_weights(max_bytes, num_vecto
     vectors = torch.randn(num_vectors, model.num_parameters, generator=torch.Generator().manual_seed(1)).double()
 
     def energy(features, log_weights):
-        product = GaussNewton(model, inputs, features, log_weights.exp(), vector, max_bytes=max_bytes).product(vectors)
+        arguments = {inputs.name: features}
+        product = GaussNewton(model, arguments, log_weights.exp(), vector, max_bytes=max_bytes).product(vectors)
         return product.square().sum()
 
     features = samples.inputs.flatten(0, 1).requires_grad_()

@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 import torch
 from datasets import IterableDataset
+from torch.nn.functional import cross_entropy
 
 from hf_rgm.attribution.attributor import Attributor
 from hf_rgm.clusters import ClusterMap
 from hf_rgm.exceptions import DivergenceError
+from hf_rgm.losses import RowLoss
 from hf_rgm.modeling import FunctionalModel
 from hf_rgm.rows import CachedBatches, RowReader
 from hf_rgm.synset.config import INITIALISATIONS, DistillationConfig
@@ -242,13 +244,39 @@ def test_a_trajectory_folder_that_is_not_there_is_named(tmp_path):
         distiller(trajectory=tmp_path / "nowhere")
 
 
-def test_a_run_with_label_smoothing_is_refused(tmp_path):
+@pytest.mark.parametrize("own", [False, True], ids=["label smoothing", "row_loss"])
+def test_the_gradients_that_are_matched_are_those_of_the_loss_that_was_trained(tmp_path, own):
+    """With the whole of the data in one batch, the clusters' gradients add up to that of the Trainer's loss."""
     trainer = tiny_trainer(
         RUN.train_dataset,
         callbacks=[TrajectoryCallback(tmp_path / "trajectory")],
-        label_smoothing_factor=0.1,
+        label_smoothing_factor=0.3,
         num_train_epochs=1,
     )
     trainer.train()
-    with pytest.raises(NotImplementedError, match="label_smoothing_factor=0.1"):
-        distiller(model=trainer.model, trajectory=tmp_path / "trajectory")
+    model = trainer.model.eval()
+
+    def row_loss(logits, labels):
+        return cross_entropy(logits, labels, reduction="none", label_smoothing=0.3)
+
+    work = ReverseGradientMatchingDistiller(
+        model,
+        tmp_path / "trajectory",
+        RUN.train_dataset,
+        RUN.clusters,
+        row_loss=row_loss if own else None,
+        config=DistillationConfig(num_iterations=1),
+    )
+    loss = trainer.compute_loss(model, dict(RUN.train_dataset[:]))
+    expected = torch.autograd.grad(loss, list(model.parameters()))
+    parameters = work.model.parameters()
+    gradients = cluster_gradients(work.model, [parameters], work.batches, range(6), 48, work.row_loss)
+    total = work.model.space.unflatten(gradients[0].sum(0))
+    for name, value in zip(total, expected, strict=True):
+        torch.testing.assert_close(total[name], value, atol=1e-6, rtol=1e-5)
+    attributor = Attributor(model, work.distill(), disable_tqdm=True)
+    if own:
+        with pytest.raises(ValueError, match="distilled with a `row_loss` of its own"):
+            attributor.attribute(RUN.queries, rows=RUN.train_dataset)
+    else:
+        assert attributor.row_loss == RowLoss(label_smoothing=0.3)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from hf_rgm.losses import CROSS_ENTROPY
 from hf_rgm.modeling import FunctionalModel
 from hf_rgm.rows import CachedBatches, RowReader
 from hf_rgm.synset.config import INITIALISATIONS, DistillationConfig
@@ -20,7 +21,8 @@ def start(clusters=range(6), rows=None, **settings):
     rows = [run.clusters.rows(k) for k in range(6)] if rows is None else rows
     reader = RowReader(run.train_dataset, model)
     batches = CachedBatches(reader, rows, batch_size=3)
-    return initial_samples(reader, batches, rows, clusters, ContinuousInputs(model), 3, DistillationConfig(**settings))
+    config = DistillationConfig(**settings)
+    return initial_samples(batches, rows, clusters, ContinuousInputs(model), 3, CROSS_ENTROPY, config)
 
 
 def pixels(rows):

@@ -7,15 +7,14 @@ from hypothesis import strategies as st
 from torch.nn.functional import cross_entropy
 
 from hf_rgm.modeling import FunctionalModel
-from hf_rgm.synset.inputs import ContinuousInputs, soft_labels
+from hf_rgm.synset.inputs import ContinuousInputs
 from hf_rgm.synset.matching import (
     ReverseCurriculum,
     SynsetGradients,
-    SyntheticSamples,
     cluster_residuals,
     matching_error,
-    soft_cross_entropy,
 )
+from hf_rgm.synset.samples import SyntheticSamples, smoothed_one_hot, soft_cross_entropy
 from tests.recorded import TinyNet
 from tests.vision import vit
 
@@ -202,6 +201,6 @@ def test_curriculum_grows_early_when_the_earliest_state_matches():
     assert plan.window == 4
 
 
-def test_soft_labels_are_the_smoothed_distribution():
-    probabilities = soft_labels(torch.tensor([2]), 4, 0.2).exp()
+def test_smoothed_one_hot_is_the_smoothed_distribution():
+    probabilities = smoothed_one_hot(torch.tensor([2]), 4, 0.2).exp()
     assert probabilities[0].tolist() == pytest.approx([0.05, 0.05, 0.85, 0.05])

@@ -21,7 +21,7 @@ STEPS = tuple(step for step in RUN.trajectory.state_steps if step > 0)
 
 
 def probes(seed=0, num_probes=5):
-    return curvature_probes(MODEL, INPUTS, READER, RUN.trajectory, STEPS, num_probes=num_probes, seed=seed)
+    return curvature_probes(MODEL, READER, RUN.trajectory, STEPS, num_probes=num_probes, seed=seed)
 
 
 def test_probes_are_unit_vectors_that_depend_on_the_seed_alone():
@@ -37,13 +37,11 @@ def test_products_of_all_clusters_are_the_curvature_of_all_rows():
     states = [MODEL.space.flatten(RUN.trajectory.state(step).parameters) for step in STEPS]
     groups = [RUN.clusters.rows(k) for k in range(RUN.clusters.num_clusters)]
     batches = CachedBatches(READER, groups, batch_size=3)
-    products = curvature_products(
-        MODEL, INPUTS, states, directions, batches, range(RUN.clusters.num_clusters), len(READER)
-    )
-    samples = INPUTS.from_batch(READER.batch(range(len(READER)))[0])
+    products = curvature_products(MODEL, states, directions, batches, range(RUN.clusters.num_clusters), len(READER))
+    samples = READER.batch(range(len(READER)))[0]
     weights = torch.full((len(READER),), 1 / len(READER))
     for state, direction, product in zip(states, directions, products, strict=True):
-        expected = GaussNewton(MODEL, INPUTS, samples, weights, state).product(direction)
+        expected = GaussNewton(MODEL, samples, weights, state).product(direction)
         torch.testing.assert_close(product, expected, atol=1e-6, rtol=1e-4)
 
 
@@ -58,7 +56,7 @@ def test_distilling_brings_the_curvature_nearer_to_that_of_the_data():
     """With and without matching it, on probes that neither has seen."""
     clusters = ClusterMap.from_column(RUN.train_dataset, "labels")
     unseen = probes(seed=9, num_probes=16)
-    real = INPUTS.from_batch(READER.batch(range(len(READER)))[0])
+    real = READER.batch(range(len(READER)))[0]
     real_weights = torch.full((len(READER),), 1 / len(READER))
 
     def error(curvature_weight):
@@ -75,9 +73,10 @@ def test_distilling_brings_the_curvature_nearer_to_that_of_the_data():
         errors = []
         for step, vectors in zip(STEPS, unseen, strict=True):
             state = MODEL.space.flatten(RUN.trajectory.state(step).parameters)
-            weights = samples.log_weights.flatten().exp()
-            synthetic = GaussNewton(MODEL, INPUTS, samples.inputs.flatten(0, 1), weights, state).product(vectors)
-            expected = GaussNewton(MODEL, INPUTS, real, real_weights, state).product(vectors)
+            flat = samples.flatten()
+            weights = flat.log_weights.exp()
+            synthetic = GaussNewton(MODEL, INPUTS.to_forward(flat), weights, state).product(vectors)
+            expected = GaussNewton(MODEL, real, real_weights, state).product(vectors)
             errors.append(curvature_error(synthetic, expected))
         return float(torch.stack(errors).mean())
 

@@ -7,7 +7,7 @@ from torch.nn.functional import cross_entropy
 
 from hf_rgm.modeling import FunctionalModel
 from hf_rgm.rows import CachedBatches, RowReader
-from hf_rgm.synset.targets import cluster_gradients, row_losses
+from hf_rgm.synset.targets import cluster_gradients
 from hf_rgm.testing import tiny_recorded_run
 
 
@@ -43,23 +43,3 @@ def test_all_clusters_together_give_the_gradient_of_the_training_loss():
         lambda p: cross_entropy(model.logits(p, {"pixel_values": everything["pixel_values"]}), everything["labels"])
     )(state)
     torch.testing.assert_close(parts.sum(0), model.space.flatten(total), atol=1e-6, rtol=1e-4)
-
-
-@pytest.mark.parametrize("label", [-1, 3, -100])
-def test_a_label_out_of_range_is_named(label):
-    with pytest.raises(ValueError, match=f"Label {label} is out of range for a model with 3 classes"):
-        row_losses(torch.zeros(2, 3), torch.tensor([0, label]))
-
-
-@pytest.mark.parametrize(
-    ("logits", "labels"),
-    [
-        (torch.zeros(2, 4, 3), torch.zeros(2, 4, dtype=torch.int64)),
-        (torch.zeros(2, 3), torch.zeros(2, 3)),
-        (torch.zeros(2, 1), torch.zeros(2)),
-    ],
-    ids=["token labels", "multi-label", "regression"],
-)
-def test_other_problems_are_refused(logits, labels):
-    with pytest.raises(NotImplementedError, match="Single-label classification"):
-        row_losses(logits, labels)
