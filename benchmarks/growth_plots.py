@@ -28,7 +28,16 @@ BYTES = {
     "distilling_peak_bytes": "peak memory, distilling",
     "online_peak_bytes": "peak memory, scoring",
 }
-MARKERS = "osD^"
+STYLES = {
+    "recording_seconds": (LINES[0], "o"),
+    "kept_bytes": (LINES[0], "o"),
+    "distilling_seconds": (LINES[1], "s"),
+    "distilling_peak_bytes": (LINES[1], "s"),
+    "online_seconds": (LINES[2], "D"),
+    "online_peak_bytes": (LINES[2], "D"),
+    "training_peak_bytes": (NEUTRAL, "^"),
+}
+LEGEND_ROOM = 40  # the upper limit is raised by this factor
 TITLE = "Costs of hf_rgm beside one training of {num_steps} steps, {num_queries} queries"
 
 
@@ -105,12 +114,14 @@ def draw(report: dict[str, Any], path: Path) -> None:
         return
     figure = Figure(figsize=(4.6 * len(axes), 8.4), layout="constrained")
     panels = figure.subplots(2, len(axes), squeeze=False, sharey="row", sharex="col")
-    for column, axis in enumerate(axes):
-        for panel, costs in zip(panels[:, column], (TIMES, BYTES), strict=True):
+    for row, costs, label in zip(panels, (TIMES, BYTES), ("CPU time / one training", "bytes"), strict=True):
+        for panel, axis in zip(row, axes, strict=True):
             _draw_panel(panel, report, axis, costs)
-        panels[1, column].set_xlabel(COUNTS[axis])
-    panels[0, 0].set_ylabel("CPU time / one training")
-    panels[1, 0].set_ylabel("bytes")
+        row[0].set_ylabel(label)
+        low, high = row[0].get_ylim()
+        row[0].set_ylim(low, high * LEGEND_ROOM)
+    for panel, axis in zip(panels[1], axes, strict=True):
+        panel.set_xlabel(COUNTS[axis])
     figure.suptitle(TITLE.format(**report["identity"]))
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
@@ -120,14 +131,12 @@ def _draw_panel(panel: Axes, report: dict[str, Any], axis: str, costs: dict[str,
     panel.set_xscale("log")
     panel.set_yscale("log")
     panel.grid(color=GRID)
-    colors = {
-        cost: NEUTRAL if cost.startswith("training") else color for cost, color in zip(costs, LINES, strict=False)
-    }
-    for (cost, label), marker in zip(costs.items(), MARKERS, strict=False):
+    for cost, label in costs.items():
         x, y = series(report, axis, cost)
         law = power_law(x, y)
-        panel.plot(x, y, marker, color=colors[cost], label=f"{label}: exponent {law.exponent:.2f}")
-        panel.plot(x, law.factor * np.asarray(x, dtype=float) ** law.exponent, color=colors[cost], linewidth=1)
+        color, marker = STYLES[cost]
+        panel.plot(x, y, marker, color=color, label=f"{label}: exponent {law.exponent:.2f}")
+        panel.plot(x, law.factor * np.asarray(x, dtype=float) ** law.exponent, color=color, linewidth=1)
+        panel.set_xticks(x, labels=[f"{count:,}" for count in x], fontsize="small")
+    panel.minorticks_off()
     panel.legend(fontsize="small", loc="upper left", framealpha=0.85)
-    low, high = panel.get_ylim()
-    panel.set_ylim(low, high * 20)  # room for the legend
