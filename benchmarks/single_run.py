@@ -35,6 +35,7 @@ from benchmarks.report import RESULTS, Report, environment, versions
 from benchmarks.tasks import Task
 from hf_rgm.fidelity.retraining import retrain
 from hf_rgm.fidelity.scores import Estimate, leave_cluster_out_correlation, linear_datamodeling_score
+from hf_rgm.fidelity.subsets import kept_rows, random_masks
 from hf_rgm.modeling import parameters_sha256
 
 ABSENT = -100
@@ -94,20 +95,15 @@ def numbered(dataset: Dataset) -> Dataset:
 
 def removals(task: Task) -> NDArray[np.bool_]:
     """Masks without a random 1% of the rows, `(NUM_REMOVALS, num_rows)`."""
-    generator = np.random.default_rng(REMOVAL_SEED)
-    num_rows = len(task.train)
-    masks = np.ones((NUM_REMOVALS, num_rows), dtype=bool)
-    for mask in masks:
-        mask[generator.permutation(num_rows)[: round(REMOVED_SHARE * num_rows)]] = False
-    return masks
+    return ~random_masks(len(task.train), NUM_REMOVALS, keep=REMOVED_SHARE, seed=REMOVAL_SEED)
 
 
 def subsets(task: Task) -> dict[str, list[NDArray[np.int64]]]:
     """Rows that are present in each retraining."""
     return {
         "leave_out": ground_truth.subsets(task)["leave_out"],
-        "removals": [np.flatnonzero(mask) for mask in removals(task)],
-        "halves": [np.flatnonzero(mask) for mask in task.row_masks()[:NUM_HALVES]],
+        "removals": kept_rows(removals(task)),
+        "halves": kept_rows(task.row_masks()[:NUM_HALVES]),
     }
 
 

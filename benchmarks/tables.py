@@ -12,7 +12,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.formats import figure, markdown, ratio, size
+from benchmarks.growth_plots import growth_table
 from benchmarks.report import FORMAT_VERSION, RESULTS, ROOT
+from benchmarks.uses.tables import uses_tables
 
 README = ROOT / "README.md"
 PAGE = ROOT / "docs" / "benchmarks.md"
@@ -36,37 +39,22 @@ or subsets. The *noise ceiling* is one seed's retraining scored against the othe
 settings, the one that is reported was chosen on other queries.
 """
 
+GROWTH = """
+## Growth of costs
+
+Fashion-MNIST: one quantity grows while the others stay at 10,000 rows, 50 clusters and 20,490 parameters. Times are
+CPU time relative to one training of {num_steps} steps at the same point, whatever the number of rows; longer trainings
+make these ratios smaller. Distilling is that of the default number of iterations; scoring is that of {num_queries}
+queries by the default engine without the training rows. Both were measured in part and scaled up, see
+[benchmarks/growth.py](../benchmarks/growth.py). Exponents are those of power laws fitted to all points, and the slopes
+between the last two.
+
+![Costs against rows, clusters and parameters, with fitted power laws](growth.png)
+
+{table}
+"""
+
 Row = tuple[str, dict[str, Any]]
-
-
-def figure(values: dict[str, Any], key: str) -> str:
-    """A figure with its interval, and the number of queries without one."""
-    if key not in values:
-        return ""
-    estimate = values[key]
-    undefined = f" ({estimate['num_nan']} undefined)" if estimate["num_nan"] else ""
-    interval = "" if estimate["low"] is None else f" [{estimate['low']:.3f}, {estimate['high']:.3f}]"
-    return f"{estimate['value']:.3f}{interval}{undefined}"
-
-
-def size(num_bytes: int | None) -> str:
-    """Bytes as kB or MB."""
-    if num_bytes is None:
-        return ""
-    return f"{num_bytes / 1e6:,.1f} MB" if num_bytes >= 1e6 else f"{num_bytes / 1e3:,.0f} kB"
-
-
-def ratio(value: float | None) -> str:
-    """A cost relative to a training, two digits."""
-    return "" if value is None else f"{value:.2g}" if value < 10 else f"{value:.0f}"
-
-
-def markdown(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table, or nothing if there are no rows."""
-    if not rows:
-        return ""
-    lines = [" | ".join(titles), "|".join("---" for _ in titles), *(" | ".join(row) for row in rows)]
-    return "\n".join(f"| {line} |" if index != 1 else f"|{line}|" for index, line in enumerate(lines))
 
 
 def scored(report: dict[str, Any], *, ablations: bool = True) -> list[Row]:
@@ -209,8 +197,8 @@ def failures(report: dict[str, Any]) -> str:
     return "\n".join(f"- {name}: {entry['error']}" for name, entry in report["methods"].items() if "error" in entry)
 
 
-def page(reports: Sequence[dict[str, Any]]) -> str:
-    """All of docs/benchmarks.md."""
+def page(reports: Sequence[dict[str, Any]], growth: dict[str, Any] | None = None) -> str:
+    """All of docs/benchmarks.md: a section for each task, then the growth of costs, if it was measured."""
     sections: list[tuple[str, str, Callable[[dict[str, Any]], str]]] = [
         ("Agreement with retraining", "Spearman correlations, unless it says Pearson.", _all_methods),
         ("First queries", "All methods on the queries that those with dear queries were scored on.", first_queries),
@@ -218,6 +206,11 @@ def page(reports: Sequence[dict[str, Any]]) -> str:
             "Single-run truth",
             "Against retraining from the same initial parameters with the same batches in the same order.",
             single_run,
+        ),
+        (
+            "Uses",
+            "What the scores are good for, each checked by retraining.",
+            lambda report: uses_tables(report["uses"]) if "uses" in report else "",
         ),
         (
             "Outputs of perturbed models",
@@ -244,7 +237,8 @@ def page(reports: Sequence[dict[str, Any]]) -> str:
             if not content:
                 continue
             text += f"\n### {title}\n\n" + (f"{explanation}\n\n" if explanation else "") + content + "\n"
-    return text
+    table = growth_table(growth) if growth else ""
+    return text + (GROWTH.format(**growth["identity"], table=table) if growth and table else "")
 
 
 def _all_methods(report: dict[str, Any]) -> str:
@@ -261,7 +255,8 @@ def insert(text: str, report: dict[str, Any]) -> str:
 
 def read(folder: Path) -> list[dict[str, Any]]:
     """
-    The reports on reported queries, by task, each with its single-run report, if there is one, as `"single_run"`.
+    The reports on reported queries, by task, each with what else is known of the task, if it was measured:
+    single-run truth as `"single_run"`, uses of attributions as `"uses"`.
 
     Raises:
         ValueError: If one was written in another format; says how to write it again.
@@ -276,11 +271,17 @@ def read(folder: Path) -> list[dict[str, Any]]:
                 f"{path} has format version {report.get('format_version')}, not {FORMAT_VERSION}. Write it again with "
                 f"python -m benchmarks.run --task {path.stem} --anew."
             )
-        single_run = folder / f"single-run-{path.stem}.json"
-        if single_run.is_file():
-            report["single_run"] = json.loads(single_run.read_text(encoding="utf-8"))
+        for key, prefix in (("single_run", "single-run"), ("uses", "uses")):
+            found = read_if_there(folder / f"{prefix}-{path.stem}.json")
+            if found is not None:
+                report[key] = found
         reports.append(report)
     return reports
+
+
+def read_if_there(path: Path) -> dict[str, Any] | None:
+    """The content of a JSON file, or `None`."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
 if __name__ == "__main__":
@@ -290,4 +291,4 @@ if __name__ == "__main__":
         readme = insert(readme, one)
     README.write_text(readme, encoding="utf-8")
     PAGE.parent.mkdir(exist_ok=True)
-    PAGE.write_text(page(found), encoding="utf-8")
+    PAGE.write_text(page(found, read_if_there(RESULTS / "growth.json")), encoding="utf-8")

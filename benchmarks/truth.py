@@ -23,6 +23,7 @@ from datasets import concatenate_datasets
 from benchmarks.tasks import Task
 from hf_rgm import Objective
 from hf_rgm.fidelity.retraining import retrain
+from hf_rgm.fidelity.subsets import kept_rows
 
 CACHE = Path(os.environ.get("HF_RGM_BENCH_CACHE", Path.home() / ".cache" / "hf-rgm-benchmarks"))
 NUM_OUTPUT_SEEDS = 2
@@ -73,10 +74,9 @@ def load_task(name: str) -> Task:
 
 def subsets(task: Task) -> dict[str, list[np.ndarray]]:
     """Row subsets of each part of the ground truth."""
-    cluster_ids = task.clusters.cluster_ids
     return {
-        "rows": [np.flatnonzero(mask) for mask in task.row_masks()],
-        "clusters": [np.flatnonzero(mask[cluster_ids]) for mask in task.cluster_masks()],
+        "rows": kept_rows(task.row_masks()),
+        "clusters": kept_rows(task.cluster_masks(), task.clusters),
         "leave_out": [np.arange(len(task.train)), *task.leave_out_subsets()],
     }
 
@@ -91,7 +91,6 @@ def compute(task: Task, *, shard: tuple[int, int] = (0, 1), disable_tqdm: bool =
         [`Task.distance_masks`], named `"outputs of ..."`.
     """
     queries = concatenate_datasets([task.queries, task.tuning_queries]).with_format("torch")
-    cluster_ids = task.clusters.cluster_ids
     mine = slice(shard[0], None, shard[1])
     results = {
         part: retrain(
@@ -109,7 +108,7 @@ def compute(task: Task, *, shard: tuple[int, int] = (0, 1), disable_tqdm: bool =
         results[f"outputs of {part}"] = retrain(
             task.build_trainer,
             task.train,
-            [np.flatnonzero(mask[cluster_ids]) for mask in masks[mine]],
+            kept_rows(masks[mine], task.clusters),
             queries,
             seeds=task.seeds[:NUM_OUTPUT_SEEDS],
             objective=LOGITS,

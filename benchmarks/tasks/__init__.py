@@ -10,6 +10,7 @@ from datasets import Dataset
 from transformers import Trainer
 
 from hf_rgm import ClusterMap
+from hf_rgm.fidelity.subsets import kept_rows, leave_one_out_masks, random_masks
 
 CLUSTER_MASK_SEED = 7
 ROW_MASK_SEED = 8
@@ -45,16 +46,15 @@ class Task:
 
     def leave_out_subsets(self) -> list[np.ndarray]:
         """Rows kept when each cluster is left out."""
-        rows = np.arange(len(self.train))
-        return [np.setdiff1d(rows, self.clusters.rows(k)) for k in range(self.clusters.num_clusters)]
+        return kept_rows(leave_one_out_masks(self.clusters.num_clusters), self.clusters)
 
     def cluster_masks(self, seed: int = CLUSTER_MASK_SEED) -> np.ndarray:
         """Half-masks of clusters, `(num_cluster_masks, num_clusters)`, bool."""
-        return half_masks(self.clusters.num_clusters, self.num_cluster_masks, seed)
+        return random_masks(self.clusters.num_clusters, self.num_cluster_masks, seed=seed)
 
     def row_masks(self, seed: int = ROW_MASK_SEED) -> np.ndarray:
         """Half-masks of rows, `(num_row_masks, num_rows)`, bool."""
-        return half_masks(len(self.train), self.num_row_masks, seed)
+        return random_masks(len(self.train), self.num_row_masks, seed=seed)
 
     def distance_masks(self) -> dict[str, np.ndarray]:
         """
@@ -65,15 +65,6 @@ class Task:
         num_clusters = self.clusters.num_clusters
         left_out = np.linspace(0, num_clusters - 1, self.num_distances).round().astype(int)
         return {
-            "leave_out": ~np.eye(num_clusters, dtype=bool)[left_out],
+            "leave_out": leave_one_out_masks(num_clusters)[left_out],
             "halves": self.cluster_masks()[: self.num_distances],
         }
-
-
-def half_masks(num_items: int, num_masks: int, seed: int) -> np.ndarray:
-    """`num_masks` random halves of `num_items`: `(num_masks, num_items)`, bool."""
-    generator = np.random.default_rng(seed)
-    masks = np.zeros((num_masks, num_items), dtype=bool)
-    for mask in masks:
-        mask[generator.permutation(num_items)[: num_items // 2]] = True
-    return masks

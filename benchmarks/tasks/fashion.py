@@ -35,6 +35,17 @@ def read_idx(path: Path) -> NDArray[np.uint8]:
     return np.frombuffer(content, dtype=np.uint8, offset=4 + 4 * num_dimensions).reshape(shape)
 
 
+def load_images() -> tuple[NDArray[np.uint8], NDArray[np.uint8], NDArray[np.uint8], NDArray[np.uint8]]:
+    """Training pictures `(60000, 28, 28)` and labels, test pictures `(10000, 28, 28)` and labels, each shuffled."""
+    generator = np.random.default_rng(0)
+    shuffled = []
+    for part in ("train", "t10k"):
+        labels = read_idx(FOLDER / f"{part}-labels-idx1-ubyte.gz")
+        order = generator.permutation(len(labels))
+        shuffled += [read_idx(FOLDER / f"{part}-images-idx3-ubyte.gz")[order], labels[order]]
+    return tuple(shuffled)
+
+
 def fashion_task(name: str, **length: int) -> Task:
     """
     The task: the first 10,000 of the shuffled training pictures, queries from the test pictures.
@@ -43,14 +54,7 @@ def fashion_task(name: str, **length: int) -> Task:
         name: Of the task.
         length: `max_steps` or `num_train_epochs` of every training.
     """
-    parts = [
-        (read_idx(FOLDER / f"{part}-images-idx3-ubyte.gz"), read_idx(FOLDER / f"{part}-labels-idx1-ubyte.gz"))
-        for part in ("train", "t10k")
-    ]
-    generator = np.random.default_rng(0)
-    (train_images, train_labels), (test_images, test_labels) = (
-        (images[order], labels[order]) for images, labels in parts for order in (generator.permutation(len(labels)),)
-    )
+    train_images, train_labels, test_images, test_labels = load_images()
     return image_task(
         name,
         np.concatenate([train_images[:NUM_TRAIN], test_images])[:, None].astype(np.float32),

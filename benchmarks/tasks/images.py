@@ -19,16 +19,24 @@ NUM_QUERIES = 200
 
 
 def build_trainer(
-    dataset: Dataset, seed: int, callbacks=(), *, image_size: int, batch_size: int, **overrides
+    dataset: Dataset,
+    seed: int,
+    callbacks=(),
+    *,
+    image_size: int,
+    batch_size: int,
+    hidden_sizes: tuple[int, ...] = (16, 32),
+    **overrides,
 ) -> Trainer:
     """
-    AdamW at 2e-3 with linear decay, batches of `batch_size`, no clipping.
+    A CNN, AdamW at 2e-3 with linear decay, batches of `batch_size`, no clipping.
 
     `overrides` go to `TrainingArguments` and say how long to train: with `max_steps` a retraining on half of the rows
     takes as many steps as the recorded run, with `num_train_epochs` it takes half as many.
     """
     set_seed(seed)
-    model = SmallCnnForImageClassification(SmallCnnConfig(image_size=image_size, num_labels=10))
+    config = SmallCnnConfig(image_size=image_size, hidden_sizes=hidden_sizes, num_labels=10)
+    model = SmallCnnForImageClassification(config)
     settings = {
         "output_dir": tempfile.mkdtemp(prefix="hf-rgm-benchmark-"),
         "per_device_train_batch_size": batch_size,
@@ -47,6 +55,12 @@ def build_trainer(
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
+
+
+def image_dataset(images: NDArray[np.float32], labels: NDArray[np.integer]) -> Dataset:
+    """Pictures `(num_images, num_channels, side, side)` and labels `(num_images,)` as tensors for a `Trainer`."""
+    features = Features({"pixel_values": Array3D(images.shape[1:], "float32"), "labels": Value("int64")})
+    return Dataset.from_dict({"pixel_values": images, "labels": labels}, features=features).with_format("torch")
 
 
 def image_task(
@@ -69,12 +83,10 @@ def image_task(
         labels: `(num_images,)`.
     """
     images = (images - images[:num_train].mean()) / images[:num_train].std()
-    features = Features({"pixel_values": Array3D(images.shape[1:], "float32"), "labels": Value("int64")})
 
     def part(start: int, count: int) -> Dataset:
         rows = slice(start, start + count)
-        columns = {"pixel_values": images[rows], "labels": labels[rows]}
-        return Dataset.from_dict(columns, features=features).with_format("torch")
+        return image_dataset(images[rows], labels[rows])
 
     clusters = ClusterMap.from_embeddings(
         images[:num_train].reshape(num_train, -1), labels=labels[:num_train], num_clusters_per_class=5, seed=0

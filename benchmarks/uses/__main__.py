@@ -25,6 +25,7 @@ from benchmarks.report import RESULTS, environment, versions
 from benchmarks.uses import brittleness, mislabels, mixture
 from hf_rgm.files import write_json
 
+FORMAT_VERSION = 1
 USES = {"mislabels": mislabels.run, "brittleness": brittleness.run, "mixture": mixture.run}
 DEFAULT_METHODS = ("adjoint", "gradient cosine")
 
@@ -33,7 +34,8 @@ def main(task_name: str, uses: list[str], method_names: list[str]) -> None:
     """Measures the uses and writes each as soon as it is done."""
     task = ground_truth.load_task(task_name)
     path = RESULTS / f"uses-{task.name}.json"
-    report = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"task": task.name}
+    report = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    report |= {"format_version": FORMAT_VERSION, "task": task.name}
     with tempfile.TemporaryDirectory() as folder:
         recorded = Recorded(task, Path(folder) / "trajectory")
         for use in uses:

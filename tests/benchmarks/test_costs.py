@@ -23,6 +23,14 @@ def test_meter_is_set_where_the_block_raises():
     assert not meter._thread.is_alive()
 
 
+def test_meter_tells_processor_time_from_wall_time(monkeypatch):
+    monkeypatch.setattr("time.process_time", iter([2.0, 5.5]).__next__)
+    monkeypatch.setattr("time.perf_counter", iter([10.0, 20.0]).__next__)
+    with Meter() as meter:
+        pass
+    assert (meter.seconds, meter.cpu_seconds) == (10.0, 3.5)
+
+
 def test_folder_bytes(tmp_path):
     (tmp_path / "inner").mkdir()
     (tmp_path / "one").write_bytes(b"abc")

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from functools import partial
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from benchmarks import single_run
+from benchmarks import single_run, tables
 from benchmarks import truth as ground_truth
 from benchmarks.recorded import Entrant
 from benchmarks.single_run import SingleRunTruth, chosen_setting, figures, numbered, removals, single_run_trainer
@@ -118,3 +119,21 @@ def test_settings_are_those_the_benchmark_chose(monkeypatch, tmp_path):
         chosen_setting(task, entrant)
     write_json(tmp_path / "tiny.json", {"methods": {"grid": {"tuning": {"chosen": "b"}}}})
     assert chosen_setting(task, entrant) == "b"
+
+
+def test_the_script_writes_what_the_tables_read(monkeypatch, tmp_path):
+    monkeypatch.setattr(ground_truth, "CACHE", tmp_path / "cache")
+    monkeypatch.setattr(ground_truth, "load_task", lambda name: tiny.task(name=name))
+    monkeypatch.setattr(single_run, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(single_run, "NUM_REMOVALS", 3)
+    monkeypatch.setattr(single_run, "REMOVED_SHARE", 0.1)
+    monkeypatch.setattr(single_run, "NUM_HALVES", 3)
+    monkeypatch.setattr("hf_rgm.fidelity.scores.NUM_RESAMPLES", 3)
+    monkeypatch.setitem(single_run.METHODS, "exact", Entrant("exact", "tests", {"": tiny.exact}))
+    single_run.main("made-up", ["exact"], anew=False)
+    found = json.loads((tmp_path / "results" / "single-run-made-up.json").read_text())
+    assert found["identity"]["num_queries"] == found["methods"]["exact"]["num_queries"] == tiny.NUM_QUERIES
+    table = tables.single_run({"single_run": found}).splitlines()
+    assert table[0].startswith("| made-up, 8 queries | leave-cluster-out |")
+    value = found["methods"]["exact"]["figures"]["lds_halves"]["value"]
+    assert table[2].startswith("| exact |") and table[2].endswith(f"| {value:.3f} |")

@@ -5,7 +5,9 @@ import json
 
 import pytest
 
-from benchmarks.tables import figure, insert, page, read, size
+from benchmarks.formats import figure, size
+from benchmarks.growth_plots import BYTES, TIMES, TRAINING
+from benchmarks.tables import insert, page, read
 
 
 def estimate(value, num_nan=0):
@@ -126,13 +128,71 @@ def test_single_run(report):
     assert expected not in page([report])
 
 
+def test_uses(report):
+    mean = {"mean": 0.25, "standard_error": 0.125}
+    area = {"mean": 0.9, "sd": 0.05, "values": [0.85, 0.95]}
+    removal = {"removed": 3, "flipped": {"mean": 0.5}, "gap_fall": mean, "loss_rise": mean}
+    figures = {
+        "mislabels": {
+            "flipped_share": 0.1,
+            "seeds": [1, 2],
+            "best_area": 0.95,
+            "rankings": {"training loss": {"area": area, "found at 5%": area}},
+        },
+        "brittleness": {
+            "removals": {"queries": [4, 7], "methods": {"adjoint": [removal]}},
+            "loss_difference": {"removed": 12, "loss": 0.5, "rise": {"adjoint": 0.3}, "random_rises": [0.1, 0.3]},
+        },
+        "mixture": {
+            "two classes, weak": {
+                "objective": "mean_loss",
+                "predicted_change": -0.5,
+                "retrained_changes": {
+                    f"{name}, {where}": mean for name in ("suggested", "shuffled") for where in ("asked", "held_out")
+                },
+            }
+        },
+    }
+    uses = {use: {"figures": values} for use, values in figures.items()}
+    text = page([report | {"uses": uses}])
+    assert "| training loss | 0.900 ± 0.050 | 0.900 ± 0.050 |" in text
+    assert "| adjoint | 3 | 50% | 0.250 ± 0.125 | 0.250 ± 0.125 |" in text
+    assert "| adjoint | 0.3000 |\n| random rows | 0.2000 ± 0.1000 |" in text
+    assert "| two classes, weak, mean loss | suggested | -0.500 | +0.250 ± 0.125 | +0.250 ± 0.125 |" in text
+    assert "| two classes, weak, mean loss | shuffled |  | +0.250 ± 0.125 | +0.250 ± 0.125 |" in text
+    only = page([report | {"uses": {"format_version": 1, "task": "digits", "mixture": uses["mixture"]}}])
+    assert "suggested" in only and "training loss" not in only
+    assert "### Uses" not in page([report])
+
+
+def test_growth_stands_at_the_end(report):
+    costs = dict.fromkeys(TRAINING | TIMES | BYTES, 2e6)
+    growth = {
+        "identity": {"task": "growth", "num_steps": 7, "num_queries": 9},
+        "axes": {"rows": ["a", "b"]},
+        "methods": {name: {"num_rows": count, "costs": costs} for name, count in (("a", 10), ("b", 20))},
+    }
+    text = page([report], growth)
+    assert text.startswith(page([report]))
+    assert "one training of 7 steps" in text and "![" in text
+    assert "| 10 to 20 training rows | kept: the synset | 2.0 MB | 2.0 MB | 0.00 | 0.00 |" in text
+    assert page([report], growth | {"methods": {}}) == page([report])
+
+
 def test_read(report, tmp_path):
     tuning = {"identity": {"queries": "tuning"}}
-    for name, content in {"b": report, "a": report | {"seeds": {}}, "a-tuning": tuning, "single-run-b": {}}.items():
+    for name, content in {
+        "b": report,
+        "a": report | {"seeds": {}},
+        "a-tuning": tuning,
+        "single-run-b": {},
+        "uses-a": {},
+    }.items():
         (tmp_path / f"{name}.json").write_text(json.dumps(content))
     first, second = read(tmp_path)
     assert (first["seeds"], second["seeds"]) == ({}, report["seeds"])
-    assert "single_run" not in first
+    assert "single_run" not in first and "uses" not in second
+    assert first["uses"] == {}
     assert second["single_run"] == {}
     (tmp_path / "old.json").write_text('{"queries": "reported"}')
     with pytest.raises(ValueError, match="format version None, not 2.*--task old --anew"):

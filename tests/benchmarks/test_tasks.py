@@ -13,6 +13,15 @@ def test_masks_of_compared_outputs():
     assert np.array_equal(masks["halves"], tiny.task().cluster_masks()[:2])
 
 
+def test_halves_are_drawn_as_for_the_cached_truth():
+    """One permutation after another, its first half kept: other masks would make days of retraining useless."""
+    task = tiny.task()
+    for masks, num_items, seed in ((task.cluster_masks(), 6, 7), (task.row_masks(), 24, 8)):
+        generator = np.random.default_rng(seed)
+        for mask in masks:
+            assert set(np.flatnonzero(mask)) == set(generator.permutation(num_items)[: num_items // 2].tolist())
+
+
 @pytest.fixture(scope="module")
 def both():
     return digits.load(), digits_epochs.load()

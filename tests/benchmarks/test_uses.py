@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from functools import partial
 from types import SimpleNamespace
 
@@ -12,6 +13,7 @@ from benchmarks import truth as ground_truth
 from benchmarks.methods import METHODS
 from benchmarks.methods.baselines import gradient_cosine
 from benchmarks.recorded import Entrant, Recorded
+from benchmarks.uses import __main__ as script
 from benchmarks.uses import brittleness, mislabels, mixture
 from hf_rgm import ClusterMap
 from hf_rgm.attribution.mixture import MixtureSuggestion
@@ -212,3 +214,27 @@ class TestMislabels:
         for name in ("training loss", "hf_rgm, margin without the row", "hf_rgm, harm to held-out queries"):
             assert areas[name] > 0.85
         assert len(found["rankings"]["training loss"]["area"]["values"]) == 2
+
+
+class TestScript:
+    def test_a_use_is_written_as_soon_as_it_is_done_and_others_are_kept(self, task, monkeypatch, tmp_path):
+        def broken(recorded, method_names):
+            raise MemoryError("no room")
+
+        monkeypatch.setattr(ground_truth, "load_task", lambda name: task)
+        monkeypatch.setattr(script, "RESULTS", tmp_path)
+        calls = []
+        uses = {
+            "first": lambda recorded, names: calls.append((recorded.task, names)) or {"found": len(calls)},
+            "broken": broken,
+        }
+        monkeypatch.setattr(script, "USES", uses)
+        with pytest.raises(MemoryError):
+            script.main("tiny", ["first", "broken"], ["adjoint"])
+        assert calls == [(task, ["adjoint"])]
+        monkeypatch.setitem(uses, "second", uses["first"])
+        script.main("tiny", ["second"], [])
+        found = json.loads((tmp_path / "uses-tiny.json").read_text())
+        assert [found["first"]["figures"], found["second"]["figures"]] == [{"found": 1}, {"found": 2}]
+        assert (found["task"], found["format_version"], "broken" in found) == ("tiny", 1, False)
+        assert {"seconds", "environment", "versions"} < set(found["second"])
