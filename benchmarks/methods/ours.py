@@ -102,6 +102,7 @@ METHODS: dict[str, Method] = {
     "adjoint, quick preset": adjoint(**PRESETS["quick"]),
     "adjoint, 1 per cluster": adjoint(samples_per_cluster=1),
     "anchored replay": replay(engine="replay"),
+    "anchored replay, 5 runs": replay(engine="replay", num_runs=5),
     "plain replay": replay(engine="plain_replay"),
 }
 

@@ -91,13 +91,12 @@ def _as_weights(masks: np.ndarray) -> Tensor:
 def _ascend(attributor: Attributor, absent: Tensor, num_steps: int, learning_rate: float) -> Tensor:
     """Parameters after the ascent: `(num_parameters,)`."""
     model = attributor.model
-    inputs, targets, log_weights = (tensor.flatten(0, 1) for tensor in attributor.samples[absent].tensors())
+    samples = attributor.samples[absent].flatten()
     parameters = model.parameters()
     for _ in range(num_steps):
         leaves = {name: value.detach().requires_grad_() for name, value in parameters.items()}
-        loss = soft_cross_entropy(
-            model.logits(leaves, attributor.inputs.to_forward(inputs)), targets, log_weights.flatten()
-        )
+        logits = model.logits(leaves, attributor.inputs.to_forward(samples))
+        loss = soft_cross_entropy(logits, samples.targets, samples.log_weights)
         gradients = torch.autograd.grad(loss, list(leaves.values()))
         parameters = {
             name: value.detach() + learning_rate * gradient

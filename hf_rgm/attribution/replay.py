@@ -15,7 +15,7 @@ from hf_rgm.modeling import FunctionalModel
 from hf_rgm.synset.inputs import InputSpace
 from hf_rgm.synset.samples import SyntheticSamples, broadcast_masks, soft_cross_entropy
 from hf_rgm.trajectory.optimizers import apply_update
-from hf_rgm.trajectory.path import RecordedPath, deviation_step
+from hf_rgm.trajectory.path import RecordedPath, automatic_stride, deviation_step
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +30,8 @@ class ReplayEngine:
         samples (`SyntheticSamples`): The synset's samples, on the model's device.
         trajectory (`Trajectory`): The recorded run.
         rewind (`float`, *optional*, defaults to `0.27`): Fraction of training at which the replay starts.
-        stride (`int`, *optional*, defaults to `1`): Training steps per integration step (anchored only).
+        stride (`int`, *optional*): Training steps per integration step, 1 if not anchored. Defaults to the smallest
+            that needs at most 100 integration steps.
         anchored (`bool`, *optional*, defaults to `True`): Follow the recorded path and integrate only the deviation
             from it, so that the unperturbed replay is the trained model exactly. Otherwise start from the recorded
             state nearest to the rewind point, the last one excepted, and replay the optimizer itself.
@@ -48,10 +49,12 @@ class ReplayEngine:
         trajectory,
         *,
         rewind: float = 0.27,
-        stride: int = 1,
+        stride: int | None = None,
         anchored: bool = True,
         disable_tqdm: bool = False,
     ) -> None:
+        if stride is None:
+            stride = automatic_stride(trajectory, rewind) if anchored else 1
         if not anchored and stride != 1:
             raise ValueError(f"Plain replay takes every recorded step, got `stride={stride}`. Use `anchored=True`.")
         self.model = model

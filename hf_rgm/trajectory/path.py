@@ -208,7 +208,9 @@ class RecordedPath:
         if self.is_adaptive:
             recorded = [s for s in trajectory.state_steps if s > 0]
             moment = self._interpolate(start + (span + 1) / 2, recorded, self._flat_second_moment)
-            precondition = precondition / (moment.sqrt() + rule.groups[0].eps)
+            # An element without a second moment never received a gradient (the embedding of a token that no row has),
+            # and no row moves it; synthetic samples must not either, at a step of 1 / eps.
+            precondition = (precondition / (moment.sqrt() + rule.groups[0].eps)).where(moment > 0, zero)
         decay = self.space.expand_groups([g.weight_decay for g in rule.groups], rule.group_of, self.device)
         decoupled = rule.name == "adamw"
         rates = self.space.expand_groups(learning_rates.sum(0).tolist(), rule.group_of, self.device)

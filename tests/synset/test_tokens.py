@@ -92,9 +92,8 @@ def test_curvature_is_the_same_with_and_without_a_jacobian(parts, kind):
             for max_bytes in (2**30, 0)
         )
         expected = plenty.product(directions)
-        torch.testing.assert_close(
-            tight.product(directions), expected, atol=1e-6 * float(expected.abs().max()), rtol=0
-        )
+        rounding = 1e-6 * float(expected.abs().max())
+        torch.testing.assert_close(tight.product(directions), expected, atol=rounding, rtol=0)
 
 
 def test_trained_embeddings_get_soft_tokens_and_frozen_ones_free_vectors():

@@ -1,0 +1,150 @@
+"""The whole path on text models, from a `Trainer` run to scores and the model without a cluster."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import PrinterCallback, Trainer, TrainingArguments
+
+from hf_rgm import (
+    Attributor,
+    ClusterMap,
+    DistillationConfig,
+    ReverseGradientMatchingDistiller,
+    Synset,
+    TrajectoryCallback,
+)
+from hf_rgm.losses import RowLoss
+from hf_rgm.modeling import FunctionalModel
+from hf_rgm.rows import CachedBatches, RowReader
+from hf_rgm.synset.targets import cluster_gradients
+from tests.text import classifier, language_model, texts
+
+CLOSE = {"atol": 1e-6, "rtol": 1e-4}
+"""Float32 by another order of operations."""
+
+
+def lora(model):
+    config = LoraConfig(
+        r=2, lora_alpha=4, target_modules=["query", "value"], modules_to_save=["classifier"], task_type="SEQ_CLS"
+    )
+    return get_peft_model(model, config)
+
+
+MODELS = {
+    "bert": (lambda: classifier("bert"), "class"),
+    "gpt2 classifier": (lambda: classifier("gpt2"), "class"),
+    "gpt2": (lambda: language_model("gpt2"), "text"),
+    "llama": (lambda: language_model("llama"), "text"),
+    "bert LoRA": (lambda: lora(classifier("bert")), "class"),
+    "bert in bfloat16": (lambda: classifier("bert", dtype=torch.bfloat16), "class"),
+}
+
+
+@pytest.fixture(params=MODELS, scope="module")
+def run(request, tmp_path_factory):
+    make, labels = MODELS[request.param]
+    folder = tmp_path_factory.mktemp("run")
+    dataset = texts(labels=labels)
+    arguments = TrainingArguments(
+        output_dir=str(folder / "out"),
+        num_train_epochs=10,
+        per_device_train_batch_size=8,
+        learning_rate=5e-3,
+        save_strategy="no",
+        logging_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=True,
+    )
+    callback = TrajectoryCallback(folder / "trajectory", num_states=5)
+    trainer = Trainer(make(), arguments, train_dataset=dataset, callbacks=[callback])
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+    return trainer.model.eval(), folder / "trajectory", dataset, texts(6, labels=labels, seed=1)
+
+
+@pytest.fixture(scope="module")
+def clusters():
+    return ClusterMap.from_ids(np.arange(24) % 3, names=["zero", "one", "two"])
+
+
+def distil(run, clusters, **settings):
+    model, trajectory, dataset, _ = run
+    config = DistillationConfig(samples_per_cluster=2, num_tokens=6, **settings)
+    return ReverseGradientMatchingDistiller(
+        model, trajectory, dataset, clusters, config=config, disable_tqdm=True
+    ).distill()
+
+
+@pytest.fixture(scope="module")
+def synset(run, clusters):
+    return distil(run, clusters, num_iterations=80)
+
+
+def test_distilling_lowers_the_matching_error(run, clusters, synset):
+    assert synset.matching_error < 0.7 * distil(run, clusters, num_iterations=1).matching_error
+    trained = FunctionalModel(run[0]).trains_embeddings
+    assert synset.input_name == ("soft_tokens" if trained else "inputs_embeds")
+
+
+def test_a_saved_synset_scores_alike(run, synset, tmp_path):
+    model, _, _, queries = run
+    loaded = Synset.from_pretrained(synset.save_pretrained(tmp_path / "synset"))
+    assert loaded.samples_sha256 == synset.samples_sha256
+    scores = [
+        Attributor(model, kept, disable_tqdm=True).attribute(queries, objective="loss", rewind=0.5).scores
+        for kept in (synset, loaded)
+    ]
+    assert np.array_equal(*scores)
+
+
+@pytest.mark.parametrize("num_queries", [1, 6])
+def test_row_scores_add_up_to_those_of_their_clusters(run, clusters, synset, num_queries):
+    """One query goes through forward mode, six through the rows' gradients."""
+    model, _, dataset, queries = run
+    attributor = Attributor(model, synset, disable_tqdm=True)
+    result = attributor.attribute(queries.select(range(num_queries)), engine="adjoint", rows=dataset)
+    sums = result.row_scores @ np.eye(3)[clusters.cluster_ids]
+    np.testing.assert_allclose(sums, result.scores, rtol=1e-4, atol=1e-7)
+    assert np.isfinite(result.scores).all() and result.scores.any(1).all()
+
+
+def test_forward_mode_and_gradients_score_rows_alike(run, synset):
+    model, _, dataset, queries = run
+    attributor = Attributor(model, synset, disable_tqdm=True)
+    few = attributor.attribute(queries.select(range(2)), engine="adjoint", rows=dataset).row_scores
+    many = attributor.attribute(queries, engine="adjoint", rows=dataset).row_scores
+    np.testing.assert_allclose(few, many[:2], rtol=1e-3, atol=1e-5 * np.abs(many).max())
+
+
+def test_cluster_gradients_add_up_to_that_of_the_trainers_loss(run, clusters):
+    model, _, dataset, _ = run
+    functional = FunctionalModel(model)
+    reader = RowReader(dataset, functional)
+    batches = CachedBatches(reader, [clusters.rows(k) for k in range(3)], batch_size=5)
+    row_loss = RowLoss(labels_per_row=reader.labels_per_row())
+    parameters = functional.parameters()
+    total = cluster_gradients(functional, [parameters], batches, range(3), 24, row_loss)[0].sum(0)
+    copy = functional.module_with(parameters, like=model).float()
+    loss = copy(**dataset[:]).loss
+    own = [value for name, value in copy.named_parameters() if name in functional.space.names]
+    expected = torch.cat([g.flatten() for g in torch.autograd.grad(loss, own)])
+    torch.testing.assert_close(total, expected, **CLOSE)
+
+
+def test_the_model_without_a_cluster_is_one_of_its_kind(run, synset, tmp_path):
+    model, _, dataset, queries = run
+    without = Attributor(model, synset, disable_tqdm=True).model_without("one")
+    assert type(without) is type(model)
+    batch = queries[:]
+    with torch.no_grad():
+        before, after = (m(**batch).logits.float() for m in (model, without))
+    assert not torch.equal(before, after)
+    if isinstance(model, PeftModel):
+        without.save_pretrained(tmp_path)
+        again = PeftModel.from_pretrained(classifier("bert"), tmp_path).eval()
+        with torch.no_grad():
+            torch.testing.assert_close(again(**batch).logits, after, atol=0, rtol=0)
