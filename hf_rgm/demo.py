@@ -238,7 +238,7 @@ def run_demo(
         folder / "trajectory",
         data.train,
         clusters,
-        config=DistillationConfig(num_iterations=settings.num_iterations, seed=settings.seed),
+        config=DistillationConfig.from_preset("quick", num_iterations=settings.num_iterations, seed=settings.seed),
         disable_tqdm=disable_tqdm,
     )
     synset = distiller.distill()

@@ -137,9 +137,8 @@ class FunctionalModel:
             for name, parameter in own.items()
             if name not in self.space.names and parameter.dtype == torch.float32 and parameter.device == self.device
         }
-        # Mixed-precision training leaves its autocast wrapped around the forward; the copy computes in float32.
-        clone = extract_model_from_parallel(copy.deepcopy(model, shared), keep_fp32_wrapper=False)
-        self.module = _prepare(clone).to(self.device).requires_grad_(False)
+        self.module = _prepare(_copied(extract_model_from_parallel(model), shared)).to(self.device)
+        self.module.requires_grad_(False)
         self._host = _TokenHost(self.module)
         self._constants = {"use_cache": False} if "use_cache" in self.forward_arguments else {}
 
@@ -215,7 +214,7 @@ class FunctionalModel:
 
     def module_with(self, parameters: Mapping[str, Tensor], like: nn.Module) -> nn.Module:
         """A deep copy of `like` whose trainable parameters have the given values (cast to their own dtype)."""
-        clone = copy.deepcopy(like)
+        clone = _copied(like)
         own = dict(clone.named_parameters())
         with torch.no_grad():
             for name in self.space.names:
@@ -278,6 +277,26 @@ def _layer_norm(
     result = centred * (centred.square().mean(dimensions, keepdim=True) + eps).rsqrt()
     result = result if weight is None else result * weight
     return result if bias is None else result + bias
+
+
+def _copied(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
+    """
+    A deep copy whose modules run the forward of their class.
+
+    Training may leave a wrapper of that forward on the object: mixed precision its autocast, TRL a fused loss. Such a
+    wrapper may hold on to the original, whose parameters the copy would compute with.
+    """
+    clone = copy.deepcopy(model, memo)
+    for module in clone.modules():
+        own = vars(module).get("forward")
+        if own is not None and _unwrapped(own) is _unwrapped(type(module).forward):
+            del module.forward
+    return clone
+
+
+def _unwrapped(forward: Any) -> Any:
+    forward = inspect.unwrap(forward)
+    return getattr(forward, "__func__", forward)
 
 
 def _prepare(module: nn.Module) -> nn.Module:

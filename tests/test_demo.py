@@ -44,7 +44,7 @@ def test_it_tells_what_it_does(finished):
     text = "\n".join(lines)
     for part in (
         "on 120 digits, 6 of them with a flipped label",
-        "150 synthetic digits stand in for 120 real ones",
+        "60 synthetic digits stand in for 120 real ones",
         AttributionResult.SIGN_CONVENTION,
         "first 5% inspected",
         "first 10% inspected",
