@@ -230,13 +230,26 @@ class _TokenHost(nn.Module):
         self.module = module
 
     def forward(self, *, embed_only: Tensor | None = None, **inputs: Tensor) -> Any:
-        if embed_only is not None:
-            return _embedding(self.module)(embed_only)
-        if SOFT_TOKEN_IDS in inputs:
-            embedded = _embedding(self.module)(inputs.pop(SOFT_TOKEN_IDS))
-            shares = inputs.pop(SOFT_TOKEN_LOGITS).softmax(-1)
-            inputs["inputs_embeds"] = (shares[..., None] * embedded).sum(-2)
-        return self.module(**inputs)
+        with _WithoutMarks():
+            if embed_only is not None:
+                return _embedding(self.module)(embed_only)
+            if SOFT_TOKEN_IDS in inputs:
+                embedded = _embedding(self.module)(inputs.pop(SOFT_TOKEN_IDS))
+                shares = inputs.pop(SOFT_TOKEN_LOGITS).softmax(-1)
+                inputs["inputs_embeds"] = (shares[..., None] * embedded).sum(-2)
+            return self.module(**inputs)
+
+
+class _WithoutMarks(TorchFunctionMode):
+    """
+    Ignores `requires_grad_`.
+
+    Gradient checkpointing of PEFT models leaves hooks that mark embeddings so, which `torch.func` does not allow and
+    does not need; Transformers forgets all but the last of them.
+    """
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        return args[0] if func is Tensor.requires_grad_ else func(*args, **(kwargs or {}))
 
 
 def _embedding(module: nn.Module) -> nn.Module:

@@ -81,6 +81,7 @@ class RowReader:
             causal language model stand where they are predicted: one place further left than in the batch.
 
         Raises:
+            NotImplementedError: If the collator flattens rows into one sequence.
             ValueError: If the rows do not collate, carry no labels, or a floating-point input is NaN or infinite (rows
                 are named).
         """
@@ -93,6 +94,12 @@ class RowReader:
             raise ValueError(
                 f"Rows of `{self.what}` have no {' / '.join(LABEL_NAMES)} after collating (they have: "
                 f"{', '.join(batch) or 'nothing'}). Attribution compares losses, so every row needs its label."
+            )
+        if labels is not None and len(labels) != len(items):
+            raise NotImplementedError(
+                f"The `data_collator` turns {len(items)} rows of `{self.what}` into {len(labels)}, so that one cannot "
+                "be told from another. Train and distil with one that pads rows and does not flatten them into one "
+                "sequence (`DataCollatorWithFlattening`, `padding_free=True`)."
             )
         inputs = {}
         for name, value in batch.items():

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from hf_rgm.attribution.attributor import Attributor
 from hf_rgm.modeling import FunctionalModel, ParameterSpace, parameters_sha256
 from hf_rgm.testing import TinyConfig, TinyModel, tiny_dataset
 from tests.recorded import TinyNet
+from tests.text import classifier
 from tests.vision import distilled_run, train, vit, vit_run
 
 FLOAT_TOLERANCE = 1e-6
@@ -182,6 +184,32 @@ def test_computes_in_float32_after_mixed_precision_training(tmp_path):
     got = functional.logits(functional.parameters(), {"pixel_values": pixels()})
     assert functional.forward_arguments[0] == "pixel_values"
     torch.testing.assert_close(got, fresh.eval()(pixels()).logits, atol=FLOAT_TOLERANCE, rtol=1e-5)
+
+
+def test_a_wrapper_around_the_forward_does_not_tie_copies_to_the_original():
+    model = TinyNet()
+    inner = model.forward
+    model.forward = functools.wraps(inner)(lambda *args, **kwargs: inner(*args, **kwargs))
+    functional = FunctionalModel(model)
+    zeros = {name: torch.zeros_like(value) for name, value in functional.parameters().items()}
+    features = {"features": torch.ones(2, 5)}
+    assert not functional.logits(zeros, features).any()
+    assert not functional.module_with(zeros, like=model)(**features).any()
+    assert model(**features).any()
+
+
+def test_hooks_of_gradient_checkpointing_do_not_hinder_functional_transforms():
+    model = classifier("bert")
+    # Transformers keeps the handle of the second hook only.
+    model.enable_input_require_grads()
+    model.enable_input_require_grads()
+    functional, plain = FunctionalModel(model), FunctionalModel(classifier("bert"))
+    ids = {"input_ids": torch.tensor([[3, 4, 5]])}
+    got, expected = (
+        torch.func.jacrev(lambda p, f=f: f.logits(p, ids))(f.parameters())["classifier.bias"]
+        for f in (functional, plain)
+    )
+    assert torch.equal(got, expected)
 
 
 def test_a_bfloat16_model_is_recorded_distilled_saved_and_attributed(tmp_path):

@@ -41,6 +41,15 @@ def check_supported(args: TrainingArguments, model: nn.Module, lr_scheduler: Any
         raise NotImplementedError(
             "Recording under fp16 loss scaling is not supported. Train with `bf16=True` or in float32."
         )
+    strategy = getattr(args, "packing_strategy", None)
+    packed = getattr(args, "packing", False) and strategy != "wrapped"
+    if packed or getattr(args, "padding_free", False):
+        setting = f"packing_strategy={strategy!r}" if packed else "padding_free=True"
+        raise NotImplementedError(
+            f"{type(args).__name__}({setting}) flattens the rows of a batch into one sequence, where one cannot be "
+            'told from another. Train with `packing=False`, or with `packing_strategy="wrapped"`, whose packed rows '
+            "count as rows; in either case with `padding_free=False`."
+        )
     if getattr(lr_scheduler, "cycle_momentum", False):
         raise NotImplementedError(
             f"{type(lr_scheduler).__name__} changes the momentum at every step, which is not recorded. Create it with "
@@ -88,6 +97,8 @@ def describe_run(args: TrainingArguments, model: nn.Module, *, batch_size: int, 
         "fingerprint_columns": fingerprint_columns(args, model),
         "seeds": {"seed": args.seed, "data_seed": args.data_seed, "sampler_seed": sampler_seed},
         "loss_reduction": loss_reduction(model),
+        # TRL's name for the loss of its trainers.
+        "loss_type": getattr(args, "loss_type", None),
         "label_smoothing_factor": args.label_smoothing_factor,
         "max_grad_norm": args.max_grad_norm,
         "gradient_accumulation_steps": args.gradient_accumulation_steps,

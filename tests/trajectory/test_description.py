@@ -34,12 +34,18 @@ def supported(**changes):
         ({"world_size": 4}, "Recording on 4 processes is not supported yet"),
         ({"n_gpu": 2}, "DataParallel on 2 GPUs.*CUDA_VISIBLE_DEVICES"),
         ({"fp16": True}, "fp16 loss scaling.*bf16=True"),
+        ({"packing": True, "packing_strategy": "bfd"}, "packing_strategy='bfd'.*flattens.*packing=False"),
+        ({"packing": True, "packing_strategy": "wrapped", "padding_free": True}, "padding_free=True"),
     ],
 )
 def test_unsupported_set_ups_are_refused(changes, message):
     check_supported(supported(), MeanModel(), None)
     with pytest.raises(NotImplementedError, match=message):
         check_supported(supported(**changes), MeanModel(), None)
+
+
+def test_rows_that_are_packed_but_not_flattened_are_supported():
+    check_supported(supported(packing=True, packing_strategy="wrapped", padding_free=False), MeanModel(), None)
 
 
 def test_tensor_parallel_model_is_refused():
