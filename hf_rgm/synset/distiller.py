@@ -108,6 +108,12 @@ class ReverseGradientMatchingDistiller:
             train_dataset, self.model, data_collator=data_collator, remove_unused_columns=remove_unused_columns
         )
         self._check_belong_together(train_dataset)
+        loss_type = self.trajectories[0].metadata.get("loss_type")
+        if row_loss is None and loss_type not in (None, "nll"):
+            raise ValueError(
+                f"The recorded run was trained with `loss_type={loss_type!r}`, which is not the cross entropy. Pass the "
+                "loss of each row as `row_loss`."
+            )
         self.row_loss = RowLoss(
             labels_per_row=self.reader.labels_per_row(),
             label_smoothing=float(self.trajectories[0].metadata.get("label_smoothing_factor") or 0.0),
