@@ -127,7 +127,9 @@ def test_cluster_gradients_add_up_to_that_of_the_trainers_loss(run, clusters):
     batches = CachedBatches(reader, [clusters.rows(k) for k in range(3)], batch_size=5)
     row_loss = RowLoss(labels_per_row=reader.labels_per_row())
     parameters = functional.parameters()
-    total = cluster_gradients(functional, [parameters], batches, range(3), 24, row_loss)[0].sum(0)
+    total = cluster_gradients(functional, [functional.space.flatten(parameters)], batches, range(3), 24, row_loss)[
+        0
+    ].sum(0)
     copy = functional.module_with(parameters, like=model).float()
     loss = copy(**dataset[:]).loss
     own = [value for name, value in copy.named_parameters() if name in functional.space.names]

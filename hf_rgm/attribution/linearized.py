@@ -43,8 +43,8 @@ class LinearizedReplayEngine:
         rewind (`float`, *optional*, defaults to `0.14`): Fraction of training down to which effects are followed.
         stride (`int`, *optional*): Training steps per integration step. Defaults to the smallest that needs at most
             200 integration steps; halved where the deviation explodes, which weights above 1 make more likely.
-        cluster_gradients (`Callable`, *optional*): Takes parameters by name and returns the data's gradients `G_k`
-            there, `(num_clusters, num_parameters)`. Defaults to the synset's, which are an approximation.
+        cluster_gradients (`Callable`, *optional*): Takes a state `(num_parameters,)` and returns the data's gradients
+            `G_k` there, `(num_clusters, num_parameters)`. Defaults to the synset's, which are an approximation.
         max_bytes (`int`, *optional*, defaults to `2**30`): Memory for deviations and curvature factors.
         disable_tqdm (`bool`, *optional*, defaults to `False`): No progress bar.
     """
@@ -61,7 +61,7 @@ class LinearizedReplayEngine:
         *,
         rewind: float = 0.14,
         stride: int | None = None,
-        cluster_gradients: Callable[[dict[str, Tensor]], Tensor] | None = None,
+        cluster_gradients: Callable[[Tensor], Tensor] | None = None,
         max_bytes: int = 2**30,
         disable_tqdm: bool = False,
     ) -> None:
@@ -127,7 +127,7 @@ class LinearizedReplayEngine:
             if curvature is None or force is None or at != step.nearest_state:
                 at = step.nearest_state
                 curvature = self._curvature(at)
-                force = (masks - 1) @ self._cluster_gradients(self.model.space.unflatten(path.state(at)))
+                force = (masks - 1) @ self._cluster_gradients(path.state(at))
             change = force + curvature.product(deviation, weights=weights)
             deviation, momentum = deviation_step(step, deviation, momentum, change)
             norm = deviation.norm(dim=1)
@@ -150,5 +150,5 @@ class LinearizedReplayEngine:
             max_bytes=self._max_bytes,
         )
 
-    def _gradients_of_synset(self, parameters: dict[str, Tensor]) -> Tensor:
-        return self._synset_gradients(parameters, self.samples).detach()
+    def _gradients_of_synset(self, state: Tensor) -> Tensor:
+        return self._synset_gradients(self.model.space.unflatten(state), self.samples).detach()

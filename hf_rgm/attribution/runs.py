@@ -188,13 +188,13 @@ class RecordedRun:
             )
         return gradients
 
-    def _cluster_gradients(self, reader: RowReader) -> Callable[[dict[str, Tensor]], Tensor]:
+    def _cluster_gradients(self, reader: RowReader) -> Callable[[Tensor], Tensor]:
         clusters = range(self.clusters.num_clusters)
         batches = CachedBatches(reader, [self.clusters.rows(k) for k in clusters], batch_size=ROWS_AT_ONCE)
 
-        def gradients(parameters: dict[str, Tensor]) -> Tensor:
+        def gradients(state: Tensor) -> Tensor:
             with torch.enable_grad():
-                return cluster_gradients(self.model, [parameters], batches, clusters, len(reader), self.row_loss)[0]
+                return cluster_gradients(self.model, [state], batches, clusters, len(reader), self.row_loss)[0]
 
         return gradients
 

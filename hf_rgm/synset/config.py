@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from accelerate.utils import convert_file_size_to_int
+
 INITIALISATIONS = ("nearest", "random", "mean", "noise")
 TOKEN_INPUTS = ("auto", "inputs_embeds", "soft_tokens")
 PRESETS: dict[str, dict[str, Any]] = {
@@ -48,6 +50,10 @@ class DistillationConfig:
         batch_size (`int`, *optional*, defaults to `256`): Real rows in one backward pass.
         cluster_block_size (`int`, *optional*, defaults to `128`): Clusters distilled together; finished blocks are
             what a killed run keeps.
+        max_memory (`str`, *optional*, defaults to `"4GB"`): Memory for states, gradients and their graphs. Fewer
+            clusters are distilled together where they need more, and where one alone does, sketches of gradients are
+            matched instead.
+        sketch_dimension (`int`, *optional*, defaults to `65536`): Length of such a sketch.
         seed (`int`, *optional*, defaults to `0`): Seed of everything random.
     """
 
@@ -70,6 +76,8 @@ class DistillationConfig:
     curriculum_tolerance: float = field(default=0.05, metadata={"help": "Error at which earlier states join."})
     batch_size: int = field(default=256, metadata={"help": "Real rows in one backward pass."})
     cluster_block_size: int = field(default=128, metadata={"help": "Clusters distilled together."})
+    max_memory: str = field(default="4GB", metadata={"help": "Memory for states, gradients and their graphs."})
+    sketch_dimension: int = field(default=2**16, metadata={"help": "Length of a gradient's sketch, where needed."})
     seed: int = field(default=0, metadata={"help": "Seed of everything random."})
 
     def __post_init__(self) -> None:
@@ -83,6 +91,7 @@ class DistillationConfig:
             "num_tokens",
             "num_token_choices",
             "num_target_choices",
+            "sketch_dimension",
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
@@ -104,6 +113,24 @@ class DistillationConfig:
 
         if self.token_inputs not in TOKEN_INPUTS:
             raise ValueError(f"`token_inputs` must be one of {', '.join(TOKEN_INPUTS)}, got {self.token_inputs!r}.")
+
+        if self.max_bytes < 1:
+            raise ValueError(f"`max_memory` must be more than nothing, got {self.max_memory!r}.")
+
+    @property
+    def max_bytes(self) -> int:
+        """
+        `max_memory` in bytes.
+
+        Raises:
+            ValueError: If it is not a size such as `"4GB"` or `"500MB"`.
+        """
+        try:
+            return convert_file_size_to_int(self.max_memory)
+        except ValueError as error:
+            raise ValueError(
+                f"`max_memory` must be a size such as '4GB' or '500MB', got {self.max_memory!r}."
+            ) from error
 
     @classmethod
     def from_preset(cls, name: str, **settings: Any) -> DistillationConfig:

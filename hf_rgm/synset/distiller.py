@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,12 @@ from hf_rgm.synset.config import DistillationConfig
 from hf_rgm.synset.initialisation import initial_samples
 from hf_rgm.synset.inputs import input_space
 from hf_rgm.synset.learner import BlockLearner, BlockTargets
+from hf_rgm.synset.matching import SynsetGradients
+from hf_rgm.synset.memory import MemoryPlan, graph_bytes, plan_memory
 from hf_rgm.synset.probes import curvature_probes
 from hf_rgm.synset.samples import SyntheticSamples
-from hf_rgm.synset.states import matched_states
+from hf_rgm.synset.sketch import CountSketch, identity
+from hf_rgm.synset.states import StateVectors, matched_states
 from hf_rgm.synset.synset import Synset
 from hf_rgm.synset.targets import cluster_gradients, curvature_products
 from hf_rgm.trajectory.storage import Trajectory
@@ -122,6 +125,8 @@ class ReverseGradientMatchingDistiller:
         self.rows = [clusters.rows(k) for k in range(clusters.num_clusters)]
         self.batches = CachedBatches(self.reader, self.rows, batch_size=self.config.batch_size)
         self.matched_states = matched_states(self.trajectories)
+        self._gradients = SynsetGradients(self.model, self.inputs)
+        self._plan = self._plan_memory()
         self._store = BlockStore(output_dir, self._identity()) if output_dir is not None else None
 
     def _check_belong_together(self, train_dataset: Any) -> None:
@@ -163,6 +168,8 @@ class ReverseGradientMatchingDistiller:
             "dataset_fingerprint": self.trajectories[0].dataset_fingerprint,
             "cluster_ids_sha256": hashlib.sha256(self.clusters.cluster_ids.tobytes()).hexdigest(),
             "matched_states": [[state.run, state.step] for state in self.matched_states],
+            "block_size": self._plan.block_size,
+            "sketch_dimension": self._plan.sketch_dimension,
         }
 
     def distill(self) -> Synset:
@@ -177,21 +184,23 @@ class ReverseGradientMatchingDistiller:
             ValueError: If the data holds NaN, labels out of range, or inputs that are not continuous.
         """
         start = time.perf_counter()
-        states = torch.stack(
-            [
-                self.model.space.flatten(self.trajectories[state.run].state(state.step).parameters)
-                for state in self.matched_states
-            ]
-        ).to(self.model.device)
-        size = self.config.cluster_block_size
+        states = StateVectors(
+            self.model.space,
+            self.trajectories,
+            self.matched_states,
+            self.model.device,
+            in_memory=self._plan.sketch_dimension is None,
+        )
+        size = self._plan.block_size
         blocks = [range(k, min(k + size, len(self.rows))) for k in range(0, len(self.rows), size)]
         mine = blocks[self.accelerator.process_index :: self.accelerator.num_processes]
         finished = {b: done for b in mine if self._store and (done := self._store.read(b)) is not None}
         pending = [block for block in mine if block not in finished]
         with torch.enable_grad(), self.model.differentiable():
             probes = self._probes() if pending else None
+            sketch = self._sketch() if pending else identity
             for block in pending:
-                finished[block] = self._distill_block(block, states, probes)
+                finished[block] = self._distill_block(block, states, probes, sketch)
                 if self._store:
                     self._store.write(block, finished[block])
         gathered = gather_object([(block.start, finished[block]) for block in mine])
@@ -218,25 +227,56 @@ class ReverseGradientMatchingDistiller:
             },
         )
 
-    def _distill_block(self, block: range, states: Tensor, probes: Tensor | None) -> dict[str, Tensor]:
+    def _plan_memory(self) -> MemoryPlan:
+        with torch.enable_grad(), self.model.differentiable():
+            held = graph_bytes(self._gradients, self.model.parameters(), self._initial_samples(range(1)))
+        return plan_memory(
+            self.config,
+            num_parameters=self.model.num_parameters,
+            num_states=len(self.matched_states),
+            num_clusters=len(self.rows),
+            num_probes=self.config.num_probes if self.config.curvature_weight else 0,
+            graph_bytes=held,
+        )
+
+    def _sketch(self) -> Callable[[Tensor], Tensor]:
+        dimension = self._plan.sketch_dimension
+        if dimension is None:
+            return identity
+        return CountSketch(self.model.num_parameters, dimension, seed=self.config.seed, device=self.model.device)
+
+    def _initial_samples(self, block: range) -> SyntheticSamples:
+        return initial_samples(
+            self.batches, self.rows, block, self.inputs, self._num_labels(), self.row_loss, self.config
+        )
+
+    def _distill_block(
+        self, block: range, states: StateVectors, probes: Tensor | None, sketch: Callable[[Tensor], Tensor]
+    ) -> dict[str, Tensor]:
         config, model, num_rows = self.config, self.model, len(self.reader)
-        named = [model.space.unflatten(state) for state in states]
         targets = BlockTargets(
             names=[self.clusters.names[cluster] for cluster in block],
             matched=self.matched_states,
             states=states,
-            gradients=cluster_gradients(model, named, self.batches, block, num_rows, self.row_loss),
+            gradients=cluster_gradients(model, states, self.batches, block, num_rows, self.row_loss, sketch=sketch),
         )
         if probes is not None:
             targets.probes = probes
             targets.products = curvature_products(
                 model, list(states), probes, self.batches, block, num_rows, self.row_loss
             )
-        start = initial_samples(
-            self.batches, self.rows, block, self.inputs, self._num_labels(named[-1]), self.row_loss, config
-        )
+        start = self._initial_samples(block)
         generator = torch.Generator().manual_seed(config.seed * 1_000_003 + block.start)
-        learner = BlockLearner(model, self.inputs, targets, config, generator)
+        learner = BlockLearner(
+            model,
+            self.inputs,
+            targets,
+            config,
+            generator,
+            self._gradients,
+            sketch=sketch,
+            chunk_size=self._plan.chunk_size,
+        )
         samples = learner.learn(
             start,
             description=f"Distilling clusters {block.start}-{block.stop - 1}",
@@ -262,7 +302,7 @@ class ReverseGradientMatchingDistiller:
         left = [iter(probes) for probes in by_run]
         return torch.stack([next(left[state.run]) for state in self.matched_states])
 
-    def _num_labels(self, state: dict[str, Tensor]) -> int:
+    def _num_labels(self) -> int:
         inputs, _ = self.reader.batch([0])
         with torch.no_grad():
-            return self.model.logits(state, inputs).shape[-1]
+            return self.model.logits(self.model.parameters(), inputs).shape[-1]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,7 +22,8 @@ from hf_rgm.synset.matching import (
     matching_error,
 )
 from hf_rgm.synset.samples import SyntheticSamples
-from hf_rgm.synset.states import MatchedState
+from hf_rgm.synset.sketch import identity
+from hf_rgm.synset.states import MatchedState, StateVectors
 
 DIVERGED_FACTOR = 100.0
 
@@ -35,15 +36,15 @@ class BlockTargets:
     Args:
         names (`Sequence[str]`): The clusters' names.
         matched (`Sequence[MatchedState]`): Run and step of each state, the runs' final ones last.
-        states (`Tensor`): Parameters, `(num_states, num_parameters)`.
-        gradients (`Tensor`): `(num_states, num_clusters, num_parameters)`.
+        states (`StateVectors`): Parameters of each state.
+        gradients (`Tensor`): `(num_states, num_clusters, num_parameters)`, or sketches of that.
         probes, products (`Tensor`, *optional*): Directions and the curvature times them,
             `(num_states, num_probes, num_parameters)`; none where the curvature is not matched.
     """
 
     names: Sequence[str]
     matched: Sequence[MatchedState]
-    states: Tensor
+    states: StateVectors
     gradients: Tensor
     probes: Tensor | None = None
     products: Tensor | None = None
@@ -59,6 +60,9 @@ class BlockLearner:
         targets (`BlockTargets`): What to match.
         config (`DistillationConfig`): Settings.
         generator (`torch.Generator`): Draws the states of each iteration.
+        gradients (`SynsetGradients`): Gradients of the synthetic samples.
+        sketch (`Callable`, *optional*): What the targets' gradients went through. Defaults to nothing.
+        chunk_size (`int`, *optional*): Clusters matched in one backward pass. Defaults to all.
     """
 
     def __init__(
@@ -68,13 +72,20 @@ class BlockLearner:
         targets: BlockTargets,
         config: DistillationConfig,
         generator: torch.Generator,
+        gradients: SynsetGradients,
+        *,
+        sketch: Callable[[Tensor], Tensor] = identity,
+        chunk_size: int | None = None,
     ) -> None:
         self.model = model
         self.inputs = inputs
         self.targets = targets
         self.config = config
         self._generator = generator
-        self._gradients = SynsetGradients(model, inputs)
+        self._gradients = gradients
+        self._sketch = sketch
+        self._chunk_size = chunk_size or len(targets.names)
+        self._energies = targets.gradients.square().sum((1, 2))
         self._bounds: dict[int, float] = {}
 
     def learn(self, start: SyntheticSamples, *, description: str, disable_tqdm: bool) -> SyntheticSamples:
@@ -137,10 +148,10 @@ class BlockLearner:
         """
         rows = []
         for index, real in enumerate(self.targets.gradients):
-            synthetic = self._gradients(self._named(index), samples).detach()
-            rows.append(cluster_residuals(synthetic, real))
+            parts = [self._gradients(self._named(index), samples[chunk]).detach() for chunk in self._chunks()]
+            rows.append(cluster_residuals(torch.cat([self._sketch(part) for part in parts]), real))
             if not torch.isfinite(rows[-1]).all():
-                self._raise_diverged(index, synthetic)
+                self._raise_diverged(index, rows[-1])
         return torch.stack(rows)
 
     def _named(self, index: int) -> dict[str, Tensor]:
@@ -148,13 +159,21 @@ class BlockLearner:
 
     def _match(self, index: int, samples: SyntheticSamples) -> float:
         """Adds the gradient of the matching error at one state to the samples' and returns the error."""
-        synthetic = self._gradients(self._named(index), samples)
-        error = matching_error(synthetic, self.targets.gradients[index], self.config.total_gradient_weight)
-        error.backward()
-        value = error.item()
+        value, residuals = 0.0, []
+        for chunk in self._chunks():
+            synthetic = self._sketch(self._gradients(self._named(index), samples[chunk]))
+            real = self.targets.gradients[index, chunk]
+            error = matching_error(synthetic, real, self._energies[index], self.config.total_gradient_weight)
+            error.backward()
+            value += error.item()
+            residuals.append(cluster_residuals(synthetic.detach(), real))
         if not value < self._bounds.setdefault(index, DIVERGED_FACTOR * max(value, 1.0)):
-            self._raise_diverged(index, synthetic.detach())
+            self._raise_diverged(index, torch.cat(residuals))
         return value
+
+    def _chunks(self) -> list[slice]:
+        size = self._chunk_size
+        return [slice(start, start + size) for start in range(0, len(self.targets.names), size)]
 
     def _match_curvature(self, index: int, samples: SyntheticSamples) -> None:
         if self.targets.probes is None or self.targets.products is None:
@@ -165,8 +184,7 @@ class BlockLearner:
         error = curvature_error(curvature.product(self.targets.probes[index]), self.targets.products[index])
         (self.config.curvature_weight * error).backward()
 
-    def _raise_diverged(self, index: int, synthetic: Tensor) -> None:
-        residuals = cluster_residuals(synthetic, self.targets.gradients[index])
+    def _raise_diverged(self, index: int, residuals: Tensor) -> None:
         worst = int(residuals.nan_to_num(nan=torch.inf).argmax())
         raise DivergenceError(
             f"Distillation diverged at cluster {self.targets.names[worst]!r}, "

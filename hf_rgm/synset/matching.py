@@ -91,12 +91,13 @@ class SynsetGradients:
         return value.detach(), slope
 
 
-def matching_error(synthetic: Tensor, real: Tensor, total_weight: float) -> Tensor:
+def matching_error(synthetic: Tensor, real: Tensor, energy: Tensor, total_weight: float) -> Tensor:
     """
-    Squared distance between cluster gradients at one state, relative to the energy of the real ones.
+    Squared distance between cluster gradients at one state, relative to an energy.
 
     Args:
         synthetic, real (`Tensor`): `(num_clusters, num_parameters)`.
+        energy (`Tensor`): Sum of the squares of the real gradients of all clusters, a scalar.
         total_weight (`float`): tau, the weight of the term that matches the sum over clusters.
 
     Returns:
@@ -106,7 +107,7 @@ def matching_error(synthetic: Tensor, real: Tensor, total_weight: float) -> Tens
     error = difference.square().sum()
     if total_weight:
         error = error + total_weight * len(real) * difference.sum(0).square().sum()
-    return error / real.square().sum()
+    return error / energy
 
 
 def curvature_error(synthetic: Tensor, real: Tensor) -> Tensor:

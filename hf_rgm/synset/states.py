@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import torch
+from torch import Tensor
+
+from hf_rgm.modeling import ParameterSpace
 from hf_rgm.trajectory.storage import Trajectory
 
 
@@ -23,6 +27,51 @@ class MatchedState:
 
     def __str__(self) -> str:
         return f"recorded step {self.step}" + (f" of run {self.run}" if self.run else "")
+
+
+class StateVectors:
+    """
+    Parameters at the matched states as vectors, in memory or read from disk at every use.
+
+    Args:
+        space (`ParameterSpace`): How parameters are laid out.
+        trajectories (`Sequence[Trajectory]`): The recorded runs.
+        matched (`Sequence[MatchedState]`): Which states.
+        device (`torch.device`): Where to compute.
+        in_memory (`bool`): Keep them all.
+    """
+
+    def __init__(
+        self,
+        space: ParameterSpace,
+        trajectories: Sequence[Trajectory],
+        matched: Sequence[MatchedState],
+        device: torch.device,
+        *,
+        in_memory: bool,
+    ) -> None:
+        self._space = space
+        self._trajectories = trajectories
+        self._matched = matched
+        self._device = device
+        self._kept = [self._read(index) for index in range(len(matched))] if in_memory else None
+
+    def __len__(self) -> int:
+        return len(self._matched)
+
+    def __getitem__(self, index: int) -> Tensor:
+        """`(num_parameters,)`, float32."""
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        return self._kept[index] if self._kept is not None else self._read(index)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return (self[index] for index in range(len(self)))
+
+    def _read(self, index: int) -> Tensor:
+        state = self._matched[index]
+        parameters = self._trajectories[state.run].state(state.step).parameters
+        return self._space.flatten(parameters).to(self._device)
 
 
 def matched_states(trajectories: Sequence[Trajectory]) -> tuple[MatchedState, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from hf_rgm.losses import CROSS_ENTROPY, IGNORED_LABEL, RowLoss, check_labels
 from hf_rgm.modeling import FunctionalModel
 from hf_rgm.rows import CachedBatches
 from hf_rgm.synset.curvature import GaussNewton
+from hf_rgm.synset.sketch import identity
 from hf_rgm.vectorize import map_rows
 
 logger = logging.getLogger(__name__)
@@ -22,11 +23,13 @@ MAX_FORWARD_DIRECTIONS = 4
 
 def cluster_gradients(
     model: FunctionalModel,
-    states: Sequence[dict[str, Tensor]],
+    states: Iterable[Tensor],
     batches: CachedBatches,
     clusters: Sequence[int],
     num_rows: int,
     row_loss: RowLoss = CROSS_ENTROPY,
+    *,
+    sketch: Callable[[Tensor], Tensor] = identity,
 ) -> Tensor:
     """
     Gradient of the training loss that each cluster contributes, at each recorded state.
@@ -35,29 +38,35 @@ def cluster_gradients(
 
     Args:
         model (`FunctionalModel`): The model as a function of its parameters.
-        states (`Sequence[dict[str, Tensor]]`): Trainable parameters at each state.
+        states (`Iterable[Tensor]`): Parameters at each state, `(num_parameters,)`; gone through once per cluster.
         batches (`CachedBatches`): One group of rows per cluster.
         clusters (`Sequence[int]`): The groups to go through.
         num_rows (`int`): n, the rows of the whole training set.
         row_loss (`RowLoss`, *optional*): The loss of a row. Defaults to the cross entropy.
 
+        sketch (`Callable`, *optional*): Maps a gradient to what is kept of it. Defaults to all.
+
     Returns:
-        `Tensor`: `(num_states, len(clusters), num_parameters)`, float32, on the model's device.
+        `Tensor`: `(num_states, len(clusters), num_parameters or the sketch's)`, float32, on the model's device.
 
     Raises:
         NotImplementedError, ValueError: If labels do not fit the logits, see [`~hf_rgm.losses.check_labels`].
     """
-    result = torch.zeros(len(states), len(clusters), model.num_parameters, device=model.device)
-    for position, cluster in enumerate(clusters):
-        for inputs, labels in batches.group(cluster):
-            for index, state in enumerate(states):
-                parameters = {name: value.detach().requires_grad_() for name, value in state.items()}
+    result = []
+    for cluster in clusters:
+        result.append([])
+        for state in states:
+            named = model.space.unflatten(state)
+            total = torch.zeros(model.num_parameters, device=model.device)
+            for inputs, labels in batches.group(cluster):
+                parameters = {name: value.detach().requires_grad_() for name, value in named.items()}
                 logits = model.logits(parameters, inputs)
                 check_labels(logits, labels)
                 loss = row_loss(logits, labels).sum() / num_rows
                 gradients = torch.autograd.grad(loss, list(parameters.values()), materialize_grads=True)
-                result[index, position] += model.space.flatten(dict(zip(parameters, gradients, strict=True)))
-    return result
+                total += model.space.flatten(dict(zip(parameters, gradients, strict=True)))
+            result[-1].append(sketch(total))
+    return torch.stack([torch.stack(rows) for rows in result], dim=1)
 
 
 def row_gradients(

@@ -70,7 +70,8 @@ def test_stored_residuals_are_those_of_the_stored_samples():
     states = [RUN.trajectory.state(matched.step).parameters for matched in synset.matched_states]
     rows = [RUN.clusters.rows(k) for k in range(6)]
     batches = CachedBatches(RowReader(RUN.train_dataset, model), rows, batch_size=5)
-    real = cluster_gradients(model, states, batches, range(6), 48)
+    vectors = [model.space.flatten(state) for state in states]
+    real = cluster_gradients(model, vectors, batches, range(6), 48)
     gradients = SynsetGradients(model, ContinuousInputs(model))
     expected = [cluster_residuals(gradients(s, synset.samples), r) for s, r in zip(states, real, strict=True)]
     torch.testing.assert_close(synset.residuals, torch.stack(expected), atol=1e-6, rtol=1e-3)
@@ -208,9 +209,9 @@ class Broken:
             r"`pixel_values` .* NaN or infinite values in rows \[7\]",
         ),
         ({"labels": torch.tensor(3)}, "Label 3 is out of range for a model with 3 classes"),
-        ({"labels": torch.tensor(-100)}, "Label -100 is out of range"),
+        ({"labels": torch.tensor(-1)}, "Label -1 is out of range"),
     ],
-    ids=["nan", "label", "ignored label"],
+    ids=["nan", "label", "negative label"],
 )
 def test_broken_rows_are_named_and_nothing_is_written(tmp_path, changes, message):
     dataset = Broken(**changes)
@@ -270,7 +271,9 @@ def test_the_gradients_that_are_matched_are_those_of_the_loss_that_was_trained(t
     loss = trainer.compute_loss(model, dict(RUN.train_dataset[:]))
     expected = torch.autograd.grad(loss, list(model.parameters()))
     parameters = work.model.parameters()
-    gradients = cluster_gradients(work.model, [parameters], work.batches, range(6), 48, work.row_loss)
+    gradients = cluster_gradients(
+        work.model, [work.model.space.flatten(parameters)], work.batches, range(6), 48, work.row_loss
+    )
     total = work.model.space.unflatten(gradients[0].sum(0))
     for name, value in zip(total, expected, strict=True):
         torch.testing.assert_close(total[name], value, atol=1e-6, rtol=1e-5)

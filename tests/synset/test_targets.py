@@ -18,7 +18,8 @@ def test_cluster_gradients_equal_a_loop_over_rows(batch_size):
     states = [run.trajectory.state(step).parameters for step in (10, 48)]
     rows = [run.clusters.rows(k) for k in range(6)]
     batches = CachedBatches(RowReader(run.train_dataset, model), rows, batch_size=batch_size)
-    got = cluster_gradients(model, states, batches, [4, 0], num_rows=48)
+    vectors = [model.space.flatten(state) for state in states]
+    got = cluster_gradients(model, vectors, batches, [4, 0], num_rows=48)
     for index, state in enumerate(states):
         for position, cluster in enumerate([4, 0]):
             expected = torch.zeros(model.num_parameters)
@@ -37,7 +38,7 @@ def test_all_clusters_together_give_the_gradient_of_the_training_loss():
     state = run.trajectory.state(19).parameters
     rows = [run.clusters.rows(k) for k in range(6)]
     batches = CachedBatches(RowReader(run.train_dataset, model), rows, batch_size=7)
-    parts = cluster_gradients(model, [state], batches, range(6), num_rows=48)[0]
+    parts = cluster_gradients(model, [model.space.flatten(state)], batches, range(6), num_rows=48)[0]
     everything = run.train_dataset[np.arange(48)]
     total = torch.func.grad(
         lambda p: cross_entropy(model.logits(p, {"pixel_values": everything["pixel_values"]}), everything["labels"])
