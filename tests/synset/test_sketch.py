@@ -68,7 +68,7 @@ def test_samples_learned_on_sketches_match_the_whole_gradients():
     assert sketched._plan.chunk_size == 1
     synset = sketched.distill()
     # 80 numbers can be met better than the 163 they stand for, by samples that have 100 numbers of their own.
-    assert synset.matching_error < whole_error(synset) < 2 * exact.matching_error
+    assert synset.matching_error < whole_error(synset) < 3 * exact.matching_error
 
 
 def test_smaller_blocks_come_before_sketches():
