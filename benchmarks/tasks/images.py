@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable
 from functools import partial
 
 import numpy as np
 from datasets import Array3D, Dataset, Features, Value
 from numpy.typing import NDArray
-from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
+from transformers import Trainer, set_seed
 
 from benchmarks.models import SmallCnnConfig, SmallCnnForImageClassification
 from benchmarks.tasks import Task
+from benchmarks.tasks.trainers import quiet_trainer
 from hf_rgm import ClusterMap
 
 NUM_QUERIES = 200
@@ -37,24 +37,13 @@ def build_trainer(
     set_seed(seed)
     config = SmallCnnConfig(image_size=image_size, hidden_sizes=hidden_sizes, num_labels=10)
     model = SmallCnnForImageClassification(config)
-    settings = {
-        "output_dir": tempfile.mkdtemp(prefix="hf-rgm-benchmark-"),
-        "per_device_train_batch_size": batch_size,
-        "learning_rate": 2e-3,
-        "lr_scheduler_type": "linear",
-        "max_grad_norm": 0.0,
-        "seed": seed,
-        "save_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
-        "logging_strategy": "no",
-        "use_cpu": True,
-    }
-    trainer = Trainer(
-        model, TrainingArguments(**{**settings, **overrides}), train_dataset=dataset, callbacks=list(callbacks)
+    return quiet_trainer(
+        model,
+        dataset,
+        seed,
+        callbacks,
+        **{"per_device_train_batch_size": batch_size, "learning_rate": 2e-3, **overrides},
     )
-    trainer.remove_callback(PrinterCallback)
-    return trainer
 
 
 def image_dataset(images: NDArray[np.float32], labels: NDArray[np.integer]) -> Dataset:
