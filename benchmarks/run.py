@@ -268,4 +268,5 @@ if __name__ == "__main__":
     if given.num_queries and not given.tuning:
         parser.error("--num-queries is for --tuning: reported figures are those of all queries.")
     transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     main(given)

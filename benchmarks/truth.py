@@ -1,7 +1,8 @@
 """
 Ground truth of a task by retraining, cached as one file per retraining.
 
-Margins are cached in the task's folder, logits of the models whose outputs are compared in its subfolder `logits`.
+Values of the task's objective are cached in its folder, logits of the models whose outputs are compared in the
+subfolder `logits`.
 
     python -m benchmarks.truth --task digits                # everything
     python -m benchmarks.truth --task digits --shard 0/2    # half of the work, for two processes side by side
@@ -18,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import transformers
 from datasets import concatenate_datasets
 
 from benchmarks.tasks import Task
@@ -35,14 +37,14 @@ LOGITS = Objective("logits", lambda forward, queries: forward(queries.inputs).fl
 @dataclass
 class Truth:
     """
-    Retrained margins and outputs.
+    Retrained objectives and outputs.
 
     Args:
         leave_out (`np.ndarray`): `(num_seeds, num_queries, num_clusters)`, f(all) - f(without cluster).
         cluster_subsets (`np.ndarray`): `(num_seeds, num_queries, num_cluster_masks)`, objective values.
         row_subsets (`np.ndarray`): `(num_seeds, num_queries, num_row_masks)`, objective values.
         outputs (`dict[str, np.ndarray]`): For each of [`Task.distance_masks`], the logits of two seeds:
-            `(2, num_masks, num_queries, num_labels)`.
+            `(2, num_masks, num_queries, num_labels)`. Empty where the task compares none.
     """
 
     leave_out: np.ndarray
@@ -86,8 +88,8 @@ def compute(task: Task, *, shard: tuple[int, int] = (0, 1), disable_tqdm: bool =
     Every part of the ground truth, from the cache or anew; of a shard, every n-th retraining.
 
     Returns:
-        `dict[str, np.ndarray]`: margins `(num_subsets, num_seeds, num_queries + num_tuning_queries)` of the parts of
-        [`subsets`], and logits `(num_masks, 2, (num_queries + num_tuning_queries) * num_labels)` of the parts of
+        `dict[str, np.ndarray]`: objectives `(num_subsets, num_seeds, num_queries + num_tuning_queries)` of the parts
+        of [`subsets`], and logits `(num_masks, 2, (num_queries + num_tuning_queries) * num_labels)` of the parts of
         [`Task.distance_masks`], named `"outputs of ..."`.
     """
     queries = concatenate_datasets([task.queries, task.tuning_queries]).with_format("torch")
@@ -99,6 +101,7 @@ def compute(task: Task, *, shard: tuple[int, int] = (0, 1), disable_tqdm: bool =
             rows[mine],
             queries,
             seeds=task.seeds,
+            objective=task.objective,
             output_dir=CACHE / task.name,
             disable_tqdm=disable_tqdm,
         )
@@ -138,6 +141,8 @@ if __name__ == "__main__":
     parser.add_argument("--task", required=True)
     parser.add_argument("--shard", default="0/1", help="i/n: do every n-th retraining, starting with the i-th")
     arguments = parser.parse_args()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     torch.set_num_threads(1)
     index, count = map(int, arguments.shard.split("/"))
     compute(load_task(arguments.task), shard=(index, count))

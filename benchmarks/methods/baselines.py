@@ -38,7 +38,7 @@ def gradient_cosine(recorded: Recorded, queries: Dataset) -> Prediction:
     model = FunctionalModel(recorded.model)
     trained = model.parameters()
     reader = RowReader(queries, model, what="queries")
-    objective = resolve_objective("margin")
+    objective = resolve_objective(recorded.task.objective)
     gradients = objective.gradients(model, model.space.flatten(trained), Queries(*reader.batch(range(len(reader)))))
     gradients = torch.nn.functional.normalize(gradients)
     rows = RowReader(recorded.task.train, model)

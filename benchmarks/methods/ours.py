@@ -11,7 +11,7 @@ from datasets import Dataset
 
 from benchmarks.recorded import Method, Prediction, Recorded, synset_bytes
 from benchmarks.truth import LOGITS
-from hf_rgm import Attributor, DistillationConfig
+from hf_rgm import Attributor, DistillationConfig, Objective
 from hf_rgm.synset.config import PRESETS
 
 HALVES = "halves"
@@ -25,7 +25,13 @@ def adjoint(*, num_runs: int = 1, attribution: dict[str, Any] | None = None, **d
         synset, seconds = recorded.synset(DistillationConfig(**distillation), num_runs=num_runs)
         attributor = Attributor(recorded.model, synset, disable_tqdm=True)
         start = time.perf_counter()
-        result = attributor.attribute(queries, engine="adjoint", rows=recorded.task.train, **(attribution or {}))
+        result = attributor.attribute(
+            queries,
+            engine="adjoint",
+            objective=recorded.task.objective,
+            rows=recorded.task.train,
+            **(attribution or {}),
+        )
         return Prediction(
             result.scores,
             result.row_scores,
@@ -59,22 +65,22 @@ def replay(
         attributor = Attributor(recorded.model, synset, disable_tqdm=True)
         options = {"engine": engine, "rows": task.train if with_rows else None, **settings}
 
-        def replayed(weights: np.ndarray, **objective) -> np.ndarray:
+        def replayed(weights: np.ndarray, objective: str | Objective) -> np.ndarray:
             return attributor.replayed_values(
-                queries, torch.from_numpy(weights.astype(np.float32)), **objective, **options
+                queries, torch.from_numpy(weights.astype(np.float32)), objective=objective, **options
             )
 
         def weighted_up(masks: np.ndarray) -> np.ndarray:
             return masks * task.clusters.sizes.sum() / (masks @ task.clusters.sizes)[:, None]
 
         start = time.perf_counter()
-        result = attributor.attribute(queries, **options)
+        result = attributor.attribute(queries, objective=task.objective, **options)
         scored = time.perf_counter()
         masks = task.cluster_masks()
-        subsets = replayed(weighted_up(masks))
+        subsets = replayed(weighted_up(masks), task.objective)
         replayed_seconds = time.perf_counter() - scored
         outputs = {
-            part: replayed(weighted_up(chosen) if part == HALVES else chosen, objective=LOGITS).reshape(
+            part: replayed(weighted_up(chosen) if part == HALVES else chosen, LOGITS).reshape(
                 len(chosen), len(queries), -1
             )
             for part, chosen in task.distance_masks().items()

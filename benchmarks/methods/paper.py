@@ -19,7 +19,7 @@ from benchmarks.methods.ours import replay
 from benchmarks.recorded import Method, Prediction, Recorded
 from benchmarks.truth import LOGITS
 from hf_rgm import Attributor, DistillationConfig
-from hf_rgm.attribution.objectives import Queries, log_odds_margin
+from hf_rgm.attribution.objectives import Objective, Queries, resolve_objective
 from hf_rgm.attribution.perturbations import leave_one_out
 from hf_rgm.rows import RowReader
 from hf_rgm.synset.samples import soft_cross_entropy
@@ -46,38 +46,32 @@ def ascent(samples_per_cluster: int, *, num_steps: int, learning_rate: float, **
         model = attributor.model
         reader = RowReader(queries, model, what="queries")
         batch = Queries(*reader.batch(range(len(reader))))
-        trained = model.space.flatten(model.parameters())
+        objective = resolve_objective(recorded.task.objective)
 
-        def logits(masks: Tensor) -> Tensor:
-            """Logits under each mask: `(num_masks, num_queries, num_labels)`."""
-            rows = [
-                LOGITS.values(model, _ascend(attributor, mask < 0.5, num_steps, learning_rate), batch)
-                for mask in masks
-            ]
-            return torch.stack(rows).unflatten(1, (len(batch), -1))
+        def ascended(masks: Tensor, what: Objective) -> np.ndarray:
+            """Values under each mask: `(num_masks, num_values)`."""
+            parameters = (_ascend(attributor, mask < 0.5, num_steps, learning_rate) for mask in masks)
+            return np.stack([what.values(model, values, batch).numpy() for values in parameters])
 
-        def margins(outputs: Tensor) -> np.ndarray:
-            """`(num_queries, num_masks)`."""
-            return torch.stack([log_odds_margin(output, batch.labels) for output in outputs], dim=1).numpy()
-
-        unperturbed = margins(LOGITS.values(model, trained, batch).reshape(1, len(batch), -1))
-        scores = unperturbed - margins(logits(leave_one_out(synset.num_clusters)))
+        unperturbed = objective.values(model, model.space.flatten(model.parameters()), batch).numpy()
+        scores = (unperturbed - ascended(leave_one_out(synset.num_clusters), objective)).T
         scored = time.perf_counter()
         masks = recorded.task.cluster_masks()
-        subsets = margins(logits(_as_weights(masks)))
+        subsets = ascended(_as_weights(masks), objective).T
         subset_seconds = time.perf_counter() - scored
         return Prediction(
             scores,
             cluster_subset_values=subsets,
             outputs={
-                part: logits(_as_weights(chosen)).numpy() for part, chosen in recorded.task.distance_masks().items()
+                part: ascended(_as_weights(chosen), LOGITS).reshape(len(chosen), len(batch), -1)
+                for part, chosen in recorded.task.distance_masks().items()
             },
             offline_seconds=seconds,
             online_seconds=scored - start,
             model_seconds=subset_seconds / len(masks),
             details={
                 "matching_error": synset.matching_error,
-                "kept_bytes": sum(tensor.nbytes for tensor in synset.samples.tensors()),
+                "kept_bytes": sum(tensor.nbytes for tensor in synset.samples.named_tensors().values()),
             },
         )
 
@@ -96,7 +90,7 @@ def _ascend(attributor: Attributor, absent: Tensor, num_steps: int, learning_rat
     for _ in range(num_steps):
         leaves = {name: value.detach().requires_grad_() for name, value in parameters.items()}
         logits = model.logits(leaves, attributor.inputs.to_forward(samples))
-        loss = soft_cross_entropy(logits, samples.targets, samples.log_weights)
+        loss = soft_cross_entropy(logits, samples.targets, samples.log_weights, samples.target_ids)
         gradients = torch.autograd.grad(loss, list(leaves.values()))
         parameters = {
             name: value.detach() + learning_rate * gradient

@@ -21,13 +21,16 @@ class Task:
     """
     Args:
         name (`str`): For files and tables.
-        train, queries, tuning_queries (`Dataset`): `pixel_values` and `labels`.
+        train, queries, tuning_queries (`Dataset`): The model's inputs, of one shape, and `labels`: one a row, or one a
+            token for language models.
         clusters (`ClusterMap`): K clusters of the training rows.
         build_trainer (`Callable`): `build_trainer(dataset, seed, callbacks=())`, a fresh `Trainer`.
         num_cluster_masks, num_row_masks (`int`): Half-masks of the ground truth.
         seeds (`tuple[int, ...]`): Retraining seeds; the recorded run uses seed 0, which is none of them.
+        objective (`str`, *optional*, defaults to `"margin"`): What is attributed; one value for each query.
         num_distances (`int`, *optional*, defaults to `10`): Clusters left out, and as many half-masks, on which the
-            outputs of perturbed models are compared with those of retrained ones.
+            outputs of perturbed models are compared with those of retrained ones. 0 compares none, as for language
+            models, whose outputs are large.
         num_dear_queries (`int`, *optional*): Methods with dear queries are scored on the first so many only, and all
             methods are compared on these too. By default none are spared.
     """
@@ -41,6 +44,7 @@ class Task:
     num_cluster_masks: int
     num_row_masks: int
     seeds: tuple[int, ...]
+    objective: str = "margin"
     num_distances: int = 10
     num_dear_queries: int | None = None
 
@@ -60,8 +64,11 @@ class Task:
         """
         Masks of clusters on which outputs are compared, `(num_distances, num_clusters)` each, bool.
 
-        `leave_out` drops one cluster each, spread over all clusters; `halves` are the first of the half-masks.
+        `leave_out` drops one cluster each, spread over all clusters; `halves` are the first of the half-masks. Empty
+        where none are compared.
         """
+        if not self.num_distances:
+            return {}
         num_clusters = self.clusters.num_clusters
         left_out = np.linspace(0, num_clusters - 1, self.num_distances).round().astype(int)
         return {
