@@ -19,6 +19,7 @@ from benchmarks.peers.common import (
     summed_loss,
 )
 from benchmarks.recorded import Method, Prediction, Recorded
+from hf_rgm.synset.inputs import TOKENS
 from hf_rgm.trajectory.storage import Trajectory
 
 BATCH_SIZE = 256
@@ -49,11 +50,15 @@ def tracin(num_checkpoints: int | None = None) -> Method:
 
         train, tests = (as_tensors(part, recorded.model) for part in (recorded.task.train, queries))
         start = time.perf_counter()
+        model = Logits(recorded.model)
+        if model.input_name == TOKENS:
+            model.model.enable_input_require_grads()  # captum's hooks fail on layers whose inputs need no gradient
         peer = influence.TracInCP(
-            Logits(recorded.model),
+            model,
             loader(train, BATCH_SIZE),
             checkpoints=chosen,
             checkpoints_load_func=load_checkpoint,
+            layers=model.trained_layers(),
             loss_fn=summed_loss,
             test_loss_fn=negative_margin,
             sample_wise_grads_per_batch=True,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import importlib
 import time
 from collections.abc import Callable, Hashable, Iterable, Mapping
@@ -13,6 +12,7 @@ from types import ModuleType
 from typing import Any, TypeVar
 
 import numpy as np
+import torch
 from datasets import Dataset
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -21,6 +21,8 @@ from transformers import PreTrainedModel, default_data_collator
 
 from benchmarks.recorded import Prediction, Recorded
 from hf_rgm.attribution.objectives import log_odds_margin
+from hf_rgm.modeling import FunctionalModel, main_input_name
+from hf_rgm.synset.inputs import TOKENS
 
 INSTALL = (
     'pip install -c constraints.txt -e ".[bench]" && pip install -c constraints.txt --no-deps kronfluence '
@@ -45,7 +47,10 @@ def load_peer(module: str) -> ModuleType:
 
 class Logits(nn.Module):
     """
-    A copy of a Transformers model as a function from its main input to logits, in evaluation mode.
+    A copy of a Transformers or PEFT model as a function from its main input to logits, in evaluation mode.
+
+    Attention is eager: peers take derivatives of gradients, and gradients of single rows. What is not trained (all but
+    the adapters and the classifier, with LoRA) is a buffer, so that peers attribute to the trained parameters alone.
 
     Args:
         model (`PreTrainedModel`): The model; it is not touched.
@@ -53,12 +58,37 @@ class Logits(nn.Module):
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
-        self.model = copy.deepcopy(model)
-        self.input_name = model.main_input_name
+        functional = FunctionalModel(model)
+        self.model = functional.module
+        self.input_name = functional.main_input_name
+        for module_name, module in self.model.named_modules():
+            for name, parameter in list(module.named_parameters(recurse=False)):
+                if f"{module_name}.{name}".removeprefix(".") in functional.space.names:
+                    parameter.requires_grad_(True)
+                else:
+                    delattr(module, name)
+                    module.register_buffer(name, parameter.detach())
         self.eval()
 
     def forward(self, inputs: Tensor) -> Tensor:
-        return self.model(**{self.input_name: inputs}).logits
+        if self.input_name != TOKENS:
+            return self.model(**{self.input_name: inputs}).logits
+        # In the form that attention adds to its scores: Transformers asks whether all of a plain mask is set, which
+        # vmap cannot answer.
+        hidden = torch.finfo(torch.float32).min * ~self.mask(inputs)
+        return self.model(input_ids=inputs, attention_mask=hidden[:, None, None, :]).logits
+
+    def mask(self, tokens: Tensor) -> Tensor:
+        """Which tokens are not padding: bool, the shape of the tokens."""
+        return tokens != self.model.config.pad_token_id
+
+    def trained_layers(self) -> list[str]:
+        """Names of the linear and convolutional layers that are trained."""
+        return [
+            name
+            for name, module in self.named_modules()
+            if isinstance(module, nn.Linear | nn.Conv2d) and list(module.parameters(recurse=False))
+        ]
 
     def checkpoint(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """A whole state dict of this module, with the given parameters of the Transformers model."""
@@ -66,9 +96,17 @@ class Logits(nn.Module):
 
 
 def as_tensors(dataset: Dataset, model: PreTrainedModel) -> TensorDataset:
-    """The model's main input `(num_rows, ...)`, float32, and labels `(num_rows,)`, int64, of all rows."""
+    """
+    The model's main input `(num_rows, ...)`, float32, or token ids, and labels `(num_rows,)`, int64, of all rows.
+
+    Raises:
+        NotImplementedError: If rows have a label for each token.
+    """
     batch = default_data_collator([dataset[row] for row in range(len(dataset))])
-    return TensorDataset(batch[model.main_input_name].float(), batch["labels"])
+    if batch["labels"].dim() != 1:
+        raise NotImplementedError("The peers' adapters are for one label a row, not for language models.")
+    inputs = batch[main_input_name(model)]
+    return TensorDataset(inputs.float() if inputs.is_floating_point() else inputs, batch["labels"])
 
 
 def loader(rows: TensorDataset, batch_size: int | None = None) -> DataLoader:
@@ -83,7 +121,7 @@ def summed_loss(logits: Tensor, labels: Tensor) -> Tensor:
 
 def negative_margin(logits: Tensor, labels: Tensor) -> Tensor:
     """
-    The objective of every task as a peer's "loss of the query", summed over the batch.
+    The objective of tasks of classification as a peer's "loss of the query", summed over the batch.
 
     Descending on a row's loss changes the objective by -<its gradient, the loss's gradient>, so that with this sign a
     peer's inner product is positive where the presence of the row raises the objective.
@@ -144,7 +182,12 @@ def ensemble(recorded: Recorded, size: int) -> list[Member]:
 
 
 def _parameters(model: PreTrainedModel) -> dict[str, Tensor]:
-    return {name: value.detach().clone() for name, value in model.named_parameters()}
+    return {name: value.detach().clone() for name, value in model.named_parameters() if value.requires_grad}
+
+
+def trained_bytes(model: PreTrainedModel) -> int:
+    """Bytes that the trained parameters take."""
+    return num_bytes(parameter for parameter in model.parameters() if parameter.requires_grad)
 
 
 def num_bytes(tensors: Iterable[Tensor]) -> int:

@@ -23,6 +23,7 @@ from benchmarks.peers.common import (
     prediction,
     shared,
     summed_loss,
+    trained_bytes,
 )
 from benchmarks.recorded import Method, Prediction, Recorded
 from hf_rgm.trajectory.storage import Trajectory
@@ -65,7 +66,7 @@ def dvemb(second_moments: str | None = None) -> Method:
             scores.T,
             offline_seconds=embeddings.seconds,
             online_seconds=time.perf_counter() - start,
-            kept_bytes=num_bytes([*recorded.model.parameters(), *attributor.embeddings.values()]),
+            kept_bytes=trained_bytes(recorded.model) + num_bytes(attributor.embeddings.values()),
             dimension=attributor.embeddings[0].shape[1],
         )
 
@@ -114,16 +115,16 @@ def _embed(recorded: Recorded, second_moments: str | None) -> Embeddings:
 
     def place(trained: Any) -> None:
         with torch.no_grad():
-            for name, value in trained.named_parameters():
-                name = f"model.{name}"
-                model.get_parameter(name).copy_(value / scales.get(name, 1.0))
+            for name in trajectory.parameter_shapes:
+                own = f"model.{name}"
+                model.get_parameter(own).copy_(trained.get_parameter(name) / scales.get(own, 1.0))
 
     start = time.perf_counter()
     trainer = recorded.task.build_trainer(recorded.task.train, 0, callbacks=[CacheGradients()])
     trainer.train()
     place(trainer.model)
-    for name, value in recorded.model.named_parameters():
-        if not torch.equal(value.cpu(), trainer.model.get_parameter(name).cpu()):
+    for name in trajectory.parameter_shapes:
+        if not torch.equal(recorded.model.get_parameter(name).cpu(), trainer.model.get_parameter(name).cpu()):
             raise RuntimeError(f"Training with the recorded run's seed gave another `{name}`: it is not reproducible.")
     attributor.cache()
     return Embeddings(attributor, query_task, time.perf_counter() - start)

@@ -11,7 +11,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
-from benchmarks.peers.common import Logits, as_tensors, load_peer, loader, negative_margin, num_bytes, prediction
+from benchmarks.peers.common import Logits, as_tensors, load_peer, loader, negative_margin, prediction, trained_bytes
 from benchmarks.recorded import Method, Prediction, Recorded
 
 BATCH_SIZE = 256
@@ -75,7 +75,7 @@ def conjugate_gradients(regularization: float, *, num_iterations: int = 10, num_
             scores,
             offline_seconds=0.0,
             online_seconds=time.perf_counter() - start,
-            kept_bytes=num_bytes(recorded.model.parameters()),
+            kept_bytes=trained_bytes(recorded.model),
             num_hessian_rows=len(hessian_rows),
         )
 

@@ -20,12 +20,13 @@ from benchmarks.peers.common import (
     folder_bytes,
     load_peer,
     negative_margin,
-    num_bytes,
     prediction,
     shared,
     summed_loss,
+    trained_bytes,
 )
 from benchmarks.recorded import Method, Prediction, Recorded
+from hf_rgm.synset.inputs import TOKENS
 
 BATCH_SIZE = 256
 
@@ -70,7 +71,7 @@ def ekfac(damping_factor: float | None) -> Method:
             scores,
             offline_seconds=factors.seconds,
             online_seconds=time.perf_counter() - start,
-            kept_bytes=num_bytes(recorded.model.parameters())
+            kept_bytes=trained_bytes(recorded.model)
             + folder_bytes(folder, "*eigen*.safetensors")
             + folder_bytes(folder, "*lambda*.safetensors"),
         )
@@ -82,6 +83,9 @@ def _fit(recorded: Recorded) -> Factors:
     analyzer_module, arguments, task_module = (
         load_peer(f"kronfluence.{name}") for name in ("analyzer", "arguments", "task")
     )
+
+    model = Logits(recorded.model)
+    layers, mask, is_text = model.trained_layers(), model.mask, model.input_name == TOKENS
 
     class MarginTask(task_module.Task):
         """Summed losses of training rows, summed negative margins of queries."""
@@ -97,13 +101,19 @@ def _fit(recorded: Recorded) -> Factors:
             inputs, labels = batch
             return negative_margin(model(inputs), labels)
 
+        def get_influence_tracked_modules(self) -> list[str]:
+            return layers
+
+        def get_attention_mask(self, batch: list[Tensor]) -> Tensor | None:
+            return mask(batch[0]) if is_text else None
+
     folder = tempfile.TemporaryDirectory(prefix="hf-rgm-kronfluence-")
     train = as_tensors(recorded.task.train, recorded.model)
     task = MarginTask()
     start = time.perf_counter()
     analyzer = analyzer_module.Analyzer(
         "peer",
-        analyzer_module.prepare_model(Logits(recorded.model), task),
+        analyzer_module.prepare_model(model, task),
         task,
         cpu=True,
         disable_tqdm=True,

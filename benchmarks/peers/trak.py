@@ -15,7 +15,16 @@ from datasets import Dataset
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from benchmarks.peers.common import Logits, as_tensors, ensemble, load_peer, loader, num_bytes, prediction, shared
+from benchmarks.peers.common import (
+    Logits,
+    as_tensors,
+    ensemble,
+    load_peer,
+    loader,
+    prediction,
+    shared,
+    trained_bytes,
+)
 from benchmarks.recorded import Method, Prediction, Recorded
 from hf_rgm.attribution.objectives import log_odds_margin
 
@@ -103,7 +112,7 @@ class _Features:
             + finalized
             - start,
             online_seconds=time.perf_counter() - finalized,
-            kept_bytes=num_models * (4 * numbers_kept + num_bytes(self.recorded.model.parameters())),
+            kept_bytes=num_models * (4 * numbers_kept + trained_bytes(self.recorded.model)),
         )
 
     def _featurize(self, index: int, checkpoint: dict[str, Tensor]) -> None:
