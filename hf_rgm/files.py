@@ -12,6 +12,17 @@ from pathlib import Path
 from typing import Any
 
 
+def format_size(num_bytes: float) -> str:
+    """A number of bytes in words: `1.8 MB`."""
+    if num_bytes < 1000:
+        return f"{num_bytes:.0f} B"
+    for unit in ("kB", "MB", "GB"):
+        num_bytes /= 1000
+        if num_bytes < 1000:
+            return f"{num_bytes:.1f} {unit}"
+    return f"{num_bytes / 1000:.1f} TB"
+
+
 @contextlib.contextmanager
 def staged_folder(target: str | Path, marker: str) -> Iterator[Path]:
     """

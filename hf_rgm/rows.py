@@ -188,6 +188,10 @@ class CachedBatches:
     def __len__(self) -> int:
         return len(self._groups)
 
+    def num_rows(self, index: int) -> int:
+        """Number of rows of one group."""
+        return len(self._groups[index])
+
     def group(self, index: int):
         """Iterates over the batches `(inputs, labels)` of one group."""
         rows = self._groups[index]

@@ -20,6 +20,7 @@ from hf_rgm.modeling import FunctionalModel, parameters_sha256
 from hf_rgm.rows import CachedBatches, DataCollator, RowReader
 from hf_rgm.synset.blocks import BlockStore
 from hf_rgm.synset.config import DistillationConfig
+from hf_rgm.synset.costs import CostEstimate
 from hf_rgm.synset.initialisation import initial_samples
 from hf_rgm.synset.inputs import input_space
 from hf_rgm.synset.learner import BlockLearner, BlockTargets
@@ -30,7 +31,7 @@ from hf_rgm.synset.samples import SyntheticSamples
 from hf_rgm.synset.sketch import CountSketch, identity
 from hf_rgm.synset.states import StateVectors, matched_states
 from hf_rgm.synset.synset import Synset
-from hf_rgm.synset.targets import cluster_gradients, curvature_products
+from hf_rgm.synset.targets import cluster_gradients, curvature_products, time_row
 from hf_rgm.trajectory.storage import Trajectory
 
 logger = logging.getLogger(__name__)
@@ -114,8 +115,8 @@ class ReverseGradientMatchingDistiller:
         loss_type = self.trajectories[0].metadata.get("loss_type")
         if row_loss is None and loss_type not in (None, "nll"):
             raise ValueError(
-                f"The recorded run was trained with `loss_type={loss_type!r}`, which is not the cross entropy. Pass the "
-                "loss of each row as `row_loss`."
+                f"The recorded run was trained with `loss_type={loss_type!r}`, which is not the cross entropy. Pass "
+                "the loss of each row as `row_loss`."
             )
         self.row_loss = RowLoss(
             labels_per_row=self.reader.labels_per_row(),
@@ -171,6 +172,41 @@ class ReverseGradientMatchingDistiller:
             "block_size": self._plan.block_size,
             "sketch_dimension": self._plan.sketch_dimension,
         }
+
+    def estimate(self) -> CostEstimate:
+        """
+        What [`~ReverseGradientMatchingDistiller.distill`] will need, from the time of one batch and of one iteration.
+
+        Returns:
+            [`~hf_rgm.synset.costs.CostEstimate`]
+        """
+        model, plan, config = self.model, self._plan, self.config
+        states = StateVectors(model.space, self.trajectories, self.matched_states, model.device, in_memory=False)
+        block = range(plan.block_size)
+        with torch.enable_grad(), model.differentiable():
+            seconds_per_row = time_row(model, states[-1], self.batches, self.row_loss)
+            start = self._initial_samples(block)
+            like = torch.ones(1, device=model.device)
+            probes = like.expand(len(states), config.num_probes, model.num_parameters)
+            targets = BlockTargets(
+                names=[self.clusters.names[cluster] for cluster in block],
+                matched=self.matched_states,
+                states=states,
+                gradients=like.expand(len(states), len(block), plan.sketch_dimension or model.num_parameters),
+                probes=probes if config.curvature_weight else None,
+                products=probes if config.curvature_weight else None,
+            )
+            per_iteration = self._learner(targets, block, self._sketch()).time_iteration(start)
+        rows = seconds_per_row * len(self.reader) * len(states)
+        share = len(self.rows) / plan.block_size / min(self.accelerator.num_processes, plan.num_blocks)
+        samples_bytes = sum(tensor.nbytes for tensor in start.named_tensors().values()) * len(self.rows) // len(block)
+        return CostEstimate(
+            seconds=rows / self.accelerator.num_processes + per_iteration * config.num_iterations * share,
+            memory_bytes=plan.memory_bytes,
+            disk_bytes=2 * samples_bytes + sum(trajectory.states_bytes for trajectory in self.trajectories),
+            num_blocks=plan.num_blocks,
+            sketched=plan.sketch_dimension is not None,
+        )
 
     def distill(self) -> Synset:
         """
@@ -253,7 +289,7 @@ class ReverseGradientMatchingDistiller:
     def _distill_block(
         self, block: range, states: StateVectors, probes: Tensor | None, sketch: Callable[[Tensor], Tensor]
     ) -> dict[str, Tensor]:
-        config, model, num_rows = self.config, self.model, len(self.reader)
+        model, num_rows = self.model, len(self.reader)
         targets = BlockTargets(
             names=[self.clusters.names[cluster] for cluster in block],
             matched=self.matched_states,
@@ -266,23 +302,25 @@ class ReverseGradientMatchingDistiller:
                 model, list(states), probes, self.batches, block, num_rows, self.row_loss
             )
         start = self._initial_samples(block)
-        generator = torch.Generator().manual_seed(config.seed * 1_000_003 + block.start)
-        learner = BlockLearner(
-            model,
-            self.inputs,
-            targets,
-            config,
-            generator,
-            self._gradients,
-            sketch=sketch,
-            chunk_size=self._plan.chunk_size,
-        )
+        learner = self._learner(targets, block, sketch)
         samples = learner.learn(
             start,
             description=f"Distilling clusters {block.start}-{block.stop - 1}",
             disable_tqdm=self.disable_tqdm or not self.accelerator.is_local_main_process,
         )
         return {**samples.map(Tensor.cpu).named_tensors(), "residuals": learner.residuals(samples).cpu()}
+
+    def _learner(self, targets: BlockTargets, block: range, sketch: Callable[[Tensor], Tensor]) -> BlockLearner:
+        return BlockLearner(
+            self.model,
+            self.inputs,
+            targets,
+            self.config,
+            torch.Generator().manual_seed(self.config.seed * 1_000_003 + block.start),
+            self._gradients,
+            sketch=sketch,
+            chunk_size=self._plan.chunk_size,
+        )
 
     def _probes(self) -> Tensor | None:
         if not self.config.curvature_weight:

@@ -43,6 +43,11 @@ class MemoryPlan:
     graph_bytes: int
 
     @property
+    def num_blocks(self) -> int:
+        """Blocks distilled one after another by a single process."""
+        return -(-self.num_clusters // self.block_size)
+
+    @property
     def memory_bytes(self) -> int:
         """Peak memory beside the model, the rows and the interpreter."""
         vector = 4 * self.num_parameters

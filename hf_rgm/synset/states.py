@@ -61,8 +61,9 @@ class StateVectors:
 
     def __getitem__(self, index: int) -> Tensor:
         """`(num_parameters,)`, float32."""
-        if not 0 <= index < len(self):
-            raise IndexError(index)
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"There are {len(self)} matched states, got index {index}.")
+        index %= len(self)
         return self._kept[index] if self._kept is not None else self._read(index)
 
     def __iter__(self) -> Iterator[Tensor]:

@@ -16,6 +16,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 
+from hf_rgm.files import format_size
 from hf_rgm.trajectory.batches import RowSchedule
 from hf_rgm.trajectory.capture import PendingStep, as_table, capture_state, optimizer_updates, same_parameters
 from hf_rgm.trajectory.description import check_supported, describe_run, fingerprint_columns, inner_optimizer
@@ -293,7 +294,7 @@ class TrajectoryCallback(TrainerCallback):
         self._recorder.finish(final_step, {"recording_seconds": recording, "training_seconds": training})
         self._active = None
         self._summary = (
-            f"Recorded {final_step} steps in {self.folder}: {_size(self._recorder.num_bytes())} on disk, "
+            f"Recorded {final_step} steps in {self.folder}: {format_size(self._recorder.num_bytes())} on disk, "
             f"{recording:.2f} s, which is {recording / training:.1%} of the {training:.2f} s of training."
         )
         logger.info(self._summary)
@@ -333,7 +334,7 @@ class TrajectoryCallback(TrainerCallback):
             "less disk.",
             len(run.planned),
             self.folder,
-            _size(size * (1 + len(run.rule.moment_names))),
+            format_size(size * (1 + len(run.rule.moment_names))),
         )
 
 
@@ -341,7 +342,3 @@ def _checkpoint_step(checkpoint: str | None) -> int | None:
     name = Path(checkpoint or "").name
     number = name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")
     return int(number) if number != name and number.isdigit() else None
-
-
-def _size(num_bytes: int) -> str:
-    return f"{num_bytes / 1e6:.1f} MB" if num_bytes >= 1e5 else f"{num_bytes / 1e3:.1f} kB"

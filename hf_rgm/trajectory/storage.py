@@ -156,6 +156,13 @@ class Trajectory:
         """The trained model: the state at `num_steps`."""
         return self.state(self.num_steps)
 
+    @property
+    def states_bytes(self) -> int:
+        """Size of the recorded states on disk, to the size of the final one for each."""
+        final = self.final
+        moments = (tensor for moment in final.moments.values() for tensor in moment.values())
+        return len(self.state_steps) * sum(tensor.nbytes for tensor in (*final.parameters.values(), *moments))
+
     def check_dataset(self, dataset: Any, what: str = "train_dataset") -> None:
         """
         Raises a `ValueError` unless `dataset` has the rows that were trained on, in the same order.

@@ -1,0 +1,58 @@
+from __future__ import annotations
+
+import pytest
+
+from hf_rgm import DistillationConfig, ReverseGradientMatchingDistiller
+from hf_rgm.synset.costs import CostEstimate
+from hf_rgm.synset.learner import BlockLearner
+from hf_rgm.testing import tiny_recorded_run, tiny_synset
+
+RUN = tiny_recorded_run()
+
+
+def distiller(**settings):
+    return ReverseGradientMatchingDistiller(
+        RUN.model,
+        RUN.trajectory,
+        RUN.train_dataset,
+        RUN.clusters,
+        config=DistillationConfig(**settings),
+        disable_tqdm=True,
+    )
+
+
+def test_the_size_on_disk_is_told_within_a_factor_of_two(tmp_path):
+    folder = tiny_synset().save_pretrained(tmp_path / "synset")
+    tensors = sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
+    told = distiller().estimate().disk_bytes
+    assert told / 2 < tensors < 2 * told
+
+
+@pytest.mark.parametrize("settings", [{}, {"curvature_weight": 0.5, "num_probes": 3}, {"max_memory": "10KiB"}])
+def test_time_is_that_of_the_rows_and_the_iterations(monkeypatch, settings):
+    measured = BlockLearner.time_iteration
+    taken = []
+
+    def one_second(learner, start):
+        taken.append(measured(learner, start))
+        return 1.0
+
+    monkeypatch.setattr(BlockLearner, "time_iteration", one_second)
+    monkeypatch.setattr("hf_rgm.synset.distiller.time_row", lambda *_: 0.125)
+    estimate = distiller(num_iterations=100, cluster_block_size=3, sketch_dimension=80, **settings).estimate()
+    assert taken[0] > 0
+    assert estimate.seconds == pytest.approx(0.125 * 48 * 5 + 100 * estimate.num_blocks)
+    assert estimate.sketched == ("max_memory" in settings)
+
+
+def test_smaller_blocks_need_less_memory_and_more_of_them():
+    whole, half = (distiller(cluster_block_size=size).estimate() for size in (6, 3))
+    assert (whole.num_blocks, half.num_blocks) == (1, 2)
+    assert half.memory_bytes < whole.memory_bytes
+
+
+def test_it_reads_well():
+    estimate = CostEstimate(7300.0, 4_200_000_000, 900_000, 1, True)
+    assert str(estimate) == (
+        "2.0 h, 4.2 GB of memory, 900.0 kB on disk, in 1 block of clusters, on sketches of the gradients"
+    )
