@@ -169,6 +169,11 @@ class FunctionalModel:
         return _embedding(self.module)
 
     @property
+    def vocabulary_size(self) -> int:
+        """Number of tokens that the embedding knows."""
+        return len(next(self.embedding.parameters()))
+
+    @property
     def trains_embeddings(self) -> bool:
         """Whether the embedding of tokens has trainable parameters."""
         embedding = {id(parameter) for parameter in self.embedding.parameters()}
@@ -201,6 +206,10 @@ class FunctionalModel:
             f"The forward of {type(self.module).__name__} returned {type(output).__name__}. It must return a tensor "
             "of logits or an output with a `.logits` attribute."
         )
+
+    def mix_tokens(self, parameters: Mapping[str, Tensor], ids: Tensor, logits: Tensor) -> Tensor:
+        """Embeddings of soft tokens, `(*ids.shape[:-1], hidden_size)`, float32."""
+        return (logits.softmax(-1)[..., None] * self.embed(parameters, ids)).sum(-2)
 
     def embed(self, parameters: Mapping[str, Tensor], ids: Tensor) -> Tensor:
         """Embeddings of token ids: `(*ids.shape, hidden_size)`, float32."""

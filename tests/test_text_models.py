@@ -101,6 +101,21 @@ def test_a_saved_synset_scores_alike(run, synset, tmp_path):
     assert np.array_equal(*scores)
 
 
+class Decoder:
+    @staticmethod
+    def decode(tokens):
+        return " ".join(map(str, tokens))
+
+
+def test_synthetic_texts_can_be_read(synset):
+    """Samples start from rows, whose tokens are 3 and up, and padding (0) never occurs in them."""
+    read = synset.texts(Decoder)
+    assert len(read) == 6
+    assert all(len(text.split()) == 6 for text in read)
+    assert list(synset.to_pandas()["tokens"].map(Decoder.decode)) == read
+    assert synset.metadata["privacy"]["num_tokens"] == 6
+
+
 @pytest.mark.parametrize("num_queries", [1, 6])
 def test_row_scores_add_up_to_those_of_their_clusters(run, clusters, synset, num_queries):
     """One query goes through forward mode, six through the rows' gradients."""

@@ -43,6 +43,7 @@ def synset_card(synset: Synset) -> str:
         matching_error=synset.matching_error,
         parameters_sha256=synset.parameters_sha256,
         fidelity=fidelity_section(synset.fidelity),
+        privacy=privacy_section(synset.metadata.get("privacy")),
     )
     return str(card)
 
@@ -68,6 +69,27 @@ def fidelity_section(fidelity: dict[str, Any] | None) -> str:
         "noise ceiling is how well retraining with one seed agrees with the others.",
     ]
     return "\n".join(lines)
+
+
+def privacy_section(privacy: dict[str, Any] | None) -> str:
+    """How near samples are to training rows, or that it was not measured."""
+    if not privacy:
+        return "Not measured: how near the samples are to training rows is not known."
+    text = (
+        "The median distance of a synthetic sample to the nearest training row of its cluster is "
+        f"{privacy['distance']:.3g}"
+    )
+    if privacy["row_distance"] is not None:
+        text += (
+            f"; that of a row to the nearest other row is {privacy['row_distance']:.3g}. "
+            f"{privacy['share_nearer']:.0%} of the samples are nearer to a row than that"
+        )
+    if "kept_tokens" in privacy:
+        text += (
+            f". On average {privacy['kept_tokens']:.1f} of a sample's {privacy['num_tokens']} tokens are where the "
+            "most similar row has them"
+        )
+    return f"{text}. Samples that start from rows may show parts of them; this measures it and guarantees nothing."
 
 
 def _template(name: str) -> Path:

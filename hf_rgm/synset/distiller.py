@@ -26,6 +26,7 @@ from hf_rgm.synset.inputs import input_space
 from hf_rgm.synset.learner import BlockLearner, BlockTargets
 from hf_rgm.synset.matching import SynsetGradients
 from hf_rgm.synset.memory import MemoryPlan, graph_bytes, plan_memory
+from hf_rgm.synset.privacy import measure_privacy
 from hf_rgm.synset.probes import curvature_probes
 from hf_rgm.synset.samples import SyntheticSamples
 from hf_rgm.synset.sketch import CountSketch, identity
@@ -243,8 +244,10 @@ class ReverseGradientMatchingDistiller:
         ordered = sorted(gathered, key=lambda item: item[0])
         residuals = torch.cat([done.pop("residuals") for _, done in ordered], dim=1)
         merged = {name: torch.cat([done[name] for _, done in ordered]) for name in ordered[0][1]}
+        samples = SyntheticSamples(**merged)
+        tokens = self.inputs.tokens(samples.flatten().map(lambda tensor: tensor.to(self.model.device)))
         return Synset(
-            samples=SyntheticSamples(**merged),
+            samples=samples,
             residuals=residuals,
             clusters=self.clusters,
             trajectories=self.trajectories,
@@ -257,6 +260,8 @@ class ReverseGradientMatchingDistiller:
                 "num_rows": len(self.reader),
                 "labels_per_row": self.row_loss.labels_per_row,
                 "label_smoothing_factor": self.row_loss.label_smoothing,
+                "tokens": None if tokens is None else tokens.tolist(),
+                "privacy": measure_privacy(self.inputs, samples, self.batches),
                 "custom_row_loss": self.row_loss.function is not None,
                 "distillation_seconds": round(time.perf_counter() - start, 2),
                 "num_processes": self.accelerator.num_processes,

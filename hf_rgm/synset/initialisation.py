@@ -75,7 +75,8 @@ def _chosen(config: DistillationConfig, inputs: InputSpace, real: Tensor, genera
     if len(real) >= count:
         chosen = torch.randperm(len(real), generator=generator)[:count]
     if config.init == "nearest":
-        nearest = int(inputs.distances(real).argmin())
+        vectors = inputs.vectors(real).flatten(1)
+        nearest = int((vectors - vectors.mean(0)).norm(dim=1).argmin())
         chosen = torch.cat([torch.tensor([nearest]), chosen[chosen != nearest], chosen])[:count]
     return chosen
 

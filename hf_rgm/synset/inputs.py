@@ -67,9 +67,21 @@ class InputSpace(ABC):
     def to_forward(self, samples: SyntheticSamples) -> dict[str, Tensor]:
         """The forward's keyword arguments for samples with one leading dimension."""
 
-    def distances(self, real: Tensor) -> Tensor:
-        """How far each of a cluster's rows is from the cluster's centre, `(num_rows,)`."""
-        return (real - real.mean(0)).flatten(1).norm(dim=1)
+    def vectors(self, real: Tensor) -> Tensor:
+        """Rows, as `read` gives them, where distances mean something: `(num_rows, ...)`, float32."""
+        return real
+
+    def sample_vectors(self, samples: SyntheticSamples) -> Tensor:
+        """The same for samples with one leading dimension."""
+        return samples.inputs
+
+    def tokens(self, samples: SyntheticSamples) -> Tensor | None:
+        """What synthetic texts say, `(num_samples, num_tokens)`, int64; nothing where samples are no texts."""
+        return None
+
+    def row_tokens(self, real: Tensor) -> Tensor | None:
+        """What rows say, as `read` gives them."""
+        return None
 
 
 class ContinuousInputs(InputSpace):
@@ -143,6 +155,16 @@ class EmbeddedTokens(ContinuousInputs):
         self.name = "inputs_embeds"
         self.num_tokens = num_tokens
 
+    def tokens(self, samples: SyntheticSamples) -> Tensor:
+        """The tokens whose embeddings are nearest; see [`InputSpace.tokens`]."""
+        return self.row_tokens(samples.inputs)
+
+    def row_tokens(self, real: Tensor) -> Tensor:
+        """The tokens of embeddings, see [`InputSpace.row_tokens`]."""
+        vocabulary = torch.arange(self.model.vocabulary_size, device=real.device)
+        with torch.no_grad():
+            return nearest_tokens(real, self.model.embed(self.model.parameters(), vocabulary))
+
     def read(self, inputs: Mapping[str, Tensor], labels: Tensor) -> tuple[Tensor, Tensor]:
         """Embeddings of the rows' first tokens, `(batch_size, num_tokens, hidden_size)`; see [`InputSpace.read`]."""
         ids, labels = first_tokens(inputs, labels, self.num_tokens)
@@ -180,8 +202,7 @@ class SoftTokens(InputSpace):
         """
         own = real[chosen] if init in ("nearest", "random") else None
         shape = (len(chosen), self.num_tokens)
-        vocabulary = len(next(self.model.embedding.parameters()))
-        ids = choose_ids(real.flatten(), own, shape, self.num_choices, vocabulary, generator)
+        ids = choose_ids(real.flatten(), own, shape, self.num_choices, self.model.vocabulary_size, generator)
         if own is None:
             scale = 1.0 if init == "noise" else 0.1
             return {"inputs": scale * torch.randn(ids.shape, generator=generator).to(ids.device), "input_ids": ids}
@@ -195,10 +216,25 @@ class SoftTokens(InputSpace):
         assert samples.input_ids is not None  # what `start` gives always has them
         return {SOFT_TOKEN_IDS: samples.input_ids, SOFT_TOKEN_LOGITS: samples.inputs}
 
-    def distances(self, real: Tensor) -> Tensor:
-        """Distance of the rows' mean embeddings; see [`InputSpace.distances`]."""
+    def vectors(self, real: Tensor) -> Tensor:
+        """Embeddings, `(num_rows, num_tokens, hidden_size)`; see [`InputSpace.vectors`]."""
         with torch.no_grad():
-            return super().distances(self.model.embed(self.model.parameters(), real).mean(1))
+            return self.model.embed(self.model.parameters(), real)
+
+    def sample_vectors(self, samples: SyntheticSamples) -> Tensor:
+        """Mixed embeddings, `(num_samples, num_tokens, hidden_size)`; see [`InputSpace.sample_vectors`]."""
+        assert samples.input_ids is not None
+        with torch.no_grad():
+            return self.model.mix_tokens(self.model.parameters(), samples.input_ids, samples.inputs)
+
+    def tokens(self, samples: SyntheticSamples) -> Tensor:
+        """The likeliest tokens; see [`InputSpace.tokens`]."""
+        assert samples.input_ids is not None
+        return samples.input_ids.gather(-1, samples.inputs.argmax(-1, keepdim=True))[..., 0]
+
+    def row_tokens(self, real: Tensor) -> Tensor:
+        """The ids themselves; see [`InputSpace.row_tokens`]."""
+        return real
 
 
 SPACES: dict[str, type[EmbeddedTokens] | type[SoftTokens]] = {
@@ -296,6 +332,20 @@ def choose_ids(
     if own is not None:
         keys.scatter_(1, own.reshape(-1, 1), torch.inf)
     return keys.topk(min(num_choices, num_ids), dim=1).indices.reshape(*shape, -1)
+
+
+def nearest_tokens(vectors: Tensor, embedding: Tensor) -> Tensor:
+    """
+    Ids of the tokens whose embeddings are nearest.
+
+    Args:
+        vectors (`Tensor`): `(..., hidden_size)`.
+        embedding (`Tensor`): `(vocabulary_size, hidden_size)`.
+
+    Returns:
+        `Tensor`: `(...)`, int64.
+    """
+    return torch.cdist(vectors.flatten(0, -2), embedding).argmin(1).reshape(vectors.shape[:-1])
 
 
 def _main_input(inputs: Mapping[str, Tensor], name: str) -> Tensor:

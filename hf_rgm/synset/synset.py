@@ -6,13 +6,14 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pandas as pd
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from hf_rgm.clusters import ClusterMap
 from hf_rgm.exceptions import ParameterMismatchError
@@ -268,6 +269,23 @@ class Synset:
             )
         return synset
 
+    def texts(self, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+        """
+        Synthetic texts in words: each token the likeliest, or the one whose embedding is nearest.
+
+        Args:
+            tokenizer (`PreTrainedTokenizerBase`): The model's.
+
+        Returns:
+            `list[str]`: one per sample, cluster by cluster. They are made to give the right gradients, not to be read.
+
+        Raises:
+            ValueError: If the samples are no texts.
+        """
+        if self.metadata.get("tokens") is None:
+            raise ValueError(f"The synset's samples are `{self.input_name}` without tokens: there is no text to read.")
+        return [cast(str, tokenizer.decode(tokens)) for tokens in self.metadata["tokens"]]
+
     def to_pandas(self) -> pd.DataFrame:
         """
         One line per synthetic sample: cluster, cluster size, most likely label (one per token for language models),
@@ -280,8 +298,10 @@ class Synset:
         if flat.target_ids is not None:
             likeliest = flat.target_ids.gather(-1, likeliest[..., None])[..., 0]
         weights = flat.log_weights.exp()
+        tokens = self.metadata.get("tokens")
         return pd.DataFrame(
             {
+                **({} if tokens is None else {"tokens": tokens}),
                 "cluster": [self.clusters.names[k] for k in cluster],
                 "cluster_size": [int(self.clusters.sizes[k]) for k in cluster],
                 "label": likeliest.tolist(),
