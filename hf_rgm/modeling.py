@@ -24,6 +24,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 logger = logging.getLogger(__name__)
 
 LABEL_NAMES = ("labels", "label", "label_ids")
+FROZEN_ELEMENTS = 1024
 SOFT_TOKEN_IDS, SOFT_TOKEN_LOGITS = "soft_token_ids", "soft_token_logits"
 """Arguments of [`FunctionalModel.logits`] that stand for token ids: `(batch_size, num_tokens, num_choices)` each."""
 
@@ -146,6 +147,15 @@ class FunctionalModel:
     def num_parameters(self) -> int:
         """Number of trainable parameters."""
         return self.space.num_parameters
+
+    def frozen_sha256(self) -> str:
+        """Identity of the parameters that were not trained, by up to 1,024 evenly spaced elements of each."""
+        frozen = {
+            name: parameter.flatten()[:: max(1, parameter.numel() // FROZEN_ELEMENTS)]
+            for name, parameter in self.module.named_parameters()
+            if name not in self.space.names
+        }
+        return parameters_sha256(frozen)
 
     @property
     def config(self) -> Any:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -16,6 +18,7 @@ from hf_rgm import (
     Synset,
     TrajectoryCallback,
 )
+from hf_rgm.exceptions import ParameterMismatchError
 from hf_rgm.losses import RowLoss
 from hf_rgm.modeling import FunctionalModel
 from hf_rgm.rows import CachedBatches, RowReader
@@ -114,6 +117,19 @@ def test_synthetic_texts_can_be_read(synset):
     assert all(len(text.split()) == 6 for text in read)
     assert list(synset.to_pandas()["tokens"].map(Decoder.decode)) == read
     assert synset.metadata["privacy"]["num_tokens"] == 6
+
+
+def test_another_base_under_the_same_adapter_is_refused(run, synset):
+    model, _, _, _ = run
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    if not frozen:
+        pytest.skip("everything is trained")
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other.get_parameter(sorted(frozen)[0]).flatten()[0] += 1e-3
+    with pytest.raises(ParameterMismatchError, match="the parameters that were not trained differ"):
+        Attributor(other, synset)
+    Attributor(other, synset, force=True)
 
 
 @pytest.mark.parametrize("num_queries", [1, 6])

@@ -54,7 +54,7 @@ class Attributor:
         self._original = model
         names = tuple(self.synset.trajectory.parameter_shapes)
         self.model = FunctionalModel(model, trainable_names=names, device=device)
-        self.synset.check_parameters(self.model.parameters(), force=force)
+        self.synset.check_model(self.model, force=force)
         name = self.synset.input_name
         self.inputs = input_space(self.model, name if name in SPACES else "auto")
         if self.inputs.name != name:

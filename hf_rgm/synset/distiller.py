@@ -261,6 +261,7 @@ class ReverseGradientMatchingDistiller:
                 "labels_per_row": self.row_loss.labels_per_row,
                 "label_smoothing_factor": self.row_loss.label_smoothing,
                 "tokens": None if tokens is None else tokens.tolist(),
+                "frozen_sha256": self.model.frozen_sha256(),
                 "privacy": measure_privacy(self.inputs, samples, self.batches),
                 "custom_row_loss": self.row_loss.function is not None,
                 "distillation_seconds": round(time.perf_counter() - start, 2),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -18,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from hf_rgm.clusters import ClusterMap
 from hf_rgm.exceptions import ParameterMismatchError
 from hf_rgm.files import read_json, staged_folder, write_json
-from hf_rgm.modeling import parameters_sha256
+from hf_rgm.modeling import FunctionalModel, parameters_sha256
 from hf_rgm.synset.inputs import SoftTokens
 from hf_rgm.synset.samples import SyntheticSamples
 from hf_rgm.synset.states import MatchedState
@@ -159,22 +158,30 @@ class Synset:
         """Identity of the synthetic samples."""
         return parameters_sha256(self.samples.named_tensors())
 
-    def check_parameters(self, parameters: Mapping[str, Tensor], *, force: bool = False) -> None:
+    def check_model(self, model: FunctionalModel, *, force: bool = False) -> None:
         """
-        Raises a [`ParameterMismatchError`] unless `parameters` are the ones the synset was distilled for.
+        Raises a [`ParameterMismatchError`] unless the model has the parameters the synset was distilled for.
 
         Args:
-            parameters (`dict[str, Tensor]`): Trainable parameters of the model at hand.
+            model (`FunctionalModel`): The model at hand.
             force (`bool`, *optional*, defaults to `False`): Only warn.
         """
-        found = parameters_sha256(parameters)
-        if found == self.parameters_sha256:
+        found = parameters_sha256(model.parameters())
+        frozen = self.metadata.get("frozen_sha256")
+        if found != self.parameters_sha256:
+            message = (
+                f"The synset belongs to trained parameters {self.parameters_sha256[:12]}, but the model's are "
+                f"{found[:12]}. Load the model that was recorded (the weights after training, in the dtype they were "
+                "trained in), distil a synset for this one, or pass `force=True` to use them together anyway."
+            )
+        elif frozen is not None and frozen != model.frozen_sha256():
+            message = (
+                "The synset's trained parameters are the model's, but the parameters that were not trained differ. "
+                "Load the same base model (same revision, same dtype) under the trained part, or pass `force=True` to "
+                "use them together anyway."
+            )
+        else:
             return
-        message = (
-            f"The synset belongs to trained parameters {self.parameters_sha256[:12]}, but the model's are "
-            f"{found[:12]}. Load the model that was recorded (the weights after training, in the dtype they were "
-            "trained in), distil a synset for this one, or pass `force=True` to use them together anyway."
-        )
         if not force:
             raise ParameterMismatchError(message)
         logger.warning(message)
