@@ -10,16 +10,14 @@ from torch import nn
 from transformers import (
     ASTConfig,
     ASTForAudioClassification,
-    PrinterCallback,
-    Trainer,
-    TrainingArguments,
     Wav2Vec2Config,
     Wav2Vec2ForSequenceClassification,
     set_seed,
 )
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from hf_rgm import Attributor, ClusterMap, DistillationConfig, ReverseGradientMatchingDistiller, TrajectoryCallback
+from hf_rgm import Attributor, ClusterMap, DistillationConfig, ReverseGradientMatchingDistiller
+from tests.training import recorded_model
 
 
 class Table(nn.Module):
@@ -87,22 +85,7 @@ def test_the_whole_path(kind, tmp_path):
     values = torch.randn(24, *shape, generator=generator) + labels.reshape(-1, *[1] * len(shape))
     dataset = Dataset.from_dict({name: values.numpy(), "labels": labels.numpy()}).with_format("torch")
     set_seed(0)
-    arguments = TrainingArguments(
-        output_dir=str(tmp_path / "out"),
-        num_train_epochs=8,
-        per_device_train_batch_size=8,
-        learning_rate=5e-3,
-        save_strategy="no",
-        logging_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        use_cpu=True,
-    )
-    callback = TrajectoryCallback(tmp_path / "trajectory", num_states=4)
-    trainer = Trainer(make(), arguments, train_dataset=dataset, callbacks=[callback])
-    trainer.remove_callback(PrinterCallback)
-    trainer.train()
-    model = trainer.model.eval()
+    model = recorded_model(make(), dataset, tmp_path, num_states=4, num_train_epochs=8)
     clusters = ClusterMap.from_ids(labels.numpy())
     errors = []
     for iterations in (1, 60):

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import PrinterCallback, Trainer, TrainingArguments
 
 from hf_rgm import (
     Attributor,
@@ -16,7 +15,6 @@ from hf_rgm import (
     DistillationConfig,
     ReverseGradientMatchingDistiller,
     Synset,
-    TrajectoryCallback,
 )
 from hf_rgm.exceptions import ParameterMismatchError
 from hf_rgm.losses import RowLoss
@@ -24,6 +22,7 @@ from hf_rgm.modeling import FunctionalModel
 from hf_rgm.rows import CachedBatches, RowReader
 from hf_rgm.synset.targets import cluster_gradients
 from tests.text import classifier, language_model, texts
+from tests.training import recorded_model
 
 CLOSE = {"atol": 1e-6, "rtol": 1e-4}
 """Float32 by another order of operations."""
@@ -51,22 +50,8 @@ def run(request, tmp_path_factory):
     make, labels = MODELS[request.param]
     folder = tmp_path_factory.mktemp("run")
     dataset = texts(labels=labels)
-    arguments = TrainingArguments(
-        output_dir=str(folder / "out"),
-        num_train_epochs=10,
-        per_device_train_batch_size=8,
-        learning_rate=5e-3,
-        save_strategy="no",
-        logging_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        use_cpu=True,
-    )
-    callback = TrajectoryCallback(folder / "trajectory", num_states=5)
-    trainer = Trainer(make(), arguments, train_dataset=dataset, callbacks=[callback])
-    trainer.remove_callback(PrinterCallback)
-    trainer.train()
-    return trainer.model.eval(), folder / "trajectory", dataset, texts(6, labels=labels, seed=1)
+    model = recorded_model(make(), dataset, folder, num_states=5, num_train_epochs=10)
+    return model, folder / "trajectory", dataset, texts(6, labels=labels, seed=1)
 
 
 @pytest.fixture(scope="module")
