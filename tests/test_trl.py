@@ -7,8 +7,7 @@ import pytest
 import torch
 from datasets import Dataset, concatenate_datasets
 from peft import LoraConfig, PeftModel
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import DataCollatorWithFlattening, PreTrainedTokenizerFast, PrinterCallback
+from transformers import DataCollatorWithFlattening, PrinterCallback
 
 from hf_rgm import (
     Attributor,
@@ -21,7 +20,7 @@ from hf_rgm.losses import label_losses
 from hf_rgm.modeling import FunctionalModel
 from hf_rgm.rows import RowReader
 from hf_rgm.synset.targets import cluster_gradients
-from tests.text import VOCABULARY, language_model
+from tests.text import language_model, word_tokenizer
 
 trl = pytest.importorskip("trl")
 
@@ -29,7 +28,6 @@ CLOSE = {"atol": 1e-6, "rtol": 1e-4}
 """Float32 by another order of operations."""
 
 WORDS = "the a cat dog bird sat ran sang on under mat road tree where who why".split()
-SPECIAL = ["<pad>", "<eos>", "<unk>", "<user>", "<assistant>"]
 TEMPLATE = (
     "{% for m in messages %}{{ '<' + m.role + '> ' }}"
     "{% if m.role == 'assistant' %}{% generation %}{{ m.content + ' <eos> ' }}{% endgeneration %}"
@@ -41,13 +39,7 @@ NUM_ROWS = 24
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    vocabulary = {word: number for number, word in enumerate(SPECIAL + WORDS)}
-    assert len(vocabulary) <= VOCABULARY
-    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=words, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>", chat_template=TEMPLATE
-    )
+    return word_tokenizer([*WORDS, "<user>", "<assistant>"], chat_template=TEMPLATE)
 
 
 def sentence(generator: np.random.Generator, source: str, length: int) -> str:
@@ -150,7 +142,9 @@ def distilled_gradient(distiller) -> torch.Tensor:
     model = distiller.model
     groups = range(distiller.clusters.num_clusters)
     num_rows = len(distiller.reader)
-    total = cluster_gradients(model, [model.parameters()], distiller.batches, groups, num_rows, distiller.row_loss)
+    total = cluster_gradients(
+        model, [model.space.flatten(model.parameters())], distiller.batches, groups, num_rows, distiller.row_loss
+    )
     return total[0].sum(0)
 
 

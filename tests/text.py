@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from datasets import Dataset
+from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     PreTrainedModel,
+    PreTrainedTokenizerFast,
     set_seed,
 )
 
@@ -62,6 +66,19 @@ def tagger(kind: str, *, num_labels: int = 3, seed: int = 0) -> PreTrainedModel:
 def language_model(kind: str, *, seed: int = 0, **changes) -> PreTrainedModel:
     set_seed(seed)
     return AutoModelForCausalLM.from_config(text_config(kind, **changes)).eval()
+
+
+def word_tokenizer(words: Iterable[str], **settings) -> PreTrainedTokenizerFast:
+    """A tokenizer whose vocabulary is the words of some texts."""
+    special = ["<pad>", "<eos>", "<unk>"]
+    known = sorted({word for text in words for word in text.split()} - set(special))
+    vocabulary = {word: number for number, word in enumerate(special + known)}
+    assert len(vocabulary) <= VOCABULARY
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>", **settings
+    )
 
 
 def texts(num_rows: int = 24, *, labels: str = "class", seed: int = 0) -> Dataset:
