@@ -86,7 +86,8 @@ class BlockLearner:
         self._gradients = gradients
         self._sketch = sketch
         self._chunk_size = chunk_size or len(targets.names)
-        self._energies = targets.gradients.square().sum((1, 2))
+        # One state at a time: the squares of all of them would take the memory of the gradients again.
+        self._energies = [gradients.square().sum() for gradients in targets.gradients]
         self._bounds: dict[int, float] = {}
 
     def learn(self, start: SyntheticSamples, *, description: str, disable_tqdm: bool) -> SyntheticSamples:
