@@ -37,6 +37,9 @@ from hf_rgm.trajectory.storage import Trajectory
 
 logger = logging.getLogger(__name__)
 
+CROSS_ENTROPY_TYPE = "nll"
+"""TRL's name for the cross entropy; the plain `Trainer` records none."""
+
 
 class ReverseGradientMatchingDistiller:
     """
@@ -113,15 +116,15 @@ class ReverseGradientMatchingDistiller:
             train_dataset, self.model, data_collator=data_collator, remove_unused_columns=remove_unused_columns
         )
         self._check_belong_together(train_dataset)
-        loss_type = self.trajectories[0].metadata.get("loss_type")
-        if row_loss is None and loss_type not in (None, "nll"):
+        loss_type, label_smoothing = self._recorded_loss()
+        if row_loss is None and loss_type != CROSS_ENTROPY_TYPE:
             raise ValueError(
                 f"The recorded run was trained with `loss_type={loss_type!r}`, which is not the cross entropy. Pass "
                 "the loss of each row as `row_loss`."
             )
         self.row_loss = RowLoss(
             labels_per_row=self.reader.labels_per_row(),
-            label_smoothing=float(self.trajectories[0].metadata.get("label_smoothing_factor") or 0.0),
+            label_smoothing=label_smoothing,
             function=row_loss,
         )
         self.rows = [clusters.rows(k) for k in range(clusters.num_clusters)]
@@ -160,6 +163,22 @@ class ReverseGradientMatchingDistiller:
                     f"Runs {twin} and {run} end at the same parameters: they are the same run. Train each with a seed "
                     "of its own."
                 )
+
+    def _recorded_loss(self) -> tuple[str, float]:
+        """The `loss_type` and the `label_smoothing_factor` that all runs were trained with."""
+        losses = [
+            (str(told.get("loss_type") or CROSS_ENTROPY_TYPE), float(told.get("label_smoothing_factor") or 0.0))
+            for told in (trajectory.metadata for trajectory in self.trajectories)
+        ]
+        for run, loss in enumerate(losses):
+            for name, own, first in zip(("loss_type", "label_smoothing_factor"), loss, losses[0], strict=True):
+                if own != first:
+                    raise ValueError(
+                        f"Run {run} was trained with `{name}={own!r}`, run 0 with `{name}={first!r}`: one synset "
+                        "stands for one loss. Distil a synset for each, or train all with the same settings but the "
+                        "seed."
+                    )
+        return losses[0]
 
     def _identity(self) -> dict[str, Any]:
         """What two runs must share for one to continue the other's blocks."""

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 import torch
 
 from hf_rgm import Attributor, DistillationConfig, ReverseGradientMatchingDistiller, Synset
+from hf_rgm.synset.matching import SynsetGradients
 from hf_rgm.synset.states import MatchedState, matched_states
 from hf_rgm.testing import tiny_dataset, tiny_recorded_run, tiny_synset, tiny_trainer
 from hf_rgm.trajectory.callback import TrajectoryCallback
@@ -110,6 +113,30 @@ def test_a_run_on_other_data_is_refused(tmp_path):
     other.train()
     with pytest.raises(ValueError, match="dataset"):
         distiller([RUN.trajectory, tmp_path / "other"])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"label_smoothing_factor": 0.1},
+            r"Run 1 .*`label_smoothing_factor=0.1`, run 0 .*`label_smoothing_factor=0.0`",
+        ),
+        ({"loss_type": "dft"}, "Run 1 .*`loss_type='dft'`, run 0 .*`loss_type='nll'`"),
+    ],
+)
+def test_a_run_with_another_loss_is_refused_before_any_gradient(settings, message, monkeypatch):
+    other = copy.copy(OTHER.trajectory)
+    other.metadata = {**OTHER.trajectory.metadata, **settings}
+    monkeypatch.setattr(SynsetGradients, "loss", lambda *_: pytest.fail("a gradient was taken"))
+    with pytest.raises(ValueError, match=message):
+        distiller([RUN.trajectory, other])
+
+
+def test_the_names_of_one_loss_are_the_same():
+    other = copy.copy(OTHER.trajectory)
+    other.metadata = {**OTHER.trajectory.metadata, "loss_type": "nll", "label_smoothing_factor": None}
+    assert len(distiller([RUN.trajectory, other]).trajectories) == 2
 
 
 def test_blocks_of_other_runs_are_not_reused(tmp_path):
