@@ -59,18 +59,18 @@ def check_readme(content: str, repo_type: str) -> tuple[list[str], list[str]]:
         return [f"YAML metadata must be a mapping, got {type(data).__name__}"], []
     errors: list[str] = []
     for key in _TEXTS:
-        if key in data and not _texts(data[key]):
+        if key in data and _texts(data[key]) is None:
             errors.append(f'"{key}" must be a string or a list of strings')
     for key in ("library_name", "pipeline_tag", "pretty_name", "license_name", "license_link"):
         if key in data and not isinstance(data[key], str):
             errors.append(f'"{key}" must be a string')
     for key, what in _IDS.items():
-        values = _texts(data[key]) if key in data else []
-        if key in data and not values:
+        values = _texts(data.get(key, []))
+        if values is None:
             errors.append(f'"{key}" must be a {what} id or a list of {what} ids')
         errors += [
             f'"{key}" with value "{value}" is not valid. Use a {what} id from https://hf.co/{what}s.'
-            for value in values
+            for value in values or []
             if not _REPO_ID.fullmatch(value) or "--" in value or ".." in value
         ]
     errors += _license_errors(data)
@@ -80,11 +80,11 @@ def check_readme(content: str, repo_type: str) -> tuple[list[str], list[str]]:
     return errors, []
 
 
-def _texts(value: Any) -> list[str]:
-    """The strings in `value`, a string or a list of strings; empty if it is neither."""
+def _texts(value: Any) -> list[str] | None:
+    """The strings in `value`, a string or a list of strings; `None` if it is neither."""
     values = [value] if isinstance(value, str) else value
     if not isinstance(values, list) or not all(isinstance(item, str) for item in values):
-        return []
+        return None
     return values
 
 
