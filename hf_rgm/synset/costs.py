@@ -1,30 +1,72 @@
-"""What a distillation will cost, told beforehand."""
+"""What distilling and attributing will cost, told beforehand."""
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from hf_rgm.files import format_size
+from hf_rgm.synset.memory import PeakTensors
+
+LONG_SECONDS = 1.0
+
+
+@dataclass(frozen=True)
+class PieceOfWork:
+    """
+    What a piece of work took.
+
+    Args:
+        seconds (`float`): Wall time.
+        peak_bytes (`int`): The most that tensors made in it held at once.
+    """
+
+    seconds: float
+    peak_bytes: int
+
+
+def measured(work: Callable[[], object]) -> PieceOfWork:
+    """
+    Does a piece of work to see what it takes: once to watch its memory, and once more for the time if it is short.
+
+    Watching costs some time for every operator, and the first time costs more than those that follow; a second or
+    more of work hides both.
+
+    Args:
+        work (`Callable`): Does it, any number of times.
+    """
+    begun = time.perf_counter()
+    with PeakTensors() as memory:
+        work()
+    seconds = time.perf_counter() - begun
+    if seconds < LONG_SECONDS:
+        begun = time.perf_counter()
+        work()
+        seconds = time.perf_counter() - begun
+    return PieceOfWork(seconds, memory.peak_bytes)
 
 
 @dataclass(frozen=True)
 class CostEstimate:
     """
-    What a distillation is expected to need.
+    What distilling or attributing is expected to need.
 
     Args:
         seconds (`float`): Wall time on the processes at hand.
         memory_bytes (`int`): Peak memory of a process, beside the model, the dataset and the libraries.
-        disk_bytes (`int`): Size of the saved synset, with the recorded states it needs.
-        num_blocks (`int`): Blocks of clusters distilled one after another; each finished one survives a crash.
-        sketched (`bool`): Whether sketches of gradients are matched because gradients do not fit in memory.
+        disk_bytes (`int`): Size of the saved result: the synset, with the recorded states it needs, or the scores.
+        num_blocks (`int`): Parts done one after another because they do not fit in memory together: blocks of clusters
+            (of which each finished one survives a crash), of cluster weights that are replayed, or of queries.
+        sketched (`bool`, *optional*, defaults to `False`): Whether sketches of gradients are matched because gradients
+            do not fit in memory.
 
     Example:
 
     ```python
     >>> from hf_rgm.synset.costs import CostEstimate
-    >>> print(CostEstimate(90.0, 2_000_000_000, 5_000_000, 3, False))
-    1.5 min, 2.0 GB of memory, 5.0 MB on disk, in 3 blocks of clusters
+    >>> print(CostEstimate(90.0, 2_000_000_000, 5_000_000, 3))
+    1.5 min, 2.0 GB of memory, 5.0 MB on disk, in 3 blocks
 
     ```
     """
@@ -33,10 +75,10 @@ class CostEstimate:
     memory_bytes: int
     disk_bytes: int
     num_blocks: int
-    sketched: bool
+    sketched: bool = False
 
     def __str__(self) -> str:
-        blocks = f"{self.num_blocks} block{'s' if self.num_blocks > 1 else ''} of clusters"
+        blocks = f"{self.num_blocks} block{'s' if self.num_blocks > 1 else ''}"
         memory, disk = format_size(self.memory_bytes), format_size(self.disk_bytes)
         sketched = ", on sketches of the gradients" if self.sketched else ""
         return f"{_duration(self.seconds)}, {memory} of memory, {disk} on disk, in {blocks}{sketched}"

@@ -25,17 +25,20 @@ from hf_rgm.synset.initialisation import initial_samples
 from hf_rgm.synset.inputs import input_space
 from hf_rgm.synset.learner import BlockLearner, BlockTargets
 from hf_rgm.synset.matching import SynsetGradients
-from hf_rgm.synset.memory import MemoryPlan, graph_bytes, plan_memory
+from hf_rgm.synset.memory import MemoryPlan, measure_match, plan_memory
 from hf_rgm.synset.privacy import measure_privacy
 from hf_rgm.synset.probes import curvature_probes
 from hf_rgm.synset.samples import SyntheticSamples
 from hf_rgm.synset.sketch import CountSketch, identity
 from hf_rgm.synset.states import StateVectors, matched_states
 from hf_rgm.synset.synset import Synset
-from hf_rgm.synset.targets import cluster_gradients, curvature_products, time_row
+from hf_rgm.synset.targets import cluster_gradients, curvature_products, measure_rows
 from hf_rgm.trajectory.storage import Trajectory
 
 logger = logging.getLogger(__name__)
+
+CACHE_BYTES = 2**30
+"""Memory for rows that are collated once and kept."""
 
 CROSS_ENTROPY_TYPE = "nll"
 """TRL's name for the cross entropy; the plain `Trainer` records none."""
@@ -128,7 +131,7 @@ class ReverseGradientMatchingDistiller:
             function=row_loss,
         )
         self.rows = [clusters.rows(k) for k in range(clusters.num_clusters)]
-        self.batches = CachedBatches(self.reader, self.rows, batch_size=self.config.batch_size)
+        self.batches = CachedBatches(self.reader, self.rows, batch_size=self.config.batch_size, max_bytes=CACHE_BYTES)
         self.matched_states = matched_states(self.trajectories)
         self._gradients = SynsetGradients(self.model, self.inputs)
         self._plan = self._plan_memory()
@@ -204,7 +207,7 @@ class ReverseGradientMatchingDistiller:
         states = StateVectors(model.space, self.trajectories, self.matched_states, model.device, in_memory=False)
         block = range(plan.block_size)
         with torch.enable_grad(), model.differentiable():
-            seconds_per_row = time_row(model, states[-1], self.batches, self.row_loss)
+            row = measure_rows(model, states[-1], self.batches, self.row_loss)
             start = self._initial_samples(block)
             like = torch.ones(1, device=model.device)
             probes = like.expand(len(states), config.num_probes, model.num_parameters)
@@ -217,12 +220,12 @@ class ReverseGradientMatchingDistiller:
                 products=probes if config.curvature_weight else None,
             )
             per_iteration = self._learner(targets, block, self._sketch()).time_iteration(start)
-        rows = seconds_per_row * len(self.reader) * len(states)
+        rows = row.seconds * len(self.reader) * len(states)
         share = len(self.rows) / plan.block_size / min(self.accelerator.num_processes, plan.num_blocks)
         samples_bytes = sum(tensor.nbytes for tensor in start.named_tensors().values()) * len(self.rows) // len(block)
         return CostEstimate(
             seconds=rows / self.accelerator.num_processes + per_iteration * config.num_iterations * share,
-            memory_bytes=plan.memory_bytes,
+            memory_bytes=plan.held_bytes + max(plan.step_bytes, row.peak_bytes) + self._cached_bytes(),
             disk_bytes=2 * samples_bytes + sum(trajectory.states_bytes for trajectory in self.trajectories),
             num_blocks=plan.num_blocks,
             sketched=plan.sketch_dimension is not None,
@@ -290,15 +293,20 @@ class ReverseGradientMatchingDistiller:
 
     def _plan_memory(self) -> MemoryPlan:
         with torch.enable_grad(), self.model.differentiable():
-            held = graph_bytes(self._gradients, self.model.parameters(), self._initial_samples(range(1)))
+            match = measure_match(self._gradients, self.model.parameters(), self._initial_samples(range(1)))
         return plan_memory(
             self.config,
             num_parameters=self.model.num_parameters,
             num_states=len(self.matched_states),
             num_clusters=len(self.rows),
             num_probes=self.config.num_probes if self.config.curvature_weight else 0,
-            graph_bytes=held,
+            match=match,
         )
+
+    def _cached_bytes(self) -> int:
+        inputs, labels = next(self.batches.group(0))
+        own = sum(tensor.nbytes for tensor in (*inputs.values(), labels))
+        return min(CACHE_BYTES, own * len(self.reader) // len(labels))
 
     def _sketch(self) -> Callable[[Tensor], Tensor]:
         dimension = self._plan.sketch_dimension

@@ -3,19 +3,124 @@
 from __future__ import annotations
 
 import logging
+import weakref
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from hf_rgm.synset.config import DistillationConfig
-from hf_rgm.synset.matching import SynsetGradients
+from hf_rgm.synset.matching import SynsetGradients, matching_error
 from hf_rgm.synset.samples import SyntheticSamples
 
 logger = logging.getLogger(__name__)
 
-BACKWARD_FACTOR = 2
-"""Memory of the backward pass of a matching, in units of the graph it goes through."""
+
+class PeakTensors(TorchDispatchMode):
+    """
+    The most memory that tensors made within a block held at once.
+
+    Sees every operator below autograd and `torch.func`, so graphs, tangents and vectorised intermediates count, each
+    storage once and until it is freed. What an operator needs only while it runs does not.
+
+    Attributes:
+        peak_bytes (`int`): Largest sum of the storages that were alive together.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from hf_rgm.synset.memory import PeakTensors
+    >>> with PeakTensors() as memory:
+    ...     total = (torch.ones(1000) + 1).sum()
+    >>> memory.peak_bytes
+    8000
+
+    ```
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak_bytes = 0
+        self._sizes: dict[int, int] = {}
+        self._alive = 0
+
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping | None = None
+    ) -> Any:
+        given = {_storage(tensor).data_ptr() for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, Tensor)}
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor) and _storage(tensor).data_ptr() not in given:
+                self._add(_storage(tensor))
+        return result
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        place = storage.data_ptr()
+        if place in self._sizes or not storage.nbytes():
+            return
+        self._sizes[place] = storage.nbytes()
+        self._alive += storage.nbytes()
+        self.peak_bytes = max(self.peak_bytes, self._alive)
+        weakref.finalize(storage, self._remove, place).atexit = False
+
+    def _remove(self, place: int) -> None:
+        self._alive -= self._sizes.pop(place)
+
+
+def _storage(tensor: Tensor) -> torch.UntypedStorage:
+    return tensor.untyped_storage()
+
+
+@dataclass(frozen=True)
+class MatchMemory:
+    """
+    What one match of gradients, its graph and its backward pass need at once, measured.
+
+    Args:
+        fixed_bytes (`int`): However many clusters are matched together.
+        cluster_bytes (`int`): For each of them.
+    """
+
+    fixed_bytes: int
+    cluster_bytes: int
+
+    def __call__(self, num_clusters: int) -> int:
+        """Bytes for some clusters in one backward pass."""
+        return self.fixed_bytes + num_clusters * self.cluster_bytes
+
+
+def measure_match(gradients: SynsetGradients, parameters: dict[str, Tensor], samples: SyntheticSamples) -> MatchMemory:
+    """
+    Matches one cluster and then two, and sees what the second adds.
+
+    Args:
+        gradients (`SynsetGradients`): Computes the clusters' gradients.
+        parameters (`dict[str, Tensor]`): Where.
+        samples (`SyntheticSamples`): Of any clusters; the first one counts.
+
+    Returns:
+        `MatchMemory`
+    """
+
+    def match(num_clusters: int) -> int:
+        leaves = samples[torch.zeros(num_clusters, dtype=torch.int64)].detach()
+        for tensor in leaves.tensors():
+            tensor.requires_grad_()
+        with PeakTensors() as memory:
+            synthetic = gradients(parameters, leaves)
+            one = synthetic.new_ones(())
+            matching_error(synthetic, one.expand_as(synthetic), one, 0.0).backward()
+        return memory.peak_bytes
+
+    with torch.enable_grad():
+        gradients(parameters, samples[torch.zeros(2, dtype=torch.int64)].detach())  # decides how to vectorise
+        one, two = match(1), match(2)
+    return MatchMemory(fixed_bytes=max(0, 2 * one - two), cluster_bytes=max(0, two - one))
 
 
 @dataclass(frozen=True)
@@ -30,7 +135,7 @@ class MemoryPlan:
         sketch_dimension (`int`, *optional*): Length of the sketches that stand for gradients, if they do. States are
             then read from disk at every use.
         num_probes (`int`): Directions in which the curvature is matched.
-        graph_bytes (`int`): What the graph of one cluster's gradient holds.
+        match (`MatchMemory`): What a match needs.
     """
 
     num_parameters: int
@@ -40,7 +145,7 @@ class MemoryPlan:
     chunk_size: int
     sketch_dimension: int | None
     num_probes: int
-    graph_bytes: int
+    match: MatchMemory
 
     @property
     def num_blocks(self) -> int:
@@ -48,16 +153,29 @@ class MemoryPlan:
         return -(-self.num_clusters // self.block_size)
 
     @property
-    def memory_bytes(self) -> int:
-        """Peak memory beside the model, the rows and the interpreter."""
+    def held_bytes(self) -> int:
+        """What stays in memory while a block is distilled: states, gradients, probes and the sketch."""
         vector = 4 * self.num_parameters
-        graph = self.chunk_size * (BACKWARD_FACTOR * self.graph_bytes + vector)
         probes = 2 * self.num_states * self.num_probes * vector
         if self.sketch_dimension is None:
-            return vector * self.num_states * (1 + self.block_size) + graph + probes
-        # A state, a gradient and what is added to it; an index and a sign for each element.
-        sketching = 3 * vector + 5 * self.num_parameters
-        return sketching + 4 * self.sketch_dimension * self.num_states * self.block_size + graph + probes
+            return vector * self.num_states * (1 + self.block_size) + probes
+        # One state at a time; an index (int32) and a sign (int8) for each element.
+        gradients = 4 * self.sketch_dimension * self.num_states * self.block_size
+        return vector + 5 * self.num_parameters + gradients + probes
+
+    @property
+    def step_bytes(self) -> int:
+        """What comes on top at the worst moment: a match, or a state being read with its two moments."""
+        vector = 4 * self.num_parameters
+        if self.sketch_dimension is None:
+            return max(self.match(self.chunk_size), 3 * vector)
+        # The gradients times their signs, and the same in the backward pass.
+        return max(self.match(self.chunk_size) + 2 * self.chunk_size * vector, 3 * vector)
+
+    @property
+    def memory_bytes(self) -> int:
+        """Peak memory beside the model, the rows and the interpreter."""
+        return self.held_bytes + self.step_bytes
 
 
 def plan_memory(
@@ -67,7 +185,7 @@ def plan_memory(
     num_states: int,
     num_clusters: int,
     num_probes: int,
-    graph_bytes: int,
+    match: MatchMemory,
 ) -> MemoryPlan:
     """
     As many clusters at once as fit in `config.max_memory`; sketches of their gradients where not even one fits.
@@ -77,7 +195,7 @@ def plan_memory(
             `total_gradient_weight` matter here.
         num_parameters, num_states, num_clusters (`int`): Sizes of the task.
         num_probes (`int`): Directions in which the curvature is matched, 0 if it is not.
-        graph_bytes (`int`): What [`graph_bytes`] says of one cluster.
+        match (`MatchMemory`): What a match needs.
 
     Returns:
         `MemoryPlan`
@@ -89,16 +207,16 @@ def plan_memory(
 
     def plan(block_size: int, chunk_size: int, sketch_dimension: int | None) -> MemoryPlan:
         sizes = (num_parameters, num_states, num_clusters)
-        return MemoryPlan(*sizes, block_size, chunk_size, sketch_dimension, num_probes, graph_bytes)
+        return MemoryPlan(*sizes, block_size, chunk_size, sketch_dimension, num_probes, match)
 
     for size in _halvings(largest):
-        exact = plan(size, size, None)
-        if exact.memory_bytes <= config.max_bytes:
-            return exact
-    # The match of the total gradient needs the whole block in one graph.
-    chunks = (1,) if not config.total_gradient_weight else (largest,)
+        # The match of the total gradient needs the whole block in one graph.
+        for chunk_size in _halvings(size) if not config.total_gradient_weight else [size]:
+            exact = plan(size, chunk_size, None)
+            if exact.memory_bytes <= config.max_bytes:
+                return exact
     for size in _halvings(largest):
-        sketched = plan(size, min(size, chunks[0]), config.sketch_dimension)
+        sketched = plan(size, size if config.total_gradient_weight else 1, config.sketch_dimension)
         if sketched.memory_bytes <= config.max_bytes:
             logger.info(
                 "Gradients of %d parameters at %d states do not fit in `max_memory=%r`: matching sketches of %d.",
@@ -121,33 +239,3 @@ def _halvings(largest: int) -> list[int]:
     while sizes[-1] > 1:
         sizes.append(-(-sizes[-1] // 2))
     return sizes
-
-
-def graph_bytes(gradients: SynsetGradients, parameters: dict[str, Tensor], samples: SyntheticSamples) -> int:
-    """
-    What the graph of one cluster's gradient holds, parameters left out.
-
-    Args:
-        gradients (`SynsetGradients`): Computes it.
-        parameters (`dict[str, Tensor]`): Where.
-        samples (`SyntheticSamples`): Of any clusters; the first one counts.
-
-    Returns:
-        `int`: bytes.
-    """
-    leaves = {name: value.detach().requires_grad_() for name, value in parameters.items()}
-    own = {value.untyped_storage().data_ptr() for value in leaves.values()}
-    held: dict[int, int] = {}
-
-    def look(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            held[storage.data_ptr()] = max(held.get(storage.data_ptr(), 0), storage.nbytes())
-        return tensor
-
-    one = samples[:1].detach()
-    one.inputs.requires_grad_()
-    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(look, lambda tensor: tensor):
-        loss = gradients.loss(leaves, {name: value[0] for name, value in one.named_tensors().items()})
-        kept = torch.autograd.grad(loss, list(leaves.values()), create_graph=True, materialize_grads=True)
-    return sum(held.values()) + sum(tensor.untyped_storage().nbytes() for tensor in kept)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
@@ -13,8 +12,10 @@ from torch.func import grad, jvp
 from hf_rgm.losses import CROSS_ENTROPY, IGNORED_LABEL, RowLoss, check_labels
 from hf_rgm.modeling import FunctionalModel
 from hf_rgm.rows import CachedBatches
+from hf_rgm.synset.costs import PieceOfWork, measured
 from hf_rgm.synset.curvature import GaussNewton
 from hf_rgm.synset.sketch import identity
+from hf_rgm.synset.states import StateVectors
 from hf_rgm.vectorize import map_rows
 
 logger = logging.getLogger(__name__)
@@ -24,7 +25,7 @@ MAX_FORWARD_DIRECTIONS = 4
 
 def cluster_gradients(
     model: FunctionalModel,
-    states: Iterable[Tensor],
+    states: Sequence[Tensor] | StateVectors,
     batches: CachedBatches,
     clusters: Sequence[int],
     num_rows: int,
@@ -39,7 +40,8 @@ def cluster_gradients(
 
     Args:
         model (`FunctionalModel`): The model as a function of its parameters.
-        states (`Iterable[Tensor]`): Parameters at each state, `(num_parameters,)`; gone through once per cluster.
+        states (`Sequence[Tensor]` or `StateVectors`): Parameters at each state, `(num_parameters,)`; gone through once
+            per cluster.
         batches (`CachedBatches`): One group of rows per cluster.
         clusters (`Sequence[int]`): The groups to go through.
         num_rows (`int`): n, the rows of the whole training set.
@@ -53,34 +55,44 @@ def cluster_gradients(
     Raises:
         NotImplementedError, ValueError: If labels do not fit the logits, see [`~hf_rgm.losses.check_labels`].
     """
-    result = []
-    for cluster in clusters:
-        result.append([])
-        for state in states:
-            named = model.space.unflatten(state)
-            total = torch.zeros(model.num_parameters, device=model.device)
-            for inputs, labels in batches.group(cluster):
-                parameters = {name: value.detach().requires_grad_() for name, value in named.items()}
-                logits = model.logits(parameters, inputs)
-                check_labels(logits, labels)
-                loss = row_loss(logits, labels).sum() / num_rows
-                gradients = torch.autograd.grad(loss, list(parameters.values()), materialize_grads=True)
-                total += model.space.flatten(dict(zip(parameters, gradients, strict=True)))
-            result[-1].append(sketch(total))
-    return torch.stack([torch.stack(rows) for rows in result], dim=1)
+    result = None
+    for position, cluster in enumerate(clusters):
+        for index, state in enumerate(states):
+            kept = sketch(_cluster_gradient(model, state, batches.group(cluster), num_rows, row_loss))
+            if result is None:  # in place from the start: stacking what is finished would take the memory twice
+                result = kept.new_empty(len(states), len(clusters), len(kept))
+            result[index, position] = kept
+    if result is None:
+        raise ValueError(f"{len(clusters)} clusters at {len(states)} states: there is no gradient to take.")
+    return result
 
 
-def time_row(model: FunctionalModel, state: Tensor, batches: CachedBatches, row_loss: RowLoss) -> float:
+def _cluster_gradient(
+    model: FunctionalModel,
+    state: Tensor,
+    batches: Iterable[tuple[dict[str, Tensor], Tensor]],
+    num_rows: int,
+    row_loss: RowLoss,
+) -> Tensor:
+    named = model.space.unflatten(state)
+    total = torch.zeros(model.num_parameters, device=model.device)
+    for inputs, labels in batches:
+        parameters = {name: value.detach().requires_grad_() for name, value in named.items()}
+        logits = model.logits(parameters, inputs)
+        check_labels(logits, labels)
+        loss = row_loss(logits, labels).sum() / num_rows
+        gradients = torch.autograd.grad(loss, list(parameters.values()), materialize_grads=True)
+        total += model.space.flatten(dict(zip(parameters, gradients, strict=True)))
+    return total
+
+
+def measure_rows(model: FunctionalModel, state: Tensor, batches: CachedBatches, row_loss: RowLoss) -> PieceOfWork:
     """
-    Seconds that a row takes in [`cluster_gradients`] at one state, measured on the largest cluster after a first try.
+    What [`cluster_gradients`] takes at one state: seconds a row, and memory for a batch, seen on the largest cluster.
     """
     largest = max(range(len(batches)), key=batches.num_rows)
-    seconds = 0.0
-    for _ in range(2):
-        begun = time.perf_counter()
-        cluster_gradients(model, [state], batches, [largest], 1, row_loss)
-        seconds = time.perf_counter() - begun
-    return seconds / batches.num_rows(largest)
+    piece = measured(lambda: cluster_gradients(model, [state], batches, [largest], 1, row_loss))
+    return PieceOfWork(piece.seconds / batches.num_rows(largest), piece.peak_bytes)
 
 
 def row_gradients(

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from hf_rgm import DistillationConfig, ReverseGradientMatchingDistiller
-from hf_rgm.synset.costs import CostEstimate
+from hf_rgm.synset.costs import CostEstimate, PieceOfWork
 from hf_rgm.synset.learner import BlockLearner
 from hf_rgm.testing import tiny_recorded_run, tiny_synset
 
@@ -38,7 +38,7 @@ def test_time_is_that_of_the_rows_and_the_iterations(monkeypatch, settings):
         return 1.0
 
     monkeypatch.setattr(BlockLearner, "time_iteration", one_second)
-    monkeypatch.setattr("hf_rgm.synset.distiller.time_row", lambda *_: 0.125)
+    monkeypatch.setattr("hf_rgm.synset.distiller.measure_rows", lambda *_: PieceOfWork(0.125, 0))
     estimate = distiller(num_iterations=100, cluster_block_size=3, sketch_dimension=80, **settings).estimate()
     assert taken[0] > 0
     assert estimate.seconds == pytest.approx(0.125 * 48 * 5 + 100 * estimate.num_blocks)
@@ -53,6 +53,4 @@ def test_smaller_blocks_need_less_memory_and_more_of_them():
 
 def test_it_reads_well():
     estimate = CostEstimate(7300.0, 4_200_000_000, 900_000, 1, True)
-    assert str(estimate) == (
-        "2.0 h, 4.2 GB of memory, 900.0 kB on disk, in 1 block of clusters, on sketches of the gradients"
-    )
+    assert str(estimate) == ("2.0 h, 4.2 GB of memory, 900.0 kB on disk, in 1 block, on sketches of the gradients")

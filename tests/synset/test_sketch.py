@@ -71,14 +71,6 @@ def test_samples_learned_on_sketches_match_the_whole_gradients():
     assert synset.matching_error < whole_error(synset) < 3 * exact.matching_error
 
 
-def test_smaller_blocks_come_before_sketches():
-    work = distil()
-    plan = work._plan
-    half = distil(max_memory=f"{(plan.memory_bytes - 1) // 2**10}KiB")
-    assert half._plan.sketch_dimension is None
-    assert half._plan.block_size == 3
-
-
 def test_too_little_memory_is_refused_before_work_starts():
     with pytest.raises(ValueError, match=r"`max_memory='1KiB'` is too little for 5 states .* Raise it"):
         distil(max_memory="1KiB")
