@@ -12,8 +12,11 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+from huggingface_hub.dataclasses import strict
 
-from hf_rgm.files import read_json, staged_folder, write_json
+from hf_rgm.artefacts import ArtefactFolder, parsed, printable
+from hf_rgm.files import staged_folder, write_json
 from hf_rgm.grouping import (
     as_numpy,
     as_points,
@@ -28,6 +31,17 @@ CONFIG_FILE = "clusters.json"
 ROWS_FILE = "rows.parquet"
 
 
+@strict
+@dataclass
+class _Header:
+    """What the JSON file beside the rows must hold."""
+
+    num_rows: int
+    names: list[str]
+    parents: list[int] | None
+    parent_names: list[str] | None
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class ClusterMap:
     """
@@ -38,7 +52,8 @@ class ClusterMap:
 
     Args:
         cluster_ids (`np.ndarray`): The cluster of each row, `(num_rows,)`, int64.
-        names (`tuple[str, ...]`): The name of each cluster, all different.
+        names (`tuple[str, ...]`): The name of each cluster, all different. Control characters and line breaks are
+            spelled out.
         parents (`np.ndarray`, *optional*): The cluster of a coarser map that each cluster is part of,
             `(num_clusters,)`, int64. Set by [`ClusterMap.refine`].
         parent_names (`tuple[str, ...]`, *optional*): Names of the coarser map's clusters.
@@ -65,13 +80,13 @@ class ClusterMap:
     parent_names: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
-        names = tuple(str(name) for name in self.names)
+        names = tuple(printable(str(name)) for name in self.names)
         object.__setattr__(self, "names", names)
         object.__setattr__(self, "cluster_ids", checked_partition(self.cluster_ids, names, what="cluster"))
         if (self.parents is None) != (self.parent_names is None):
             raise ValueError("`parents` and `parent_names` belong together. Pass both or neither.")
         if self.parents is not None and self.parent_names is not None:
-            parent_names = tuple(str(name) for name in self.parent_names)
+            parent_names = tuple(printable(str(name)) for name in self.parent_names)
             if len(self.parents) != len(names):
                 raise ValueError(
                     f"`parents` has {len(self.parents)} entries for {len(names)} clusters. Pass one each."
@@ -308,6 +323,7 @@ class ClusterMap:
             KeyError: If no cluster has this name; the error lists names like it.
         """
         if isinstance(cluster, str):
+            cluster = printable(cluster)
             if cluster not in self._index:
                 close = difflib.get_close_matches(cluster, self.names, n=5, cutoff=0.5) or self.names[:5]
                 raise KeyError(f"No cluster is named '{cluster}'. Names like it: {', '.join(close)}.")
@@ -352,30 +368,32 @@ class ClusterMap:
             )
 
     @classmethod
-    def load(cls, folder: str | Path) -> ClusterMap:
+    def load(cls, folder: str | Path | ArtefactFolder) -> ClusterMap:
         """
         Reads a map that [`ClusterMap.save`] wrote.
 
         Raises:
             FileNotFoundError: If a file is missing.
+            MemoryError: If it is larger than the memory that is free.
             ValueError: If a file is damaged or of another format version.
         """
-        folder = Path(folder)
-        header = read_json(folder / CONFIG_FILE, format_version=FORMAT_VERSION)
+        folder = folder if isinstance(folder, ArtefactFolder) else ArtefactFolder(folder)
+        content = folder.read_json(CONFIG_FILE, format_version=FORMAT_VERSION)
+        header = parsed(_Header, content, f"{folder}/{CONFIG_FILE}")
+        columns = {"row": pa.int64(), "cluster_id": pa.int64()}
+        table = folder.read_parquet(ROWS_FILE, columns, num_rows=header.num_rows)
         try:
-            rows = pd.read_parquet(folder / ROWS_FILE, columns=["row", "cluster_id"]).sort_values("row")
+            rows, cluster_ids = (table[name].to_numpy() for name in columns)
+            order = np.argsort(rows, kind="stable")
+            if not np.array_equal(rows[order], np.arange(header.num_rows)):
+                raise ValueError(f"{ROWS_FILE} does not have every row once")
             result = cls(
-                rows["cluster_id"].to_numpy(),
-                tuple(header["names"]),
-                parents=header["parents"],
-                parent_names=header["parent_names"],
+                cluster_ids[order],
+                tuple(header.names),
+                parents=None if header.parents is None else np.array(header.parents, dtype=np.int64),
+                parent_names=None if header.parent_names is None else tuple(header.parent_names),
             )
-            result.check_num_rows(header["num_rows"], what=CONFIG_FILE)
-        except (KeyError, OSError, ValueError) as error:
-            if isinstance(error, FileNotFoundError):
-                raise FileNotFoundError(
-                    f"{folder} has no {ROWS_FILE}: not a whole cluster map. Copy it again."
-                ) from None
+        except (OverflowError, TypeError, ValueError) as error:
             raise ValueError(f"The cluster map in {folder} is damaged ({error}). Copy or make it again.") from error
         return result
 

@@ -1,4 +1,4 @@
-"""Writing and reading artefact folders so that nothing half-written is ever taken for whole."""
+"""Writing artefact folders so that nothing half-written is ever taken for whole."""
 
 from __future__ import annotations
 
@@ -61,30 +61,12 @@ def staged_folder(target: str | Path, marker: str) -> Iterator[Path]:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Writes `content` through a temporary file that is renamed into place."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
-
-
-def read_json(path: Path, *, format_version: int) -> dict[str, Any]:
     """
-    Reads a JSON object and checks its `format_version`.
+    Writes `content` through a temporary file that is renamed into place.
 
     Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it is not a JSON object of this version.
+        TypeError, ValueError: If it does not fit into JSON, NaN and infinity included.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"{path.parent} has no {path.name}: not an artefact folder, or not a whole one.")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid JSON ({error}). Copy or write it again.") from error
-    if not isinstance(content, dict) or content.get("format_version") != format_version:
-        found = content.get("format_version") if isinstance(content, dict) else type(content).__name__
-        raise ValueError(
-            f"{path} has format version {found}, this release of hf_rgm reads {format_version}. Install the release "
-            "that wrote it, or write it again."
-        )
-    return content
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    os.replace(temporary, path)

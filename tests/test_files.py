@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from hf_rgm.files import read_json, staged_folder, write_json
+from hf_rgm.artefacts import ArtefactFolder
+from hf_rgm.files import staged_folder, write_json
 
 
 def names(folder):
@@ -54,18 +55,21 @@ def test_foreign_content_is_left_alone(tmp_path):
 def test_json_round_trip_and_its_errors(tmp_path):
     path = tmp_path / "config.json"
     with pytest.raises(FileNotFoundError, match="has no config.json"):
-        read_json(path, format_version=1)
+        ArtefactFolder(tmp_path).read_json("config.json", format_version=1)
     write_json(path, {"format_version": 1, "x": [1.5, None]})
-    assert read_json(path, format_version=1) == {"format_version": 1, "x": [1.5, None]}
+    assert ArtefactFolder(tmp_path).read_json("config.json", format_version=1) == {
+        "format_version": 1,
+        "x": [1.5, None],
+    }
     assert names(tmp_path) == ["config.json"]
     with pytest.raises(ValueError, match="format version 1, this release of hf_rgm reads 2"):
-        read_json(path, format_version=2)
+        ArtefactFolder(tmp_path).read_json("config.json", format_version=2)
     path.write_text(json.dumps([1]))
     with pytest.raises(ValueError, match="format version list"):
-        read_json(path, format_version=1)
+        ArtefactFolder(tmp_path).read_json("config.json", format_version=1)
     path.write_bytes(b'{"format_version": 1, \xff')
     with pytest.raises(ValueError, match="config.json is not valid JSON"):
-        read_json(path, format_version=1)
+        ArtefactFolder(tmp_path).read_json("config.json", format_version=1)
 
 
 def test_content_that_is_not_json_leaves_the_earlier_file(tmp_path):
@@ -73,4 +77,4 @@ def test_content_that_is_not_json_leaves_the_earlier_file(tmp_path):
     write_json(path, {"format_version": 1})
     with pytest.raises(TypeError):
         write_json(path, {"format_version": 1, "x": object()})
-    assert read_json(path, format_version=1) == {"format_version": 1}
+    assert ArtefactFolder(tmp_path).read_json("config.json", format_version=1) == {"format_version": 1}

@@ -11,10 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from hf_rgm.attribution.linearized import LinearizedReplayEngine
 from hf_rgm.attribution.mixture import MixtureSuggestion, check_request, maximized_by_default, trusted_mixture
 from hf_rgm.attribution.objectives import Objective, Queries, resolve_objective
+from hf_rgm.attribution.replay import ReplayEngine
 from hf_rgm.attribution.result import AttributionResult
 from hf_rgm.attribution.runs import ENGINES_OF_ROWS, RecordedRun, check_engine
+from hf_rgm.attribution.unlearned import UnlearnedModel, compare_losses
 from hf_rgm.losses import LossFunction, RowLoss
 from hf_rgm.modeling import FunctionalModel
 from hf_rgm.rows import DataCollator, RowReader
@@ -165,6 +168,9 @@ class Attributor:
                 "num_steps": self.synset.trajectory.num_steps,
                 "num_runs": len(runs),
                 "num_masks": num_masks,
+                "used_rows": rows is not None,
+                "model": self.synset.model_description,
+                "fidelity": self.synset.fidelity,
                 "parameters_sha256": self.synset.parameters_sha256,
             },
         )
@@ -225,6 +231,65 @@ class Attributor:
             KeyError, IndexError: If there is no cluster of a name or index.
             ValueError: If none or all are named.
         """
+        vector, _, _ = self._without(clusters, rewind)
+        return self._module(vector)
+
+    def unlearn(
+        self,
+        clusters: Iterable[str | int],
+        *,
+        rows: Any = None,
+        queries: Any = None,
+        data_collator: DataCollator | None = None,
+        rewind: float | None = None,
+    ) -> UnlearnedModel:
+        """
+        The model without some clusters, with what was removed and a check, ready to be saved or pushed.
+
+        Args:
+            clusters (`Iterable[str | int]`): Names or indices of the clusters to remove.
+            rows (*optional*): The training dataset: compares losses on the removed rows, and on the others.
+            queries (*optional*): Other rows to compare losses on.
+            data_collator (`Callable`, *optional*): Collates rows. Defaults to `default_data_collator`.
+            rewind (`float`, *optional*): Fraction of training to go back to. Defaults to the engine's.
+
+        Returns:
+            [`UnlearnedModel`]: its `model` is what [`Attributor.model_without`] gives.
+
+        Raises:
+            KeyError, IndexError: If there is no cluster of a name or index.
+            ValueError: If none or all are named, or the rows are not the training set.
+        """
+        vector, chosen, engine = self._without(clusters, rewind)
+        cluster_map = self.synset.clusters
+        groups: list[tuple[str, RowReader, np.ndarray]] = []
+        if rows is not None:
+            removed = np.isin(cluster_map.cluster_ids, chosen)
+            reader = self._row_reader(rows, data_collator)
+            groups.append(("removed rows", reader, np.flatnonzero(removed)))
+            groups.append(("the other training rows", reader, np.flatnonzero(~removed)))
+        if queries is not None:
+            reader = RowReader(queries, self.model, data_collator=data_collator, what="queries")
+            groups.append(("queries", reader, np.arange(len(reader))))
+        with self.model.differentiable():
+            checks = [compare_losses(self.model, self._final, vector, *group) for group in groups]
+        return UnlearnedModel(
+            model=self._module(vector),
+            clusters=[cluster_map.names[k] for k in chosen],
+            sizes=[int(cluster_map.sizes[k]) for k in chosen],
+            checks=checks,
+            engine="replay",
+            rewind_step=engine.path.start,
+            num_steps=self.synset.trajectory.num_steps,
+            parameters_sha256=self.synset.parameters_sha256,
+            model_name=self.synset.model_description.get("name_or_path"),
+            fidelity=self.synset.fidelity,
+        )
+
+    def _without(
+        self, clusters: Iterable[str | int], rewind: float | None
+    ) -> tuple[Tensor, list[int], ReplayEngine | LinearizedReplayEngine]:
+        """Parameters without some clusters, `(num_parameters,)`, the indices of these, and the engine used."""
         chosen = sorted({self.synset.clusters.index(cluster) for cluster in _as_list(clusters)})
         if not 0 < len(chosen) < self.synset.num_clusters:
             raise ValueError(
@@ -235,7 +300,9 @@ class Attributor:
         mask[0, chosen] = 0
         settings: dict[str, Any] = {} if rewind is None else {"rewind": rewind}
         engine = self._runs[0].replay_engine("replay", **settings)
-        vector = engine.parameters(mask)[0]
+        return engine.parameters(mask)[0], chosen, engine
+
+    def _module(self, vector: Tensor) -> nn.Module:
         return self.model.module_with(self.model.space.unflatten(vector), like=self._original).eval()
 
     def suggest_mixture(

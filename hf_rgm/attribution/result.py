@@ -11,24 +11,20 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import datasets
 import numpy as np
 import pandas as pd
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
 
+from hf_rgm.artefacts import ArtefactFolder, printable
+from hf_rgm.attribution.storage import CONFIG_FILE, FILES, read_result, write_result
 from hf_rgm.attribution.tables import long_form
-from hf_rgm.files import read_json, staged_folder, write_json
+from hf_rgm.files import staged_folder
 from hf_rgm.grouping import as_numpy
+from hf_rgm.hub.artefact import CardOptions, DatasetArtefact
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-FORMAT_VERSION = 1
-CONFIG_FILE = "attribution.json"
-TENSORS_FILE = "attribution.safetensors"
-TOP_CLUSTERS = 10
-
 
 @dataclass(eq=False, repr=False)
-class AttributionResult:
+class AttributionResult(DatasetArtefact):
     """
     The attribution matrix: how the presence of each cluster (or row) changes the objective of each query.
 
@@ -71,6 +67,10 @@ class AttributionResult:
     ```
     """
 
+    marker: ClassVar = CONFIG_FILE
+    files: ClassVar = FILES
+    kind: ClassVar = "attributions"
+
     SIGN_CONVENTION: ClassVar[str] = (
         "A positive score means that the presence of the cluster (or row) raises the objective: "
         "score = f(with) - f(without)."
@@ -88,10 +88,10 @@ class AttributionResult:
     metadata: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.cluster_names = _distinct([str(name) for name in self.cluster_names], "cluster_names")
+        self.cluster_names = _distinct([printable(str(name)) for name in self.cluster_names], "cluster_names")
         ids = [query.item() if isinstance(query, np.generic) else query for query in self.query_ids]
         numbered = all(isinstance(query, int) for query in ids)
-        self.query_ids = _distinct(ids if numbered else [str(query) for query in ids], "query_ids")
+        self.query_ids = _distinct(ids if numbered else [printable(str(query)) for query in ids], "query_ids")
         shape = (len(self.query_ids), len(self.cluster_names))
         self.scores = self._checked(self.scores, shape, "scores")
         self.objective_values = self._checked(self.objective_values, shape[:1], "objective_values")
@@ -150,6 +150,7 @@ class AttributionResult:
         Raises:
             KeyError: If there is no such query.
         """
+        query = printable(query) if isinstance(query, str) else query
         if query not in self.query_ids:
             shown = ", ".join(repr(name) for name in self.query_ids[:5])
             raise KeyError(f"No query has the id {query!r}. There are {self.num_queries}: {shown}, ...")
@@ -177,10 +178,7 @@ class AttributionResult:
         """
         if k is not None and k < 1:
             raise ValueError(f"`k` must be at least 1, got {k}. Leave it out for all clusters.")
-        return datasets.Dataset.from_pandas(self._long_form(k), preserve_index=False)
-
-    def _long_form(self, k: int | None) -> pd.DataFrame:
-        return long_form(
+        table = long_form(
             self.scores,
             self.query_ids,
             self.cluster_names,
@@ -189,6 +187,7 @@ class AttributionResult:
             row_scores=self.row_scores,
             k=k,
         )
+        return datasets.Dataset.from_pandas(table, preserve_index=False)
 
     def top(
         self, k: int = 5, query: str | int | None = None, *, rows: bool = False, largest: bool = True
@@ -302,12 +301,16 @@ class AttributionResult:
             self, title=title, queries=queries, row_image=row_image, query_image=query_image
         ).save(path)
 
-    def save_pretrained(self, save_directory: str | Path) -> Path:
+    def save_pretrained(self, save_directory: str | Path, *, card: CardOptions | None = None) -> Path:
         """
         Writes the result to a folder (replaces a result already there).
 
         The folders `top`, `scores`, `clusters` and `queries` hold parquet tables to look at;
-        `attribution.safetensors` holds the exact matrices, `attribution.json` the rest.
+        `attribution.safetensors` holds the exact matrices, `attribution.json` the rest, `README.md` is the card.
+
+        Args:
+            save_directory (`str` or `Path`): The folder.
+            card (`CardOptions`, *optional*): What the card says besides: licence, links, another template.
 
         Returns:
             `Path`: the folder.
@@ -315,62 +318,19 @@ class AttributionResult:
         Raises:
             FileExistsError: If the folder holds something else.
         """
-        tensors = {
-            "scores": self.scores,
-            "cluster_sizes": self.cluster_sizes,
-            "objective_values": self.objective_values,
-            "row_scores": self.row_scores,
-            "cluster_ids": self.cluster_ids,
-        }
-        tables = {
-            "top": self._long_form(TOP_CLUSTERS),
-            "scores": pd.DataFrame({"query_id": self.query_ids, "scores": list(self.scores)}),
-            "clusters": pd.DataFrame(
-                {"cluster": self.cluster_names, "size": self.cluster_sizes, "mean_score": self.scores.mean(axis=0)}
-            ),
-            "queries": pd.DataFrame({"query_id": self.query_ids, "objective_value": self.objective_values}),
-        }
+        from hf_rgm.hub.cards import attribution_card
+
+        text = attribution_card(self, card)
         with staged_folder(save_directory, CONFIG_FILE) as folder:
-            save_file(
-                {name: np.ascontiguousarray(array) for name, array in tensors.items() if array is not None},
-                folder / TENSORS_FILE,
-            )
-            for name, table in tables.items():
-                (folder / name).mkdir()
-                table.to_parquet(folder / name / "train.parquet", index=False)
-            write_json(
-                folder / CONFIG_FILE,
-                {
-                    "format_version": FORMAT_VERSION,
-                    "objective": self.objective,
-                    "engine": self.engine,
-                    "sign_convention": self.SIGN_CONVENTION,
-                    "num_queries": self.num_queries,
-                    "num_clusters": self.num_clusters,
-                    "cluster_names": list(self.cluster_names),
-                    "query_ids": list(self.query_ids),
-                    "metadata": self.metadata,
-                },
-            )
+            write_result(self, folder, text)
         return Path(save_directory)
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path) -> AttributionResult:
-        """
-        Reads a result that [`AttributionResult.save_pretrained`] wrote.
-
-        Raises:
-            FileNotFoundError: If a file is missing.
-            ValueError: If a file is damaged or of another format version.
-        """
-        folder = Path(folder)
-        config = read_json(folder / CONFIG_FILE, format_version=FORMAT_VERSION)
-        if not (folder / TENSORS_FILE).is_file():
-            raise FileNotFoundError(f"{folder} has no {TENSORS_FILE}: it is not a whole result. Copy it again.")
-        names = ("cluster_names", "query_ids", "objective", "engine", "metadata")
+    def _from_folder(cls, folder: ArtefactFolder) -> AttributionResult:
+        arguments = read_result(folder)
         try:
-            return cls(**load_file(folder / TENSORS_FILE), **{name: config[name] for name in names})
-        except (KeyError, SafetensorError, TypeError, ValueError) as error:
+            return cls(**arguments)
+        except (TypeError, ValueError) as error:
             raise ValueError(f"The result in {folder} is damaged ({error}). Copy or compute it again.") from error
 
     def __repr__(self) -> str:

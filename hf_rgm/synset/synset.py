@@ -5,34 +5,30 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import pandas as pd
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from hf_rgm.artefacts import ArtefactFolder, printable
 from hf_rgm.clusters import ClusterMap
 from hf_rgm.exceptions import ParameterMismatchError
-from hf_rgm.files import read_json, staged_folder, write_json
+from hf_rgm.files import staged_folder
+from hf_rgm.hub.artefact import CardOptions, DatasetArtefact
 from hf_rgm.modeling import FunctionalModel, parameters_sha256
 from hf_rgm.synset.inputs import SoftTokens
 from hf_rgm.synset.samples import SyntheticSamples
 from hf_rgm.synset.states import MatchedState
+from hf_rgm.synset.storage import CONFIG_FILE, FILES, read_synset, with_pictures, write_synset
 from hf_rgm.trajectory.storage import Trajectory
 
 logger = logging.getLogger(__name__)
 
-FORMAT_VERSION = 2
-TENSORS_FILE = "synset.safetensors"
-CONFIG_FILE = "synset.json"
-RUNS_FOLDER = "trajectories"
-
 
 @dataclass
-class Synset:
+class Synset(DatasetArtefact):
     """
     A distilled training set together with what is needed to use it: clusters and the recorded path.
 
@@ -65,6 +61,10 @@ class Synset:
 
     ```
     """
+
+    marker: ClassVar = CONFIG_FILE
+    files: ClassVar = FILES
+    kind: ClassVar = "synset"
 
     samples: SyntheticSamples
     clusters: ClusterMap
@@ -112,6 +112,8 @@ class Synset:
                 f"The synset's inputs are `{self.input_name}`, but it holds "
                 f"{'no' if self.samples.input_ids is None else 'its own'} input_ids. Copy or distil it again."
             )
+        if not self.input_name.isidentifier():
+            raise ValueError(f"`input_name` must be a forward argument, got {printable(self.input_name)[:60]!r}.")
         if self.residuals.shape != matched:
             raise ValueError(
                 f"Synset residuals have shape {tuple(self.residuals.shape)} for {matched[0]} matched states and "
@@ -158,6 +160,12 @@ class Synset:
         """Identity of the synthetic samples."""
         return parameters_sha256(self.samples.named_tensors())
 
+    @property
+    def model_description(self) -> dict[str, Any]:
+        """What the recorded run says of the model: `class`, `name_or_path` and `commit_hash`, as far as known."""
+        described = self.trajectory.metadata.get("model")
+        return dict(described) if isinstance(described, dict) else {}
+
     def check_model(self, model: FunctionalModel, *, force: bool = False) -> None:
         """
         Raises a [`ParameterMismatchError`] unless the model has the parameters the synset was distilled for.
@@ -186,95 +194,47 @@ class Synset:
             raise ParameterMismatchError(message)
         logger.warning(message)
 
-    def save_pretrained(self, save_directory: str | Path) -> Path:
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        *,
+        state_precision: str | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        card: CardOptions | None = None,
+    ) -> Path:
         """
         Writes the synset to a folder (safetensors, parquet, JSON and a card; replaces a synset already there).
+
+        Args:
+            save_directory (`str` or `Path`): The folder.
+            state_precision (`str`, *optional*): `"float32"`, `"bfloat16"` or `"int8"` for the recorded states, the
+                last of which, the trained model, is kept as it is. Defaults to the precision they have.
+            tokenizer (`PreTrainedTokenizerBase`, *optional*): Adds the samples' nearest texts to the table that the
+                Hub shows.
+            card (`CardOptions`, *optional*): What the card says besides: licence, links, another template.
 
         Returns:
             `Path`: the folder.
 
         Raises:
             FileExistsError: If the folder holds something else.
-            ValueError: If `fidelity` is not a whole report, or one of other samples.
+            ValueError: If `fidelity` is not a whole report, or one of other samples, or the precision is unknown.
         """
         from hf_rgm.hub.cards import synset_card
 
         self._check_fidelity()
-        card = synset_card(self)
+        text = synset_card(self, card)
+        frame = self.to_pandas()
+        if tokenizer is not None:
+            frame.insert(0, "text", self.texts(tokenizer))
+        samples = with_pictures(frame, self.samples.inputs.flatten(0, 1))
         with staged_folder(save_directory, CONFIG_FILE) as folder:
-            tensors = {**self.samples.named_tensors(), "residuals": self.residuals}
-            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / TENSORS_FILE)
-            (folder / "data").mkdir()
-            self.to_pandas().to_parquet(folder / "data" / "train.parquet", index=False)
-            self.clusters.save(folder / "clusters")
-            (folder / RUNS_FOLDER).mkdir()
-            for run, trajectory in enumerate(self.trajectories):
-                trajectory.without_rows().save(folder / RUNS_FOLDER / str(run))
-            write_json(
-                folder / CONFIG_FILE,
-                {
-                    "format_version": FORMAT_VERSION,
-                    "parameters_sha256": self.parameters_sha256,
-                    "input_name": self.input_name,
-                    "num_runs": len(self.trajectories),
-                    "matched_states": [[state.run, state.step] for state in self.matched_states],
-                    "matching_error": self.residuals.mean(0).tolist(),
-                    "config": self.config,
-                    "metadata": self.metadata,
-                    "fidelity": self.fidelity,
-                },
-            )
-            (folder / "README.md").write_text(card, encoding="utf-8")
+            write_synset(self, folder, text, samples=samples, state_precision=state_precision)
         return Path(save_directory)
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path) -> Synset:
-        """
-        Reads a synset that [`Synset.save_pretrained`] wrote.
-
-        Raises:
-            FileNotFoundError: If a file is missing.
-            ValueError: If a file is damaged or of another format version.
-        """
-        folder = Path(folder)
-        config = read_json(folder / CONFIG_FILE, format_version=FORMAT_VERSION)
-        try:
-            tensors = load_file(folder / TENSORS_FILE)
-        except FileNotFoundError:
-            message = f"{folder} has no {TENSORS_FILE}: it is not a whole synset. Copy it again."
-            raise FileNotFoundError(message) from None
-        except SafetensorError as error:
-            raise ValueError(f"{folder / TENSORS_FILE} is damaged ({error}). Copy or distil it again.") from error
-        try:
-            num_runs = config["num_runs"]
-            if not isinstance(num_runs, int) or num_runs < 1:
-                raise ValueError(f"{folder / CONFIG_FILE} names {num_runs!r} recorded runs. Copy or distil it again.")
-            synset = cls(
-                samples=SyntheticSamples(
-                    tensors["inputs"],
-                    tensors["targets"],
-                    tensors["log_weights"],
-                    input_ids=tensors.get("input_ids"),
-                    target_ids=tensors.get("target_ids"),
-                ),
-                clusters=ClusterMap.load(folder / "clusters"),
-                trajectories=tuple(Trajectory.load(folder / RUNS_FOLDER / str(run)) for run in range(num_runs)),
-                residuals=tensors["residuals"],
-                matched_states=tuple(MatchedState(int(run), int(step)) for run, step in config["matched_states"]),
-                parameters_sha256=config["parameters_sha256"],
-                input_name=config["input_name"],
-                config=config["config"],
-                metadata=config["metadata"],
-                fidelity=config.get("fidelity"),
-            )
-        except KeyError as error:
-            raise ValueError(f"{folder} lacks {error}: it is not a whole synset. Copy or distil it again.") from error
-        if parameters_sha256(synset.trajectory.final.parameters) != synset.parameters_sha256:
-            raise ValueError(
-                f"{folder / RUNS_FOLDER / '0'} ends at other parameters than {folder / CONFIG_FILE} names; they do "
-                "not belong together. Copy the synset again."
-            )
-        return synset
+    def _from_folder(cls, folder: ArtefactFolder) -> Synset:
+        return cls(**read_synset(folder))
 
     def texts(self, tokenizer: PreTrainedTokenizerBase) -> list[str]:
         """

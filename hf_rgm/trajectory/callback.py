@@ -24,7 +24,6 @@ from hf_rgm.trajectory.fingerprint import dataset_fingerprint
 from hf_rgm.trajectory.gradients import GradientNorms
 from hf_rgm.trajectory.optimizers import OptimizerRule
 from hf_rgm.trajectory.recording import TrajectoryRecorder
-from hf_rgm.trajectory.states import read_state, state_path
 
 logger = logging.getLogger(__name__)
 
@@ -305,7 +304,7 @@ class TrajectoryCallback(TrainerCallback):
         if best is None or best == state.global_step:
             return False
         if self._recorder.has_state(best):
-            if same_parameters(read_state(state_path(self.folder, best), best), run.parameters):
+            if same_parameters(self._recorder.read_state(best), run.parameters):
                 return True
         logger.warning(
             "The model that training leaves is not the recorded state of the best checkpoint %s. It is kept as the "

@@ -142,8 +142,12 @@ class OptimizerRule:
             ValueError: If keys are missing or unknown.
         """
         known = {item.name for item in fields(ParameterGroup)}
-        if set(content) != {"name", "groups"} or any(set(group) != known for group in content["groups"]):
-            raise ValueError(f"Not an optimizer rule written by this release of hf_rgm: {dict(content)}.")
+        message = f"Not an optimizer rule written by this release of hf_rgm: {str(dict(content))[:300]!r}."
+        if set(content) != {"name", "groups"} or not isinstance(content["groups"], list):
+            raise ValueError(message)
+        for group in content["groups"]:
+            if not isinstance(group, dict) or set(group) != known or not _is_plain(group):
+                raise ValueError(message)
         return cls(content["name"], tuple(ParameterGroup(**group) for group in content["groups"]))
 
     @classmethod
@@ -193,6 +197,18 @@ class OptimizerRule:
                 "Freeze them with `requires_grad_(False)`, or add them to the optimizer."
             )
         return cls(name, tuple(_read_group(group, names) for group in optimizer.param_groups))
+
+
+def _is_plain(group: Mapping[str, Any]) -> bool:
+    """Whether all constants of a group have the types they are written in."""
+    numbers = [group[name] for name in ("weight_decay", "eps", "momentum", "dampening")]
+    return (
+        isinstance(group["names"], list)
+        and all(isinstance(name, str) for name in group["names"])
+        and isinstance(group["betas"], list)
+        and all(isinstance(number, int | float) for number in (*group["betas"], *numbers))
+        and isinstance(group["nesterov"], bool)
+    )
 
 
 def _read_group(group: Mapping[str, Any], names: Mapping[int, str]) -> ParameterGroup:

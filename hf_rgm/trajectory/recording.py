@@ -10,8 +10,11 @@ from typing import Any
 
 import torch
 
+from hf_rgm.artefacts import ArtefactFolder
+from hf_rgm.trajectory.optimizers import OptimizerRule
 from hf_rgm.trajectory.states import (
     STATES_FOLDER,
+    StateFile,
     TrajectoryState,
     recorded_states,
     replacing,
@@ -96,7 +99,7 @@ class TrajectoryRecorder:
         if not self.folder.is_dir() or not any(self.folder.iterdir()):
             return None
         try:
-            return read_metadata(self.folder)
+            return read_metadata(ArtefactFolder(self.folder))
         except FileNotFoundError as error:
             raise FileExistsError(
                 f"{self.folder} is not empty and holds no trajectory, so it is left alone. Choose another folder."
@@ -161,6 +164,12 @@ class TrajectoryRecorder:
     def has_state(self, step: int) -> bool:
         """Whether a step's state is recorded."""
         return state_path(self.folder, step).is_file()
+
+    def read_state(self, step: int) -> TrajectoryState:
+        """A recorded state."""
+        shapes = {name: tuple(shape) for name, shape in self._description["parameters"].items()}
+        moment_names = OptimizerRule.from_dict(self._description["optimizer"]).moment_names
+        return StateFile(ArtefactFolder(self.folder), step, shapes, moment_names).read()
 
     def has_exact_state(self, step: int) -> bool:
         """Whether this run recorded a step's state without rounding."""

@@ -12,11 +12,19 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from hf_rgm.artefacts import ArtefactFolder, check_memory, decoded_bytes
 from hf_rgm.trajectory.states import replacing
 
 STEPS_FOLDER = "steps"
 _WAY_OUT = "Copy the folder again, or record the training run again."
 _SCALARS = {"epoch": np.float64, "gradient_norm": np.float64, "clip_factor": np.float64, "skipped": np.bool_}
+_COLUMNS: dict[str, pa.DataType] = {
+    "step": pa.int64(),
+    **{name: pa.from_numpy_dtype(dtype) for name, dtype in _SCALARS.items()},
+    "learning_rates": pa.large_list(pa.float64()),
+    "rows": pa.large_list(pa.int64()),
+    "micro_batch_sizes": pa.large_list(pa.int64()),
+}
 
 
 @dataclass
@@ -85,9 +93,14 @@ class StepTable:
         )
 
 
+def part_name(first_step: int) -> str:
+    """Name of the part that begins with the given step."""
+    return f"part-{first_step:08d}.parquet"
+
+
 def part_path(folder: Path, first_step: int) -> Path:
     """Where a part that begins with the given step is kept."""
-    return folder / STEPS_FOLDER / f"part-{first_step:08d}.parquet"
+    return folder / STEPS_FOLDER / part_name(first_step)
 
 
 def recorded_parts(folder: Path) -> list[Path]:
@@ -136,32 +149,46 @@ def read_part(path: Path) -> StepTable:
     Reads one part.
 
     Raises:
+        MemoryError: If it is larger than the memory that is free.
         ValueError: If it is damaged.
     """
-    with _damage_named(path):
-        content = pq.read_table(path)
-    missing = sorted({"step", *_SCALARS, "learning_rates"} - set(content.column_names))
-    if missing:
-        raise ValueError(f"{path} lacks the columns {missing}. {_WAY_OUT}")
+    with _damage_named(path), pq.ParquetFile(path) as file:
+        _check_columns(path, file.schema_arrow)
+        check_memory(decoded_bytes(file.metadata), str(path))
+        content = file.read()
     steps = content["step"].to_numpy()
     if not np.array_equal(steps, np.arange(len(steps)) + first_step(path)):
         raise ValueError(f"{path} does not hold consecutive steps from {first_step(path)} on. {_WAY_OUT}")
+    rates = np.array([len(values) for values in _split(content["learning_rates"])])
+    if len(set(rates.tolist())) > 1:
+        raise ValueError(f"{path} has between {rates.min()} and {rates.max()} learning rates a step. {_WAY_OUT}")
     rows = _split(content["rows"]) if "rows" in content.column_names else None
     sizes = _split(content["micro_batch_sizes"]) if "micro_batch_sizes" in content.column_names else None
-    rates = _split(content["learning_rates"])
     return StepTable(
         **{name: content[name].to_numpy() for name in _SCALARS},
-        learning_rates=np.stack(rates) if rates else np.empty((0, 0)),
+        learning_rates=np.stack(_split(content["learning_rates"])) if len(steps) else np.empty((0, 0)),
         rows=rows,
         micro_batch_sizes=None if sizes is None else [values.tolist() for values in sizes],
     )
+
+
+def _check_columns(path: Path, schema: pa.Schema) -> None:
+    for name, dtype in _COLUMNS.items():
+        if name in schema.names and schema.field(name).type != dtype:
+            raise ValueError(f"{path} has {name} of type {schema.field(name).type}, expected {dtype}. {_WAY_OUT}")
+    missing = sorted(set(_COLUMNS) - {"rows", "micro_batch_sizes"} - set(schema.names))
+    if missing:
+        raise ValueError(f"{path} lacks the columns {missing}. {_WAY_OUT}")
+    extra = sorted(set(schema.names) - set(_COLUMNS))
+    if extra:
+        raise ValueError(f"{path} has the columns {extra} too many. {_WAY_OUT}")
 
 
 @contextlib.contextmanager
 def _damage_named(path: Path) -> Iterator[None]:
     try:
         yield
-    except (pa.ArrowInvalid, OSError) as error:
+    except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{path} is damaged ({error}). {_WAY_OUT}") from error
 
 
@@ -175,30 +202,35 @@ def _split_chunk(chunk: pa.LargeListArray) -> list[np.ndarray]:
     return [values[start:stop] for start, stop in zip(offsets[:-1], offsets[1:], strict=True)]
 
 
-def read_steps(folder: Path, num_steps: int) -> StepTable:
+def read_steps(folder: ArtefactFolder, num_steps: int) -> StepTable:
     """
     Reads steps `0` to `num_steps - 1` from the parts of a folder.
 
     Raises:
-        ValueError: If steps are missing or a part is damaged; the gap is named.
+        ValueError: If steps are missing or a part is damaged, or what is read can be no training; steps are named.
     """
     tables, done = [], 0
-    for part in recorded_parts(folder):
-        if first_step(part) >= num_steps:
-            break
-        if first_step(part) != done:
-            raise ValueError(_gap(folder, done, first_step(part)))
-        tables.append(read_part(part))
-        done += len(tables[-1])
-    if done < num_steps:
-        raise ValueError(_gap(folder, done, num_steps))
+    while done < num_steps:
+        name = f"{STEPS_FOLDER}/{part_name(done)}"
+        try:
+            table = read_part(folder.file(name))
+        except FileNotFoundError:
+            table = None
+        if not table:
+            raise ValueError(
+                f"{folder}/{STEPS_FOLDER} records no steps {done} to {num_steps - 1}, or not in order. Copy the "
+                f"folder again, resume training from a checkpoint at or before step {done}, or record the run from "
+                "the beginning."
+            )
+        tables.append(table)
+        done += len(table)
     if not tables:
         raise ValueError(f"{folder} records no steps. Train for at least one step.")
-    return StepTable.concatenate(tables).select(0, num_steps)
-
-
-def _gap(folder: Path, start: int, stop: int) -> str:
-    return (
-        f"{folder / STEPS_FOLDER} records no steps {start} to {stop - 1}. Copy the folder again, resume training from "
-        f"a checkpoint at or before step {start}, or record the training run from the beginning."
-    )
+    steps = StepTable.concatenate(tables).select(0, num_steps)
+    used = np.isfinite(steps.learning_rates).all(1) & np.isfinite(steps.clip_factor)
+    if not used.all():
+        raise ValueError(
+            f"{folder} has a learning rate or clipping factor at step {int(np.argmin(used))} that is NaN or infinite. "
+            f"{_WAY_OUT}"
+        )
+    return steps

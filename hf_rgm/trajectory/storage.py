@@ -4,31 +4,43 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from huggingface_hub.dataclasses import strict
 
-from hf_rgm.files import read_json, staged_folder, write_json
+from hf_rgm.artefacts import ArtefactFolder, parsed
+from hf_rgm.files import staged_folder, write_json
 from hf_rgm.trajectory.fingerprint import dataset_fingerprint
 from hf_rgm.trajectory.optimizers import OptimizerRule
-from hf_rgm.trajectory.states import TrajectoryState, check_state, read_state, state_path, write_state
+from hf_rgm.trajectory.precision import PRECISIONS, check_precision
+from hf_rgm.trajectory.states import StateFile, TrajectoryState, state_path, write_state
 from hf_rgm.trajectory.steps import StepTable, part_path, read_steps, write_part
 
 __all__ = ["FORMAT_VERSION", "METADATA_FILE", "StepTable", "Trajectory", "TrajectoryState"]
 
 FORMAT_VERSION = 1
 METADATA_FILE = "trajectory.json"
-_OWN_KEYS = (
-    "format_version",
-    "complete",
-    "optimizer",
-    "parameters",
-    "num_rows",
-    "dataset_fingerprint",
-    "num_steps",
-    "state_steps",
-)
+
+
+@strict
+@dataclass
+class _Description:
+    """What a finished trajectory's JSON file must hold; the rest is metadata."""
+
+    format_version: int
+    complete: bool
+    optimizer: dict[str, Any]
+    parameters: dict[str, list[int]]
+    num_rows: int
+    dataset_fingerprint: str
+    num_steps: int
+    state_steps: list[int]
+
+
+_OWN_KEYS = tuple(item.name for item in fields(_Description))
 
 
 class Trajectory:
@@ -42,8 +54,8 @@ class Trajectory:
         parameter_shapes (`Mapping[str, tuple[int, ...]]`): Shapes of the trainable parameters, by name, in the order
             of `model.named_parameters()`.
         steps (`StepTable`): What happened at every step.
-        states (`Mapping[int, TrajectoryState | Path]`): States by step, in memory or as files. One must belong to the
-            last step.
+        states (`Mapping[int, TrajectoryState | StateFile]`): States by step, in memory or as files. One must belong to
+            the last step.
         num_rows (`int`): Length of the training set.
         dataset_fingerprint (`str`): Result of [`dataset_fingerprint`] for the training set.
         metadata (`Mapping[str, Any]`, *optional*): What else is known of the run, JSON-safe: see
@@ -85,7 +97,7 @@ class Trajectory:
         optimizer: OptimizerRule,
         parameter_shapes: Mapping[str, tuple[int, ...]],
         steps: StepTable,
-        states: Mapping[int, TrajectoryState | Path],
+        states: Mapping[int, TrajectoryState | StateFile],
         num_rows: int,
         dataset_fingerprint: str,
         metadata: Mapping[str, Any] | None = None,
@@ -149,7 +161,7 @@ class Trajectory:
         if step not in self._states:
             raise KeyError(f"No state is recorded at step {step}. Choose one of {list(self.state_steps)}.")
         state = self._states[step]
-        return state if isinstance(state, TrajectoryState) else read_state(state, step)
+        return state if isinstance(state, TrajectoryState) else state.read()
 
     @property
     def final(self) -> TrajectoryState:
@@ -203,21 +215,32 @@ class Trajectory:
             folder=self.folder,
         )
 
-    def save(self, folder: str | Path) -> None:
+    def save(self, folder: str | Path, *, precision: str | None = None) -> None:
         """
-        Writes the trajectory, states in the precision they have. An older trajectory in the folder is replaced.
+        Writes the trajectory. An older trajectory in the folder is replaced.
+
+        Args:
+            folder (`str` or `Path`): Where to.
+            precision (`str`, *optional*): `"float32"`, `"bfloat16"` or `"int8"`, of all states but the last, which
+                stays as it is. Defaults to the precision the states have.
 
         Raises:
             FileExistsError: If the folder holds something else.
+            ValueError: If the precision is unknown.
         """
+        if precision is not None:
+            check_precision(precision)
+        final = None if precision in (None, PRECISIONS[0]) else self.final.parameters
         with staged_folder(folder, METADATA_FILE) as staging:
             for step, state in self._states.items():
                 target = state_path(staging, step)
-                if isinstance(state, TrajectoryState):
-                    write_state(target, state)
-                else:
+                if isinstance(state, StateFile) and (precision is None or step == self.num_steps):
                     target.parent.mkdir(exist_ok=True)
-                    shutil.copyfile(state, target)
+                    shutil.copyfile(state.path(), target)
+                elif precision is None or step == self.num_steps:
+                    write_state(target, self.state(step))
+                else:
+                    write_state(target, self.state(step), precision=precision, final=final)
             write_part(part_path(staging, 0), self.steps)
             write_json(staging / METADATA_FILE, self._to_dict())
 
@@ -234,7 +257,7 @@ class Trajectory:
         }
 
     @classmethod
-    def load(cls, folder: str | Path) -> Trajectory:
+    def load(cls, folder: str | Path | ArtefactFolder) -> Trajectory:
         """
         Opens a trajectory folder, after checking that it is whole.
 
@@ -242,31 +265,40 @@ class Trajectory:
             FileNotFoundError: If the folder, its description or a state is missing.
             ValueError: If the recording was not finished, was written by another release, or is damaged.
         """
-        folder = Path(folder)
+        folder = folder if isinstance(folder, ArtefactFolder) else ArtefactFolder(folder)
         content = read_metadata(folder)
         if not content["complete"]:
             raise ValueError(
                 f"The trajectory in {folder} is not complete: training is still running, or was interrupted. Let it "
                 "finish, or resume it with `trainer.train(resume_from_checkpoint=True)` and the same callback."
             )
-        optimizer = OptimizerRule.from_dict(content["optimizer"])
-        shapes = {name: tuple(shape) for name, shape in content["parameters"].items()}
-        states: dict[int, TrajectoryState | Path] = {step: state_path(folder, step) for step in content["state_steps"]}
-        for step in states:
-            check_state(state_path(folder, step), shapes, optimizer.moment_names)
+        description = parsed(_Description, content, f"{folder}/{METADATA_FILE}")
+        optimizer = OptimizerRule.from_dict(description.optimizer)
+        shapes = {name: tuple(shape) for name, shape in description.parameters.items()}
+
+        def state_file(step: int, reference: StateFile | None = None) -> StateFile:
+            return StateFile(folder, step, shapes, optimizer.moment_names, reference)
+
+        final = state_file(description.num_steps)
+        states = {step: state_file(step, final) for step in description.state_steps if step != final.step}
+        if final.step in description.state_steps:
+            states[final.step] = final
+        for state in states.values():
+            if state.at_hand or state is final or not folder.is_remote:
+                state.check()
         return cls(
             optimizer=optimizer,
             parameter_shapes=shapes,
-            steps=read_steps(folder, content["num_steps"]),
+            steps=read_steps(folder, description.num_steps),
             states=states,
-            num_rows=content["num_rows"],
-            dataset_fingerprint=content["dataset_fingerprint"],
+            num_rows=description.num_rows,
+            dataset_fingerprint=description.dataset_fingerprint,
             metadata={key: value for key, value in content.items() if key not in _OWN_KEYS},
-            folder=folder,
+            folder=folder.root,
         )
 
 
-def read_metadata(folder: Path) -> dict[str, Any]:
+def read_metadata(folder: ArtefactFolder) -> dict[str, Any]:
     """
     Reads the description of a trajectory, complete or not.
 
@@ -274,15 +306,15 @@ def read_metadata(folder: Path) -> dict[str, Any]:
         FileNotFoundError: If there is none.
         ValueError: If it is damaged or of another format version.
     """
-    if not folder.is_dir():
+    if not folder.root.is_dir() and not folder.is_remote:
         raise FileNotFoundError(
             f"There is no folder {folder}. Record a training run with `TrajectoryCallback({str(folder)!r})` first."
         )
-    content = read_json(folder / METADATA_FILE, format_version=FORMAT_VERSION)
+    content = folder.read_json(METADATA_FILE, format_version=FORMAT_VERSION)
     missing = [key for key in _OWN_KEYS if key not in content]
     if missing:
         raise ValueError(
-            f"{folder / METADATA_FILE} lacks {', '.join(missing)}. Copy the folder again, or record the training run "
+            f"{folder}/{METADATA_FILE} lacks {', '.join(missing)}. Copy the folder again, or record the training run "
             "again."
         )
     return content

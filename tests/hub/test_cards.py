@@ -27,7 +27,7 @@ REPORT = FidelityReport(
 
 def test_the_header_is_yaml_and_the_facts_are_there():
     card = synset_card(tiny_synset())
-    assert DatasetCard(card).data.tags == ["hf-rgm", "synset", "data-attribution"]
+    assert DatasetCard(card).data.tags == ["hf-rgm", "data-attribution", "synset"]
     for part in (
         "# Synset",
         f"{tiny_synset().num_samples} of `pixel_values`",

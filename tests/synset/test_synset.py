@@ -94,33 +94,41 @@ def test_a_truncated_trajectory_is_named(folder):
         Synset.from_pretrained(folder)
 
 
+ABSENT = object()
+
+
 def change_json(folder, **changes):
     path = folder / "synset.json"
     content = json.loads(path.read_text()) | changes
-    path.write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
+    path.write_text(json.dumps({key: value for key, value in content.items() if value is not ABSENT}))
 
 
 def test_another_format_version_is_refused(folder):
     change_json(folder, format_version=99)
-    with pytest.raises(ValueError, match="format version 99, this release of hf_rgm reads 2"):
+    with pytest.raises(ValueError, match="format version 99, this release of hf_rgm reads 3"):
         Synset.from_pretrained(folder)
 
 
 def test_a_missing_field_is_named(folder):
-    change_json(folder, parameters_sha256=None)
-    with pytest.raises(ValueError, match="lacks 'parameters_sha256'"):
+    change_json(folder, parameters_sha256=ABSENT)
+    with pytest.raises(ValueError, match="lacks parameters_sha256"):
         Synset.from_pretrained(folder)
 
 
 def change_tensors(folder, **changes):
     path = folder / "synset.safetensors"
     tensors = {name: tensor.clone() for name, tensor in load_file(path).items()} | changes
-    save_file({name: tensor for name, tensor in tensors.items() if tensor is not None}, path)
+    kept = {name: tensor for name, tensor in tensors.items() if tensor is not ABSENT}
+    save_file(kept, path)
+    return {name: list(tensor.shape) for name, tensor in kept.items()}
 
 
 def test_a_missing_tensor_is_named(folder):
-    change_tensors(folder, targets=None)
-    with pytest.raises(ValueError, match="lacks 'targets'"):
+    announced = change_tensors(folder, targets=ABSENT)
+    with pytest.raises(ValueError, match="has no tensor 'targets'"):
+        Synset.from_pretrained(folder)
+    change_json(folder, tensors=announced)
+    with pytest.raises(ValueError, match="announces the tensors .*not those of a synset"):
         Synset.from_pretrained(folder)
 
 
@@ -145,7 +153,10 @@ def test_values_that_are_not_finite_are_named_with_their_cluster(folder, name):
     ids=lambda changes: f"{next(iter(changes))} {tuple(next(iter(changes.values())).shape)}",
 )
 def test_tensors_that_do_not_belong_together_are_refused(folder, changes):
-    change_tensors(folder, **changes)
+    announced = change_tensors(folder, **changes)
+    with pytest.raises(ValueError, match=r"synset.safetensors has '\w+' of shape .* expected"):
+        Synset.from_pretrained(folder)
+    change_json(folder, tensors=announced)
     with pytest.raises(ValueError, match="do not belong together"):
         Synset.from_pretrained(folder)
 

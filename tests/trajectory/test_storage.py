@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from hf_rgm.artefacts import ArtefactFolder
 from hf_rgm.trajectory import OptimizerRule, ParameterGroup, StepTable, Trajectory, TrajectoryState
 from hf_rgm.trajectory.states import write_state
 from hf_rgm.trajectory.steps import part_path, read_steps, write_part
@@ -142,8 +143,8 @@ def test_several_parts_are_one_table(tmp_path):
     whole = table(7)
     for start, stop in ((0, 3), (3, 4), (4, 7)):
         write_part(part_path(tmp_path, start), whole.select(start, stop))
-    assert_same_steps(read_steps(tmp_path, 7), whole)
-    assert_same_steps(read_steps(tmp_path, 5), whole.select(0, 5))
+    assert_same_steps(read_steps(ArtefactFolder(tmp_path), 7), whole)
+    assert_same_steps(read_steps(ArtefactFolder(tmp_path), 5), whole.select(0, 5))
 
 
 def test_unknown_state_names_the_recorded_ones():
@@ -236,7 +237,7 @@ DAMAGE = {
     "steps of another place": (
         lambda f: part_path(f, 0).rename(part_path(f, 1)),
         ValueError,
-        "records no steps 0 to 0",
+        "records no steps 0 to 3",
     ),
     "misnamed steps": (
         lambda f: write_part(part_path(f, 4), table(2)) or part_path(f, 4).replace(part_path(f, 0)),

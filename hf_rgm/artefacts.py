@@ -1,0 +1,327 @@
+"""Reading artefacts that need not be trusted: folders on disk or on the Hub, checked before they are read."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import unicodedata
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path, PurePosixPath
+from typing import Any, TypeVar
+
+import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from hf_rgm.files import format_size
+
+MAX_JSON_BYTES = 100_000_000
+DTYPE_BYTES = {
+    "BOOL": 1, "U8": 1, "I8": 1, "F16": 2, "BF16": 2, "I16": 2, "U16": 2, "F32": 4, "I32": 4, "F64": 8, "I64": 8
+}  # fmt: skip
+WAY_OUT = "Copy it again, or ask whoever made it."
+
+Content = TypeVar("Content")
+
+
+class ArtefactFolder:
+    """
+    A folder that holds an artefact. Files are reached through it, so that none outside is.
+
+    Args:
+        root (`str` or `Path`): The folder.
+        boundary (`Path`, *optional*): Links in the folder may lead to what is in here. Defaults to the folder itself,
+            for a snapshot in the cache of the Hub to the repository's part of it.
+
+    Example:
+
+    ```python
+    >>> from pathlib import Path
+    >>> from hf_rgm.artefacts import ArtefactFolder
+    >>> Path("artefact").mkdir()
+    >>> _ = Path("artefact/notes.json").write_text('{"format_version": 1, "text": "hello"}')
+    >>> ArtefactFolder("artefact").read_json("notes.json", format_version=1)["text"]
+    'hello'
+
+    ```
+    """
+
+    def __init__(self, root: str | Path, *, boundary: Path | None = None) -> None:
+        self.root = Path(root)
+        in_cache = self.root.parent.name == "snapshots" and len(self.root.parents) > 1
+        self.boundary = (boundary or (self.root.parents[1] if in_cache else self.root)).resolve()
+
+    def __str__(self) -> str:
+        return str(self.root)
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether files are fetched when they are asked for."""
+        return False
+
+    def subfolder(self, name: str) -> ArtefactFolder:
+        """A folder in this one."""
+        return ArtefactFolder(self.root / name, boundary=self.boundary)
+
+    def at_hand(self, name: str) -> bool:
+        """Whether a file can be read without fetching it."""
+        return (self.root / name).is_file()
+
+    def file(self, name: str) -> Path:
+        """
+        The path of a file that is there.
+
+        Raises:
+            FileNotFoundError: If there is none.
+            ValueError: If the name, or a link, leads out of the folder.
+        """
+        check_name(name)
+        path = self.root / name
+        if not path.is_file():
+            raise FileNotFoundError(f"{self} has no {name}: not an artefact folder, or not a whole one. {WAY_OUT}")
+        if not path.resolve().is_relative_to(self.boundary):
+            raise ValueError(f"{path} is a link that leads out of {self.boundary}. Put the file itself there.")
+        return path
+
+    def read_json(self, name: str, *, format_version: int) -> dict[str, Any]:
+        """
+        Reads a JSON object and checks its `format_version`.
+
+        Raises:
+            FileNotFoundError: If there is no such file.
+            ValueError: If it is too large, or not a JSON object of this version.
+        """
+        path = self.file(name)
+        if path.stat().st_size > MAX_JSON_BYTES:
+            raise ValueError(
+                f"{path} has {format_size(path.stat().st_size)}, more than the {format_size(MAX_JSON_BYTES)} such a "
+                f"file may have. {WAY_OUT}"
+            )
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path} is not valid JSON ({error}). {WAY_OUT}") from error
+        found = content.get("format_version") if isinstance(content, dict) else type(content).__name__
+        if found != format_version or isinstance(found, bool):
+            raise ValueError(
+                f"{path} has format version {_short(found)}, this release of hf_rgm reads {format_version}. Install "
+                "the release that wrote it, or write it again."
+            )
+        return content
+
+    @contextlib.contextmanager
+    def open_tensors(self, name: str) -> Iterator[TensorFile]:
+        """
+        Opens a safetensors file.
+
+        Raises:
+            FileNotFoundError: If there is none.
+            ValueError: If it is damaged, or errors of safetensors occur while it is open.
+        """
+        path = self.file(name)
+        try:
+            with safe_open(path, framework="pt") as file:
+                yield TensorFile(path, file)
+        except SafetensorError as error:
+            raise ValueError(f"{path} is damaged ({error}). {WAY_OUT}") from error
+
+    def read_parquet(self, name: str, schema: Mapping[str, pa.DataType], *, num_rows: int) -> pa.Table:
+        """
+        Reads columns of a parquet file of which it is known how many lines it has.
+
+        Args:
+            name (`str`): The file.
+            schema (`Mapping[str, pa.DataType]`): Columns to read; they must have these types.
+            num_rows (`int`): The lines it must have.
+
+        Raises:
+            FileNotFoundError: If there is no such file.
+            MemoryError: If the table is larger than the memory that is free.
+            ValueError: If it is damaged or holds something else.
+        """
+        path = self.file(name)
+        try:
+            with pq.ParquetFile(path) as file:
+                if file.metadata.num_rows != num_rows:
+                    raise ValueError(f"it has {file.metadata.num_rows} lines, {num_rows} are announced")
+                found = file.schema_arrow
+                for column, dtype in schema.items():
+                    if column not in found.names or found.field(column).type != dtype:
+                        kind = found.field(column).type if column in found.names else "missing"
+                        raise ValueError(f"column {column!r} is {kind}, not {dtype}")
+                check_memory(decoded_bytes(file.metadata), str(path))
+                return file.read(columns=list(schema))
+        except (pa.ArrowException, OSError, ValueError) as error:
+            raise ValueError(f"{path} is damaged ({error}). {WAY_OUT}") from error
+
+
+def check_name(name: str) -> None:
+    """Raises a `ValueError` if the name of a file leads out of its folder."""
+    relative = PurePosixPath(name)
+    if relative.is_absolute() or ".." in relative.parts or "\\" in name:
+        raise ValueError(f"{name!r} is no name of a file in an artefact. {WAY_OUT}")
+
+
+class TensorFile:
+    """
+    An open safetensors file.
+
+    Args:
+        path (`Path`): Where it is.
+        file (`safe_open`): The file.
+    """
+
+    def __init__(self, path: Path, file: safe_open) -> None:
+        self.path = path
+        self._file = file
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """What the header says besides the tensors."""
+        return self._file.metadata() or {}
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the tensors."""
+        return list(self._file.keys())
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor, from the header."""
+        return tuple(self._file.get_slice(name).get_shape())
+
+    def dtype(self, name: str) -> str:
+        """Dtype of a tensor, from the header, as safetensors calls it: `"F32"`."""
+        return self._file.get_slice(name).get_dtype()
+
+    def read(self, name: str, *, shape: Sequence[int | None], dtypes: Sequence[str]) -> Tensor:
+        """
+        Reads a tensor, after a look at the header.
+
+        Args:
+            name (`str`): Its name.
+            shape (`Sequence`): The shape it must have; `None` stands for any size.
+            dtypes (`Sequence[str]`): The dtypes it may have.
+
+        Raises:
+            MemoryError: If it is larger than the memory that is free.
+            ValueError: If it is missing or something else.
+        """
+        if name not in self.names:
+            raise ValueError(f"{self.path} has no tensor {name!r}. {WAY_OUT}")
+        found, dtype = self.shape(name), self.dtype(name)
+        fits = len(found) == len(shape) and all(
+            want is None or want == size for want, size in zip(shape, found, strict=True)
+        )
+        if not fits or dtype not in dtypes:
+            expected = tuple("any" if size is None else size for size in shape)
+            raise ValueError(
+                f"{self.path} has {name!r} of shape {found} and dtype {dtype}; expected {expected} and "
+                f"{' or '.join(dtypes)}. {WAY_OUT}"
+            )
+        num_bytes = DTYPE_BYTES[dtype]
+        for size in found:
+            num_bytes *= size
+        check_memory(num_bytes, f"{name!r} of {self.path}")
+        return self._file.get_tensor(name)
+
+
+def decoded_bytes(metadata: pq.FileMetaData) -> int:
+    """What the values of a parquet file of numbers take in memory at most, from its footer."""
+    groups = (metadata.row_group(index) for index in range(metadata.num_row_groups))
+    return 8 * sum(group.column(index).num_values for group in groups for index in range(group.num_columns))
+
+
+def check_memory(num_bytes: int, what: str) -> None:
+    """
+    Raises a `MemoryError` if something would not fit into the memory that is free.
+
+    Args:
+        num_bytes (`int`): Its size.
+        what (`str`): How the error calls it.
+    """
+    free = psutil.virtual_memory().available
+    if num_bytes > free:
+        raise MemoryError(
+            f"{what} needs {format_size(num_bytes)}, but only {format_size(free)} of memory are free. Use a machine "
+            "with more memory, or something smaller."
+        )
+
+
+def parsed(content_class: type[Content], content: Mapping[str, Any], source: str) -> Content:
+    """
+    The fields of a strict dataclass from a JSON object, types checked.
+
+    Args:
+        content_class (`type`): A dataclass that `huggingface_hub.dataclasses.strict` decorates.
+        content (`Mapping[str, Any]`): The object; keys that are no fields are left alone.
+        source (`str`): Where it is from, for errors.
+
+    Raises:
+        ValueError: If a field is missing or of another type.
+    """
+    names = [item.name for item in fields(content_class)]  # type: ignore[arg-type]
+    missing = [name for name in names if name not in content]
+    if missing:
+        raise ValueError(f"{source} lacks {', '.join(missing)}. {WAY_OUT}")
+    try:
+        return content_class(**{name: content[name] for name in names})
+    except (StrictDataclassError, TypeError, ValueError) as error:
+        raise ValueError(f"{source} is damaged: {_short(' '.join(str(error).split()), 300)} {WAY_OUT}") from error
+
+
+def printable(text: str) -> str:
+    """
+    The text with control characters, line breaks and marks that change the direction of writing spelled out.
+
+    Names that come from data are shown in terminals, where such characters could do things.
+
+    Example:
+
+    ```python
+    >>> from hf_rgm.artefacts import printable
+    >>> printable("imdb\\x1b[2J")
+    'imdb\\\\x1b[2J'
+
+    ```
+    """
+    return "".join(
+        character.encode("unicode_escape").decode("ascii") if _is_control(character) else character
+        for character in text
+    )
+
+
+def check_printable(names: Sequence[str], what: str) -> None:
+    """
+    Raises a `ValueError` if a name has control characters; see [`printable`].
+
+    Args:
+        names (`Sequence[str]`): The names.
+        what (`str`): How the error calls one.
+    """
+    for name in names:
+        if any(map(_is_control, name)):
+            raise ValueError(
+                f"{what} '{_short(printable(name))}' has control characters or line breaks. Rename it, "
+                "`hf_rgm.artefacts.printable` spells them out."
+            )
+
+
+def _is_control(character: str) -> bool:
+    return unicodedata.category(character) in ("Cc", "Cf", "Cs", "Zl", "Zp") and character not in _JOINERS
+
+
+# Scripts and emoji are written with these.
+_JOINERS = "\u200c\u200d"
+
+
+def _short(value: Any, length: int = 60) -> str:
+    text = printable(str(value))
+    return text if len(text) <= length else f"{text[:length]}..."
+
+
+def _refuse_constant(name: str) -> float:
+    raise ValueError(f"{name} is no number")

@@ -1,0 +1,134 @@
+"""Results as folders: what is written, and what is checked when it is read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+from huggingface_hub.dataclasses import strict
+from safetensors.numpy import save_file
+
+from hf_rgm.artefacts import ArtefactFolder, parsed
+from hf_rgm.files import write_json
+
+if TYPE_CHECKING:
+    from hf_rgm.attribution.result import AttributionResult
+
+FORMAT_VERSION = 2
+CONFIG_FILE = "attribution.json"
+TENSORS_FILE = "attribution.safetensors"
+TABLES = ("top", "scores", "clusters", "queries")
+FILES = ("README.md", CONFIG_FILE, TENSORS_FILE, *(f"{table}/*" for table in TABLES))
+"""Patterns of all files of a result."""
+
+TOP_CLUSTERS = 10
+
+
+@strict
+@dataclass
+class ResultDescription:
+    """
+    What `attribution.json` must hold.
+
+    Args:
+        cluster_names (`list`): Names of the clusters.
+        query_ids (`list`): Ids of the queries, text or numbers.
+        objective, engine (`str`): Their names.
+        num_rows (`int`, *optional*): Number of training rows, where rows are scored.
+        has_cluster_ids (`bool`): Whether it is known which rows a cluster has.
+        metadata (`dict`): See [`AttributionResult`].
+    """
+
+    cluster_names: list[str]
+    query_ids: list[str | int]
+    objective: str
+    engine: str
+    num_rows: int | None
+    has_cluster_ids: bool
+    metadata: dict[str, Any]
+
+
+def write_result(result: AttributionResult, folder: Path, card: str) -> None:
+    """
+    Writes a result's files to an empty folder.
+
+    Args:
+        result (`AttributionResult`): What to write.
+        folder (`Path`): Where to.
+        card (`str`): The content of its `README.md`.
+    """
+    tensors = {
+        "scores": result.scores,
+        "cluster_sizes": result.cluster_sizes,
+        "objective_values": result.objective_values,
+        "row_scores": result.row_scores,
+        "cluster_ids": result.cluster_ids,
+    }
+    save_file(
+        {name: np.ascontiguousarray(array) for name, array in tensors.items() if array is not None},
+        folder / TENSORS_FILE,
+    )
+    tables = {
+        "top": result.to_dataset(TOP_CLUSTERS).to_pandas(),
+        "scores": pd.DataFrame({"query_id": result.query_ids, "scores": list(result.scores)}),
+        "clusters": pd.DataFrame(
+            {"cluster": result.cluster_names, "size": result.cluster_sizes, "mean_score": result.scores.mean(axis=0)}
+        ),
+        "queries": pd.DataFrame({"query_id": result.query_ids, "objective_value": result.objective_values}),
+    }
+    for name, table in tables.items():
+        (folder / name).mkdir()
+        table.to_parquet(folder / name / "train.parquet", index=False)
+    write_json(
+        folder / CONFIG_FILE,
+        {
+            "format_version": FORMAT_VERSION,
+            "objective": result.objective,
+            "engine": result.engine,
+            "sign_convention": result.SIGN_CONVENTION,
+            "num_queries": result.num_queries,
+            "num_clusters": result.num_clusters,
+            "num_rows": None if result.row_scores is None else result.row_scores.shape[1],
+            "has_cluster_ids": result.cluster_ids is not None,
+            "cluster_names": list(result.cluster_names),
+            "query_ids": list(result.query_ids),
+            "metadata": result.metadata,
+        },
+    )
+    (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def read_result(folder: ArtefactFolder) -> dict[str, Any]:
+    """
+    The arguments of [`AttributionResult`] from a folder that [`write_result`] wrote.
+
+    Raises:
+        FileNotFoundError: If a file is missing.
+        MemoryError: If it is larger than the memory that is free.
+        ValueError: If a file is damaged or of another format version.
+    """
+    content = folder.read_json(CONFIG_FILE, format_version=FORMAT_VERSION)
+    description = parsed(ResultDescription, content, f"{folder}/{CONFIG_FILE}")
+    num_queries, num_clusters = len(description.query_ids), len(description.cluster_names)
+    with folder.open_tensors(TENSORS_FILE) as file:
+        arguments = {
+            "scores": file.read("scores", shape=(num_queries, num_clusters), dtypes=("F32",)),
+            "cluster_sizes": file.read("cluster_sizes", shape=(num_clusters,), dtypes=("I64",)),
+            "objective_values": file.read("objective_values", shape=(num_queries,), dtypes=("F32",)),
+        }
+        if description.num_rows is not None:
+            shape = (num_queries, description.num_rows)
+            arguments["row_scores"] = file.read("row_scores", shape=shape, dtypes=("F32",))
+        if description.has_cluster_ids:
+            num_rows = int(arguments["cluster_sizes"].sum())
+            arguments["cluster_ids"] = file.read("cluster_ids", shape=(num_rows,), dtypes=("I64",))
+    named = {name: getattr(description, name) for name in ("objective", "engine", "metadata")}
+    return {
+        **{name: tensor.numpy() for name, tensor in arguments.items()},
+        **named,
+        "cluster_names": description.cluster_names,
+        "query_ids": description.query_ids,
+    }

@@ -1,0 +1,192 @@
+"""A model without some of its training data: what was removed, how it was checked, and the model."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from huggingface_hub import CommitInfo
+from torch import Tensor, nn
+
+from hf_rgm.attribution.objectives import Queries, resolve_objective
+from hf_rgm.files import staged_folder, write_json
+from hf_rgm.hub.artefact import CardOptions
+from hf_rgm.hub.repository import push_folder
+from hf_rgm.modeling import FunctionalModel
+from hf_rgm.rows import RowReader
+
+FORMAT_VERSION = 1
+CONFIG_FILE = "unlearning.json"
+ROWS_AT_ONCE = 256
+
+
+@dataclass(frozen=True)
+class UnlearningCheck:
+    """
+    The mean loss of some rows, before and after.
+
+    Args:
+        what (`str`): Which rows.
+        num_rows (`int`): How many.
+        loss_before, loss_after (`float`): Mean cross entropy under the original model and under the new one.
+    """
+
+    what: str
+    num_rows: int
+    loss_before: float
+    loss_after: float
+
+    def __str__(self) -> str:
+        return f"mean loss on {self.what} ({self.num_rows} rows): {self.loss_before:.4g} -> {self.loss_after:.4g}"
+
+
+def compare_losses(
+    model: FunctionalModel, before: Tensor, after: Tensor, what: str, reader: RowReader, rows: np.ndarray
+) -> UnlearningCheck:
+    """
+    The mean loss of some rows under two vectors of parameters.
+
+    Args:
+        model (`FunctionalModel`): The model, within its `differentiable()`.
+        before, after (`Tensor`): `(num_parameters,)`.
+        what (`str`): How the rows are called.
+        reader (`RowReader`): Reads them.
+        rows (`np.ndarray`): Which, `(num_rows,)`, int64.
+    """
+    objective = resolve_objective("loss")
+    totals = [0.0, 0.0]
+    for start in range(0, len(rows), ROWS_AT_ONCE):
+        batch = Queries(*reader.batch(rows[start : start + ROWS_AT_ONCE]))
+        for index, vector in enumerate((before, after)):
+            totals[index] += float(objective.values(model, vector, batch).sum())
+    return UnlearningCheck(what, len(rows), *(total / len(rows) for total in totals))
+
+
+@dataclass(eq=False)
+class UnlearnedModel:
+    """
+    The model as it would be had some clusters never been trained on. Made by [`Attributor.unlearn`].
+
+    Args:
+        model (`nn.Module`): A model of the same class, in evaluation mode.
+        clusters (`Sequence[str]`): Names of the removed clusters.
+        sizes (`Sequence[int]`): Their numbers of training rows.
+        checks (`Sequence[UnlearningCheck]`): What was compared; none without rows and queries.
+        engine (`str`): What computed it.
+        rewind_step, num_steps (`int`): Training step that it was computed from, of all steps.
+        parameters_sha256 (`str`): Identity of the original model's trained parameters.
+        model_name (`str`, *optional*): The checkpoint that the original's training started from.
+        fidelity (`dict`, *optional*): How well the synset agrees with retraining; see [`Synset`].
+
+    Example:
+
+    ```python
+    >>> from hf_rgm import Attributor
+    >>> from hf_rgm.testing import tiny_recorded_run, tiny_synset
+    >>> run = tiny_recorded_run()
+    >>> unlearned = Attributor(run.model, tiny_synset(), disable_tqdm=True).unlearn(
+    ...     ["class 0, first half"], rows=run.train_dataset
+    ... )
+    >>> [check.what for check in unlearned.checks]
+    ['removed rows', 'the other training rows']
+    >>> unlearned.checks[0].loss_after > unlearned.checks[0].loss_before
+    True
+
+    ```
+    """
+
+    model: nn.Module
+    clusters: Sequence[str]
+    sizes: Sequence[int]
+    checks: Sequence[UnlearningCheck]
+    engine: str
+    rewind_step: int
+    num_steps: int
+    parameters_sha256: str
+    model_name: str | None = None
+    fidelity: dict[str, Any] | None = field(default=None, repr=False)
+
+    def save_pretrained(self, save_directory: str | Path, *, card: CardOptions | None = None) -> Path:
+        """
+        Writes the model with a card and `unlearning.json` (replaces such a folder); it loads like any other model.
+
+        Args:
+            save_directory (`str` or `Path`): The folder.
+            card (`CardOptions`, *optional*): What its card says besides.
+
+        Returns:
+            `Path`: the folder.
+
+        Raises:
+            FileExistsError: If the folder holds something else.
+            TypeError: If the model cannot be saved.
+        """
+        from hf_rgm.hub.cards import unlearned_model_card
+
+        save: Any = getattr(self.model, "save_pretrained", None)
+        if save is None:
+            raise TypeError(
+                f"{type(self.model).__name__} has no `save_pretrained`. Save its `state_dict()` with safetensors."
+            )
+        text = unlearned_model_card(self, card)
+        content = {
+            name: value
+            for name, value in vars(self).items()
+            if name not in ("model", "checks", "clusters", "sizes", "fidelity")
+        }
+        with staged_folder(save_directory, CONFIG_FILE) as folder:
+            save(folder)
+            write_json(
+                folder / CONFIG_FILE,
+                {
+                    "format_version": FORMAT_VERSION,
+                    **content,
+                    "removed": dict(zip(self.clusters, map(int, self.sizes), strict=True)),
+                    "checks": [asdict(check) for check in self.checks],
+                    "fidelity": self.fidelity,
+                },
+            )
+            (folder / "README.md").write_text(text, encoding="utf-8")
+        return Path(save_directory)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        commit_message: str = "Upload model without some of its training data",
+        card: CardOptions | None = None,
+    ) -> CommitInfo:
+        """
+        Uploads the model to a model repository, in one commit, with a card that says what was removed.
+
+        Args:
+            repo_id (`str`): `"namespace/name"`; created if there is none. Other files there stay.
+            private, token, revision, create_pr, commit_message: See [`Synset.push_to_hub`].
+            card (`CardOptions`, *optional*): What the card says besides.
+
+        Returns:
+            `CommitInfo`: with `commit_url`, `oid`, `pr_url` and `repo_url`.
+
+        Raises:
+            HfHubHTTPError: If the Hub refuses, for example because the token may not write.
+        """
+        with tempfile.TemporaryDirectory() as parent:
+            return push_folder(
+                self.save_pretrained(Path(parent) / "model", card=card),
+                repo_id,
+                replace=("*.safetensors", "*.safetensors.index.json", CONFIG_FILE),
+                commit_message=commit_message,
+                repo_type="model",
+                private=private,
+                token=token,
+                revision=revision,
+                create_pr=create_pr,
+            )

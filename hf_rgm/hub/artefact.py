@@ -1,0 +1,143 @@
+"""What artefacts that live in dataset repositories have in common."""
+
+from __future__ import annotations
+
+import tempfile
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+from huggingface_hub import CommitInfo
+from typing_extensions import Self
+
+from hf_rgm.artefacts import ArtefactFolder
+from hf_rgm.hub.repository import open_artefact, push_folder
+
+
+@dataclass(frozen=True)
+class CardOptions:
+    """
+    What a card says besides what the artefact knows.
+
+    Args:
+        repo_id (`str`, *optional*): Repository the artefact is in.
+        license (`str`, *optional*): Licence, as the Hub calls it, such as `"mit"`. None is named without.
+        model_id, synset_id, attribution_id (`str`, *optional*): Repositories of the model and of what belongs to it.
+        template (`str` or `Path`, *optional*): A Jinja template in place of that in `model_card_templates`.
+    """
+
+    repo_id: str | None = field(default=None, metadata={"help": "Repository the artefact is in."})
+    license: str | None = field(default=None, metadata={"help": "Licence, as the Hub calls it, such as 'mit'."})
+    model_id: str | None = field(default=None, metadata={"help": "Repository of the model."})
+    synset_id: str | None = field(default=None, metadata={"help": "Repository of the synset."})
+    attribution_id: str | None = field(default=None, metadata={"help": "Repository of the attributions."})
+    template: str | Path | None = field(default=None, metadata={"help": "A template in place of the default."})
+
+
+class DatasetArtefact(ABC):
+    """
+    An artefact that is a folder, and a dataset repository on the Hub.
+
+    Subclasses say what their files are, and how to write and read a folder.
+    """
+
+    marker: ClassVar[str]
+    """The file that every such folder has."""
+
+    files: ClassVar[Sequence[str]]
+    """Patterns of all files of such a folder."""
+
+    kind: ClassVar[str]
+    """What it is called in commit messages."""
+
+    @abstractmethod
+    def save_pretrained(self, save_directory: str | Path, *, card: CardOptions | None = None, **options: Any) -> Path:
+        """Writes the artefact to a folder and returns it."""
+
+    @classmethod
+    @abstractmethod
+    def _from_folder(cls, folder: ArtefactFolder) -> Self:
+        """Reads the artefact from a folder."""
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | Path,
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+    ) -> Self:
+        """
+        Reads what `save_pretrained` wrote or `push_to_hub` pushed.
+
+        Args:
+            name_or_path (`str` or `Path`): A folder, or the id of a dataset repository on the Hub.
+            revision (`str`, *optional*): Branch, tag or commit. Defaults to the main branch.
+            token (`str` or `bool`, *optional*): Defaults to that of `hf auth login`.
+            cache_dir (`str` or `Path`, *optional*): Where downloads are kept. Defaults to the cache of the Hub.
+            local_files_only (`bool`, *optional*, defaults to `False`): Only what is in the cache.
+
+        Raises:
+            FileNotFoundError: If there is no such folder or repository, or a file is missing.
+            MemoryError: If it is larger than the memory that is free.
+            RepositoryNotFoundError, RevisionNotFoundError: If the Hub knows no such repository or revision, or it is
+                private and the token does not open it.
+            ValueError: If a file is damaged or of another format version.
+        """
+        folder = open_artefact(
+            name_or_path,
+            cls.marker,
+            revision=revision,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+        )
+        return cls._from_folder(folder)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        commit_message: str | None = None,
+        card: CardOptions | None = None,
+        **options: Any,
+    ) -> CommitInfo:
+        """
+        Uploads to a dataset repository, in one commit.
+
+        Args:
+            repo_id (`str`): `"namespace/name"`; created if there is none. What was there of the kind is replaced.
+            private (`bool`, *optional*): Whether a repository that is created is private.
+            token (`str` or `bool`, *optional*): Defaults to that of `hf auth login`.
+            revision (`str`, *optional*): Branch to commit to, created if there is none. Defaults to the main branch.
+            create_pr (`bool`, *optional*, defaults to `False`): Open a pull request with the commit.
+            commit_message (`str`, *optional*): Its title.
+            card (`CardOptions`, *optional*): What the card says besides: licence, links, another template.
+            options: Those of `save_pretrained`.
+
+        Returns:
+            `CommitInfo`: with `commit_url`, `oid`, `pr_url` and `repo_url`.
+
+        Raises:
+            HfHubHTTPError: If the Hub refuses, for example because the token may not write.
+        """
+        card = replace(card or CardOptions(), repo_id=repo_id)
+        with tempfile.TemporaryDirectory() as parent:
+            return push_folder(
+                self.save_pretrained(Path(parent) / self.kind, card=card, **options),
+                repo_id,
+                replace=self.files,
+                commit_message=commit_message or f"Upload {self.kind}",
+                private=private,
+                token=token,
+                revision=revision,
+                create_pr=create_pr,
+            )

@@ -1,0 +1,216 @@
+"""Synsets as folders: what is written, and what is checked when it is read."""
+
+from __future__ import annotations
+
+from dataclasses import MISSING, dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import datasets
+import pyarrow.parquet as pq
+import torch
+from huggingface_hub.dataclasses import strict
+from safetensors.torch import save_file
+from torch import Tensor
+
+from hf_rgm.artefacts import WAY_OUT, ArtefactFolder, parsed
+from hf_rgm.clusters import ClusterMap
+from hf_rgm.files import write_json
+from hf_rgm.modeling import parameters_sha256
+from hf_rgm.synset.samples import SyntheticSamples
+from hf_rgm.synset.states import MatchedState
+from hf_rgm.trajectory.storage import Trajectory
+
+if TYPE_CHECKING:
+    from hf_rgm.synset.synset import Synset
+
+FORMAT_VERSION = 3
+TENSORS_FILE = "synset.safetensors"
+CONFIG_FILE = "synset.json"
+SAMPLES_FOLDER = "data"
+CLUSTERS_FOLDER = "clusters"
+RUNS_FOLDER = "trajectories"
+FILES = ("README.md", CONFIG_FILE, TENSORS_FILE, f"{SAMPLES_FOLDER}/*", f"{CLUSTERS_FOLDER}/*", f"{RUNS_FOLDER}/*")
+"""Patterns of all files of a synset."""
+
+LEARNED = ("inputs", "targets", "log_weights")
+INTEGERS = ("input_ids", "target_ids")
+
+
+@strict
+@dataclass
+class SynsetDescription:
+    """
+    What `synset.json` must hold.
+
+    Args:
+        parameters_sha256 (`str`): Identity of the trained parameters.
+        input_name (`str`): Forward argument the inputs are for.
+        num_runs (`int`): Number of recorded runs.
+        tensors (`dict`): Shape of each tensor in `synset.safetensors`.
+        matched_states (`list`): Run and step of each matched state.
+        config, metadata (`dict`): See [`Synset`].
+        fidelity (`dict`, *optional*): See [`Synset`].
+    """
+
+    parameters_sha256: str
+    input_name: str
+    num_runs: int
+    tensors: dict[str, list[int]]
+    matched_states: list[list[int]]
+    config: dict[str, Any]
+    metadata: dict[str, Any]
+    fidelity: dict[str, Any] | None
+
+
+@strict
+@dataclass
+class _Privacy:
+    """What the privacy measure must hold; see [`~hf_rgm.synset.privacy.measure_privacy`]."""
+
+    distance: float | int
+    row_distance: float | int | None
+    share_nearer: float | int | None
+    kept_tokens: float | int | None = None
+    num_tokens: int | None = None
+
+
+@strict
+@dataclass
+class _Metadata:
+    """The metadata that is computed with."""
+
+    labels_per_row: float | int | None = None
+    label_smoothing_factor: float | int | None = None
+    custom_row_loss: bool | None = None
+    frozen_sha256: str | None = None
+    tokens: list[list[int]] | None = None
+    privacy: dict[str, Any] | None = None
+
+
+def write_synset(synset: Synset, folder: Path, card: str, *, samples: Any, state_precision: str | None) -> None:
+    """
+    Writes a synset's files to an empty folder.
+
+    Args:
+        synset (`Synset`): What to write.
+        folder (`Path`): Where to.
+        card (`str`): The content of its `README.md`.
+        samples (`datasets.Dataset`): What the Hub shows of the samples.
+        state_precision (`str`, *optional*): See [`Trajectory.save`].
+    """
+    tensors = {**synset.samples.named_tensors(), "residuals": synset.residuals}
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / TENSORS_FILE)
+    (folder / SAMPLES_FOLDER).mkdir()
+    # The schema tells the Hub's viewer which columns are pictures.
+    pq.write_table(samples.data.table.cast(samples.features.arrow_schema), folder / SAMPLES_FOLDER / "train.parquet")
+    synset.clusters.save(folder / CLUSTERS_FOLDER)
+    (folder / RUNS_FOLDER).mkdir()
+    for run, trajectory in enumerate(synset.trajectories):
+        trajectory.without_rows().save(folder / RUNS_FOLDER / str(run), precision=state_precision)
+    write_json(
+        folder / CONFIG_FILE,
+        {
+            "format_version": FORMAT_VERSION,
+            "parameters_sha256": synset.parameters_sha256,
+            "input_name": synset.input_name,
+            "num_runs": len(synset.trajectories),
+            "tensors": {name: list(tensor.shape) for name, tensor in tensors.items()},
+            "matched_states": [[state.run, state.step] for state in synset.matched_states],
+            "matching_error": synset.residuals.mean(0).tolist(),
+            "config": synset.config,
+            "metadata": synset.metadata,
+            "fidelity": synset.fidelity,
+        },
+    )
+    (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def read_synset(folder: ArtefactFolder) -> dict[str, Any]:
+    """
+    The arguments of [`Synset`] from a folder that [`write_synset`] wrote.
+
+    Raises:
+        FileNotFoundError: If a file is missing.
+        MemoryError: If it is larger than the memory that is free.
+        ValueError: If a file is damaged, of another format version, or of something else.
+    """
+    source = f"{folder}/{CONFIG_FILE}"
+    content = folder.read_json(CONFIG_FILE, format_version=FORMAT_VERSION)
+    description = parsed(SynsetDescription, content, source)
+    told = parsed(_Metadata, _with_defaults(_Metadata, description.metadata), f"`metadata` of {source}")
+    if told.privacy:
+        parsed(_Privacy, _with_defaults(_Privacy, told.privacy), f"`privacy` of {source}")
+    if description.num_runs < 1 or any(len(state) != 2 for state in description.matched_states):
+        raise ValueError(
+            f"{source} names {description.num_runs} recorded runs and matched states "
+            f"{str(description.matched_states)[:80]}; each must be a run and a step. {WAY_OUT}"
+        )
+    clusters = ClusterMap.load(folder.subfolder(CLUSTERS_FOLDER))
+    tensors = _read_tensors(folder, description, clusters.num_clusters)
+    residuals = tensors.pop("residuals")
+    # Runs are opened one by one: a wrong number fails at the first that is missing.
+    trajectories = []
+    for run in range(description.num_runs):
+        trajectories.append(Trajectory.load(folder.subfolder(f"{RUNS_FOLDER}/{run}")))
+    if parameters_sha256(trajectories[0].final.parameters) != description.parameters_sha256:
+        raise ValueError(
+            f"{folder}/{RUNS_FOLDER}/0 ends at other parameters than {source} names; they do not belong together. "
+            "Copy the synset again."
+        )
+    return {
+        "samples": SyntheticSamples(**tensors),
+        "clusters": clusters,
+        "trajectories": tuple(trajectories),
+        "residuals": residuals,
+        "matched_states": tuple(MatchedState(run, step) for run, step in description.matched_states),
+        "parameters_sha256": description.parameters_sha256,
+        "input_name": description.input_name,
+        "config": description.config,
+        "metadata": description.metadata,
+        "fidelity": description.fidelity,
+    }
+
+
+def _read_tensors(folder: ArtefactFolder, description: SynsetDescription, num_clusters: int) -> dict[str, Tensor]:
+    """All tensors, none of which is read before every announced shape has been checked."""
+    required, announced = {*LEARNED, "residuals"}, description.tensors
+    source = f"{folder}/{CONFIG_FILE}"
+    if not required <= set(announced) <= required | set(INTEGERS):
+        raise ValueError(f"{source} announces the tensors {sorted(announced)[:10]}, not those of a synset. {WAY_OUT}")
+    for name in set(announced) - {"residuals"}:
+        if announced[name][:1] != [num_clusters]:
+            raise ValueError(
+                f"{source} announces {name} of shape {announced[name]}, but the cluster map has {num_clusters} "
+                f"clusters. The files do not belong together. {WAY_OUT}"
+            )
+    with folder.open_tensors(TENSORS_FILE) as file:
+        return {
+            name: file.read(name, shape=shape, dtypes=("I64",) if name in INTEGERS else ("F32",))
+            for name, shape in announced.items()
+        }
+
+
+def _with_defaults(content_class: type, content: dict[str, Any]) -> dict[str, Any]:
+    defaults = {item.name: item.default for item in fields(content_class) if item.default is not MISSING}
+    return {**defaults, **content}
+
+
+def with_pictures(frame: Any, inputs: Tensor) -> datasets.Dataset:
+    """
+    A table of samples with a column `image`, where inputs are pictures.
+
+    Args:
+        frame (`pd.DataFrame`): A line per sample.
+        inputs (`Tensor`): `(num_samples, *input_shape)`; pictures are `(num_samples, 1 or 3, height, width)`.
+    """
+    table = datasets.Dataset.from_pandas(frame, preserve_index=False)
+    if inputs.dim() != 4 or inputs.shape[1] not in (1, 3):
+        return table
+    low, high = inputs.flatten(1).amin(1), inputs.flatten(1).amax(1)
+    scaled = (inputs - low[:, None, None, None]) / (high - low).clamp_min(1e-12)[:, None, None, None]
+    pixels = (scaled * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+    images = [picture[..., 0] if picture.shape[-1] == 1 else picture for picture in pixels]
+    feature = datasets.Image()
+    encoded = [feature.encode_example(image) for image in images]
+    return table.add_column("image", encoded, feature=feature)
