@@ -7,10 +7,10 @@ import logging
 import torch
 from torch import Tensor
 
+from hf_rgm.attribution.curvature import PathCurvature, WeightedInputs
 from hf_rgm.losses import CROSS_ENTROPY, RowLoss
 from hf_rgm.modeling import FunctionalModel
 from hf_rgm.rows import RowReader
-from hf_rgm.synset.curvature import GaussNewton
 from hf_rgm.synset.inputs import InputSpace
 from hf_rgm.synset.matching import SynsetGradients
 from hf_rgm.synset.samples import SyntheticSamples
@@ -32,6 +32,8 @@ class AdjointEngine:
         rewind (`float`, *optional*, defaults to `0.07`): Fraction of training down to which effects are followed.
         stride (`int`, *optional*): Training steps per integration step. Defaults to the smallest that needs at most
             100 integration steps.
+        rows (`WeightedInputs`, *optional*): Rows whose curvature stands in for the synset's where the two differ
+            much; see [`~hf_rgm.attribution.curvature.PathCurvature`].
         max_bytes (`int`, *optional*, defaults to `2**30`): Memory for sensitivities and curvature factors.
     """
 
@@ -46,6 +48,7 @@ class AdjointEngine:
         *,
         rewind: float = 0.07,
         stride: int | None = None,
+        rows: WeightedInputs | None = None,
         max_bytes: int = 2**30,
     ) -> None:
         self.model = model
@@ -55,6 +58,7 @@ class AdjointEngine:
             stride = automatic_stride(trajectory, rewind)
         self.path = RecordedPath(trajectory, model.space, model.device, rewind=rewind, stride=stride)
         self._max_bytes = max_bytes
+        self._curvature = PathCurvature(model, inputs, samples, rows=rows, max_bytes=max_bytes)
 
     @property
     def start(self) -> int:
@@ -75,7 +79,7 @@ class AdjointEngine:
         Raises:
             DivergenceError: If sensitivities grow without bound going back.
         """
-        return adjoint_directions(self.path, gradients, self._curvature)
+        return adjoint_directions(self.path, gradients, lambda state: self._curvature.at(self.path, state).product)
 
     def cluster_scores(self, gradients: Tensor) -> Tensor:
         """
@@ -135,13 +139,3 @@ class AdjointEngine:
 
     def _named(self, state: int) -> dict[str, Tensor]:
         return self.model.space.unflatten(self.path.state(state))
-
-    def _curvature(self, state: int):
-        flat = self.samples.flatten()
-        return GaussNewton(
-            self.model,
-            self.inputs.to_forward(flat),
-            flat.log_weights.exp(),
-            self.path.state(state),
-            max_bytes=self._max_bytes,
-        ).product

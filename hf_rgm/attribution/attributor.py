@@ -16,7 +16,7 @@ from hf_rgm.attribution.mixture import MixtureSuggestion, check_request, maximiz
 from hf_rgm.attribution.objectives import Objective, Queries, resolve_objective
 from hf_rgm.attribution.replay import ReplayEngine
 from hf_rgm.attribution.result import AttributionResult
-from hf_rgm.attribution.runs import ENGINES_OF_ROWS, RecordedRun, check_engine
+from hf_rgm.attribution.runs import ENGINES_OF_ROWS, RecordedRun, check_engine, warn_unless_matched
 from hf_rgm.attribution.unlearned import UnlearnedModel, compare_losses
 from hf_rgm.losses import LossFunction, RowLoss
 from hf_rgm.modeling import FunctionalModel
@@ -58,6 +58,7 @@ class Attributor:
         names = tuple(self.synset.trajectory.parameter_shapes)
         self.model = FunctionalModel(model, trainable_names=names, device=device)
         self.synset.check_model(self.model, force=force)
+        warn_unless_matched(self.synset)
         name = self.synset.input_name
         self.inputs = input_space(self.model, name if name in SPACES else "auto")
         if self.inputs.name != name:

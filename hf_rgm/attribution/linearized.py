@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from hf_rgm.attribution.curvature import PathCurvature, WeightedInputs
 from hf_rgm.attribution.perturbations import check_masks
 from hf_rgm.exceptions import DivergenceError
 from hf_rgm.modeling import FunctionalModel
-from hf_rgm.synset.curvature import GaussNewton
 from hf_rgm.synset.inputs import InputSpace
 from hf_rgm.synset.matching import SynsetGradients
-from hf_rgm.synset.samples import SyntheticSamples, broadcast_masks
+from hf_rgm.synset.samples import SyntheticSamples
 from hf_rgm.trajectory.path import RecordedPath, deviation_step
 
 logger = logging.getLogger(__name__)
@@ -45,6 +45,8 @@ class LinearizedReplayEngine:
             200 integration steps; halved where the deviation explodes, which weights above 1 make more likely.
         cluster_gradients (`Callable`, *optional*): Takes a state `(num_parameters,)` and returns the data's gradients
             `G_k` there, `(num_clusters, num_parameters)`. Defaults to the synset's, which are an approximation.
+        rows (`WeightedInputs`, *optional*): Rows whose curvature stands in for the synset's where the two differ
+            much; see [`~hf_rgm.attribution.curvature.PathCurvature`].
         max_bytes (`int`, *optional*, defaults to `2**30`): Memory for deviations and curvature factors.
         disable_tqdm (`bool`, *optional*, defaults to `False`): No progress bar.
     """
@@ -62,6 +64,7 @@ class LinearizedReplayEngine:
         rewind: float = 0.14,
         stride: int | None = None,
         cluster_gradients: Callable[[Tensor], Tensor] | None = None,
+        rows: WeightedInputs | None = None,
         max_bytes: int = 2**30,
         disable_tqdm: bool = False,
     ) -> None:
@@ -75,7 +78,7 @@ class LinearizedReplayEngine:
         self.batch_size = max(1, max_bytes // (16 * model.num_parameters))
         self._synset_gradients = SynsetGradients(model, inputs)
         self._cluster_gradients = cluster_gradients or self._gradients_of_synset
-        self._max_bytes = max_bytes
+        self._curvature = PathCurvature(model, inputs, samples, rows=rows, max_bytes=max_bytes)
 
     @property
     def start(self) -> int:
@@ -121,14 +124,13 @@ class LinearizedReplayEngine:
         moved = (path.state(path.trajectory.num_steps) - path.parameters_at(path.start)).norm()
         bound = MAX_DEVIATION * moved * (masks - 1).abs().amax(dim=1).clamp_min(1.0)
         curvature, force, at = None, None, None
-        weights = (broadcast_masks(masks, self.samples) * self.samples.log_weights.exp()).flatten(1, 2)
         steps = tqdm(path.steps(), desc=f"Replaying {len(masks)} models (linearised)", disable=self.disable_tqdm)
         for step in steps:
             if curvature is None or force is None or at != step.nearest_state:
                 at = step.nearest_state
-                curvature = self._curvature(at)
+                curvature = self._curvature.at(path, at)
                 force = (masks - 1) @ self._cluster_gradients(path.state(at))
-            change = force + curvature.product(deviation, weights=weights)
+            change = force + curvature.product(deviation, masks)
             deviation, momentum = deviation_step(step, deviation, momentum, change)
             norm = deviation.norm(dim=1)
             if not bool((norm <= bound).all()):
@@ -139,16 +141,6 @@ class LinearizedReplayEngine:
                     f"of {path.stride}. Use a later `rewind` (now from step {path.start}), or record more states."
                 )
         return deviation
-
-    def _curvature(self, state: int) -> GaussNewton:
-        flat = self.samples.flatten()
-        return GaussNewton(
-            self.model,
-            self.inputs.to_forward(flat),
-            flat.log_weights.exp(),
-            self.path.state(state),
-            max_bytes=self._max_bytes,
-        )
 
     def _gradients_of_synset(self, state: Tensor) -> Tensor:
         return self._synset_gradients(self.model.space.unflatten(state), self.samples).detach()

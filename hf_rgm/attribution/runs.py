@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from hf_rgm.attribution.adjoint import AdjointEngine
+from hf_rgm.attribution.curvature import WeightedInputs, sample_rows
 from hf_rgm.attribution.linearized import LinearizedReplayEngine
 from hf_rgm.attribution.objectives import Objective, Queries
 from hf_rgm.attribution.perturbations import leave_one_out, random_subsets, ridge_scores
@@ -21,6 +22,7 @@ from hf_rgm.modeling import FunctionalModel
 from hf_rgm.rows import CachedBatches, RowReader
 from hf_rgm.synset.inputs import InputSpace
 from hf_rgm.synset.samples import SyntheticSamples
+from hf_rgm.synset.synset import Synset
 from hf_rgm.synset.targets import cluster_gradients
 from hf_rgm.trajectory.storage import Trajectory
 
@@ -36,6 +38,20 @@ def check_engine(engine: str, known: tuple[str, ...] = ENGINES) -> None:
     """Raises a `ValueError` that names the known engines."""
     if engine not in known:
         raise ValueError(f"Unknown engine {engine!r}. Use one of {', '.join(known)}.")
+
+
+def warn_unless_matched(synset: Synset) -> None:
+    """Warns where most clusters' synthetic gradients are no nearer to the data's than none at all would be."""
+    for matched, residuals in zip(synset.matched_states, synset.residuals, strict=True):
+        if float(residuals.median()) >= 1:
+            logger.warning(
+                "At %s the synthetic samples of most clusters match the data's gradients no better than no samples "
+                "would (relative squared error %.3g): scores will be noise. Distil again with more "
+                "`samples_per_cluster` or `num_iterations`, or record a run with a lower learning rate.",
+                matched,
+                float(residuals.median()),
+            )
+            return
 
 
 @dataclass(frozen=True)
@@ -101,8 +117,10 @@ class RecordedRun:
             raise ValueError(f"`rows` are for engines {' and '.join(ENGINES_OF_ROWS)}, got {name!r}.")
         settings["disable_tqdm"] = self.disable_tqdm
         if name == "linearized_replay":
-            gradients = None if row_reader is None else self._cluster_gradients(row_reader)
-            return LinearizedReplayEngine(*self._parts, cluster_gradients=gradients, **settings)
+            if row_reader is not None:
+                settings["cluster_gradients"] = self._cluster_gradients(row_reader)
+                settings["rows"] = self._sample(row_reader)
+            return LinearizedReplayEngine(*self._parts, **settings)
         return ReplayEngine(*self._parts, anchored=name == "replay", **settings)
 
     def scores(
@@ -122,7 +140,8 @@ class RecordedRun:
         """
         if engine == "adjoint":
             gradients = self._objective_gradients(objective, queries)
-            adjoint = AdjointEngine(*self._parts, **settings)
+            rows = None if row_reader is None else self._sample(row_reader)
+            adjoint = AdjointEngine(*self._parts, rows=rows, **settings)
             if row_reader is None:
                 return RunScores(adjoint.cluster_scores(gradients), None, adjoint.start, adjoint.path.stride)
             row_scores = adjoint.row_scores(gradients, row_reader, self.row_loss)
@@ -130,7 +149,8 @@ class RecordedRun:
         row_scores = None
         if row_reader is not None and objective.differentiable:
             gradients = self._objective_gradients(objective, queries)
-            row_scores = AdjointEngine(*self._parts).row_scores(gradients, row_reader, self.row_loss)
+            adjoint = AdjointEngine(*self._parts, rows=self._sample(row_reader))
+            row_scores = adjoint.row_scores(gradients, row_reader, self.row_loss)
         replay = self.replay_engine(engine, row_reader=row_reader, **settings)
         scores = self._replayed_scores(replay, objective, queries, num_masks, seed)
         return RunScores(scores, row_scores, replay.start, replay.path.stride)
@@ -197,6 +217,10 @@ class RecordedRun:
                 return cluster_gradients(self.model, [state], batches, clusters, len(reader), self.row_loss)[0]
 
         return gradients
+
+    def _sample(self, reader: RowReader) -> WeightedInputs:
+        at_least = self._parts[2].log_weights.shape[1]
+        return sample_rows(self.model, reader, self.clusters, self.row_loss, at_least=at_least)
 
     def _sum_by_cluster(self, row_scores: Tensor) -> Tensor:
         ids = torch.tensor(self.clusters.cluster_ids, device=row_scores.device)

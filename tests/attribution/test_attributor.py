@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -173,6 +175,17 @@ def test_works_where_gradients_are_switched_off(attributor, engine):
     expected = attributor.attribute(RUN.queries, engine=engine).scores
     with torch.no_grad():
         np.testing.assert_array_equal(attributor.attribute(RUN.queries, engine=engine).scores, expected)
+
+
+def test_a_synset_that_matches_nothing_is_told(caplog):
+    """One cluster without a match is no reason; most of them are."""
+    synset = tiny_synset()
+    for bad, messages in ((1, 0), (4, 1)):
+        residuals = synset.residuals.clone()
+        residuals[2, :bad] = 3.0
+        Attributor(RUN.model, dataclasses.replace(synset, residuals=residuals))
+        assert len(caplog.messages) == messages
+    assert "At recorded step 29 the synthetic samples of most clusters" in caplog.text
 
 
 def test_a_late_rewind_still_gives_scores(attributor):

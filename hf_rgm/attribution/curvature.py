@@ -1,0 +1,178 @@
+"""Curvature along the recorded path: the synset's, or that of real rows where the synset has too little."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hf_rgm.clusters import ClusterMap
+from hf_rgm.losses import IGNORED_LABEL, RowLoss
+from hf_rgm.modeling import FunctionalModel
+from hf_rgm.rows import RowReader
+from hf_rgm.synset.curvature import GaussNewton
+from hf_rgm.synset.inputs import InputSpace
+from hf_rgm.synset.samples import SyntheticSamples
+from hf_rgm.trajectory.path import RecordedPath
+
+logger = logging.getLogger(__name__)
+
+MAX_FACTOR = 2.0
+"""Between the synset's curvature and the rows'. Deviations settle where it balances the force: half doubles scores."""
+
+NUM_PROBES = 8
+
+
+@dataclass(frozen=True)
+class WeightedInputs:
+    """
+    Samples, or rows, whose Gauss-Newton matrices add up to the clusters'.
+
+    Args:
+        inputs (`dict[str, Tensor]`): The forward's keyword arguments, first dimension `num_samples`.
+        weights (`Tensor`): `(num_samples, *positions)`, float32.
+        clusters (`Tensor`): `(num_samples,)`, int64, the cluster of each.
+    """
+
+    inputs: Mapping[str, Tensor]
+    weights: Tensor
+    clusters: Tensor
+
+    def masked(self, masks: Tensor) -> Tensor:
+        """Weights under cluster weights `(num_masks, num_clusters)`: `(num_masks, num_samples, *positions)`."""
+        own = masks[:, self.clusters]
+        return own.reshape(*own.shape, *[1] * (self.weights.dim() - 1)) * self.weights
+
+
+@dataclass(frozen=True)
+class StateCurvature:
+    """
+    The curvature at one recorded state.
+
+    Args:
+        matrix (`GaussNewton`): Of the samples.
+        samples (`WeightedInputs`): Whose curvature it is.
+    """
+
+    matrix: GaussNewton
+    samples: WeightedInputs
+
+    def product(self, vectors: Tensor, masks: Tensor | None = None) -> Tensor:
+        """`C v` for each of `(batch_size, num_parameters)`, under cluster weights `(batch_size, num_clusters)`."""
+        return self.matrix.product(vectors, weights=None if masks is None else self.samples.masked(masks))
+
+
+class PathCurvature:
+    """
+    The curvature at every recorded state.
+
+    Synthetic samples are matched in their gradients, and a bad match can lack most of the rows' curvature. Nothing
+    then holds deviations back, and scores grow with every step although each is stable. Where rows are given, their
+    own curvature is looked at, and stands in for the synset's at every state where the two differ by more than a
+    factor of two.
+
+    Args:
+        model (`FunctionalModel`): The trained model.
+        inputs (`InputSpace`): The space of the synthetic inputs.
+        samples (`SyntheticSamples`): The synset's samples, on the model's device.
+        rows (`WeightedInputs`, *optional*): What [`sample_rows`] drew.
+        max_bytes (`int`, *optional*, defaults to `2**30`): Memory for the Jacobian at a state.
+    """
+
+    def __init__(
+        self,
+        model: FunctionalModel,
+        inputs: InputSpace,
+        samples: SyntheticSamples,
+        *,
+        rows: WeightedInputs | None = None,
+        max_bytes: int = 2**30,
+    ) -> None:
+        num_clusters, per_cluster = samples.log_weights.shape[:2]
+        flat = samples.flatten()
+        clusters = torch.arange(num_clusters, device=flat.log_weights.device).repeat_interleave(per_cluster)
+        self._model = model
+        self._samples = WeightedInputs(inputs.to_forward(flat), flat.log_weights.exp(), clusters)
+        self._rows = rows
+        self._max_bytes = max_bytes
+        self._said = False
+
+    def at(self, path: RecordedPath, state: int) -> StateCurvature:
+        """The curvature at a recorded step of a path."""
+        own = self._of(self._samples, path, state)
+        if self._rows is None:
+            return own
+        rows = self._of(self._rows, path, state)
+        first = {used: first for used, first, _ in path.segments()}.get(state, path.start)
+        share = self._share(own, rows, path.steps(first, first + 1)[0].precondition)
+        if 1 / MAX_FACTOR <= share <= MAX_FACTOR:
+            return own
+        if not self._said:
+            self._said = True
+            logger.warning(
+                "The synset has %.2g times the rows' curvature at recorded step %d, which would make scores too %s. "
+                "The curvature of %d rows takes its place wherever they differ by more than a factor of %g. Scores "
+                "without `rows` need a synset with more samples or iterations.",
+                share,
+                state,
+                "large" if share < 1 else "small",
+                len(self._rows.clusters),
+                MAX_FACTOR,
+            )
+        return rows
+
+    def _of(self, samples: WeightedInputs, path: RecordedPath, state: int) -> StateCurvature:
+        matrix = GaussNewton(
+            self._model, samples.inputs, samples.weights, path.state(state), max_bytes=self._max_bytes
+        )
+        return StateCurvature(matrix, samples)
+
+    def _share(self, own: StateCurvature, rows: StateCurvature, precondition: Tensor) -> float:
+        """The trace of one preconditioned curvature in units of the other, by the same random signs for both."""
+        generator = torch.Generator().manual_seed(0)
+        signs = torch.randint(2, (NUM_PROBES, self._model.num_parameters), generator=generator) * 2.0 - 1
+        probes = signs.to(precondition) * precondition.sqrt()
+        traces = [float((curvature.product(probes) * probes).sum()) for curvature in (own, rows)]
+        return traces[0] / traces[1] if traces[1] > 0 else 1.0
+
+
+def sample_rows(
+    model: FunctionalModel,
+    reader: RowReader,
+    clusters: ClusterMap,
+    row_loss: RowLoss,
+    *,
+    at_least: int,
+    max_bytes: int = 2**29,
+    seed: int = 0,
+) -> WeightedInputs:
+    """
+    Rows of every cluster that stand for all of it.
+
+    Args:
+        model (`FunctionalModel`): The trained model.
+        reader (`RowReader`): The training rows.
+        clusters (`ClusterMap`): Their clusters.
+        row_loss (`RowLoss`): The loss of a row.
+        at_least (`int`): Rows of each cluster, if it has as many.
+        max_bytes (`int`, *optional*, defaults to `2**29`): As many more are drawn as have a Jacobian that fits here.
+        seed (`int`, *optional*, defaults to `0`): Draws them.
+
+    Returns:
+        `WeightedInputs`
+    """
+    with torch.no_grad():
+        outputs = model.logits(model.parameters(), reader.batch([0])[0]).numel()
+    count = max(at_least, max_bytes // (4 * model.num_parameters * outputs * clusters.num_clusters))
+    generator = np.random.default_rng(seed)
+    drawn = [generator.permutation(clusters.rows(k))[:count] for k in range(clusters.num_clusters)]
+    inputs, labels = reader.batch(np.concatenate(drawn))
+    ids = torch.tensor(np.repeat(np.arange(len(drawn)), [len(rows) for rows in drawn]), device=labels.device)
+    stands_for = torch.tensor([size / len(rows) for size, rows in zip(clusters.sizes, drawn, strict=True)])
+    own = stands_for.float().to(labels.device)[ids] / (len(reader) * row_loss.labels_per_row)
+    weights = (labels != IGNORED_LABEL) * own.reshape(-1, *[1] * (labels.dim() - 1))
+    return WeightedInputs(inputs, weights, ids)
