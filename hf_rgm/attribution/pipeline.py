@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,9 @@ from transformers.pipelines import PIPELINE_REGISTRY
 from hf_rgm.attribution.attributor import Attributor
 from hf_rgm.attribution.mixture import MixtureSuggestion
 from hf_rgm.attribution.result import AttributionResult
+from hf_rgm.attribution.unlearned import UnlearnedModel
+from hf_rgm.hub.artefact import CardOptions
+from hf_rgm.hub.repository import is_repo_id, link_model, model_address
 from hf_rgm.synset.synset import Synset
 
 TASK = "data-attribution"
@@ -83,31 +87,119 @@ class AttributionPipeline(Pipeline):
         """The synset in use."""
         return self.attributor.synset
 
-    def __call__(self, queries: Any, **options: Any) -> AttributionResult:
+    def __call__(self, queries: Any, **options: Any) -> AttributionResult | list[list[dict[str, Any]]]:
         """
         Attributes all queries together.
 
         Args:
             queries: A dataset, a list of dictionaries, an iterable of them, or one dictionary.
             options: Those of [`Attributor.attribute`]: `engine`, `objective`, `rows`, `data_collator`, `rewind`,
-                `stride`, `num_masks`, `seed`, `query_ids`. `batch_size` and `num_workers`, which pipelines take, do
-                not change the result and are ignored.
+                `stride`, `num_masks`, `seed`, `query_ids`; and `top_k`. `batch_size` and `num_workers`, which
+                pipelines take, do not change the result and are ignored.
 
         Returns:
-            `AttributionResult`: one row of scores per query.
+            `AttributionResult`: one row of scores per query. With `top_k`, a list for each query instead; see
+            [`AttributionResult.to_list`].
         """
         options = {**self._options, **options}
         for name in ("batch_size", "num_workers"):
             options.pop(name, None)
-        return self.attributor.attribute(_as_sequence(queries), **options)
+        top_k = options.pop("top_k", None)
+        if top_k is not None and top_k < 1:
+            raise ValueError(f"`top_k` must be at least 1, got {top_k}. Leave it out for the whole matrix.")
+        result = self.attributor.attribute(_as_sequence(queries), **options)
+        return result if top_k is None else result.to_list(top_k)
 
     def model_without(self, clusters: Iterable[str | int], **options: Any) -> nn.Module:
         """The model as it would be without some clusters; see [`Attributor.model_without`]."""
         return self.attributor.model_without(clusters, **options)
 
+    def unlearn(self, clusters: Iterable[str | int], **options: Any) -> UnlearnedModel:
+        """The model without some clusters, checked and ready to be shared; see [`Attributor.unlearn`]."""
+        return self.attributor.unlearn(clusters, **options)
+
     def suggest_mixture(self, queries: Any, **options: Any) -> MixtureSuggestion:
         """Which clusters to train on more, and which less; see [`Attributor.suggest_mixture`]."""
         return self.attributor.suggest_mixture(_as_sequence(queries), **options)
+
+    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:  # type: ignore[override]
+        """
+        Writes the model to a folder and the synset to its subfolder `synset`.
+
+        `pipeline("data-attribution", model=folder, synset=f"{folder}/synset")` loads them. Unlike other pipelines of
+        libraries, it copies no code, so that nobody has to trust any.
+
+        Args:
+            save_directory (`str` or `Path`): The folder.
+            kwargs: Those of the model's `save_pretrained`.
+        """
+        self.model.save_pretrained(save_directory, **kwargs)
+        self.synset.save_pretrained(Path(save_directory) / "synset")
+
+    def push_to_hub(  # type: ignore[override]
+        self,
+        repo_id: str,
+        *,
+        results: AttributionResult | None = None,
+        results_repo_id: str | None = None,
+        model_id: str | None = None,
+        push_model: bool = False,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        card: CardOptions | None = None,
+        **options: Any,
+    ) -> dict[str, str]:
+        """
+        Shares the synset and, if given, attributions: a dataset repository each, linked with each other and the model.
+
+        The model's weights are not uploaded unless asked for; its card is only linked where the token may write to it.
+
+        Args:
+            repo_id (`str`): Repository of the synset, `"namespace/name"`.
+            results (`AttributionResult`, *optional*): Attributions by this synset.
+            results_repo_id (`str`, *optional*): Their repository. Defaults to `f"{repo_id}-attributions"`.
+            model_id (`str`, *optional*): The model's repository. Defaults to where it was loaded from.
+            push_model (`bool`, *optional*, defaults to `False`): Upload the model to `model_id`.
+            private (`bool`, *optional*): Whether repositories that are created are private.
+            token (`str` or `bool`, *optional*): Defaults to that of `hf auth login`.
+            card (`CardOptions`, *optional*): What the cards say besides, such as a licence.
+            options: Those of [`Synset.save_pretrained`], such as `state_precision`.
+
+        Returns:
+            `dict[str, str]`: addresses of `"synset"` and, where they are known, `"attributions"` and `"model"`.
+
+        Raises:
+            HfHubHTTPError: If the Hub refuses, for example because the token may not write.
+            ValueError: If the results are of another model, or the model is to be pushed nowhere.
+        """
+        model_id = model_id or self._loaded_from()
+        if push_model and model_id is None:
+            raise ValueError("`push_model=True` needs a repository: pass `model_id`.")
+        if results is not None and results.metadata.get("parameters_sha256") != self.synset.parameters_sha256:
+            raise ValueError(
+                "`results` were not computed by this pipeline's model and synset. Pass what calling it returned."
+            )
+        results_id = None if results is None else results_repo_id or f"{repo_id}-attributions"
+        card = replace(
+            card or CardOptions(), model_id=model_id, synset_id=repo_id, attribution_id=results_id, repo_id=None
+        )
+        shared: dict[str, Any] = {"private": private, "token": token}
+        addresses = {"synset": str(self.synset.push_to_hub(repo_id, card=card, **shared, **options).repo_url)}
+        if results is not None and results_id is not None:
+            addresses["attributions"] = str(results.push_to_hub(results_id, card=card, **shared).repo_url)
+        if push_model and model_id is not None:
+            model: Any = self.model
+            model.push_to_hub(model_id, **shared)
+        if model_id is not None:
+            links = {"synset": repo_id, "attribution": results_id}
+            if link_model(model_id, {name: value for name, value in links.items() if value}, token=token):
+                addresses["model"] = model_address(model_id)
+        return addresses
+
+    def _loaded_from(self) -> str | None:
+        """The repository the model was loaded from, if it was."""
+        name = str(getattr(self.model.config, "name_or_path", ""))
+        return name if "/" in name and not Path(name).exists() and is_repo_id(name) else None
 
     def _sanitize_parameters(self, **options: Any) -> tuple[dict, dict, dict]:
         # Called once, by the constructor of `Pipeline`, with the options it does not know.

@@ -189,6 +189,27 @@ class AttributionResult(DatasetArtefact):
         )
         return datasets.Dataset.from_pandas(table, preserve_index=False)
 
+    def to_list(self, k: int) -> list[list[dict[str, Any]]]:
+        """
+        The `k` clusters of each query with the largest scores, positive or negative, largest first.
+
+        Returns:
+            `list[list[dict]]`: for each query, dictionaries with `cluster`, `score` and `size`.
+
+        Raises:
+            ValueError: If `k` is smaller than 1.
+        """
+        if k < 1:
+            raise ValueError(f"`k` must be at least 1, got {k}. It is the number of clusters to return.")
+        chosen = np.argsort(-np.abs(self.scores), axis=1, kind="stable")[:, :k]
+        return [
+            [
+                {"cluster": self.cluster_names[c], "score": float(scores[c]), "size": int(self.cluster_sizes[c])}
+                for c in clusters
+            ]
+            for scores, clusters in zip(self.scores, chosen, strict=True)
+        ]
+
     def top(
         self, k: int = 5, query: str | int | None = None, *, rows: bool = False, largest: bool = True
     ) -> pd.DataFrame:

@@ -128,6 +128,7 @@ class DatasetArtefact(ABC):
 
         Raises:
             HfHubHTTPError: If the Hub refuses, for example because the token may not write.
+            RuntimeError: If a file does not get there; nothing has changed on the Hub then. Push again.
         """
         card = replace(card or CardOptions(), repo_id=repo_id)
         with tempfile.TemporaryDirectory() as parent:

@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import DatasetCard, DatasetCardData, ModelCard, ModelCardData
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
 
 from hf_rgm.artefacts import printable
 from hf_rgm.attribution.result import AttributionResult
 from hf_rgm.fidelity.report import DESCRIPTIONS, SOURCES, FidelityReport
 from hf_rgm.hub.artefact import CardOptions
+from hf_rgm.hub.repository import dataset_address, is_repo_id, model_address
 
 if TYPE_CHECKING:
     from hf_rgm.attribution.unlearned import UnlearnedModel
@@ -262,12 +261,12 @@ def _render(
 
 def _links(options: CardOptions) -> str:
     named = {
-        "model": (options.model_id, "https://huggingface.co/{}"),
-        "synset": (options.synset_id, "https://huggingface.co/datasets/{}"),
-        "attributions": (options.attribution_id, "https://huggingface.co/datasets/{}"),
+        "model": (options.model_id, model_address),
+        "synset": (options.synset_id, dataset_address),
+        "attributions": (options.attribution_id, dataset_address),
     }
     lines = [
-        f"- {what}: [{escaped(repo_id)}]({address.format(repo_id)})"
+        f"- {what}: [{escaped(repo_id)}]({address(repo_id)})"
         for what, (repo_id, address) in named.items()
         if repo_id is not None and is_repo_id(repo_id)
     ]
@@ -287,15 +286,6 @@ def _model_name(options: CardOptions, described: Any) -> str:
         return "not known"
     name = _recorded_model(described)
     return escaped(described["class"]) + ("" if name is None else f", trained from {escaped(name)}")
-
-
-def is_repo_id(name: str) -> bool:
-    """Whether a name can be that of a repository on the Hub."""
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return False
-    return True
 
 
 def _extremes(result: AttributionResult) -> str:

@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Sequence
+import logging
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, hf_hub_download
+from huggingface_hub import (
+    CommitInfo,
+    CommitOperationAdd,
+    CommitOperationDelete,
+    HfApi,
+    constants,
+    hf_hub_download,
+    metadata_update,
+)
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
@@ -15,6 +24,57 @@ from hf_rgm.artefacts import ArtefactFolder, check_name
 ATTEMPTS = 5
 MAIN = "main"
 _CONFLICTS = (409, 412)
+_REFUSALS = (401, 403, 404)
+
+logger = logging.getLogger(__name__)
+
+
+def is_repo_id(name: str) -> bool:
+    """Whether a name can be that of a repository on the Hub."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
+
+
+def model_address(repo_id: str) -> str:
+    """Where a browser finds a model repository."""
+    return f"{constants.ENDPOINT}/{repo_id}"
+
+
+def dataset_address(repo_id: str) -> str:
+    """Where a browser finds a dataset repository."""
+    return f"{constants.ENDPOINT}/datasets/{repo_id}"
+
+
+def link_model(model_id: str, links: Mapping[str, str], *, token: str | bool | None) -> bool:
+    """
+    Names what belongs to a model in the header of its card, where the token may write to it.
+
+    Args:
+        model_id (`str`): The model's repository.
+        links (`Mapping[str, str]`): What to name.
+        token (`str` or `bool`, *optional*): As in `huggingface_hub`.
+
+    Returns:
+        `bool`: whether it was done. If not, a warning says how to.
+    """
+    try:
+        metadata_update(model_id, dict(links), overwrite=True, token=token)  # type: ignore[arg-type]
+    except HfHubHTTPError as error:
+        if error.response.status_code not in _REFUSALS:
+            raise
+        logger.warning(
+            "The card of %s is not linked, because the Hub refuses (%s). Ask its owner to run "
+            "`huggingface_hub.metadata_update(%r, %r)`.",
+            model_id,
+            error.response.status_code,
+            model_id,
+            dict(links),
+        )
+        return False
+    return True
 
 
 class HubFolder(ArtefactFolder):
@@ -156,14 +216,12 @@ def open_artefact(
         return name_or_path
     if Path(name_or_path).is_dir():
         return ArtefactFolder(name_or_path)
-    try:
-        validate_repo_id(str(name_or_path))
-    except HFValidationError as error:
-        raise FileNotFoundError(
-            f"{str(name_or_path)!r} is no folder that exists, and can be no repository on the Hub either ({error})."
-        ) from error
     if isinstance(name_or_path, Path):
         raise FileNotFoundError(f"There is no folder {name_or_path}. Pass a string to mean a repository on the Hub.")
+    if not is_repo_id(name_or_path):
+        raise FileNotFoundError(
+            f"{name_or_path!r} is no folder that exists, and is not the id of a repository either (`namespace/name`)."
+        )
     path = download(
         name_or_path,
         marker,
@@ -215,6 +273,7 @@ def push_folder(
 
     Raises:
         HfHubHTTPError: If the Hub refuses, for example because the token may not write.
+        RuntimeError: If a file does not get there; nothing has changed on the Hub then. Push again.
     """
     api = HfApi(token=token)
     repo_id = api.create_repo(repo_id, repo_type=repo_type, private=private, exist_ok=True).repo_id

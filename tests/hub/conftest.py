@@ -20,6 +20,7 @@ from pathlib import Path
 import datasets.config
 import huggingface_hub
 import pytest
+import transformers.utils.hub
 from huggingface_hub import HfFileSystem, constants
 
 from tests.hub_server import LocalHub
@@ -53,6 +54,8 @@ def hub_in_process(hub: LocalHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         monkeypatch.setattr(constants, name, value)
     # The functions of `huggingface_hub` are methods of one `HfApi`, which was given its endpoint at import.
     monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", hub.endpoint)
+    # So are those of transformers, at first use.
+    monkeypatch.setattr(transformers.utils.hub.hf_api(), "endpoint", hub.endpoint)
     monkeypatch.setattr(datasets.config, "HF_ENDPOINT", hub.endpoint)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(datasets.config, "HF_UPDATE_DOWNLOAD_COUNTS", False)
