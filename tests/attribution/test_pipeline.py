@@ -106,3 +106,31 @@ def test_streaming_queries_are_refused_with_the_way_out(attribute):
 def test_unknown_options_are_refused(attribute):
     with pytest.raises(TypeError, match="temperature"):
         attribute(RUN.queries, temperature=1)
+
+
+def test_top_k_gives_a_list_for_each_query(attribute, expected):
+    found = attribute(RUN.queries, top_k=2)
+    assert len(found) == 12
+    for query, entries in enumerate(found):
+        scores = expected.scores[query]
+        order = np.argsort(-np.abs(scores))[:2]
+        assert [entry["cluster"] for entry in entries] == [expected.cluster_names[k] for k in order]
+        np.testing.assert_allclose([entry["score"] for entry in entries], scores[order], rtol=1e-6)
+        assert {entry["size"] for entry in entries} == {8}
+    with pytest.raises(ValueError, match="`top_k` must be at least 1, got 0"):
+        attribute(RUN.queries, top_k=0)
+
+
+def test_saved_it_loads_without_trusting_any_code(tmp_path):
+    run = vit_run()
+    attribute = pipeline("data-attribution", model=run.model, synset=run.synset, disable_tqdm=True)
+    attribute.save_pretrained(tmp_path / "saved")
+    assert not list((tmp_path / "saved").rglob("*.py"))
+    assert "custom_pipelines" not in (tmp_path / "saved" / "config.json").read_text()
+    again = pipeline(
+        "data-attribution",
+        model=str(tmp_path / "saved"),
+        synset=str(tmp_path / "saved" / "synset"),
+        disable_tqdm=True,
+    )
+    np.testing.assert_allclose(again(run.queries).scores, attribute(run.queries).scores, rtol=1e-5, atol=1e-7)

@@ -1,14 +1,27 @@
 from __future__ import annotations
 
+import copy
+import re
 from dataclasses import replace
 
+import numpy as np
 import pytest
-from huggingface_hub import DatasetCard
+from huggingface_hub import DatasetCard, ModelCard
+from torch import nn
 
+from hf_rgm import AttributionResult, ClusterMap
+from hf_rgm.attribution.unlearned import UnlearnedModel, UnlearningCheck
 from hf_rgm.fidelity.report import Agreement, FidelityReport
 from hf_rgm.fidelity.scores import Estimate
-from hf_rgm.hub import cards
-from hf_rgm.hub.cards import NOT_MEASURED, fidelity_section, synset_card
+from hf_rgm.hub import CardOptions, cards
+from hf_rgm.hub.cards import (
+    NOT_MEASURED,
+    attribution_card,
+    escaped,
+    fidelity_section,
+    synset_card,
+    unlearned_model_card,
+)
 from hf_rgm.testing import tiny_synset
 
 REPORT = FidelityReport(
@@ -70,3 +83,121 @@ def test_templates_are_found_in_an_installed_package_and_in_a_source_tree(tmp_pa
     for place, expected in (("installed", "hf_rgm: Not"), ("source", "source: Not")):
         monkeypatch.setattr(cards, "PACKAGE", tmp_path / place / "hf_rgm")
         assert expected in synset_card(tiny_synset())
+
+
+HOSTILE = "<script>alert(1)</script> | **bold** [x](http://evil) `code`\x1b[2J\n# heading {{ 7 * 7 }} $x$"
+
+
+def unescaped(text, character):
+    return re.search(rf"(?<!\\){re.escape(character)}", text) is not None
+
+
+def test_escaped_text_has_no_markup_left():
+    text = escaped(HOSTILE)
+    assert "<" not in text
+    assert "\n" not in text
+    assert "\x1b" not in text
+    for character in "|*[]()`#{}$":
+        assert not unescaped(text, character)
+    assert escaped("imdb, label 1") == "imdb, label 1"
+
+
+def result(**changes):
+    arguments = {
+        "scores": np.array([[0.5, -0.25], [0.1, 0.0]]),
+        "cluster_names": ["imdb", HOSTILE],
+        "cluster_sizes": np.array([100, 50]),
+        "query_ids": ["a", "b"],
+        "objective": "margin",
+        "objective_values": np.array([2.0, 1.0]),
+        "engine": "adjoint",
+    }
+    return AttributionResult(**(arguments | changes))
+
+
+def test_the_card_of_a_result_says_what_a_score_means():
+    card = DatasetCard(attribution_card(result()))
+    assert card.data.tags == ["hf-rgm", "data-attribution", "attribution"]
+    assert [config["config_name"] for config in card.data.to_dict()["configs"]] == [
+        "top",
+        "scores",
+        "clusters",
+        "queries",
+    ]
+    assert AttributionResult.SIGN_CONVENTION in card.text
+    assert "| objective | margin |" in card.text
+    assert "| engine | adjoint |" in card.text
+    assert "| imdb | +0.3 |" in card.text
+    assert NOT_MEASURED in card.text
+    measured = result(metadata={"fidelity": REPORT.to_dict()})
+    assert fidelity_section(REPORT.to_dict()) in attribution_card(measured)
+
+
+def test_names_from_data_are_shown_as_they_are_on_cards():
+    card = attribution_card(result(objective=HOSTILE, engine=HOSTILE))
+    assert "<script>" not in card
+    assert "\x1b" not in card
+    assert "\n# heading" not in card
+    assert "49" not in card
+    synset = tiny_synset()
+    renamed = ClusterMap(synset.clusters.cluster_ids, (HOSTILE, *synset.clusters.names[1:]))
+    assert "<script>" not in synset_card(replace(synset, clusters=renamed))
+
+
+@pytest.mark.parametrize("card", [synset_card(tiny_synset()), attribution_card(result())])
+def test_headers_hold_only_what_is_known(card):
+    data = DatasetCard(card).data.to_dict()
+    assert data["library_name"] == "hf_rgm"
+    assert not {"license", "base_model", "model", "synset", "attribution"} & set(data)
+
+
+def test_what_is_known_besides_is_in_the_header_and_linked():
+    options = CardOptions(
+        repo_id="me/synset", license="mit", model_id="me/model", synset_id="me/synset", attribution_id="me/answers"
+    )
+    card = DatasetCard(synset_card(tiny_synset(), options))
+    data = card.data.to_dict()
+    assert (data["license"], data["model"], data["attribution"]) == ("mit", "me/model", "me/answers")
+    assert 'pipeline("data-attribution", model="me/model", synset="me/synset")' in card.text
+    assert "[me/answers](https://huggingface.co/datasets/me/answers)" in card.text
+    assert "inproceedings" in card.text
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("google/vit-base", "google/vit-base"), ("./results/checkpoint-10", None), ("", None), (None, None), (3, None)],
+)
+def test_the_base_model_is_named_only_if_it_is_a_repository(name, expected):
+    synset = tiny_synset()
+    trajectory = copy.copy(synset.trajectory)
+    trajectory.metadata = {**trajectory.metadata, "model": {"class": "TinyModel", "name_or_path": name}}
+    data = DatasetCard(synset_card(replace(synset, trajectories=(trajectory,)))).data.to_dict()
+    assert data.get("base_model") == expected
+
+
+def test_the_card_of_an_unlearned_model_says_what_was_removed_and_how_it_was_checked():
+    unlearned = UnlearnedModel(
+        model=nn.Linear(1, 1),
+        clusters=["imdb", HOSTILE],
+        sizes=[100, 50],
+        checks=[UnlearningCheck("removed rows", 150, 0.1, 1.25)],
+        engine="replay",
+        rewind_step=5,
+        num_steps=20,
+        parameters_sha256="f" * 64,
+        model_name="google/vit-base",
+    )
+    card = ModelCard(unlearned_model_card(unlearned))
+    assert card.data.base_model == "google/vit-base"
+    assert card.data.library_name == "transformers"
+    assert "| imdb | 100 |" in card.text
+    assert "| removed rows | 150 | 0.1 | 1.25 |" in card.text
+    assert "from training step 5 of 20" in card.text
+    assert "guarantees nothing" in card.text
+    assert "<script>" not in card.text
+
+
+def test_a_template_of_ones_own(tmp_path):
+    path = tmp_path / "mine.md"
+    path.write_text("---\n{{ card_data }}\n---\nOurs: {{ num_clusters }} clusters")
+    assert "Ours: 6 clusters" in synset_card(tiny_synset(), CardOptions(template=path))
