@@ -73,12 +73,14 @@ class VisionRun:
     synset: Synset
 
 
-def distilled_run(model, **overrides) -> VisionRun:
-    """Records two epochs of training and distils them briefly."""
-    dataset, queries = tiny_dataset(24, seed=0), tiny_dataset(4, seed=1)
+def distilled_run(
+    model, *, dataset: Dataset | None = None, clusters: ClusterMap | None = None, **overrides
+) -> VisionRun:
+    """Records two epochs of training and distils them briefly; clusters are the labels unless given."""
+    dataset, queries = dataset or tiny_dataset(24, seed=0), tiny_dataset(4, seed=1)
     folder = Path(tempfile.mkdtemp(prefix="hf-rgm-vit-")) / "trajectory"
     trained = train(model, dataset, folder, **overrides).model
-    clusters = ClusterMap.from_column(dataset, "labels")
+    clusters = clusters or ClusterMap.from_column(dataset, "labels")
     distiller = ReverseGradientMatchingDistiller(
         trained, folder, dataset, clusters, config=DistillationConfig(num_iterations=10), disable_tqdm=True
     )
