@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import html
 import io
-import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,8 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+
+from hf_rgm.files import replacing
 
 STYLE = """
 :root { color-scheme: light; }
@@ -90,10 +91,8 @@ class HtmlReport:
     def save(self, path: str | Path) -> Path:
         """Writes the page (replaces an older one) and returns where."""
         path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.tmp")
-        temporary.write_text(self.to_html(), encoding="utf-8")
-        os.replace(temporary, path)
+        with replacing(path) as temporary:
+            temporary.write_text(self.to_html(), encoding="utf-8")
         return path
 
 

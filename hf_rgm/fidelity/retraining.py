@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from transformers import Trainer
 
 from hf_rgm.attribution.objectives import Objective, Queries, resolve_objective
 from hf_rgm.fidelity.processes import Launch, claimed
+from hf_rgm.files import replacing
 from hf_rgm.modeling import FunctionalModel
 from hf_rgm.rows import DataCollator, RowReader
 
@@ -140,10 +140,8 @@ class _Worker:
             if path.is_file():
                 return _read(path)
             values = self._train(rows, seed)
-            temporary = path.with_suffix(f".{os.getpid()}.tmp")
-            with temporary.open("wb") as file:
-                np.save(file, values, allow_pickle=False)
-            os.replace(temporary, path)
+            with replacing(path) as temporary:
+                np.save(temporary, values, allow_pickle=False)
             return values
 
     def _train(self, rows: NDArray[np.int64], seed: int) -> NDArray[np.float32]:

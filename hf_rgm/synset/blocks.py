@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+from hf_rgm.files import remove_unfinished, replacing
 
 
 class BlockStore:
@@ -22,6 +23,8 @@ class BlockStore:
 
     Raises:
         FileExistsError: If the folder holds blocks of another distillation.
+        OSError: If the folder cannot be made.
+        ValueError: If a block is damaged.
     """
 
     def __init__(self, folder: str | Path, identity: dict[str, Any]) -> None:
@@ -30,6 +33,7 @@ class BlockStore:
         self.folder.mkdir(parents=True, exist_ok=True)
         for path in self.folder.glob("block-*.safetensors"):
             self._check(path)
+        remove_unfinished(self.folder)
 
     def _path(self, block: range) -> Path:
         return self.folder / f"block-{block.start:06d}-{block.stop:06d}.safetensors"
@@ -55,8 +59,13 @@ class BlockStore:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
 
     def write(self, block: range, tensors: dict[str, Tensor]) -> None:
-        """Writes a finished block under a temporary name and renames it."""
-        path = self._path(block)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        save_file({k: v.contiguous() for k, v in tensors.items()}, temporary, metadata={"identity": self._identity})
-        os.replace(temporary, path)
+        """
+        Writes a finished block whole or not at all.
+
+        Raises:
+            OSError: If the disk is full or the folder cannot be written; blocks that are there stay.
+        """
+        with replacing(self._path(block)) as temporary:
+            save_file(
+                {k: v.contiguous() for k, v in tensors.items()}, temporary, metadata={"identity": self._identity}
+            )

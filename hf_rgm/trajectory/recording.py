@@ -11,13 +11,13 @@ from typing import Any
 import torch
 
 from hf_rgm.artefacts import ArtefactFolder
+from hf_rgm.files import remove_unfinished, replacing
 from hf_rgm.trajectory.optimizers import OptimizerRule
 from hf_rgm.trajectory.states import (
     STATES_FOLDER,
     StateFile,
     TrajectoryState,
     recorded_states,
-    replacing,
     state_path,
     write_state,
 )
@@ -90,8 +90,8 @@ class TrajectoryRecorder:
         self._own = True
         self._write_description()
         self._truncate(step, last_state=step if step > 0 else -1)
-        for interrupted in (*self.folder.glob("*/.part-*.tmp"), *self.folder.glob("*/.step-*.tmp")):
-            interrupted.unlink()
+        for name in (".", STATES_FOLDER, STEPS_FOLDER):
+            remove_unfinished(self.folder / name)
 
     def _existing(self) -> dict[str, Any] | None:
         if self.folder.exists() and not self.folder.is_dir():

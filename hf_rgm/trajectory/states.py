@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from hf_rgm.artefacts import ArtefactFolder, TensorFile
+from hf_rgm.files import replacing
 from hf_rgm.trajectory.optimizers import Moments
 from hf_rgm.trajectory.precision import (
     PRECISIONS,
@@ -47,20 +47,6 @@ class TrajectoryState:
     step: int
     parameters: dict[str, Tensor]
     moments: Moments
-
-
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Yields a temporary path that takes the place of `path`, flushed to disk, if the block ends without error."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        yield temporary
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def state_name(step: int) -> str:

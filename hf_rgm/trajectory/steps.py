@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from hf_rgm.artefacts import ArtefactFolder, check_memory, decoded_bytes
-from hf_rgm.trajectory.states import replacing
+from hf_rgm.files import replacing
 
 STEPS_FOLDER = "steps"
 _WAY_OUT = "Copy the folder again, or record the training run again."

@@ -46,5 +46,8 @@ def test_a_damaged_block_is_named(tmp_path, damage):
 
 
 def test_an_unfinished_write_is_not_taken_for_a_block(tmp_path):
-    (tmp_path / ".block-000002-000004.safetensors.1.tmp").write_bytes(b"half")
+    unfinished = tmp_path / ".block-000002-000004.safetensors.hf-rgm-saving"
+    unfinished.mkdir()
+    (unfinished / "block-000002-000004.safetensors").write_bytes(b"half")
     assert BlockStore(tmp_path, {"seed": 0}).read(BLOCK) is None
+    assert not list(tmp_path.iterdir())

@@ -268,12 +268,14 @@ def test_only_the_files_of_a_trajectory_are_replaced(tmp_path):
     notes = [tmp_path / "trajectory" / name for name in ("notes.txt", "states/notes.txt", "steps/part-a.parquet")]
     for path in notes:
         path.write_text("mine")
-    (tmp_path / "trajectory" / "steps" / ".part-00000003.parquet.tmp").write_text("interrupted")
+    unfinished = tmp_path / "trajectory" / "steps" / ".part-00000003.parquet.hf-rgm-saving"
+    unfinished.mkdir()
+    (unfinished / "part-00000003.parquet").write_text("interrupted")
     callback = TrajectoryCallback(tmp_path / "trajectory", overwrite=True, num_states=2)
     _, trajectory = train(tmp_path, MeanModel(), callback=callback)
     assert [path.read_text() for path in notes] == ["mine"] * 3
     assert trajectory.state_steps == (0, 18)
-    assert not list((tmp_path / "trajectory").glob("*/*.tmp"))
+    assert not list((tmp_path / "trajectory").glob("*/.*"))
 
 
 def test_unreadable_trajectory_is_replaced_only_on_demand(tmp_path):
