@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +38,7 @@ STYLES = {
     "online_peak_bytes": (LINES[2], "D"),
     "training_peak_bytes": (NEUTRAL, "^"),
 }
+LETTERS_A_COLUMN = 48
 LEGEND_ROOM = 40  # the upper limit is raised by this factor
 TITLE = "Costs of hf_rgm beside one training of {num_steps} steps, {num_queries} queries"
 
@@ -122,7 +124,7 @@ def draw(report: dict[str, Any], path: Path) -> None:
         row[0].set_ylim(low, high * LEGEND_ROOM)
     for panel, axis in zip(panels[1], axes, strict=True):
         panel.set_xlabel(COUNTS[axis])
-    figure.suptitle(TITLE.format(**report["identity"]))
+    figure.suptitle(textwrap.fill(TITLE.format(**report["identity"]), width=LETTERS_A_COLUMN * len(axes)))
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
 

@@ -105,8 +105,8 @@ def load() -> Task:
             sentence_embeddings(train), labels=groups, label_names=names, num_clusters_per_class=5, seed=0
         ),
         build_trainer=partial(build_trainer, max_steps=75),
-        num_cluster_masks=30,
-        num_row_masks=30,
+        num_cluster_masks=24,
+        num_row_masks=12,
         seeds=(1, 2, 3),
-        num_distances=5,
+        num_distances=0,
     )

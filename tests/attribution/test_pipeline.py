@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
+import torch
 from datasets import IterableDataset
 from transformers import pipeline
 from transformers.pipelines import PIPELINE_REGISTRY
@@ -134,3 +137,17 @@ def test_saved_it_loads_without_trusting_any_code(tmp_path):
         disable_tqdm=True,
     )
     np.testing.assert_allclose(again(run.queries).scores, attribute(run.queries).scores, rtol=1e-5, atol=1e-7)
+
+
+def test_device_and_dtype_reach_the_model(tmp_path):
+    run = vit_run()
+    run.model.save_pretrained(tmp_path / "model")
+    load = partial(pipeline, "data-attribution", model=str(tmp_path / "model"), synset=run.synset, disable_tqdm=True)
+    attribute = load(device="cpu", dtype="float32")
+    assert {parameter.dtype for parameter in attribute.model.parameters()} == {torch.float32}
+    assert attribute.device.type == attribute.attributor.model.device.type == "cpu"
+    with pytest.raises(ParameterMismatchError, match="in the dtype they were trained in"):
+        load(dtype=torch.bfloat16)
+    forced = load(dtype=torch.bfloat16, force=True)
+    near = load()(run.queries).scores
+    np.testing.assert_allclose(forced(run.queries).scores, near, rtol=0.2, atol=0.05 * np.abs(near).max())
