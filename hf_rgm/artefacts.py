@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import unicodedata
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import fields
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import MISSING, fields
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
@@ -18,11 +17,17 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from hf_rgm.files import format_size
+from hf_rgm.strict_json import parse_json
 
 MAX_JSON_BYTES = 100_000_000
+# What a byte of JSON takes in Python at most: "{}," are three bytes and an object of 64 in a list.
+JSON_EXPANSION = 32
+# Tables that are distinct in every row are at most a few times larger than their files.
+MAX_EXPANSION = 1000
 DTYPE_BYTES = {
     "BOOL": 1, "U8": 1, "I8": 1, "F16": 2, "BF16": 2, "I16": 2, "U16": 2, "F32": 4, "I32": 4, "F64": 8, "I64": 8
 }  # fmt: skip
+CACHED_KINDS = ("datasets--", "models--", "spaces--")
 WAY_OUT = "Copy it again, or ask whoever made it."
 
 Content = TypeVar("Content")
@@ -52,8 +57,7 @@ class ArtefactFolder:
 
     def __init__(self, root: str | Path, *, boundary: Path | None = None) -> None:
         self.root = Path(root)
-        in_cache = self.root.parent.name == "snapshots" and len(self.root.parents) > 1
-        self.boundary = (boundary or (self.root.parents[1] if in_cache else self.root)).resolve()
+        self.boundary = (boundary or _part_of_cache(self.root) or self.root).resolve()
 
     def __str__(self) -> str:
         return str(self.root)
@@ -93,18 +97,21 @@ class ArtefactFolder:
 
         Raises:
             FileNotFoundError: If there is no such file.
-            ValueError: If it is too large, or not a JSON object of this version.
+            MemoryError: If it could take more memory than is free.
+            ValueError: If it is too large, not [strict JSON][parse_json], or not an object of this version.
         """
         path = self.file(name)
-        if path.stat().st_size > MAX_JSON_BYTES:
+        size = path.stat().st_size
+        if size > MAX_JSON_BYTES:
             raise ValueError(
-                f"{path} has {format_size(path.stat().st_size)}, more than the {format_size(MAX_JSON_BYTES)} such a "
-                f"file may have. {WAY_OUT}"
+                f"{path} has {format_size(size)}, more than the {format_size(MAX_JSON_BYTES)} such a file may have. "
+                f"{WAY_OUT}"
             )
+        check_memory(JSON_EXPANSION * size, str(path))
         try:
-            content = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path} is not valid JSON ({error}). {WAY_OUT}") from error
+            content = parse_json(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path} is not valid JSON ({_short(error, 300)}). {WAY_OUT}") from error
         found = content.get("format_version") if isinstance(content, dict) else type(content).__name__
         if found != format_version or isinstance(found, bool):
             raise ValueError(
@@ -127,7 +134,7 @@ class ArtefactFolder:
             with safe_open(path, framework="pt") as file:
                 yield TensorFile(path, file)
         except SafetensorError as error:
-            raise ValueError(f"{path} is damaged ({error}). {WAY_OUT}") from error
+            raise ValueError(f"{path} is damaged ({_short(error, 300)}). {WAY_OUT}") from error
 
     def read_parquet(self, name: str, schema: Mapping[str, pa.DataType], *, num_rows: int) -> pa.Table:
         """
@@ -148,15 +155,13 @@ class ArtefactFolder:
             with pq.ParquetFile(path) as file:
                 if file.metadata.num_rows != num_rows:
                     raise ValueError(f"it has {file.metadata.num_rows} lines, {num_rows} are announced")
-                found = file.schema_arrow
-                for column, dtype in schema.items():
-                    if column not in found.names or found.field(column).type != dtype:
-                        kind = found.field(column).type if column in found.names else "missing"
-                        raise ValueError(f"column {column!r} is {kind}, not {dtype}")
-                check_memory(decoded_bytes(file.metadata), str(path))
-                return file.read(columns=list(schema))
+                check_columns(file.schema_arrow, schema)
+                check_table(file.metadata, path)
+                table = file.read(columns=list(schema))
+                check_no_nulls(table)
+                return table
         except (pa.ArrowException, OSError, ValueError) as error:
-            raise ValueError(f"{path} is damaged ({error}). {WAY_OUT}") from error
+            raise ValueError(f"{path} is damaged ({_short(error, 300)}). {WAY_OUT}") from error
 
 
 def check_name(name: str) -> None:
@@ -178,6 +183,7 @@ class TensorFile:
     def __init__(self, path: Path, file: safe_open) -> None:
         self.path = path
         self._file = file
+        self._names = dict.fromkeys(file.keys())
 
     @property
     def metadata(self) -> dict[str, str]:
@@ -187,7 +193,7 @@ class TensorFile:
     @property
     def names(self) -> list[str]:
         """Names of the tensors."""
-        return list(self._file.keys())
+        return list(self._names)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor, from the header."""
@@ -210,7 +216,7 @@ class TensorFile:
             MemoryError: If it is larger than the memory that is free.
             ValueError: If it is missing or something else.
         """
-        if name not in self.names:
+        if name not in self._names:
             raise ValueError(f"{self.path} has no tensor {name!r}. {WAY_OUT}")
         found, dtype = self.shape(name), self.dtype(name)
         fits = len(found) == len(shape) and all(
@@ -229,10 +235,54 @@ class TensorFile:
         return self._file.get_tensor(name)
 
 
-def decoded_bytes(metadata: pq.FileMetaData) -> int:
-    """What the values of a parquet file of numbers take in memory at most, from its footer."""
+def check_columns(found: pa.Schema, wanted: Mapping[str, pa.DataType], *, optional: Collection[str] = ()) -> None:
+    """
+    Raises a `ValueError` unless a table has each column once and in its type.
+
+    Args:
+        found (`pa.Schema`): Of the table.
+        wanted (`Mapping[str, pa.DataType]`): The columns, by name.
+        optional (`Collection[str]`, *optional*): Those that may be missing.
+    """
+    for column, dtype in wanted.items():
+        count = found.names.count(column)
+        if count == 0 and column in optional:
+            continue
+        kind = found.field(found.names.index(column)).type if count == 1 else f"there {count} times"
+        if kind != dtype:
+            raise ValueError(f"column {column!r} is {kind}, not {dtype}")
+
+
+def check_table(metadata: pq.FileMetaData, path: Path) -> None:
+    """
+    Checks, before a table of numbers is read, that its memory is bounded.
+
+    Args:
+        metadata (`pq.FileMetaData`): The footer of its parquet file.
+        path (`Path`): The file.
+
+    Raises:
+        MemoryError: If the table is larger than the memory that is free.
+        ValueError: If it is out of all proportion to the file, or the footer is none.
+    """
     groups = (metadata.row_group(index) for index in range(metadata.num_row_groups))
-    return 8 * sum(group.column(index).num_values for group in groups for index in range(group.num_columns))
+    columns = [group.column(index) for group in groups for index in range(group.num_columns)]
+    sizes = [size for column in columns for size in (8 * column.num_values, column.total_uncompressed_size)]
+    if min(sizes, default=0) < 0:
+        raise ValueError("it announces fewer than no values")
+    num_bytes = sum(max(pair) for pair in zip(sizes[::2], sizes[1::2], strict=True))
+    on_disk = path.stat().st_size
+    if num_bytes > MAX_EXPANSION * on_disk:
+        raise ValueError(f"it announces {format_size(num_bytes)} in a file of {format_size(on_disk)}")
+    check_memory(num_bytes, str(path))
+
+
+def check_no_nulls(table: pa.Table) -> None:
+    """Raises a `ValueError` if values, or elements of lists, are missing."""
+    for name, column in zip(table.column_names, table.columns, strict=True):
+        inner = [chunk.values for chunk in column.chunks if isinstance(chunk, pa.LargeListArray)]
+        if column.null_count or any(values.null_count for values in inner):
+            raise ValueError(f"column {name!r} lacks values")
 
 
 def check_memory(num_bytes: int, what: str) -> None:
@@ -273,6 +323,12 @@ def parsed(content_class: type[Content], content: Mapping[str, Any], source: str
         raise ValueError(f"{source} is damaged: {_short(' '.join(str(error).split()), 300)} {WAY_OUT}") from error
 
 
+def with_defaults(content_class: type, content: Mapping[str, Any]) -> dict[str, Any]:
+    """The object with the defaults of a dataclass in place of what is missing."""
+    defaults = {item.name: item.default for item in fields(content_class) if item.default is not MISSING}
+    return {**defaults, **content}
+
+
 def printable(text: str) -> str:
     """
     The text with control characters, line breaks and marks that change the direction of writing spelled out.
@@ -294,22 +350,6 @@ def printable(text: str) -> str:
     )
 
 
-def check_printable(names: Sequence[str], what: str) -> None:
-    """
-    Raises a `ValueError` if a name has control characters; see [`printable`].
-
-    Args:
-        names (`Sequence[str]`): The names.
-        what (`str`): How the error calls one.
-    """
-    for name in names:
-        if any(map(_is_control, name)):
-            raise ValueError(
-                f"{what} '{_short(printable(name))}' has control characters or line breaks. Rename it, "
-                "`hf_rgm.artefacts.printable` spells them out."
-            )
-
-
 def _is_control(character: str) -> bool:
     return unicodedata.category(character) in ("Cc", "Cf", "Cs", "Zl", "Zp") and character not in _JOINERS
 
@@ -323,5 +363,7 @@ def _short(value: Any, length: int = 60) -> str:
     return text if len(text) <= length else f"{text[:length]}..."
 
 
-def _refuse_constant(name: str) -> float:
-    raise ValueError(f"{name} is no number")
+def _part_of_cache(root: Path) -> Path | None:
+    """The repository's folder in the cache of the Hub, if `root` is a snapshot in one: links lead to its blobs."""
+    in_cache = root.parent.name == "snapshots" and root.parent.parent.name.startswith(CACHED_KINDS)
+    return root.parent.parent if in_cache else None

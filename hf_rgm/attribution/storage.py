@@ -11,7 +11,7 @@ import pandas as pd
 from huggingface_hub.dataclasses import strict
 from safetensors.numpy import save_file
 
-from hf_rgm.artefacts import ArtefactFolder, parsed
+from hf_rgm.artefacts import WAY_OUT, ArtefactFolder, parsed, printable
 from hf_rgm.files import write_json
 
 if TYPE_CHECKING:
@@ -110,8 +110,10 @@ def read_result(folder: ArtefactFolder) -> dict[str, Any]:
         MemoryError: If it is larger than the memory that is free.
         ValueError: If a file is damaged or of another format version.
     """
+    source = f"{folder}/{CONFIG_FILE}"
     content = folder.read_json(CONFIG_FILE, format_version=FORMAT_VERSION)
-    description = parsed(ResultDescription, content, f"{folder}/{CONFIG_FILE}")
+    description = parsed(ResultDescription, content, source)
+    _check_description(description, source)
     num_queries, num_clusters = len(description.query_ids), len(description.cluster_names)
     with folder.open_tensors(TENSORS_FILE) as file:
         arguments = {
@@ -122,13 +124,42 @@ def read_result(folder: ArtefactFolder) -> dict[str, Any]:
         if description.num_rows is not None:
             shape = (num_queries, description.num_rows)
             arguments["row_scores"] = file.read("row_scores", shape=shape, dtypes=("F32",))
+        sizes = arguments["cluster_sizes"].tolist()
+        if min(sizes) < 0 or sum(sizes) >= 2**63:
+            raise ValueError(
+                f"{file.path} has cluster sizes from {min(sizes)} to {max(sizes)}; they must be numbers of rows. "
+                f"{WAY_OUT}"
+            )
         if description.has_cluster_ids:
-            num_rows = int(arguments["cluster_sizes"].sum())
-            arguments["cluster_ids"] = file.read("cluster_ids", shape=(num_rows,), dtypes=("I64",))
-    named = {name: getattr(description, name) for name in ("objective", "engine", "metadata")}
+            ids = file.read("cluster_ids", shape=(sum(sizes),), dtypes=("I64",))
+            if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < num_clusters:
+                raise ValueError(
+                    f"{file.path} has cluster ids from {int(ids.min())} to {int(ids.max())} for {num_clusters} "
+                    f"clusters. {WAY_OUT}"
+                )
+            arguments["cluster_ids"] = ids
     return {
         **{name: tensor.numpy() for name, tensor in arguments.items()},
-        **named,
         "cluster_names": description.cluster_names,
         "query_ids": description.query_ids,
+        "objective": printable(description.objective),
+        "engine": printable(description.engine),
+        "metadata": description.metadata,
     }
+
+
+def _check_description(description: ResultDescription, source: str) -> None:
+    from hf_rgm.fidelity.report import FidelityReport
+
+    if not description.query_ids or not description.cluster_names:
+        raise ValueError(
+            f"{source} names {len(description.query_ids)} queries and {len(description.cluster_names)} clusters; "
+            f"there must be at least one of each. {WAY_OUT}"
+        )
+    if any(isinstance(query, int) and query >= 2**63 for query in description.query_ids):
+        raise ValueError(f"{source} has query ids that are no 64-bit integers. {WAY_OUT}")
+    if description.metadata.get("fidelity") is not None:
+        try:
+            FidelityReport.from_dict(description.metadata["fidelity"])
+        except ValueError as error:
+            raise ValueError(f"`metadata` of {source}: {error}") from error

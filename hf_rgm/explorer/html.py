@@ -14,6 +14,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from hf_rgm.artefacts import printable
 from hf_rgm.files import replacing
 
 STYLE = """
@@ -76,7 +77,7 @@ class HtmlReport:
 
     def to_html(self) -> str:
         """The whole page."""
-        title, lead = html.escape(self.title), html.escape(self.lead)
+        title, lead = _escaped(self.title), _escaped(self.lead)
         return (
             '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
             f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n'
@@ -106,7 +107,7 @@ class Section:
     def text(self, text: str) -> None:
         """Adds a paragraph; empty lines divide it into several."""
         for paragraph in text.split("\n\n"):
-            self._parts.append(f"<p>{html.escape(paragraph)}</p>")
+            self._parts.append(f"<p>{_escaped(paragraph)}</p>")
 
     def table(self, columns: Sequence[str], rows: Iterable[Sequence[Any]], *, caption: str = "") -> None:
         """
@@ -121,12 +122,12 @@ class Section:
                 raise ValueError(f"A row has {len(line)} cells for {len(columns)} columns: {line}. Pass one for each.")
         numeric = [bool(lines) and all(_is_number(line[i]) for line in lines) for i in range(len(columns))]
         mark = [' class="number"' if flag else "" for flag in numeric]
-        head = "".join(f"<th{m}>{html.escape(str(name))}</th>" for name, m in zip(columns, mark, strict=True))
+        head = "".join(f"<th{m}>{_escaped(str(name))}</th>" for name, m in zip(columns, mark, strict=True))
         body = "\n".join(
             "<tr>" + "".join(f"<td{m}>{_cell(v)}</td>" for v, m in zip(line, mark, strict=True)) + "</tr>"
             for line in lines
         )
-        titled = f"<caption>{html.escape(caption)}</caption>" if caption else ""
+        titled = f"<caption>{_escaped(caption)}</caption>" if caption else ""
         self._parts.append(
             f'<div class="scroll"><table>{titled}<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n'
             "</tbody></table></div>"
@@ -154,14 +155,19 @@ class Section:
         """
         if not png.startswith(b"\x89PNG\r\n\x1a\n"):
             raise ValueError(f"`png` must be the bytes of a PNG file, got {png[:8]!r}. Convert the picture first.")
-        text = html.escape(caption)
+        text = _escaped(caption)
         encoded = base64.b64encode(png).decode("ascii")
         below = f"<figcaption>{text}</figcaption>" if caption else ""
         self._parts.append(f'<figure><img alt="{text}" src="data:image/png;base64,{encoded}">{below}</figure>')
 
     def to_html(self) -> str:
         """The section as an HTML fragment."""
-        return f"<section>\n<h2>{html.escape(self.heading)}</h2>\n" + "\n".join(self._parts) + "\n</section>"
+        return f"<section>\n<h2>{_escaped(self.heading)}</h2>\n" + "\n".join(self._parts) + "\n</section>"
+
+
+def _escaped(text: str) -> str:
+    """Text without markup, and without characters that control anything but lines."""
+    return html.escape("\n".join(map(printable, text.split("\n"))))
 
 
 def _is_number(value: Any) -> bool:
@@ -170,5 +176,5 @@ def _is_number(value: Any) -> bool:
 
 def _cell(value: Any) -> str:
     if isinstance(value, (float, np.floating)):
-        return html.escape(f"{value:.4g}")
-    return html.escape(str(value))
+        return _escaped(f"{value:.4g}")
+    return _escaped(str(value))

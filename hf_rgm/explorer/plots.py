@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 from scipy.cluster.hierarchy import leaves_list, linkage
 from scipy.stats import spearmanr
 
+from hf_rgm.artefacts import printable
 from hf_rgm.grouping import as_numpy
 
 POSITIVE = "#0072B2"
@@ -326,8 +327,8 @@ def _bare(ax: Axes, keep: tuple[str, ...]) -> Axes:
 
 
 def _text(value: Any, length: int = 60) -> str:
-    """One short line in which matplotlib sees no formulas."""
-    text = " ".join(str(value).split())
+    """One short line without control characters, in which matplotlib sees no formulas."""
+    text = printable(" ".join(str(value).split()))
     text = text if len(text) <= length else f"{text[: length - 1]}…"
     return text.replace("$", r"\$")
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from hf_rgm.artefacts import printable
 from hf_rgm.attribution.attributor import Attributor
 from hf_rgm.attribution.objectives import Objective, resolve_objective
 from hf_rgm.attribution.runs import ENGINES_OF_ROWS, check_engine
@@ -276,15 +277,15 @@ class FidelityReport:
         try:
             return cls(
                 agreements={name: _read_agreement(part) for name, part in content["agreements"].items()},
-                engine=str(content["engine"]),
-                objective=str(content["objective"]),
+                engine=printable(str(content["engine"])),
+                objective=printable(str(content["objective"])),
                 num_queries=int(content["num_queries"]),
                 seeds=tuple(int(seed) for seed in content["seeds"]),
                 rows=bool(content["rows"]),
                 samples_sha256=str(content["samples_sha256"]),
-                settings=dict(content["settings"]),
+                settings={printable(name): _number(value) for name, value in content["settings"].items()},
             )
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
             raise ValueError(f"The fidelity report is damaged ({error!r}). Measure again.") from error
 
 
@@ -300,6 +301,12 @@ def _agreement(name: str, predicted: NDArray[np.floating], by_seed: NDArray[np.f
         predicted.shape[1],
         noise_ceiling(by_seed, measure) if len(by_seed) > 1 else None,
     )
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise ValueError(f"{value!r} is no number")
+    return value
 
 
 def _read_agreement(content: Mapping[str, Any]) -> Agreement:

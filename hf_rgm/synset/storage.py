@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,7 @@ from huggingface_hub.dataclasses import strict
 from safetensors.torch import save_file
 from torch import Tensor
 
-from hf_rgm.artefacts import WAY_OUT, ArtefactFolder, parsed
+from hf_rgm.artefacts import WAY_OUT, ArtefactFolder, parsed, with_defaults
 from hf_rgm.clusters import ClusterMap
 from hf_rgm.files import write_json
 from hf_rgm.modeling import parameters_sha256
@@ -35,6 +35,7 @@ FILES = ("README.md", CONFIG_FILE, TENSORS_FILE, f"{SAMPLES_FOLDER}/*", f"{CLUST
 
 LEARNED = ("inputs", "targets", "log_weights")
 INTEGERS = ("input_ids", "target_ids")
+MIN_LABELS_PER_ROW, MAX_LABELS_PER_ROW = 1e-6, 1e9
 
 
 @strict
@@ -74,6 +75,11 @@ class _Privacy:
     kept_tokens: float | int | None = None
     num_tokens: int | None = None
 
+    def __post_init__(self) -> None:
+        for name, other in (("row_distance", "share_nearer"), ("kept_tokens", "num_tokens")):
+            if (getattr(self, name) is None) != (getattr(self, other) is None):
+                raise ValueError(f"{name} and {other} belong together")
+
 
 @strict
 @dataclass
@@ -86,6 +92,14 @@ class _Metadata:
     frozen_sha256: str | None = None
     tokens: list[list[int]] | None = None
     privacy: dict[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        if self.labels_per_row is not None and not MIN_LABELS_PER_ROW <= self.labels_per_row <= MAX_LABELS_PER_ROW:
+            raise ValueError(f"labels_per_row is {self.labels_per_row}, no mean number of labels")
+        if self.label_smoothing_factor is not None and not 0 <= self.label_smoothing_factor < 1:
+            raise ValueError(f"label_smoothing_factor is {self.label_smoothing_factor}, which is not in [0, 1)")
+        if any(not 0 <= token < 2**31 for tokens in self.tokens or [] for token in tokens):
+            raise ValueError("tokens are not all ids of tokens")
 
 
 def write_synset(synset: Synset, folder: Path, card: str, *, samples: Any, state_precision: str | None) -> None:
@@ -138,9 +152,10 @@ def read_synset(folder: ArtefactFolder) -> dict[str, Any]:
     source = f"{folder}/{CONFIG_FILE}"
     content = folder.read_json(CONFIG_FILE, format_version=FORMAT_VERSION)
     description = parsed(SynsetDescription, content, source)
-    told = parsed(_Metadata, _with_defaults(_Metadata, description.metadata), f"`metadata` of {source}")
+    told = parsed(_Metadata, with_defaults(_Metadata, description.metadata), f"`metadata` of {source}")
     if told.privacy:
-        parsed(_Privacy, _with_defaults(_Privacy, told.privacy), f"`privacy` of {source}")
+        parsed(_Privacy, with_defaults(_Privacy, told.privacy), f"`privacy` of {source}")
+    _check_fidelity(description.fidelity, source)
     if description.num_runs < 1 or any(len(state) != 2 for state in description.matched_states):
         raise ValueError(
             f"{source} names {description.num_runs} recorded runs and matched states "
@@ -149,10 +164,16 @@ def read_synset(folder: ArtefactFolder) -> dict[str, Any]:
     clusters = ClusterMap.load(folder.subfolder(CLUSTERS_FOLDER))
     tensors = _read_tensors(folder, description, clusters.num_clusters)
     residuals = tensors.pop("residuals")
+    num_samples = tensors["log_weights"].shape[:2].numel()
+    if told.tokens is not None and len(told.tokens) != num_samples:
+        raise ValueError(
+            f"`metadata` of {source} has the tokens of {len(told.tokens)} samples, there are {num_samples}. {WAY_OUT}"
+        )
     # Runs are opened one by one: a wrong number fails at the first that is missing.
     trajectories = []
     for run in range(description.num_runs):
         trajectories.append(Trajectory.load(folder.subfolder(f"{RUNS_FOLDER}/{run}")))
+    _check_runs(trajectories, clusters, description, source)
     if parameters_sha256(trajectories[0].final.parameters) != description.parameters_sha256:
         raise ValueError(
             f"{folder}/{RUNS_FOLDER}/0 ends at other parameters than {source} names; they do not belong together. "
@@ -178,22 +199,56 @@ def _read_tensors(folder: ArtefactFolder, description: SynsetDescription, num_cl
     source = f"{folder}/{CONFIG_FILE}"
     if not required <= set(announced) <= required | set(INTEGERS):
         raise ValueError(f"{source} announces the tensors {sorted(announced)[:10]}, not those of a synset. {WAY_OUT}")
-    for name in set(announced) - {"residuals"}:
-        if announced[name][:1] != [num_clusters]:
+    for name, shape in announced.items():
+        of_clusters = shape[-1:] if name == "residuals" else shape[:1]
+        if len(shape) < 2 or min(shape) < 1 or of_clusters != [num_clusters]:
             raise ValueError(
-                f"{source} announces {name} of shape {announced[name]}, but the cluster map has {num_clusters} "
-                f"clusters. The files do not belong together. {WAY_OUT}"
+                f"{source} announces {name} of shape {shape[:8]}, but the cluster map has {num_clusters} clusters. "
+                f"The files do not belong together. {WAY_OUT}"
             )
+    if announced["residuals"] != [len(description.matched_states), num_clusters]:
+        raise ValueError(
+            f"{source} announces residuals of shape {announced['residuals'][:8]} for "
+            f"{len(description.matched_states)} matched states and {num_clusters} clusters. The files do not "
+            f"belong together. {WAY_OUT}"
+        )
     with folder.open_tensors(TENSORS_FILE) as file:
-        return {
+        tensors = {
             name: file.read(name, shape=shape, dtypes=("I64",) if name in INTEGERS else ("F32",))
             for name, shape in announced.items()
         }
+        residuals = tensors["residuals"]
+        if not bool((torch.isfinite(residuals) & (residuals >= 0)).all()):
+            raise ValueError(f"{file.path} has residuals that are NaN, infinite or negative. {WAY_OUT}")
+        return tensors
 
 
-def _with_defaults(content_class: type, content: dict[str, Any]) -> dict[str, Any]:
-    defaults = {item.name: item.default for item in fields(content_class) if item.default is not MISSING}
-    return {**defaults, **content}
+def _check_runs(
+    trajectories: list[Trajectory], clusters: ClusterMap, description: SynsetDescription, source: str
+) -> None:
+    """Checks that recorded runs are of one model and dataset, and that what was matched is among their states."""
+    first = trajectories[0]
+    for run, trajectory in enumerate(trajectories):
+        if trajectory.parameter_shapes != first.parameter_shapes or trajectory.num_rows != clusters.num_rows:
+            raise ValueError(
+                f"Recorded run {run} of {source} is of another model than the first, or of {trajectory.num_rows} rows "
+                f"where the cluster map has {clusters.num_rows}. The files do not belong together. {WAY_OUT}"
+            )
+    for run, step in description.matched_states:
+        if not 0 <= run < len(trajectories) or step not in trajectories[run].state_steps:
+            raise ValueError(
+                f"{source} was matched at step {step} of run {run}, a state that is not recorded. {WAY_OUT}"
+            )
+
+
+def _check_fidelity(fidelity: dict[str, Any] | None, source: str) -> None:
+    from hf_rgm.fidelity.report import FidelityReport
+
+    if fidelity is not None:
+        try:
+            FidelityReport.from_dict(fidelity)
+        except ValueError as error:
+            raise ValueError(f"`fidelity` of {source}: {error}") from error
 
 
 def with_pictures(frame: Any, inputs: Tensor) -> datasets.Dataset:

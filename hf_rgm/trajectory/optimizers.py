@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
@@ -19,6 +20,8 @@ MOMENT_NAMES: dict[str, tuple[str, ...]] = {
     "adamw": ("exp_avg", "exp_avg_sq"),
 }
 _TORCH_CLASSES = {torch.optim.SGD: "sgd", torch.optim.Adam: "adam", torch.optim.AdamW: "adamw"}
+MAX_CONSTANT = 1e6
+"""No training uses larger learning rates or other constants, whose sums and ratios must fit into float32."""
 _UNSUPPORTED_OPTIONS = ("amsgrad", "maximize", "differentiable")
 
 
@@ -53,6 +56,10 @@ class ParameterGroup:
         for name in ("weight_decay", "eps", "momentum"):
             if getattr(self, name) < 0:
                 raise ValueError(f"`{name}` must not be negative, got {getattr(self, name)}.")
+        for name in ("weight_decay", "eps", "momentum", "dampening"):
+            # NaN is not within bounds either.
+            if not abs(getattr(self, name)) <= MAX_CONSTANT:
+                raise ValueError(f"`{name}` must be at most {MAX_CONSTANT:g}, got {getattr(self, name)}.")
         if self.nesterov and (self.momentum <= 0 or self.dampening != 0):
             raise ValueError(
                 f"`nesterov` needs a momentum and no dampening, got momentum={self.momentum} and "
@@ -98,9 +105,9 @@ class OptimizerRule:
         if not self.groups:
             raise ValueError("`groups` is empty. An optimizer rule needs at least one parameter group.")
         names = [name for group in self.groups for name in group.names]
-        twice = sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else []
+        twice = sorted(name for name, count in Counter(names).items() if count > 1)
         if twice:
-            raise ValueError(f"Parameters {twice} are in more than one group. Keep each in one.")
+            raise ValueError(f"Parameters {twice[:5]} are in more than one group. Keep each in one.")
 
     @property
     def moment_names(self) -> tuple[str, ...]:
@@ -143,7 +150,9 @@ class OptimizerRule:
         """
         known = {item.name for item in fields(ParameterGroup)}
         message = f"Not an optimizer rule written by this release of hf_rgm: {str(dict(content))[:300]!r}."
-        if set(content) != {"name", "groups"} or not isinstance(content["groups"], list):
+        if set(content) != {"name", "groups"} or not isinstance(content["name"], str):
+            raise ValueError(message)
+        if not isinstance(content["groups"], list):
             raise ValueError(message)
         for group in content["groups"]:
             if not isinstance(group, dict) or set(group) != known or not _is_plain(group):
@@ -206,7 +215,9 @@ def _is_plain(group: Mapping[str, Any]) -> bool:
         isinstance(group["names"], list)
         and all(isinstance(name, str) for name in group["names"])
         and isinstance(group["betas"], list)
-        and all(isinstance(number, int | float) for number in (*group["betas"], *numbers))
+        and all(
+            isinstance(number, int | float) and not isinstance(number, bool) for number in (*group["betas"], *numbers)
+        )
         and isinstance(group["nesterov"], bool)
     )
 

@@ -12,8 +12,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from hf_rgm.artefacts import ArtefactFolder, check_memory, decoded_bytes
+from hf_rgm.artefacts import ArtefactFolder, check_columns, check_no_nulls, check_table, printable
 from hf_rgm.files import replacing
+from hf_rgm.trajectory.optimizers import MAX_CONSTANT
 
 STEPS_FOLDER = "steps"
 _WAY_OUT = "Copy the folder again, or record the training run again."
@@ -25,6 +26,8 @@ _COLUMNS: dict[str, pa.DataType] = {
     "rows": pa.large_list(pa.int64()),
     "micro_batch_sizes": pa.large_list(pa.int64()),
 }
+_ROW_COLUMNS = ("rows", "micro_batch_sizes")
+_USED_NUMBERS = ("learning_rates", "clip_factor")
 
 
 @dataclass
@@ -153,9 +156,13 @@ def read_part(path: Path) -> StepTable:
         ValueError: If it is damaged.
     """
     with _damage_named(path), pq.ParquetFile(path) as file:
-        _check_columns(path, file.schema_arrow)
-        check_memory(decoded_bytes(file.metadata), str(path))
+        check_columns(file.schema_arrow, _COLUMNS, optional=_ROW_COLUMNS)
+        extra = sorted(set(file.schema_arrow.names) - set(_COLUMNS))
+        if extra:
+            raise ValueError(f"it has the columns {extra[:5]} too many")
+        check_table(file.metadata, path)
         content = file.read()
+        check_no_nulls(content)
     steps = content["step"].to_numpy()
     if not np.array_equal(steps, np.arange(len(steps)) + first_step(path)):
         raise ValueError(f"{path} does not hold consecutive steps from {first_step(path)} on. {_WAY_OUT}")
@@ -172,24 +179,12 @@ def read_part(path: Path) -> StepTable:
     )
 
 
-def _check_columns(path: Path, schema: pa.Schema) -> None:
-    for name, dtype in _COLUMNS.items():
-        if name in schema.names and schema.field(name).type != dtype:
-            raise ValueError(f"{path} has {name} of type {schema.field(name).type}, expected {dtype}. {_WAY_OUT}")
-    missing = sorted(set(_COLUMNS) - {"rows", "micro_batch_sizes"} - set(schema.names))
-    if missing:
-        raise ValueError(f"{path} lacks the columns {missing}. {_WAY_OUT}")
-    extra = sorted(set(schema.names) - set(_COLUMNS))
-    if extra:
-        raise ValueError(f"{path} has the columns {extra} too many. {_WAY_OUT}")
-
-
 @contextlib.contextmanager
 def _damage_named(path: Path) -> Iterator[None]:
     try:
         yield
-    except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"{path} is damaged ({error}). {_WAY_OUT}") from error
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise ValueError(f"{path} is damaged ({printable(str(error))}). {_WAY_OUT}") from error
 
 
 def _split(column: pa.ChunkedArray) -> list[np.ndarray]:
@@ -226,11 +221,40 @@ def read_steps(folder: ArtefactFolder, num_steps: int) -> StepTable:
         done += len(table)
     if not tables:
         raise ValueError(f"{folder} records no steps. Train for at least one step.")
+    if len({table.learning_rates.shape[1] for table in tables}) > 1:
+        raise ValueError(f"{folder}/{STEPS_FOLDER} has different numbers of learning rates in its parts. {_WAY_OUT}")
     steps = StepTable.concatenate(tables).select(0, num_steps)
-    used = np.isfinite(steps.learning_rates).all(1) & np.isfinite(steps.clip_factor)
-    if not used.all():
-        raise ValueError(
-            f"{folder} has a learning rate or clipping factor at step {int(np.argmin(used))} that is NaN or infinite. "
-            f"{_WAY_OUT}"
-        )
+    for name in _USED_NUMBERS:
+        values = getattr(steps, name).reshape(num_steps, -1)
+        # NaN is not within bounds either.
+        good = ((values >= 0) & (values <= MAX_CONSTANT)).all(1)
+        if not good.all():
+            step = int(np.argmin(good))
+            raise ValueError(
+                f"{folder} has {name} {values[step].tolist()[:5]} at step {step}; they must be between 0 and "
+                f"{MAX_CONSTANT:g}. {_WAY_OUT}"
+            )
     return steps
+
+
+def check_rows(steps: StepTable, num_rows: int, source: str) -> None:
+    """
+    Checks that steps name rows of the training set, as many as their batches have.
+
+    Args:
+        steps (`StepTable`): The steps.
+        num_rows (`int`): Length of the training set.
+        source (`str`): Where they are from, for the error.
+
+    Raises:
+        ValueError: If they do not.
+    """
+    for step, rows in enumerate(steps.rows or []):
+        if len(rows) and not 0 <= rows.min() <= rows.max() < num_rows:
+            raise ValueError(
+                f"{source} names rows {rows.min()} to {rows.max()} at step {step}, but the training set has "
+                f"{num_rows}. {_WAY_OUT}"
+            )
+        sizes = [len(rows)] if steps.micro_batch_sizes is None else steps.micro_batch_sizes[step]
+        if min(sizes, default=0) < 0 or sum(sizes) != len(rows):
+            raise ValueError(f"{source} has {len(rows)} rows at step {step}, but batches of {sizes[:5]}. {_WAY_OUT}")

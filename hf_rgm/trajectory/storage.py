@@ -11,18 +11,20 @@ from typing import Any
 import numpy as np
 from huggingface_hub.dataclasses import strict
 
-from hf_rgm.artefacts import ArtefactFolder, parsed
+from hf_rgm.artefacts import WAY_OUT, ArtefactFolder, parsed, with_defaults
 from hf_rgm.files import staged_folder, write_json
 from hf_rgm.trajectory.fingerprint import dataset_fingerprint
 from hf_rgm.trajectory.optimizers import OptimizerRule
 from hf_rgm.trajectory.precision import PRECISIONS, check_precision
 from hf_rgm.trajectory.states import StateFile, TrajectoryState, state_path, write_state
-from hf_rgm.trajectory.steps import StepTable, part_path, read_steps, write_part
+from hf_rgm.trajectory.steps import StepTable, check_rows, part_path, read_steps, write_part
 
 __all__ = ["FORMAT_VERSION", "METADATA_FILE", "StepTable", "Trajectory", "TrajectoryState"]
 
 FORMAT_VERSION = 1
 METADATA_FILE = "trajectory.json"
+MAX_UPDATES = 2**53
+"""Larger numbers are not exact in float64, in which bias corrections are computed."""
 
 
 @strict
@@ -38,6 +40,20 @@ class _Description:
     dataset_fingerprint: str
     num_steps: int
     state_steps: list[int]
+
+
+@strict
+@dataclass
+class _Metadata:
+    """The metadata that is computed with."""
+
+    updates_before: int = 0
+    fingerprint_columns: list[str] | None = None
+    seeds: dict[str, int | None] | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.updates_before <= MAX_UPDATES:
+            raise ValueError(f"updates_before must be from 0 to {MAX_UPDATES}, got {self.updates_before}")
 
 
 _OWN_KEYS = tuple(item.name for item in fields(_Description))
@@ -272,8 +288,25 @@ class Trajectory:
                 f"The trajectory in {folder} is not complete: training is still running, or was interrupted. Let it "
                 "finish, or resume it with `trainer.train(resume_from_checkpoint=True)` and the same callback."
             )
-        description = parsed(_Description, content, f"{folder}/{METADATA_FILE}")
-        optimizer = OptimizerRule.from_dict(description.optimizer)
+        source = f"{folder}/{METADATA_FILE}"
+        description = parsed(_Description, content, source)
+        metadata = {key: value for key, value in content.items() if key not in _OWN_KEYS}
+        parsed(_Metadata, with_defaults(_Metadata, metadata), f"What {source} says of the run")
+        steps_of_states = description.state_steps
+        if description.num_rows < 1 or not 0 < description.num_steps <= MAX_UPDATES:
+            raise ValueError(
+                f"{source} has {description.num_steps} steps on {description.num_rows} rows; there must be at least "
+                f"one of each. {WAY_OUT}"
+            )
+        if min(steps_of_states, default=-1) < 0 or max(steps_of_states) != description.num_steps:
+            raise ValueError(
+                f"{source} names states at steps {steps_of_states[:5]}...; the last must be at step "
+                f"{description.num_steps}, none before 0. {WAY_OUT}"
+            )
+        try:
+            optimizer = OptimizerRule.from_dict(description.optimizer)
+        except ValueError as error:
+            raise ValueError(f"The optimizer in {source} is damaged: {error}") from error
         shapes = {name: tuple(shape) for name, shape in description.parameters.items()}
 
         def state_file(step: int, reference: StateFile | None = None) -> StateFile:
@@ -286,16 +319,21 @@ class Trajectory:
         for state in states.values():
             if state.at_hand or state is final or not folder.is_remote:
                 state.check()
-        return cls(
-            optimizer=optimizer,
-            parameter_shapes=shapes,
-            steps=read_steps(folder, description.num_steps),
-            states=states,
-            num_rows=description.num_rows,
-            dataset_fingerprint=description.dataset_fingerprint,
-            metadata={key: value for key, value in content.items() if key not in _OWN_KEYS},
-            folder=folder.root,
-        )
+        steps = read_steps(folder, description.num_steps)
+        check_rows(steps, description.num_rows, str(folder))
+        try:
+            return cls(
+                optimizer=optimizer,
+                parameter_shapes=shapes,
+                steps=steps,
+                states=states,
+                num_rows=description.num_rows,
+                dataset_fingerprint=description.dataset_fingerprint,
+                metadata=metadata,
+                folder=folder.root,
+            )
+        except ValueError as error:
+            raise ValueError(f"The trajectory in {folder} is damaged: {error} {WAY_OUT}") from error
 
 
 def read_metadata(folder: ArtefactFolder) -> dict[str, Any]:
