@@ -7,12 +7,12 @@ import unicodedata
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import MISSING, fields
 from pathlib import Path, PurePosixPath
-from typing import Any, TypeVar
+from types import UnionType
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
-from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -127,9 +127,11 @@ class ArtefactFolder:
 
         Raises:
             FileNotFoundError: If there is none.
+            MemoryError: If it is larger than the memory that is free.
             ValueError: If it is damaged, or errors of safetensors occur while it is open.
         """
         path = self.file(name)
+        check_memory(path.stat().st_size, str(path))
         try:
             with safe_open(path, framework="pt") as file:
                 yield TensorFile(path, file)
@@ -303,24 +305,41 @@ def check_memory(num_bytes: int, what: str) -> None:
 
 def parsed(content_class: type[Content], content: Mapping[str, Any], source: str) -> Content:
     """
-    The fields of a strict dataclass from a JSON object, types checked.
+    The fields of a dataclass from a JSON object, types checked.
 
     Args:
-        content_class (`type`): A dataclass that `huggingface_hub.dataclasses.strict` decorates.
+        content_class (`type`): A dataclass of plain types, lists, dictionaries and unions of these. What it raises a
+            `ValueError` for is reported like a wrong type. `float` takes integers, `int` no booleans.
         content (`Mapping[str, Any]`): The object; keys that are no fields are left alone.
         source (`str`): Where it is from, for errors.
 
     Raises:
         ValueError: If a field is missing or of another type.
     """
-    names = [item.name for item in fields(content_class)]  # type: ignore[arg-type]
-    missing = [name for name in names if name not in content]
+    types = get_type_hints(content_class)
+    missing = [name for name in types if name not in content]
     if missing:
         raise ValueError(f"{source} lacks {', '.join(missing)}. {WAY_OUT}")
+    for item in fields(content_class):  # type: ignore[arg-type]
+        if not _is_a(content[item.name], types[item.name]):
+            raise ValueError(
+                f"{source} is damaged: `{item.name}` is {_short(repr(content[item.name]))}, not {item.type}. {WAY_OUT}"
+            )
     try:
-        return content_class(**{name: content[name] for name in names})
-    except (StrictDataclassError, TypeError, ValueError) as error:
-        raise ValueError(f"{source} is damaged: {_short(' '.join(str(error).split()), 300)} {WAY_OUT}") from error
+        return content_class(**{name: content[name] for name in types})
+    except ValueError as error:
+        raise ValueError(f"{source} is damaged: {_short(error, 300)}. {WAY_OUT}") from error
+
+
+def _is_a(value: Any, kind: Any) -> bool:
+    origin, members = get_origin(kind), get_args(kind)
+    if origin in (Union, UnionType):
+        return any(_is_a(value, member) for member in members)
+    if origin is list:
+        return isinstance(value, list) and all(_is_a(item, members[0]) for item in value)
+    if origin is dict:
+        return isinstance(value, dict) and all(_is_a(item, members[1]) for item in value.values())
+    return kind is Any or type(value) is kind or (kind is float and type(value) is int)
 
 
 def with_defaults(content_class: type, content: Mapping[str, Any]) -> dict[str, Any]:

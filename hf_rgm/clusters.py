@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pyarrow as pa
-from huggingface_hub.dataclasses import strict
 
 from hf_rgm.artefacts import ArtefactFolder, parsed, printable
 from hf_rgm.files import staged_folder, write_json
@@ -31,7 +30,6 @@ CONFIG_FILE = "clusters.json"
 ROWS_FILE = "rows.parquet"
 
 
-@strict
 @dataclass
 class _Header:
     """What the JSON file beside the rows must hold."""

@@ -21,6 +21,7 @@ from hf_rgm.attribution.unlearned import UnlearnedModel, compare_losses
 from hf_rgm.losses import LossFunction, RowLoss
 from hf_rgm.modeling import FunctionalModel
 from hf_rgm.rows import DataCollator, RowReader
+from hf_rgm.synset.compatibility import check_samples
 from hf_rgm.synset.inputs import SPACES, input_space
 from hf_rgm.synset.synset import Synset
 
@@ -41,6 +42,7 @@ class Attributor:
 
     Raises:
         ParameterMismatchError: If model and synset do not belong together.
+        ValueError: If the model does not take the synset's samples.
     """
 
     def __init__(
@@ -66,6 +68,7 @@ class Attributor:
                 f"The synset's samples are `{name}`, the model takes `{self.inputs.name}`. Pass the "
                 "model that was recorded."
             )
+        check_samples(self.model, self.inputs, self.synset.samples)
         self.samples = self.synset.samples.map(lambda tensor: tensor.to(self.model.device))
         self.row_loss = RowLoss(
             labels_per_row=float(self.synset.metadata.get("labels_per_row", 1.0)),

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
-from huggingface_hub.dataclasses import strict
 from safetensors.numpy import save_file
 
 from hf_rgm.artefacts import WAY_OUT, ArtefactFolder, parsed, printable
@@ -27,7 +26,6 @@ FILES = ("README.md", CONFIG_FILE, TENSORS_FILE, *(f"{table}/*" for table in TAB
 TOP_CLUSTERS = 10
 
 
-@strict
 @dataclass
 class ResultDescription:
     """

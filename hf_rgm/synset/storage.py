@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 import datasets
 import pyarrow.parquet as pq
 import torch
-from huggingface_hub.dataclasses import strict
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -38,7 +37,6 @@ INTEGERS = ("input_ids", "target_ids")
 MIN_LABELS_PER_ROW, MAX_LABELS_PER_ROW = 1e-6, 1e9
 
 
-@strict
 @dataclass
 class SynsetDescription:
     """
@@ -64,15 +62,14 @@ class SynsetDescription:
     fidelity: dict[str, Any] | None
 
 
-@strict
 @dataclass
 class _Privacy:
     """What the privacy measure must hold; see [`~hf_rgm.synset.privacy.measure_privacy`]."""
 
-    distance: float | int
-    row_distance: float | int | None
-    share_nearer: float | int | None
-    kept_tokens: float | int | None = None
+    distance: float
+    row_distance: float | None
+    share_nearer: float | None
+    kept_tokens: float | None = None
     num_tokens: int | None = None
 
     def __post_init__(self) -> None:
@@ -81,13 +78,12 @@ class _Privacy:
                 raise ValueError(f"{name} and {other} belong together")
 
 
-@strict
 @dataclass
 class _Metadata:
     """The metadata that is computed with."""
 
-    labels_per_row: float | int | None = None
-    label_smoothing_factor: float | int | None = None
+    labels_per_row: float | None = None
+    label_smoothing_factor: float | None = None
     custom_row_loss: bool | None = None
     frozen_sha256: str | None = None
     tokens: list[list[int]] | None = None

@@ -234,7 +234,11 @@ class Synset(DatasetArtefact):
 
     @classmethod
     def _from_folder(cls, folder: ArtefactFolder) -> Synset:
-        return cls(**read_synset(folder))
+        arguments = read_synset(folder)
+        try:
+            return cls(**arguments)
+        except ValueError as error:
+            raise ValueError(f"The synset in {folder} is damaged: {error}") from error
 
     def texts(self, tokenizer: PreTrainedTokenizerBase) -> list[str]:
         """

@@ -259,7 +259,7 @@ class RecordedPath:
         if step not in self._second_moments:
             second = self.trajectory.optimizer.groups[0].betas[1]
             state = self.trajectory.state(step)
-            moments = state.moments["exp_avg_sq"]
+            moments = state.moments.get("exp_avg_sq", {})
             # A parameter that never received a gradient has no moments, and no effect.
             raw = self.space.flatten(
                 {name: moments.get(name, torch.zeros_like(value)) for name, value in state.parameters.items()}

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from huggingface_hub.dataclasses import strict
 
 from hf_rgm.artefacts import WAY_OUT, ArtefactFolder, parsed, with_defaults
 from hf_rgm.files import staged_folder, write_json
@@ -27,7 +26,6 @@ MAX_UPDATES = 2**53
 """Larger numbers are not exact in float64, in which bias corrections are computed."""
 
 
-@strict
 @dataclass
 class _Description:
     """What a finished trajectory's JSON file must hold; the rest is metadata."""
@@ -42,7 +40,6 @@ class _Description:
     state_steps: list[int]
 
 
-@strict
 @dataclass
 class _Metadata:
     """The metadata that is computed with."""
