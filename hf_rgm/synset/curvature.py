@@ -11,6 +11,9 @@ from torch.func import jacrev, jvp, vjp, vmap
 from hf_rgm.modeling import FunctionalModel
 from hf_rgm.vectorize import map_rows
 
+CHUNK_BYTES = {True: 2**22, False: 2**28}
+"""Of a Jacobian that is taken at once, on the CPU and elsewhere. On the CPU what stays in its caches is fastest."""
+
 
 class GaussNewton:
     """
@@ -102,7 +105,19 @@ class GaussNewton:
         def jacobian(sample: dict[str, Tensor]) -> Tensor:
             return self._model.space.flatten(jacrev(one)(self._parameters, sample))
 
-        return map_rows(jacobian, samples).flatten(0, -2)
+        num_samples = len(next(iter(samples.values())))
+        per_sample = 4 * self._outputs_per_sample * self._model.num_parameters
+        at_once = max(1, CHUNK_BYTES[self._model.device.type == "cpu"] // per_sample)
+        parts = [slice(start, start + at_once) for start in range(0, num_samples, at_once)]
+        pieces = (map_rows(jacobian, {name: value[part] for name, value in samples.items()}) for part in parts)
+        if torch.is_grad_enabled():
+            return torch.cat(list(pieces)).flatten(0, -2)
+        # Filled piece by piece: joining them at the end would take the memory twice.
+        result = torch.empty(num_samples, *self._probabilities.shape[1:], self._model.num_parameters)
+        result = result.to(self._model.device)
+        for part, piece in zip(parts, pieces, strict=True):
+            result[part] = piece
+        return result.flatten(0, -2)
 
 
 def _covariance_times(probabilities: Tensor, changes: Tensor) -> Tensor:
