@@ -11,11 +11,12 @@ from hf_rgm.attribution.curvature import PathCurvature, WeightedInputs
 from hf_rgm.losses import CROSS_ENTROPY, RowLoss
 from hf_rgm.modeling import FunctionalModel
 from hf_rgm.rows import RowReader
+from hf_rgm.synset.costs import PieceOfWork, measured
 from hf_rgm.synset.inputs import InputSpace
 from hf_rgm.synset.matching import SynsetGradients
 from hf_rgm.synset.samples import SyntheticSamples
 from hf_rgm.synset.targets import row_derivatives
-from hf_rgm.trajectory.path import RecordedPath, adjoint_directions, automatic_stride
+from hf_rgm.trajectory.path import RecordedPath, adjoint_directions, adjoint_step, automatic_stride
 
 logger = logging.getLogger(__name__)
 
@@ -116,7 +117,7 @@ class AdjointEngine:
         Returns:
             `Tensor`: `(num_values, num_rows)`, float32.
         """
-        batch_size = max(1, min(batch_size, self._max_bytes // (4 * self.model.num_parameters)))
+        batch_size = self._rows_at_once(batch_size)
         num_rows = len(reader)
         result = torch.zeros(len(gradients), num_rows, device=gradients.device)
         start_query = 0
@@ -132,10 +133,53 @@ class AdjointEngine:
                     result[queries, start : rows.stop] += change / num_rows
         return result
 
+    def costs(self, num_values: int, reader: RowReader | None, row_loss: RowLoss = CROSS_ENTROPY) -> PieceOfWork:
+        """
+        What scores of so many objectives take, from one state, one step and one batch of rows.
+
+        Args:
+            num_values (`int`): Objectives; those that fit in memory together go together.
+            reader (`RowReader`, *optional*): The training rows, for [`AdjointEngine.row_scores`]. Without them,
+                [`AdjointEngine.cluster_scores`] is meant.
+            row_loss (`RowLoss`, *optional*): The loss of a row. Defaults to the cross entropy.
+        """
+        path, at_once = self.path, min(num_values, self.queries_at_once)
+        state, last, segments = path.trajectory.num_steps, path.steps()[-1], len(path.segments())
+        vectors = torch.zeros(at_once, self.model.num_parameters, device=self.model.device)
+        preparing = measured(lambda: self._curvature.at(path, state))
+        curvature = self._curvature.at(path, state)
+        stepping = measured(lambda: curvature.product(adjoint_step(last, vectors, vectors)[0]) + vectors)
+        if reader is None:
+            gradients = SynsetGradients(self.model, self.inputs)
+            gradients(self._named(state), self.samples)  # decides how to vectorise
+            scoring = measured(lambda: vectors @ gradients(self._named(state), self.samples).T)
+            batches = 1.0
+        else:
+            inputs, labels = reader.batch(range(min(self._rows_at_once(256), len(reader))))
+            scoring = measured(
+                lambda: row_derivatives(self.model, self._named(state), vectors, inputs, labels, row_loss)
+            )
+            batches = len(reader) / len(labels)
+        # Parameters and second moments of each state; a direction for each; sensitivity, momentum and sum.
+        held = 8 * segments * self.model.num_parameters + (segments + 3) * vectors.nbytes
+        following = 2 * preparing.held_bytes + max(preparing.peak_bytes - preparing.held_bytes, stepping.peak_bytes)
+        return PieceOfWork(
+            seconds=-(-num_values // at_once)
+            * (segments * (preparing.seconds + batches * scoring.seconds) + len(path.steps()) * stepping.seconds),
+            peak_bytes=held + max(following, scoring.peak_bytes),
+        )
+
     def _by_query(self, gradients: Tensor):
-        """Splits objectives so that one direction per recorded state fits in memory."""
+        return gradients.split(self.queries_at_once)
+
+    @property
+    def queries_at_once(self) -> int:
+        """Objectives for which one direction per recorded state fits in memory."""
         per_value = 4 * self.model.num_parameters * (len(self.path.trajectory.state_steps) + 4)
-        return gradients.split(max(1, self._max_bytes // per_value))
+        return max(1, self._max_bytes // per_value)
+
+    def _rows_at_once(self, at_most: int) -> int:
+        return max(1, min(at_most, self._max_bytes // (4 * self.model.num_parameters)))
 
     def _named(self, state: int) -> dict[str, Tensor]:
         return self.model.space.unflatten(self.path.state(state))

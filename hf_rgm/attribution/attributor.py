@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,13 @@ from hf_rgm.attribution.mixture import MixtureSuggestion, check_request, maximiz
 from hf_rgm.attribution.objectives import Objective, Queries, resolve_objective
 from hf_rgm.attribution.replay import ReplayEngine
 from hf_rgm.attribution.result import AttributionResult
-from hf_rgm.attribution.runs import ENGINES_OF_ROWS, RecordedRun, check_engine, warn_unless_matched
+from hf_rgm.attribution.runs import RecordedRun, check_options, read_training_rows, warn_unless_matched
 from hf_rgm.attribution.unlearned import UnlearnedModel, compare_losses
 from hf_rgm.losses import LossFunction, RowLoss
 from hf_rgm.modeling import FunctionalModel
 from hf_rgm.rows import DataCollator, RowReader
 from hf_rgm.synset.compatibility import check_samples
+from hf_rgm.synset.costs import CostEstimate
 from hf_rgm.synset.inputs import SPACES, input_space
 from hf_rgm.synset.synset import Synset
 
@@ -132,13 +134,7 @@ class Attributor:
             ValueError: If engine, objective, queries or rows do not fit each other, or the adjoint is asked for an
                 objective without gradient.
         """
-        check_engine(engine)
-        if rows is not None and engine not in ENGINES_OF_ROWS:
-            raise ValueError(f"`rows` are for engines {' and '.join(ENGINES_OF_ROWS)}, got {engine!r}.")
-        if num_masks is not None and engine == "adjoint":
-            raise ValueError(f'`num_masks` = {num_masks} is for replay engines; `engine="adjoint"` needs no masks.')
-        if num_masks is not None and num_masks < 2:
-            raise ValueError(f"`num_masks` must be at least 2, got {num_masks}. Use several times the clusters.")
+        check_options(engine, rows=rows, num_masks=num_masks)
         objective = resolve_objective(objective)
         batch = self._queries(queries, data_collator)
         row_reader = self._row_reader(rows, data_collator) if rows is not None else None
@@ -178,6 +174,28 @@ class Attributor:
                 "parameters_sha256": self.synset.parameters_sha256,
             },
         )
+
+    def estimate(self, queries: Any, *, num_queries: int | None = None, **settings: Any) -> CostEstimate:
+        """
+        What [`Attributor.attribute`] will need, from a little of each part of the work on the first recorded run.
+
+        Args:
+            queries: Rows to explain, or a few of them.
+            num_queries (`int`, *optional*): How many there will be. Defaults to those given.
+            settings: As in [`Attributor.attribute`], but for `seed` and `query_ids`.
+
+        Returns:
+            [`~hf_rgm.synset.costs.CostEstimate`]: its disk is that of the saved result.
+        """
+        options = {"engine": "linearized_replay", "num_masks": None, "rows": None, **settings}
+        check_options(options["engine"], rows=options["rows"], num_masks=options["num_masks"])
+        objective, collator = resolve_objective(options.pop("objective", "margin")), options.pop("data_collator", None)
+        batch, rows = self._queries(queries, collator), options.pop("rows")
+        options |= {"objective": objective, "queries": batch, "num_queries": num_queries or len(batch)}
+        options["row_reader"] = self._row_reader(rows, collator) if rows is not None else None
+        with self.model.differentiable():
+            first = self._runs[0].estimate(**options)
+        return replace(first, seconds=len(self._runs) * first.seconds)
 
     def replayed_values(
         self,
@@ -294,7 +312,8 @@ class Attributor:
         self, clusters: Iterable[str | int], rewind: float | None
     ) -> tuple[Tensor, list[int], ReplayEngine | LinearizedReplayEngine]:
         """Parameters without some clusters, `(num_parameters,)`, the indices of these, and the engine used."""
-        chosen = sorted({self.synset.clusters.index(cluster) for cluster in _as_list(clusters)})
+        named = [clusters] if isinstance(clusters, str | int) else clusters
+        chosen = sorted({self.synset.clusters.index(cluster) for cluster in named})
         if not 0 < len(chosen) < self.synset.num_clusters:
             raise ValueError(
                 f"{len(chosen)} of {self.synset.num_clusters} clusters are to be removed. Name at least one, and "
@@ -376,16 +395,4 @@ class Attributor:
         return Queries(*reader.batch(range(len(reader))))
 
     def _row_reader(self, rows: Any, data_collator: DataCollator | None) -> RowReader:
-        if self.synset.metadata.get("custom_row_loss") and self.row_loss.function is None:
-            raise ValueError(
-                "The synset was distilled with a `row_loss` of its own, which rows are scored by. Pass the same "
-                "function as `row_loss`."
-            )
-        reader = RowReader(rows, self.model, data_collator=data_collator)
-        self.synset.clusters.check_num_rows(len(reader))
-        self.synset.trajectory.check_dataset(rows, what="rows")
-        return reader
-
-
-def _as_list(clusters: Iterable[str | int] | str | int) -> list[str | int]:
-    return [clusters] if isinstance(clusters, str | int) else list(clusters)
+        return read_training_rows(self.synset, self.model, self.row_loss, rows, data_collator)

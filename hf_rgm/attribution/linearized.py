@@ -13,6 +13,7 @@ from hf_rgm.attribution.curvature import PathCurvature, WeightedInputs
 from hf_rgm.attribution.perturbations import check_masks
 from hf_rgm.exceptions import DivergenceError
 from hf_rgm.modeling import FunctionalModel
+from hf_rgm.synset.costs import PieceOfWork, measured
 from hf_rgm.synset.inputs import InputSpace
 from hf_rgm.synset.matching import SynsetGradients
 from hf_rgm.synset.samples import SyntheticSamples
@@ -116,6 +117,36 @@ class LinearizedReplayEngine:
                     raise
                 self.path.stride //= 2
                 logger.info("%s Trying again with a stride of %d.", error, self.path.stride)
+
+    def costs(self, num_masks: int, forces: PieceOfWork) -> PieceOfWork:
+        """
+        What [`LinearizedReplayEngine.deviations`] of so many masks takes, from one state and one step.
+
+        Args:
+            num_masks (`int`): Masks; those that fit in memory together go together.
+            forces (`PieceOfWork`): What the cluster gradients at a state take.
+        """
+        path, at_once = self.path, min(num_masks, self.batch_size)
+        state, last = path.trajectory.num_steps, path.steps()[-1]
+        preparing = measured(lambda: self._curvature.at(path, state))
+        curvature = self._curvature.at(path, state)
+        masks = torch.ones(at_once, len(self.samples.log_weights), device=self.model.device)
+        vectors = torch.zeros(at_once, self.model.num_parameters, device=self.model.device)
+        stepping = measured(
+            lambda: deviation_step(last, vectors, vectors, vectors + curvature.product(vectors, masks))
+        )
+        segments = len(path.segments())
+        # Parameters and second moments of each state; deviation, momentum and force; the finished deviations
+        # twice, when they are put together.
+        held = (
+            8 * segments * self.model.num_parameters + 3 * vectors.nbytes + 8 * num_masks * self.model.num_parameters
+        )
+        return PieceOfWork(
+            seconds=-(-num_masks // at_once)
+            * (segments * (preparing.seconds + forces.seconds) + len(path.steps()) * stepping.seconds),
+            # The curvature of the state before is still there while that of the next is prepared.
+            peak_bytes=held + preparing.held_bytes + max(preparing.peak_bytes, forces.peak_bytes, stepping.peak_bytes),
+        )
 
     def _deviations(self, masks: Tensor) -> Tensor:
         path = self.path

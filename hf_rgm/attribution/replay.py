@@ -12,6 +12,7 @@ from tqdm.auto import tqdm
 from hf_rgm.attribution.perturbations import check_masks
 from hf_rgm.exceptions import DivergenceError
 from hf_rgm.modeling import FunctionalModel
+from hf_rgm.synset.costs import PieceOfWork, measured
 from hf_rgm.synset.inputs import InputSpace
 from hf_rgm.synset.samples import SyntheticSamples, broadcast_masks, soft_cross_entropy
 from hf_rgm.trajectory.optimizers import apply_update
@@ -96,6 +97,26 @@ class ReplayEngine:
                 f"{self.path.start}) or use a smaller stride (now {self.path.stride})."
             )
         return result
+
+    def costs(self, num_masks: int) -> PieceOfWork:
+        """What [`ReplayEngine.parameters`] of so many masks takes, in batches, from one gradient and one step."""
+        at_once = min(num_masks, self.batch_size)
+        final = self.path.state(self.trajectory.num_steps)
+        everything = torch.ones(1, len(self.samples.log_weights), device=self.model.device)
+        gradient = measured(lambda: self._gradients(final[None], everything))
+        vectors = torch.zeros(at_once, len(final), device=self.model.device)
+        last = self.path.steps()[-1]
+        stepping = measured(lambda: deviation_step(last, vectors, vectors, vectors))
+        steps = len(self.path.steps()) if self.anchored else self.trajectory.num_steps - self.start
+        batches = -(-num_masks // at_once)
+        num_gradients = num_masks + (batches if self.anchored else 0)
+        # Parameters and second moments of each state; deviation, momentum, where gradients are taken, and these.
+        held = 8 * len(self.trajectory.state_steps) * len(final) + 4 * vectors.nbytes
+        # Gradients of a batch are put together once all are there, on the CPU.
+        return PieceOfWork(
+            seconds=steps * (num_gradients * gradient.seconds + batches * stepping.seconds),
+            peak_bytes=held + max(gradient.peak_bytes, vectors.nbytes, stepping.peak_bytes),
+        )
 
     def _anchored(self, masks: Tensor) -> Tensor:
         deviation = torch.zeros(len(masks), self.model.num_parameters, device=self.model.device)

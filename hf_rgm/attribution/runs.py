@@ -19,11 +19,13 @@ from hf_rgm.attribution.replay import ReplayEngine
 from hf_rgm.clusters import ClusterMap
 from hf_rgm.losses import RowLoss
 from hf_rgm.modeling import FunctionalModel
-from hf_rgm.rows import CachedBatches, RowReader
+from hf_rgm.rows import CachedBatches, DataCollator, RowReader
+from hf_rgm.synset.costs import CostEstimate, PieceOfWork, measured
 from hf_rgm.synset.inputs import InputSpace
+from hf_rgm.synset.matching import SynsetGradients
 from hf_rgm.synset.samples import SyntheticSamples
 from hf_rgm.synset.synset import Synset
-from hf_rgm.synset.targets import cluster_gradients
+from hf_rgm.synset.targets import cluster_gradients, measure_rows
 from hf_rgm.trajectory.storage import Trajectory
 
 logger = logging.getLogger(__name__)
@@ -32,12 +34,44 @@ REPLAY_ENGINES = ("linearized_replay", "replay", "plain_replay")
 ENGINES = ("adjoint", *REPLAY_ENGINES)
 ENGINES_OF_ROWS = ("adjoint", "linearized_replay")
 ROWS_AT_ONCE = 256
+EMPTY_RESULT_BYTES = 16_000
 
 
 def check_engine(engine: str, known: tuple[str, ...] = ENGINES) -> None:
     """Raises a `ValueError` that names the known engines."""
     if engine not in known:
         raise ValueError(f"Unknown engine {engine!r}. Use one of {', '.join(known)}.")
+
+
+def check_options(engine: str, *, rows: Any, num_masks: int | None) -> None:
+    """Raises a `ValueError` unless an engine is known and can make use of rows and masks, where they are given."""
+    check_engine(engine)
+    if rows is not None and engine not in ENGINES_OF_ROWS:
+        raise ValueError(f"`rows` are for engines {' and '.join(ENGINES_OF_ROWS)}, got {engine!r}.")
+    if num_masks is not None and engine == "adjoint":
+        raise ValueError(f'`num_masks` = {num_masks} is for replay engines; `engine="adjoint"` needs no masks.')
+    if num_masks is not None and num_masks < 2:
+        raise ValueError(f"`num_masks` must be at least 2, got {num_masks}. Use several times the clusters.")
+
+
+def read_training_rows(
+    synset: Synset, model: FunctionalModel, row_loss: RowLoss, rows: Any, data_collator: DataCollator | None
+) -> RowReader:
+    """
+    Reads the rows a synset was distilled from.
+
+    Raises:
+        ValueError: If they are other rows, or the synset has a loss that `row_loss` lacks.
+    """
+    if synset.metadata.get("custom_row_loss") and row_loss.function is None:
+        raise ValueError(
+            "The synset was distilled with a `row_loss` of its own, which rows are scored by. Pass the same "
+            "function as `row_loss`."
+        )
+    reader = RowReader(rows, model, data_collator=data_collator)
+    synset.clusters.check_num_rows(len(reader))
+    synset.trajectory.check_dataset(rows, what="rows")
+    return reader
 
 
 def warn_unless_matched(synset: Synset) -> None:
@@ -149,11 +183,63 @@ class RecordedRun:
         row_scores = None
         if row_reader is not None and objective.differentiable:
             gradients = self._objective_gradients(objective, queries)
-            adjoint = AdjointEngine(*self._parts, rows=self._sample(row_reader))
+            adjoint = self._adjoint_of_rows(row_reader, settings)
             row_scores = adjoint.row_scores(gradients, row_reader, self.row_loss)
         replay = self.replay_engine(engine, row_reader=row_reader, **settings)
         scores = self._replayed_scores(replay, objective, queries, num_masks, seed)
         return RunScores(scores, row_scores, replay.start, replay.path.stride)
+
+    def estimate(
+        self,
+        engine: str,
+        objective: Objective,
+        queries: Queries,
+        *,
+        num_queries: int,
+        row_reader: RowReader | None,
+        num_masks: int | None,
+        **settings: Any,
+    ) -> CostEstimate:
+        """
+        What [`RecordedRun.scores`] takes, from a little of each part of the work.
+
+        Args:
+            num_queries (`int`): How many queries there will be; those that are given stand for them.
+        """
+        values = measured(lambda: objective.values(self.model, self.final, queries))
+        count = len(objective.values(self.model, self.final, queries))
+        more = num_queries / len(queries)
+        num_values = round(count * more) if count == len(queries) else count
+        stages = []
+        if objective.differentiable and engine in ENGINES_OF_ROWS:
+            taken = measured(lambda: objective.gradients(self.model, self.final, queries))
+            stages.append(PieceOfWork(more * taken.seconds, round(more * taken.peak_bytes)))
+        held = 4 * num_values * self.model.num_parameters if stages else 0
+        if engine == "adjoint":
+            rows = None if row_reader is None else self._sample(row_reader)
+            adjoint = AdjointEngine(*self._parts, rows=rows, **settings)
+            stages.append(adjoint.costs(num_values, row_reader, self.row_loss))
+            blocks = -(-num_values // adjoint.queries_at_once)
+        else:
+            if row_reader is not None and objective.differentiable:
+                stages.append(self._adjoint_of_rows(row_reader, settings).costs(num_values, row_reader, self.row_loss))
+            replay = self.replay_engine(engine, row_reader=row_reader, **settings)
+            masks = num_masks or self.clusters.num_clusters
+            if isinstance(replay, LinearizedReplayEngine):
+                stages.append(replay.costs(masks, self._cost_of_gradients(row_reader)))
+            else:
+                stages.append(replay.costs(masks))
+            if not (isinstance(replay, LinearizedReplayEngine) and objective.differentiable):
+                stages.append(PieceOfWork(masks * more * values.seconds, round(more * values.peak_bytes)))
+            blocks = -(-masks // replay.batch_size)
+        scored_rows = len(row_reader) if row_reader is not None and objective.differentiable else 0
+        return CostEstimate(
+            seconds=sum(stage.seconds for stage in stages),
+            memory_bytes=held + max(stage.peak_bytes for stage in stages),
+            # The matrices; scores of clusters once more as a table; the cards, settings and footers of any result.
+            disk_bytes=4 * num_values * (2 * self.clusters.num_clusters + scored_rows) + EMPTY_RESULT_BYTES,
+            num_blocks=blocks,
+        )
 
     def replayed_values(
         self, engine: LinearizedReplayEngine | ReplayEngine, objective: Objective, queries: Queries, masks: Tensor
@@ -207,6 +293,25 @@ class RecordedRun:
                 "Objective %r has a gradient of zero for %d of its values: their scores are 0.", objective.name, flat
             )
         return gradients
+
+    def _adjoint_of_rows(self, reader: RowReader, settings: dict[str, Any]) -> AdjointEngine:
+        """The engine that scores rows beside a replay, as far back as was asked for."""
+        rewind = {name: value for name, value in settings.items() if name == "rewind"}
+        return AdjointEngine(*self._parts, rows=self._sample(reader), **rewind)
+
+    def _cost_of_gradients(self, reader: RowReader | None) -> PieceOfWork:
+        """What the cluster gradients at one state take."""
+        held = 4 * self.clusters.num_clusters * self.model.num_parameters
+        if reader is not None:
+            clusters = range(self.clusters.num_clusters)
+            batches = CachedBatches(reader, [self.clusters.rows(k) for k in clusters], batch_size=ROWS_AT_ONCE)
+            with torch.enable_grad():
+                row = measure_rows(self.model, self.final, batches, self.row_loss)
+            return PieceOfWork(row.seconds * len(reader), row.peak_bytes + held, held)
+        model, inputs, samples, _ = self._parts
+        gradients, parameters = SynsetGradients(model, inputs), model.space.unflatten(self.final)
+        gradients(parameters, samples)  # decides how to vectorise
+        return measured(lambda: gradients(parameters, samples))
 
     def _cluster_gradients(self, reader: RowReader) -> Callable[[Tensor], Tensor]:
         clusters = range(self.clusters.num_clusters)

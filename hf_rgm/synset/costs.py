@@ -19,11 +19,13 @@ class PieceOfWork:
 
     Args:
         seconds (`float`): Wall time.
-        peak_bytes (`int`): The most that tensors made in it held at once.
+        peak_bytes (`int`): The most that the process holds at once for tensors made in it.
+        held_bytes (`int`, *optional*, defaults to `0`): What its result goes on holding.
     """
 
     seconds: float
     peak_bytes: int
+    held_bytes: int = 0
 
 
 def measured(work: Callable[[], object]) -> PieceOfWork:
@@ -38,13 +40,14 @@ def measured(work: Callable[[], object]) -> PieceOfWork:
     """
     begun = time.perf_counter()
     with PeakTensors() as memory:
-        work()
-    seconds = time.perf_counter() - begun
+        result = work()
+    seconds, held = time.perf_counter() - begun, memory.alive_bytes
+    del result
     if seconds < LONG_SECONDS:
         begun = time.perf_counter()
         work()
         seconds = time.perf_counter() - begun
-    return PieceOfWork(seconds, memory.peak_bytes)
+    return PieceOfWork(seconds, memory.resident_bytes, held)
 
 
 @dataclass(frozen=True)

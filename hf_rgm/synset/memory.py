@@ -19,6 +19,10 @@ from hf_rgm.synset.samples import SyntheticSamples
 
 logger = logging.getLogger(__name__)
 
+HEAP_BLOCK_BYTES = 2**25
+"""From here on glibc takes a block from the system and gives it back (the largest its threshold becomes); smaller ones
+it keeps when they are freed."""
+
 
 class PeakTensors(TorchDispatchMode):
     """
@@ -29,6 +33,9 @@ class PeakTensors(TorchDispatchMode):
 
     Attributes:
         peak_bytes (`int`): Largest sum of the storages that were alive together.
+        alive_bytes (`int`): Sum of those that are alive now.
+        resident_bytes (`int`): The peak, and once more that of the storages below 32 MiB. An allocator keeps those,
+            and where the next ones have other sizes, it holds the holes beside them.
 
     Example:
 
@@ -46,34 +53,49 @@ class PeakTensors(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.peak_bytes = 0
+        self.alive_bytes = 0
         self._sizes: dict[int, int] = {}
-        self._alive = 0
+        self._small = self._small_peak = 0
+
+    @property
+    def resident_bytes(self) -> int:
+        """What a process holds for it at most."""
+        return self.peak_bytes + self._small_peak
 
     def __torch_dispatch__(
         self, func: Callable[..., Any], types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping | None = None
     ) -> Any:
-        given = {_storage(tensor).data_ptr() for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, Tensor)}
+        given = {place for tensor in tree_leaves((args, kwargs)) if (place := _place(tensor)) is not None}
         result = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor) and _storage(tensor).data_ptr() not in given:
-                self._add(_storage(tensor))
+            place = _place(tensor)
+            if place is not None and place not in given and place not in self._sizes:
+                self._add(place, tensor.untyped_storage())
         return result
 
-    def _add(self, storage: torch.UntypedStorage) -> None:
-        place = storage.data_ptr()
-        if place in self._sizes or not storage.nbytes():
-            return
-        self._sizes[place] = storage.nbytes()
-        self._alive += storage.nbytes()
-        self.peak_bytes = max(self.peak_bytes, self._alive)
+    def _add(self, place: int, storage: torch.UntypedStorage) -> None:
+        size = self._sizes[place] = storage.nbytes()
+        self.alive_bytes += size
+        self.peak_bytes = max(self.peak_bytes, self.alive_bytes)
+        if size < HEAP_BLOCK_BYTES:
+            self._small += size
+            self._small_peak = max(self._small_peak, self._small)
         weakref.finalize(storage, self._remove, place).atexit = False
 
     def _remove(self, place: int) -> None:
-        self._alive -= self._sizes.pop(place)
+        size = self._sizes.pop(place)
+        self.alive_bytes -= size
+        self._small -= size if size < HEAP_BLOCK_BYTES else 0
 
 
-def _storage(tensor: Tensor) -> torch.UntypedStorage:
-    return tensor.untyped_storage()
+def _place(value: Any) -> int | None:
+    """Address of a tensor's memory; nothing for what has none of its own, as the wrappers of `torch.func`."""
+    if not isinstance(value, Tensor):
+        return None
+    try:
+        return value.untyped_storage().data_ptr() or None
+    except RuntimeError:
+        return None
 
 
 @dataclass(frozen=True)
@@ -115,7 +137,7 @@ def measure_match(gradients: SynsetGradients, parameters: dict[str, Tensor], sam
             synthetic = gradients(parameters, leaves)
             one = synthetic.new_ones(())
             matching_error(synthetic, one.expand_as(synthetic), one, 0.0).backward()
-        return memory.peak_bytes
+        return memory.resident_bytes
 
     with torch.enable_grad():
         gradients(parameters, samples[torch.zeros(2, dtype=torch.int64)].detach())  # decides how to vectorise

@@ -10,7 +10,7 @@ from hf_rgm import DistillationConfig
 from hf_rgm.modeling import FunctionalModel
 from hf_rgm.synset.inputs import ContinuousInputs
 from hf_rgm.synset.matching import SynsetGradients, matching_error
-from hf_rgm.synset.memory import MatchMemory, PeakTensors, measure_match, plan_memory
+from hf_rgm.synset.memory import HEAP_BLOCK_BYTES, MatchMemory, PeakTensors, measure_match, plan_memory
 from hf_rgm.testing import tiny_recorded_run, tiny_synset
 
 MATCH = MatchMemory(fixed_bytes=1_000, cluster_bytes=20_000)
@@ -35,6 +35,13 @@ class TestPeakTensors:
             del second, third
             outside[:500] + 1
         assert memory.peak_bytes == 8000
+
+    def test_small_blocks_leave_holes_and_large_ones_none(self):
+        with PeakTensors() as memory:
+            torch.ones(1000)
+            large = torch.ones(HEAP_BLOCK_BYTES // 4)
+        assert memory.peak_bytes == memory.alive_bytes == large.nbytes
+        assert memory.resident_bytes == large.nbytes + 4000
 
     def test_graphs_count_until_they_are_gone(self):
         weight = torch.ones(100, requires_grad=True)
@@ -67,7 +74,7 @@ def test_a_match_is_linear_in_its_clusters():
     with PeakTensors() as memory:
         synthetic = gradients(model.parameters(), leaves)
         matching_error(synthetic, torch.ones_like(synthetic[0]), torch.ones(()), 0.0).backward()
-    assert told(6) == pytest.approx(memory.peak_bytes, rel=0.02)
+    assert told(6) == pytest.approx(memory.resident_bytes, rel=0.02)
     assert told.cluster_bytes > 4 * 3 * model.num_parameters
 
 

@@ -12,7 +12,7 @@ from hf_rgm.synset.targets import cluster_gradients
 from hf_rgm.testing import tiny_recorded_run, tiny_synset
 
 RUN = tiny_recorded_run()
-TOO_LITTLE = "10KiB"
+TOO_LITTLE = "13KiB"
 """Memory that holds sketches of 80 elements but not the gradients of one cluster at five states of 163."""
 
 
