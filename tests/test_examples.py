@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 FLOAT_TOLERANCE = 1e-5
@@ -65,3 +66,38 @@ def test_causal_lm(run):
     assert best_sources(printed) == ["science", "tales"]
     assert "Without tales, which helped cheese most" in printed
     assert printed.count("trained again:") == 2
+
+
+@pytest.fixture
+def checkpoint(tmp_path, monkeypatch):
+    """Saves a tiny model and a tokenizer of the examples' words where `--model_name_or_path` can find them."""
+
+    def save(model_class, config_class, texts, *, language_model=False, **settings) -> str:
+        tokenizer = word_tokenizer(texts, language_model=language_model)
+        ids = {"pad_token_id": tokenizer.pad_token_id, "vocab_size": len(tokenizer)}
+        folder = tmp_path / "checkpoint"
+        model_class(config_class(**ids, **settings)).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        return str(folder)
+
+    monkeypatch.syspath_prepend(EXAMPLES)
+    word_tokenizer = importlib.import_module("texts").word_tokenizer
+    return save
+
+
+@pytest.mark.parametrize("name", ["text_classification", "lora"])
+def test_a_named_classifier_is_taken(run, checkpoint, name):
+    words = importlib.import_module("texts").reviews(160)["text"]
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    folder = checkpoint(BertForSequenceClassification, BertConfig, words, **sizes)
+    arguments = ["--num_train_epochs=1", "--num_iterations=5", "--questions", "what a sick ramp"]
+    printed = run(name, f"--model_name_or_path={folder}", "--learning_rate=1e-3", *arguments)
+    assert '"what a sick ramp"' in printed and "Sources: " in printed
+
+
+def test_a_named_language_model_is_taken(run, checkpoint):
+    words = importlib.import_module("texts").stories(160)["text"]
+    sizes = {"n_embd": 8, "n_layer": 1, "n_head": 2, "n_positions": 32, "bos_token_id": 2, "eos_token_id": 2}
+    folder = checkpoint(GPT2LMHeadModel, GPT2Config, words, language_model=True, **sizes)
+    printed = run("causal_lm", f"--model_name_or_path={folder}", "--num_train_epochs=1", "--num_iterations=5")
+    assert '"... rock": log-probability' in printed
