@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset
-from texts import HELD_OUT_OPENING, stories, word_tokenizer
+from texts import HELD_OUT_OPENING, stories, told_sources, word_tokenizer
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -145,12 +145,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(result.SIGN_CONVENTION)
     print(f'"{example.beginning}" goes on with: {goes_on(model, tokenizer, example.beginning)}.')
     for ending, value in zip(example.endings, result.objective_values, strict=True):
-        ranked = result.top(clusters.num_clusters, query=ending)
-        scores = ", ".join(
-            f"{name} {score:+.2f}" for name, score in zip(ranked["cluster"], ranked["score"], strict=True)
-        )
         row = train[int(result.top(1, query=ending, rows=True)["row"].iloc[0])]
-        print(f'\n"... {ending}": log-probability {value:.2f} a word.\n  Sources: {scores}.')
+        print(f'\n"... {ending}": log-probability {value:.2f} a word.\n  Sources: {told_sources(result, ending)}.')
         print(f'  The sentence that helps most: "{row["text"]}" ({row["source"]}).')
 
     for ending in example.endings:

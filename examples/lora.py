@@ -19,7 +19,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from text_classification import build_model, says
-from texts import LABELS, reviews, word_tokenizer
+from texts import LABELS, reviews, told_sources, word_tokenizer
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -122,10 +122,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(result.SIGN_CONVENTION)
     after = says(model, tokenizer, example.questions)
     for number, (text, *said) in enumerate(zip(example.questions, before, after, strict=True)):
-        ranked = result.top(clusters.num_clusters, query=number)
-        scores = ", ".join(f"{n} {score:+.2f}" for n, score in zip(ranked["cluster"], ranked["score"], strict=True))
         row = train[int(result.top(1, query=number, rows=True)["row"].iloc[0])]
-        print(f'\n"{text}": {said[0]} before the adapter, {said[1]} with it.\n  Sources: {scores}.')
+        print(
+            f'\n"{text}": {said[0]} before the adapter, {said[1]} with it.\n  Sources: {told_sources(result, number)}.'
+        )
         print(f'  The review that helps most: "{row["text"]}" ({row["source"]}, {LABELS[row["label"]]}).')
 
     source = clusters.names[abs(result.scores[0]).argmax()]  # the one that matters most to the first question

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset
-from texts import LABELS, reviews, word_tokenizer
+from texts import LABELS, reviews, told_sources, word_tokenizer
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -130,12 +130,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     for number, (text, said) in enumerate(
         zip(example.questions, says(model, tokenizer, example.questions), strict=True)
     ):
-        ranked = result.top(clusters.num_clusters, query=number)
-        scores = ", ".join(
-            f"{name} {score:+.2f}" for name, score in zip(ranked["cluster"], ranked["score"], strict=True)
-        )
         row = train[int(result.top(1, query=number, rows=True)["row"].iloc[0])]
-        print(f'\n"{text}": {said}.\n  Sources: {scores}.')
+        print(f'\n"{text}": {said}.\n  Sources: {told_sources(result, number)}.')
         print(f'  The review that helps most: "{row["text"]}" ({row["source"]}, {LABELS[row["label"]]}).')
 
     source = result.top(1, query=0)["cluster"].iloc[0]

@@ -1,4 +1,4 @@
-"""Sentences from several sources, and a tokenizer for them: what the examples train on when no model is given."""
+"""What the examples share: sentences from several sources, a tokenizer for them, and how scores are told."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from collections.abc import Iterable, Sequence
 from datasets import Dataset
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
+
+from hf_rgm import AttributionResult
 
 LABELS = ("negative", "positive")
 REVIEWS = {
@@ -117,3 +119,9 @@ def word_tokenizer(texts: Iterable[str], *, language_model: bool = False) -> Pre
         single="$A </s>" if language_model else "[CLS] $A", special_tokens=[(special, words.token_to_id(special))]
     )
     return PreTrainedTokenizerFast(tokenizer_object=words, **names)
+
+
+def told_sources(result: AttributionResult, query: int | str) -> str:
+    """Every source and its score for a query, highest first."""
+    ranked = result.top(len(result.cluster_names), query=query)
+    return ", ".join(f"{name} {score:+.2f}" for name, score in zip(ranked["cluster"], ranked["score"], strict=True))
