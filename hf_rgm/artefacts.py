@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from hf_rgm.files import format_size
+from hf_rgm.files import finish_replacement, format_size
 from hf_rgm.strict_json import parse_json
 
 MAX_JSON_BYTES = 100_000_000
@@ -57,6 +57,7 @@ class ArtefactFolder:
 
     def __init__(self, root: str | Path, *, boundary: Path | None = None) -> None:
         self.root = Path(root)
+        finish_replacement(self.root)
         self.boundary = (boundary or _part_of_cache(self.root) or self.root).resolve()
 
     def __str__(self) -> str:

@@ -20,6 +20,7 @@ from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidat
 from huggingface_hub.utils import validate_repo_id
 
 from hf_rgm.artefacts import ArtefactFolder, check_name
+from hf_rgm.files import finish_replacement
 
 ATTEMPTS = 5
 MAIN = "main"
@@ -214,6 +215,7 @@ def open_artefact(
     """
     if isinstance(name_or_path, ArtefactFolder):
         return name_or_path
+    finish_replacement(Path(name_or_path))
     if Path(name_or_path).is_dir():
         return ArtefactFolder(name_or_path)
     if isinstance(name_or_path, Path):

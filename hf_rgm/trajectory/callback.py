@@ -76,6 +76,8 @@ class TrajectoryCallback(TrainerCallback):
         FileExistsError: In `on_train_begin`, if the folder holds a complete trajectory or something else.
         NotImplementedError: In `on_train_begin`, if the optimizer, the order of rows or the parallelism cannot be
             recorded.
+        OSError: When the disk is full or the folder can no longer be written. Training stops there rather than going
+            on without a record, and can be resumed.
 
     Example:
 
@@ -185,20 +187,25 @@ class TrajectoryCallback(TrainerCallback):
                 "dataset_fingerprint": dataset_fingerprint(dataloader.dataset, fingerprint_columns(args, model)),
                 "updates_before": optimizer_updates(optimizer, parameters),
             }
-            self._recorder.begin(description, step=state.global_step)
+            planned = {round(step) for step in np.linspace(0, state.max_steps, self.num_states)}
+            best_step = _checkpoint_step(state.best_model_checkpoint) if args.load_best_model_at_end else None
+            self._recorder.begin(description, step=state.global_step, planned=planned, best=best_step)
             self._active = run = _Run(
                 parameters=parameters,
                 optimizer=optimizer,
                 rule=rule,
                 schedule=schedule,
                 norms=GradientNorms(parameters, clipping=bool(args.max_grad_norm)),
-                planned={round(step) for step in np.linspace(0, state.max_steps, self.num_states)},
+                planned=planned,
                 started=started,
                 next_step=state.global_step,
-                best_step=_checkpoint_step(state.best_model_checkpoint),
+                best_step=best_step,
             )
             self._announce(run)
-            if state.global_step in run.planned and not self._recorder.has_state(state.global_step):
+            if state.global_step == best_step:
+                # The run may have been killed after it wrote this checkpoint and before `on_save`.
+                self._record_state(state.global_step, exact=True)
+            elif state.global_step in planned and not self._recorder.has_state(state.global_step):
                 self._record_state(state.global_step, exact=state.global_step >= state.max_steps)
 
     def on_epoch_begin(

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -56,16 +57,19 @@ class TrajectoryRecorder:
         self._description: dict[str, Any] = {}
         self._exact: set[int] = set()
 
-    def begin(self, description: Mapping[str, Any], *, step: int) -> None:
+    def begin(self, description: Mapping[str, Any], *, step: int, planned: Collection[int], best: int | None) -> None:
         """
         Opens the folder for a run that begins at `step`, and drops what it holds from there on.
 
         Args:
             description (`Mapping[str, Any]`): Content of the description file.
             step (`int`): Updates made so far: 0, or more when training resumes from a checkpoint.
+            planned (`Collection[int]`): Steps whose states are to be recorded.
+            best (`int`, *optional*): Step of the best checkpoint so far, whose state is kept too.
 
         Raises:
             FileExistsError: If the folder holds something that must not be replaced.
+            OSError: If the disk is full or the folder cannot be written.
             ValueError: If training resumes but the folder does not hold the steps before.
         """
         existing = self._existing()
@@ -81,21 +85,25 @@ class TrajectoryRecorder:
             "format_version": FORMAT_VERSION,
             "complete": False,
             "num_steps": None,
-            "state_steps": None,
         }
+        wanted = set(planned)
         if step > 0:
             self._check_resumable(existing, step)
+            wanted |= {earlier for earlier in (existing or {})["state_steps"] or () if earlier <= step}
             self._description["updates_before"] = (existing or {}).get("updates_before", 0)
+        self._description["state_steps"] = sorted(wanted)
         self._exact.clear()
         self._own = True
         self._write_description()
         self._truncate(step, last_state=step if step > 0 else -1)
-        for name in (".", STATES_FOLDER, STEPS_FOLDER):
-            remove_unfinished(self.folder / name)
+        for outdated in set(recorded_states(self.folder)) - {*wanted, best}:
+            self.drop_state(outdated)
 
     def _existing(self) -> dict[str, Any] | None:
         if self.folder.exists() and not self.folder.is_dir():
             raise FileExistsError(f"{self.folder} is a file. Choose another folder.")
+        for folder in (self.folder, self.folder / STATES_FOLDER, self.folder / STEPS_FOLDER):
+            remove_unfinished(folder)
         if not self.folder.is_dir() or not any(self.folder.iterdir()):
             return None
         try:
@@ -153,11 +161,13 @@ class TrajectoryRecorder:
 
     def write_steps(self, start: int, steps: StepTable) -> None:
         """Adds steps, the first of which is number `start`."""
-        write_part(part_path(self.folder, start), steps)
+        with self._stopping(start + len(steps)):
+            write_part(part_path(self.folder, start), steps)
 
     def write_state(self, state: TrajectoryState, *, exact: bool) -> None:
         """Adds a state, in the model's own dtype if it is to be exact."""
-        write_state(state_path(self.folder, state.step), state, dtype=None if exact else self._dtype)
+        with self._stopping(state.step):
+            write_state(state_path(self.folder, state.step), state, dtype=None if exact else self._dtype)
         if exact:
             self._exact.add(state.step)
 
@@ -181,20 +191,39 @@ class TrajectoryRecorder:
         self._exact.discard(step)
 
     def finish(self, num_steps: int, cost: Mapping[str, float]) -> None:
-        """Marks the trajectory as complete, ending at a recorded state."""
-        self._truncate(num_steps, last_state=num_steps)
+        """Marks the trajectory as complete, ending at a recorded state. Later steps stay, to resume after."""
+        recorded = recorded_states(self.folder)
         self._description |= {
             "complete": True,
             "num_steps": num_steps,
-            "state_steps": recorded_states(self.folder),
+            "state_steps": [step for step in recorded if step <= num_steps],
             "recording": dict(cost),
         }
-        self._write_description()
+        with self._stopping(num_steps):
+            self._write_description()
+        for step in recorded:
+            if step > num_steps:
+                self.drop_state(step)
 
     def _write_description(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         with replacing(self.folder / METADATA_FILE) as temporary:
             temporary.write_text(json.dumps(self._description, indent=2) + "\n", encoding="utf-8")
+
+    @contextlib.contextmanager
+    def _stopping(self, step: int) -> Iterator[None]:
+        """Says of errors of the disk how training goes on."""
+        try:
+            yield
+        except OSError as error:
+            if error.errno is None:
+                raise
+            raise OSError(
+                error.errno,
+                f"{error.strerror} Training stops at step {step}, as it would go on without a record. What is "
+                "recorded up to the last checkpoint is whole. Once that is repaired, go on with "
+                "`trainer.train(resume_from_checkpoint=True)` and the same callback, or from the beginning.",
+            ) from error
 
     def num_bytes(self) -> int:
         """Disk that the recorded states and steps take, in bytes."""

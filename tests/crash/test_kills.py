@@ -1,0 +1,36 @@
+"""A few kills of everything that writes. `python -m tests.crash --kills 200` does as many as are wanted."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.crash.campaigns import at_random_operations, at_random_times, distilling, pushing, recording, saving
+from tests.crash.tasks import KINDS
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_killed_save_leaves_one_whole_version(workers, tmp_path, kind):
+    assert saving(workers, tmp_path / "over", at_random_operations(0), 5, kind=kind) == 5
+    assert saving(workers, tmp_path / "first", at_random_operations(1), 2, kind=kind, first=True) == 2
+    saving(workers, tmp_path / "times", at_random_times(2), 2, kind=kind)
+
+
+@pytest.mark.parametrize("kind", ["clusters", "unlearned"])
+def test_a_save_killed_between_two_renames_is_completed(workers, tmp_path, kind):
+    assert saving(workers, tmp_path, at_random_operations(0), 8, kind=kind, exchange=False) == 8
+
+
+@pytest.mark.parametrize("best", [None, "first", "last"])
+def test_a_killed_training_is_resumed_bit_for_bit(workers, tmp_path, best):
+    recording(workers, tmp_path / "operations", at_random_operations(0), 2, best=best)
+    recording(workers, tmp_path / "times", at_random_times(0), 2, best=best)
+
+
+def test_a_killed_distillation_is_continued_bit_for_bit(workers, tmp_path):
+    distilling(workers, tmp_path / "operations", at_random_operations(0), 3)
+    distilling(workers, tmp_path / "times", at_random_times(0), 2)
+
+
+def test_a_killed_push_leaves_one_whole_version(workers, crash_hub, tmp_path):
+    assert pushing(workers, crash_hub, tmp_path / "requests", None, 8) >= 7
+    pushing(workers, crash_hub, tmp_path / "times", at_random_times(0), 3)
