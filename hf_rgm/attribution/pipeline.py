@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 from torch import nn
 from transformers import (
@@ -87,15 +87,24 @@ class AttributionPipeline(Pipeline):
         """The synset in use."""
         return self.attributor.synset
 
-    def __call__(self, queries: Any, **options: Any) -> AttributionResult | list[list[dict[str, Any]]]:
+    @overload
+    def __call__(self, queries: Any, *, top_k: None = None, **options: Any) -> AttributionResult: ...
+
+    @overload
+    def __call__(self, queries: Any, *, top_k: int, **options: Any) -> list[list[dict[str, Any]]]: ...
+
+    def __call__(
+        self, queries: Any, *, top_k: int | None = None, **options: Any
+    ) -> AttributionResult | list[list[dict[str, Any]]]:
         """
         Attributes all queries together.
 
         Args:
             queries: A dataset, a list of dictionaries, an iterable of them, or one dictionary.
+            top_k (`int`, *optional*): Return lists of the clusters with the largest scores in place of the matrix.
             options: Those of [`Attributor.attribute`]: `engine`, `objective`, `rows`, `data_collator`, `rewind`,
-                `stride`, `num_masks`, `seed`, `query_ids`; and `top_k`. `batch_size` and `num_workers`, which
-                pipelines take, do not change the result and are ignored.
+                `stride`, `num_masks`, `seed`, `query_ids`. `batch_size` and `num_workers`, which pipelines take, do
+                not change the result and are ignored.
 
         Returns:
             `AttributionResult`: one row of scores per query. With `top_k`, a list for each query instead; see
@@ -104,7 +113,8 @@ class AttributionPipeline(Pipeline):
         options = {**self._options, **options}
         for name in ("batch_size", "num_workers"):
             options.pop(name, None)
-        top_k = options.pop("top_k", None)
+        preset = options.pop("top_k", None)
+        top_k = preset if top_k is None else top_k
         if top_k is not None and top_k < 1:
             raise ValueError(f"`top_k` must be at least 1, got {top_k}. Leave it out for the whole matrix.")
         result = self.attributor.attribute(_as_sequence(queries), **options)

@@ -64,7 +64,7 @@ class DatasetArtefact(ABC):
     @classmethod
     def from_pretrained(
         cls,
-        name_or_path: str | Path,
+        name_or_path: str | Path | ArtefactFolder,
         *,
         revision: str | None = None,
         token: str | bool | None = None,
@@ -75,7 +75,7 @@ class DatasetArtefact(ABC):
         Reads what `save_pretrained` wrote or `push_to_hub` pushed.
 
         Args:
-            name_or_path (`str` or `Path`): A folder, or the id of a dataset repository on the Hub.
+            name_or_path (`str`, `Path` or `ArtefactFolder`): A folder, or the id of a dataset repository on the Hub.
             revision (`str`, *optional*): Branch, tag or commit. Defaults to the main branch.
             token (`str` or `bool`, *optional*): Defaults to that of `hf auth login`.
             cache_dir (`str` or `Path`, *optional*): Where downloads are kept. Defaults to the cache of the Hub.

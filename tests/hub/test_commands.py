@@ -1,0 +1,94 @@
+"""`hf-rgm info`, `push` and `pull`."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from huggingface_hub import DatasetCard
+from typer.testing import CliRunner
+
+from hf_rgm import Attributor, Synset
+from hf_rgm.cli import app
+from hf_rgm.testing import tiny_recorded_run, tiny_synset
+
+RUN = tiny_recorded_run()
+
+
+def invoke(*arguments):
+    return CliRunner(env={"COLUMNS": "200", "NO_COLOR": "1", "TERM": "dumb"}).invoke(app, [str(a) for a in arguments])
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("artefacts")
+    result = Attributor(RUN.model, tiny_synset(), disable_tqdm=True).attribute(RUN.queries)
+    return {
+        "trajectory": RUN.trajectory.folder,
+        "synset": tiny_synset().save_pretrained(root / "synset"),
+        "attributions": result.save_pretrained(root / "attributions"),
+    }
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("trajectory", ["adamw", "steps: 48", "training rows: 48", "distil it"]),
+        ("synset", ["30 of pixel_values, 6 clusters", "fidelity: not measured", "pipeline(", "hf-rgm push"]),
+        ("attributions", ["12 queries x 6 clusters", "A positive score means", "objective: margin"]),
+    ],
+)
+def test_info_says_what_it_is_and_what_to_do_with_it(folders, kind, words):
+    result = invoke("info", folders[kind])
+    assert result.exit_code == 0, result.output
+    assert result.output.startswith(f"{kind} in {folders[kind]}\n")
+    assert "whole: yes" in result.output
+    assert len(result.output.splitlines()) <= 12
+    for word in words:
+        assert word in result.output
+    told = json.loads(invoke("info", folders[kind], "--json").output)
+    assert (told["kind"], told["whole"]) == (kind, True)
+
+
+def test_info_says_what_is_missing(tmp_path):
+    folder = tiny_synset().save_pretrained(tmp_path / "synset")
+    (folder / "synset.safetensors").unlink()
+    result = invoke("info", folder)
+    assert result.exit_code == 1
+    assert "whole: NO" in result.output
+    assert "synset.safetensors" in result.output
+    assert json.loads(invoke("info", folder, "--json").output)["whole"] is False
+    nothing = invoke("info", tmp_path)
+    assert nothing.exit_code == 1
+    assert "Error: " in nothing.output
+    assert "Traceback" not in nothing.output
+
+
+def test_push_and_pull(hub_in_process, folders, tmp_path):
+    pushed = invoke("push", folders["synset"], "me/synset", "--license", "mit", "--json")
+    assert pushed.exit_code == 0, pushed.output
+    assert json.loads(pushed.output)["commit"] == hub_in_process.commits("me/synset", "dataset")[0].oid
+    assert DatasetCard.load("me/synset").data.license == "mit"
+    assert "me/synset@" in invoke("info", "me/synset").output
+    pulled = invoke("pull", "me/synset", tmp_path / "copy")
+    assert pulled.exit_code == 0, pulled.output
+    with hub_in_process.unreachable():
+        copy = Synset.from_pretrained(tmp_path / "copy")
+        assert copy.trajectory.state(copy.trajectory.state_steps[0]).step == 0
+    assert (tmp_path / "copy" / "README.md").read_bytes() == hub_in_process.files("me/synset", "dataset")["README.md"]
+
+
+def test_what_goes_wrong_is_one_line(hub_in_process, folders, tmp_path, monkeypatch):
+    assert invoke("push", tmp_path / "nowhere", "me/x").exit_code == 2
+    for arguments, words in (
+        (("push", folders["trajectory"], "me/x"), "which row was in which step"),
+        (("pull", "me/nothing", tmp_path / "copy"), "Error: "),
+    ):
+        result = invoke(*arguments)
+        assert result.exit_code == 1
+        assert words in result.output
+        assert "Traceback" not in result.output
+    monkeypatch.setenv("HF_TOKEN", hub_in_process.read_token)
+    refused = invoke("push", folders["synset"], "me/x")
+    assert refused.exit_code == 1
+    assert "403" in refused.output
