@@ -264,11 +264,10 @@ def _error_number(error: BaseException) -> int | None:
 
 def _concerns(error: BaseException, target: Path) -> bool:
     """Whether an error is of the folder that is written, or of one above, not of something that is read."""
-    name = getattr(error, "filename", None)
-    if not isinstance(name, str | os.PathLike):
-        return True
-    path, folder = Path(os.path.abspath(name)), Path(os.path.abspath(target.parent))
-    return path.is_relative_to(folder) or folder.is_relative_to(path)
+    names = [getattr(error, attribute, None) for attribute in ("filename", "filename2")]
+    paths = [Path(os.path.abspath(name)) for name in names if isinstance(name, str | os.PathLike)]
+    folder = Path(os.path.abspath(target.parent))
+    return not paths or any(path.is_relative_to(folder) or folder.is_relative_to(path) for path in paths)
 
 
 def _existing(folder: Path) -> Path:

@@ -1,11 +1,17 @@
 from __future__ import annotations
 
+import errno
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
+import hf_rgm.files
 from hf_rgm.artefacts import ArtefactFolder
-from hf_rgm.files import staged_folder, write_json
+from hf_rgm.files import exchange, remove_unfinished, replacing, staged_folder, write_json
 
 
 def names(folder):
@@ -78,3 +84,144 @@ def test_content_that_is_not_json_leaves_the_earlier_file(tmp_path):
     with pytest.raises(TypeError):
         write_json(path, {"format_version": 1, "x": object()})
     assert ArtefactFolder(tmp_path).read_json("config.json", format_version=1) == {"format_version": 1}
+
+
+def write_version(target, version):
+    with staged_folder(target, "marker.json") as folder:
+        write_json(folder / "marker.json", {"format_version": 1, "version": version})
+
+
+def read_version(target):
+    return ArtefactFolder(target).read_json("marker.json", format_version=1)["version"]
+
+
+def without_exchange(monkeypatch):
+    monkeypatch.setattr(hf_rgm.files, "exchange", lambda first, second: False)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux exchanges folders")
+def test_folders_are_exchanged_in_one_step(tmp_path):
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / name).touch()
+    assert exchange(tmp_path / "one", tmp_path / "two")
+    assert (names(tmp_path / "one"), names(tmp_path / "two")) == (["two"], ["one"])
+    with pytest.raises(FileNotFoundError, match="three"):
+        exchange(tmp_path / "one", tmp_path / "three")
+
+
+def test_without_exchange_a_folder_is_replaced_all_the_same(tmp_path, monkeypatch):
+    without_exchange(monkeypatch)
+    for version in range(3):
+        write_version(tmp_path / "out", version)
+        assert read_version(tmp_path / "out") == version
+        assert names(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("finish", [read_version, lambda target: write_version(target, 2)])
+def test_a_replacement_that_was_cut_between_two_renames_is_completed(tmp_path, finish):
+    for name, version in (("old", 0), ("new", 1)):
+        write_version(tmp_path / ".out.hf-rgm-saving" / name, version)
+    assert finish(tmp_path / "out") in (1, None)
+    assert read_version(tmp_path / "out") in (1, 2)
+    write_version(tmp_path / "out", 3)
+    assert names(tmp_path) == ["out"]
+
+
+def test_a_second_rename_that_fails_is_undone(tmp_path, monkeypatch):
+    write_version(tmp_path / "out", 0)
+    without_exchange(monkeypatch)
+    rename = os.rename
+
+    def failing(source, target):
+        if Path(source).name == "new":
+            raise OSError(errno.EIO, "the disk is broken")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", failing)
+    with pytest.raises(OSError, match="the disk is broken"):
+        write_version(tmp_path / "out", 1)
+    assert read_version(tmp_path / "out") == 0
+    assert names(tmp_path) == ["out"]
+
+
+def test_what_a_dead_process_left_is_removed_but_not_what_a_living_one_writes(tmp_path):
+    code = """if True:
+        import sys, time
+        from pathlib import Path
+        sys.modules["hf_rgm"] = type(sys)("hf_rgm")
+        sys.modules["hf_rgm"].__path__ = [sys.argv[2]]
+        from hf_rgm.files import replacing
+        with replacing(Path(sys.argv[1])) as path:
+            path.write_text("half")
+            print("writing", flush=True)
+            time.sleep(60)
+    """
+    package = str(Path(hf_rgm.files.__file__).parent)
+    arguments = [sys.executable, "-c", code, str(tmp_path / "file.txt"), package]
+    writer = subprocess.Popen(arguments, stdout=subprocess.PIPE)
+    assert writer.stdout.readline() == b"writing\n"
+    unfinished = [".file.txt.hf-rgm-saving", ".file.txt.hf-rgm-saving.lock"]
+    remove_unfinished(tmp_path)
+    assert names(tmp_path) == unfinished
+    writer.kill()
+    writer.communicate()
+    assert names(tmp_path) == unfinished
+    remove_unfinished(tmp_path)
+    assert names(tmp_path) == []
+
+
+def test_a_link_to_a_folder_stays_one(tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "disk")
+    write_version(tmp_path / "link", 0)
+    assert (tmp_path / "link").is_symlink()
+    assert read_version(tmp_path / "disk") == 0
+
+
+def test_a_folder_can_be_replaced_from_inside(tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    write_version(".", 0)
+    assert read_version(tmp_path / "here") == 0
+
+
+def test_a_mount_point_is_refused_before_anything_is_written(tmp_path, monkeypatch):
+    (tmp_path / "mounted").mkdir()
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path).name == "mounted")
+    with pytest.raises(OSError, match="mounted is a mount point, which is not replaced. Choose a folder in it"):
+        write_version(tmp_path / "mounted", 0)
+
+
+@pytest.mark.parametrize(("code", "kind"), [(errno.EROFS, OSError), (errno.EACCES, PermissionError)])
+@pytest.mark.parametrize("existing", [True, False])
+def test_a_folder_that_cannot_be_written_is_named(tmp_path, monkeypatch, code, kind, existing):
+    if existing:
+        write_version(tmp_path / "out", 0)
+
+    def refuse(path, mode=0o777, **options):
+        raise OSError(code, os.strerror(code), str(path))
+
+    monkeypatch.setattr(os, "mkdir", refuse)
+    with pytest.raises(kind) as caught:
+        write_version(tmp_path / "out", 1)
+    assert caught.value.errno == code
+    assert f"{tmp_path / 'out'} is not written, files must be made in {tmp_path}. Allow it" in str(caught.value)
+    assert not existing or read_version(tmp_path / "out") == 0
+    assert names(tmp_path) == ["out"] * existing
+
+
+def test_an_error_of_something_else_is_left_as_it_is(tmp_path):
+    with pytest.raises(PermissionError, match="elsewhere") as caught, replacing(tmp_path / "out"):
+        raise PermissionError(errno.EACCES, "no", "/elsewhere/source")
+    assert "is not written" not in str(caught.value)
+
+
+def test_a_full_disk_leaves_the_earlier_file(tmp_path):
+    write_json(tmp_path / "out.json", {"version": 0})
+    with pytest.raises(OSError, match="No space left on device: .*out.json is not written, it needs more than the"):
+        with replacing(tmp_path / "out.json") as path:
+            path.write_text("half")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert json.loads((tmp_path / "out.json").read_text()) == {"version": 0}
+    assert names(tmp_path) == ["out.json"]
