@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import time
 
 import pytest
 
@@ -42,12 +43,19 @@ def test_a_case_is_estimated_and_measured(attribute):
 
 def test_what_was_told_stands_beside_what_was_measured():
     meter = Meter()
-    meter.seconds, meter.peak_bytes = 3.0, 40
+    meter.cpu_seconds, meter.peak_bytes = 3.0, 40
     found = compared(CostEstimate(1.5, 20, 10, 2, True), meter, 5)
     assert found == {
         "told": {"seconds": 1.5, "memory_bytes": 20, "disk_bytes": 10, "num_blocks": 2, "sketched": True},
         "measured": {"seconds": 3.0, "memory_bytes": 40, "disk_bytes": 5},
     }
+
+
+def test_estimates_run_on_cpu_time(monkeypatch):
+    monkeypatch.setattr("time.process_time", lambda: 7.0)
+    with estimates.cpu_clock():
+        assert time.perf_counter() == 7.0
+    assert time.perf_counter() != 7.0
 
 
 def test_the_table_has_a_line_a_stage():
