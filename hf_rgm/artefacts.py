@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from hf_rgm.files import finish_replacement, format_size
+from hf_rgm.parquet_footer import announced_bytes
 from hf_rgm.strict_json import parse_json
 
 MAX_JSON_BYTES = 100_000_000
@@ -159,7 +160,7 @@ class ArtefactFolder:
                 if file.metadata.num_rows != num_rows:
                     raise ValueError(f"it has {file.metadata.num_rows} lines, {num_rows} are announced")
                 check_columns(file.schema_arrow, schema)
-                check_table(file.metadata, path)
+                check_table(path)
                 table = file.read(columns=list(schema))
                 check_no_nulls(table)
                 return table
@@ -256,25 +257,18 @@ def check_columns(found: pa.Schema, wanted: Mapping[str, pa.DataType], *, option
             raise ValueError(f"column {column!r} is {kind}, not {dtype}")
 
 
-def check_table(metadata: pq.FileMetaData, path: Path) -> None:
+def check_table(path: Path) -> None:
     """
-    Checks, before a table of numbers is read, that its memory is bounded.
+    Checks, before a parquet file of numbers is read, that its memory is bounded.
 
     Args:
-        metadata (`pq.FileMetaData`): The footer of its parquet file.
         path (`Path`): The file.
 
     Raises:
         MemoryError: If the table is larger than the memory that is free.
         ValueError: If it is out of all proportion to the file, or the footer is none.
     """
-    groups = (metadata.row_group(index) for index in range(metadata.num_row_groups))
-    columns = [group.column(index) for group in groups for index in range(group.num_columns)]
-    sizes = [size for column in columns for size in (8 * column.num_values, column.total_uncompressed_size)]
-    if min(sizes, default=0) < 0:
-        raise ValueError("it announces fewer than no values")
-    num_bytes = sum(max(pair) for pair in zip(sizes[::2], sizes[1::2], strict=True))
-    on_disk = path.stat().st_size
+    num_bytes, on_disk = announced_bytes(path), path.stat().st_size
     if num_bytes > MAX_EXPANSION * on_disk:
         raise ValueError(f"it announces {format_size(num_bytes)} in a file of {format_size(on_disk)}")
     check_memory(num_bytes, str(path))

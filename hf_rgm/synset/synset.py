@@ -172,9 +172,17 @@ class Synset(DatasetArtefact):
 
         Args:
             model (`FunctionalModel`): The model at hand.
-            force (`bool`, *optional*, defaults to `False`): Only warn.
+            force (`bool`, *optional*, defaults to `False`): Only warn, if the parameters have the same shapes.
         """
-        found = parameters_sha256(model.parameters())
+        parameters = model.parameters()
+        shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
+        if shapes != self.trajectory.parameter_shapes:
+            other = next(name for name, shape in shapes.items() if self.trajectory.parameter_shapes[name] != shape)
+            raise ParameterMismatchError(
+                f"The synset belongs to a model whose {other!r} has shape {self.trajectory.parameter_shapes[other]}, "
+                f"the model's has {shapes[other]}. Load the model that was recorded."
+            )
+        found = parameters_sha256(parameters)
         frozen = self.metadata.get("frozen_sha256")
         if found != self.parameters_sha256:
             message = (

@@ -239,15 +239,13 @@ class StateFile:
 
     def _tensor(self, file: TensorFile, kind: str, name: str, precision: str) -> Tensor:
         shape = tuple(self.shapes[name])
-        is_second = kind == "exp_avg_sq"
-        dtypes = ("U8",) if is_second else ("I8",)
+        is_logarithm = kind == "exp_avg_sq"
+        dtypes = ("U8",) if is_logarithm else ("I8",)
         tensor = file.read(f"{kind}.{name}", shape=shape, dtypes=dtypes if precision == "int8" else _FLOATS)
         if precision == "int8":
             scale = file.read(f"{kind}{SCALE_SUFFIX}.{name}", shape=scale_shape(kind, shape), dtypes=("F32",))
-            tensor = dequantize_logarithm(tensor, scale) if is_second else dequantize(tensor, scale)
+            tensor = dequantize_logarithm(tensor, scale) if is_logarithm else dequantize(tensor, scale)
         tensor = tensor.float()
         if not torch.isfinite(tensor).all():
             raise ValueError(f"{file.path} has NaN or infinite {kind} of {name!r}. {_WAY_OUT}")
-        if is_second and bool((tensor < 0).any()):
-            raise ValueError(f"{file.path} has negative {kind} of {name!r}, a mean of squares. {_WAY_OUT}")
         return tensor

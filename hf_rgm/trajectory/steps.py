@@ -160,7 +160,7 @@ def read_part(path: Path) -> StepTable:
         extra = sorted(set(file.schema_arrow.names) - set(_COLUMNS))
         if extra:
             raise ValueError(f"it has the columns {extra[:5]} too many")
-        check_table(file.metadata, path)
+        check_table(path)
         content = file.read()
         check_no_nulls(content)
     steps = content["step"].to_numpy()

@@ -1,0 +1,58 @@
+from __future__ import annotations
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hf_rgm.parquet_footer import announced_bytes
+
+TABLE = pa.table(
+    {
+        "a": pa.array(range(1000), pa.int64()),
+        "b": pa.array([0.5] * 1000),
+        "c": pa.array([[1, 2, 3]] * 1000, pa.large_list(pa.int64())),
+        "d": ["text"] * 1000,
+        "e": pa.array([True, None] * 500),
+    }
+)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"row_group_size": 7},
+        {"compression": "zstd", "use_dictionary": False, "version": "1.0"},
+        {"write_page_index": True, "write_page_checksum": True, "store_decimal_as_integer": True},
+        {"sorting_columns": [pq.SortingColumn(0)], "data_page_version": "2.0"},
+    ],
+    ids=str,
+)
+def test_sizes_are_those_that_pyarrow_reads(options, tmp_path):
+    path = tmp_path / "a.parquet"
+    pq.write_table(TABLE.replace_schema_metadata({"k": "v" * 300}), path, **options)
+    metadata = pq.read_metadata(path)
+    groups = [metadata.row_group(index) for index in range(metadata.num_row_groups)]
+    columns = [group.column(index) for group in groups for index in range(group.num_columns)]
+    expected = sum(max(8 * column.num_values, column.total_uncompressed_size) for column in columns)
+    assert announced_bytes(path) == expected > 8 * 6000
+
+
+@pytest.mark.parametrize("content", [b"", b"PAR1", b"PAR1" * 2, b"x" * 100, b"\x00" * 4 + b"\xff" * 4 + b"PAR1"])
+def test_what_is_no_parquet_file_is_refused(content, tmp_path):
+    (tmp_path / "a.parquet").write_bytes(content)
+    with pytest.raises(ValueError, match="parquet file"):
+        announced_bytes(tmp_path / "a.parquet")
+
+
+@given(footer=st.binary(max_size=200) | st.integers(0, 255).map(lambda byte: bytes([byte]) * 10_000))
+@settings(deadline=None, derandomize=True, max_examples=500)
+def test_any_footer_is_read_or_refused(footer, tmp_path_factory):
+    path = tmp_path_factory.getbasetemp() / "fuzzed.parquet"
+    path.write_bytes(b"PAR1" + footer + len(footer).to_bytes(4, "little") + b"PAR1")
+    try:
+        assert announced_bytes(path) >= 0
+    except ValueError as error:
+        assert str(error).startswith("it")
