@@ -50,6 +50,18 @@ def at_random_operations(seed: int) -> Plan:
     return kill
 
 
+def around_the_last_rename() -> Plan:
+    """Kills at the changes of files around the last one that puts something into place, one after the other."""
+    offsets = itertools.cycle((0, 1, -1, 2, -2, 3))
+
+    def kill(whole: Outcome) -> dict[str, Any]:
+        names = whole.operations or []
+        last = max(n for n, name in enumerate(names, 1) if name in ("os.rename", "exchange"))
+        return {"operation": min(max(last + next(offsets), 1), len(names))}
+
+    return kill
+
+
 def at_every_operation() -> Plan:
     """Kills at the first change of a file, then at the second, and so on; from the beginning again after the last."""
     numbers = itertools.count()
@@ -74,10 +86,13 @@ def saving(
             whole.
     """
     arguments = {"kind": kind, "exchange": exchange, "watch": folder}
-    wholes, trees = [], []
+    whole, wholes, trees = folder / "whole" / kind, [], []
+    workers.run("save", version=1, folder=whole, **arguments)
     for version in (0, 1):
-        wholes.append(workers.run("save", version=version, folder=folder / "whole" / str(version), **arguments))
-        trees.append(tree(folder / "whole" / str(version)))
+        if first:
+            shutil.rmtree(whole)
+        wholes.append(workers.run("save", version=version, folder=whole, **arguments))
+        trees.append(tree(whole))
     target, killed = folder / "saved" / kind, 0
     if not first:
         workers.run("save", version=0, folder=target, **arguments)

@@ -4,20 +4,29 @@ from __future__ import annotations
 
 import pytest
 
-from tests.crash.campaigns import at_random_operations, at_random_times, distilling, pushing, recording, saving
+from tests.crash.campaigns import (
+    around_the_last_rename,
+    at_random_operations,
+    at_random_times,
+    distilling,
+    pushing,
+    recording,
+    saving,
+)
 from tests.crash.tasks import KINDS
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_killed_save_leaves_one_whole_version(workers, tmp_path, kind):
-    assert saving(workers, tmp_path / "over", at_random_operations(0), 5, kind=kind) == 5
-    assert saving(workers, tmp_path / "first", at_random_operations(1), 2, kind=kind, first=True) == 2
-    saving(workers, tmp_path / "times", at_random_times(2), 2, kind=kind)
+    assert saving(workers, tmp_path / "over", around_the_last_rename(), 6, kind=kind) == 6
+    assert saving(workers, tmp_path / "inside", at_random_operations(0), 2, kind=kind) == 2
+    assert saving(workers, tmp_path / "first", around_the_last_rename(), 2, kind=kind, first=True) == 2
+    saving(workers, tmp_path / "times", at_random_times(0), 1, kind=kind)
 
 
 @pytest.mark.parametrize("kind", ["clusters", "unlearned"])
 def test_a_save_killed_between_two_renames_is_completed(workers, tmp_path, kind):
-    assert saving(workers, tmp_path, at_random_operations(0), 8, kind=kind, exchange=False) == 8
+    assert saving(workers, tmp_path, around_the_last_rename(), 6, kind=kind, exchange=False) == 6
 
 
 @pytest.mark.parametrize("best", [None, "first", "last"])
