@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
-from huggingface_hub import CommitInfo
 from torch import Tensor, nn
 
 from hf_rgm.attribution.objectives import Queries, resolve_objective
 from hf_rgm.files import staged_folder, write_json
-from hf_rgm.hub.artefact import CardOptions
-from hf_rgm.hub.repository import push_folder
+from hf_rgm.hub.artefact import CardOptions, HubArtefact
 from hf_rgm.modeling import FunctionalModel
 from hf_rgm.rows import RowReader
 
@@ -67,7 +64,7 @@ def compare_losses(
 
 
 @dataclass(eq=False)
-class UnlearnedModel:
+class UnlearnedModel(HubArtefact):
     """
     The model as it would be had some clusters never been trained on. Made by [`Attributor.unlearn`].
 
@@ -98,6 +95,10 @@ class UnlearnedModel:
 
     ```
     """
+
+    files: ClassVar = ("README.md", CONFIG_FILE, "config.json", "*.safetensors", "*.safetensors.index.json")
+    kind: ClassVar = "model without some of its training data"
+    repo_type: ClassVar = "model"
 
     model: nn.Module
     clusters: Sequence[str]
@@ -152,41 +153,3 @@ class UnlearnedModel:
             )
             (folder / "README.md").write_text(text, encoding="utf-8")
         return Path(save_directory)
-
-    def push_to_hub(
-        self,
-        repo_id: str,
-        *,
-        private: bool | None = None,
-        token: str | bool | None = None,
-        revision: str | None = None,
-        create_pr: bool = False,
-        commit_message: str = "Upload model without some of its training data",
-        card: CardOptions | None = None,
-    ) -> CommitInfo:
-        """
-        Uploads the model to a model repository, in one commit, with a card that says what was removed.
-
-        Args:
-            repo_id (`str`): `"namespace/name"`; created if there is none. Other files there stay.
-            private, token, revision, create_pr, commit_message: See [`Synset.push_to_hub`].
-            card (`CardOptions`, *optional*): What the card says besides.
-
-        Returns:
-            `CommitInfo`: with `commit_url`, `oid`, `pr_url` and `repo_url`.
-
-        Raises:
-            HfHubHTTPError: If the Hub refuses, for example because the token may not write.
-        """
-        with tempfile.TemporaryDirectory() as parent:
-            return push_folder(
-                self.save_pretrained(Path(parent) / "model", card=card),
-                repo_id,
-                replace=("*.safetensors", "*.safetensors.index.json", CONFIG_FILE),
-                commit_message=commit_message,
-                repo_type="model",
-                private=private,
-                token=token,
-                revision=revision,
-                create_pr=create_pr,
-            )

@@ -1,4 +1,4 @@
-"""What artefacts that live in dataset repositories have in common."""
+"""What artefacts that live in repositories on the Hub have in common."""
 
 from __future__ import annotations
 
@@ -36,15 +36,12 @@ class CardOptions:
     template: str | Path | None = field(default=None, metadata={"help": "A template in place of the default."})
 
 
-class DatasetArtefact(ABC):
+class HubArtefact(ABC):
     """
-    An artefact that is a folder, and a dataset repository on the Hub.
+    An artefact that is a folder, and a repository on the Hub.
 
-    Subclasses say what their files are, and how to write and read a folder.
+    Subclasses say what their files are, and how to write a folder.
     """
-
-    marker: ClassVar[str]
-    """The file that every such folder has."""
 
     files: ClassVar[Sequence[str]]
     """Patterns of all files of such a folder."""
@@ -52,9 +49,65 @@ class DatasetArtefact(ABC):
     kind: ClassVar[str]
     """What it is called in commit messages."""
 
+    repo_type: ClassVar[str] = "dataset"
+    """The type of its repository: `"dataset"` or `"model"`."""
+
     @abstractmethod
     def save_pretrained(self, save_directory: str | Path, *, card: CardOptions | None = None, **options: Any) -> Path:
         """Writes the artefact to a folder and returns it."""
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        commit_message: str | None = None,
+        card: CardOptions | None = None,
+        **options: Any,
+    ) -> CommitInfo:
+        """
+        Uploads to a repository, in one commit.
+
+        Args:
+            repo_id (`str`): `"namespace/name"`; created if there is none. What was there of the kind is replaced.
+            private (`bool`, *optional*): Whether a repository that is created is private.
+            token (`str` or `bool`, *optional*): Defaults to that of `hf auth login`.
+            revision (`str`, *optional*): Branch to commit to, created if there is none. Defaults to the main branch.
+            create_pr (`bool`, *optional*, defaults to `False`): Open a pull request with the commit.
+            commit_message (`str`, *optional*): Its title.
+            card (`CardOptions`, *optional*): What the card says besides: licence, links, another template.
+            options: Those of `save_pretrained`.
+
+        Returns:
+            `CommitInfo`: with `commit_url`, `oid`, `pr_url` and `repo_url`.
+
+        Raises:
+            HfHubHTTPError: If the Hub refuses, for example because the token may not write.
+            RuntimeError: If a file does not get there; nothing has changed on the Hub then. Push again.
+        """
+        card = replace(card or CardOptions(), repo_id=repo_id)
+        with tempfile.TemporaryDirectory() as parent:
+            return push_folder(
+                self.save_pretrained(Path(parent) / self.kind, card=card, **options),
+                repo_id,
+                replace=self.files,
+                commit_message=commit_message or f"Upload {self.kind}",
+                repo_type=self.repo_type,
+                private=private,
+                token=token,
+                revision=revision,
+                create_pr=create_pr,
+            )
+
+
+class DatasetArtefact(HubArtefact):
+    """An artefact whose repository is that of a dataset, and that is read again from there."""
+
+    marker: ClassVar[str]
+    """The file that every such folder has."""
 
     @classmethod
     @abstractmethod
@@ -97,48 +150,3 @@ class DatasetArtefact(ABC):
             local_files_only=local_files_only,
         )
         return cls._from_folder(folder)
-
-    def push_to_hub(
-        self,
-        repo_id: str,
-        *,
-        private: bool | None = None,
-        token: str | bool | None = None,
-        revision: str | None = None,
-        create_pr: bool = False,
-        commit_message: str | None = None,
-        card: CardOptions | None = None,
-        **options: Any,
-    ) -> CommitInfo:
-        """
-        Uploads to a dataset repository, in one commit.
-
-        Args:
-            repo_id (`str`): `"namespace/name"`; created if there is none. What was there of the kind is replaced.
-            private (`bool`, *optional*): Whether a repository that is created is private.
-            token (`str` or `bool`, *optional*): Defaults to that of `hf auth login`.
-            revision (`str`, *optional*): Branch to commit to, created if there is none. Defaults to the main branch.
-            create_pr (`bool`, *optional*, defaults to `False`): Open a pull request with the commit.
-            commit_message (`str`, *optional*): Its title.
-            card (`CardOptions`, *optional*): What the card says besides: licence, links, another template.
-            options: Those of `save_pretrained`.
-
-        Returns:
-            `CommitInfo`: with `commit_url`, `oid`, `pr_url` and `repo_url`.
-
-        Raises:
-            HfHubHTTPError: If the Hub refuses, for example because the token may not write.
-            RuntimeError: If a file does not get there; nothing has changed on the Hub then. Push again.
-        """
-        card = replace(card or CardOptions(), repo_id=repo_id)
-        with tempfile.TemporaryDirectory() as parent:
-            return push_folder(
-                self.save_pretrained(Path(parent) / self.kind, card=card, **options),
-                repo_id,
-                replace=self.files,
-                commit_message=commit_message or f"Upload {self.kind}",
-                private=private,
-                token=token,
-                revision=revision,
-                create_pr=create_pr,
-            )
