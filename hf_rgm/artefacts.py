@@ -168,10 +168,15 @@ class ArtefactFolder:
             raise ValueError(f"{path} is damaged ({_short(error, 300)}). {WAY_OUT}") from error
 
 
+def leads_out(name: str) -> bool:
+    """Whether a name can be none of a file in a folder."""
+    relative = PurePosixPath(name)
+    return relative.is_absolute() or ".." in relative.parts or "\\" in name
+
+
 def check_name(name: str) -> None:
     """Raises a `ValueError` if the name of a file leads out of its folder."""
-    relative = PurePosixPath(name)
-    if relative.is_absolute() or ".." in relative.parts or "\\" in name:
+    if leads_out(name):
         raise ValueError(f"{name!r} is no name of a file in an artefact. {WAY_OUT}")
 
 

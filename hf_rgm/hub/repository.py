@@ -19,10 +19,14 @@ from huggingface_hub import (
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
-from hf_rgm.artefacts import ArtefactFolder, check_name
+from hf_rgm.artefacts import ArtefactFolder, check_name, leads_out
 from hf_rgm.files import finish_replacement
 
 ATTEMPTS = 5
+CARD = "README.md"
+MARKERS = {"synset.json", "attribution.json"}
+"""Files that say which kind of artefact a dataset repository holds."""
+
 MAIN = "main"
 _CONFLICTS = (409, 412)
 _REFUSALS = (401, 403, 404)
@@ -49,7 +53,14 @@ def dataset_address(repo_id: str) -> str:
     return f"{constants.ENDPOINT}/datasets/{repo_id}"
 
 
-def link_model(model_id: str, links: Mapping[str, str], *, token: str | bool | None) -> bool:
+def link_model(
+    model_id: str,
+    links: Mapping[str, str],
+    *,
+    token: str | bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+) -> bool:
     """
     Names what belongs to a model in the header of its card, where the token may write to it.
 
@@ -57,12 +68,21 @@ def link_model(model_id: str, links: Mapping[str, str], *, token: str | bool | N
         model_id (`str`): The model's repository.
         links (`Mapping[str, str]`): What to name.
         token (`str` or `bool`, *optional*): As in `huggingface_hub`.
+        revision (`str`, *optional*): Branch to commit to.
+        create_pr (`bool`, *optional*, defaults to `False`): Open a pull request.
 
     Returns:
         `bool`: whether it was done. If not, a warning says how to.
     """
     try:
-        metadata_update(model_id, dict(links), overwrite=True, token=token)  # type: ignore[arg-type]
+        metadata_update(
+            model_id,
+            dict(links),
+            overwrite=True,
+            token=token,  # type: ignore[arg-type]
+            revision=revision,
+            create_pr=create_pr,
+        )
     except HfHubHTTPError as error:
         if error.response.status_code not in _REFUSALS:
             raise
@@ -244,11 +264,32 @@ def open_artefact(
     )
 
 
+def _stale_files(present: set[str], added: set[str], marker: str, files: Sequence[str], repo_id: str) -> list[str]:
+    """What an earlier artefact of the same kind left; a repository with something else is refused."""
+    others = sorted((MARKERS - {marker}) & present)
+    mine = sorted(name for name in present - added if _matches(name, files) and not leads_out(name))
+    foreign = others or ([] if marker in present or marker not in MARKERS else [n for n in mine if n != CARD])
+    if foreign:
+        raise ValueError(
+            f"The repository {repo_id} holds something else: {', '.join(foreign[:3])}. It is left alone; push to "
+            "another one."
+        )
+    return mine if marker in present else []
+
+
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    """Whether a path has as many parts as one of the patterns, and each part matches."""
+    parts = name.split("/")
+    split = (pattern.split("/") for pattern in patterns)
+    return any(len(parts) == len(own) and all(map(fnmatch.fnmatchcase, parts, own)) for own in split)
+
+
 def push_folder(
     folder: Path,
     repo_id: str,
     *,
-    replace: Sequence[str],
+    marker: str,
+    files: Sequence[str],
     commit_message: str,
     repo_type: str = "dataset",
     private: bool | None = None,
@@ -262,7 +303,9 @@ def push_folder(
     Args:
         folder (`Path`): What to upload.
         repo_id (`str`): The repository, created if there is none.
-        replace (`Sequence[str]`): Patterns of files that are deleted in the same commit unless the folder has them.
+        marker (`str`): The file that says of what kind the folder is.
+        files (`Sequence[str]`): Patterns of the files of the kind. Where the repository has the marker, those that the
+            folder lacks are deleted in the same commit. An asterisk stands for a name or a part of one.
         commit_message (`str`): Its title.
         repo_type (`str`, *optional*, defaults to `"dataset"`): Or `"model"`.
         private (`bool`, *optional*): Whether a repository that is created is private. Defaults to the namespace's.
@@ -276,6 +319,7 @@ def push_folder(
     Raises:
         HfHubHTTPError: If the Hub refuses, for example because the token may not write.
         RuntimeError: If a file does not get there; nothing has changed on the Hub then. Push again.
+        ValueError: If the repository holds another kind of artefact, or files that would be taken for this one's.
     """
     api = HfApi(token=token)
     repo_id = api.create_repo(repo_id, repo_type=repo_type, private=private, exist_ok=True).repo_id
@@ -284,16 +328,12 @@ def push_folder(
     additions = [
         CommitOperationAdd(path.relative_to(folder).as_posix(), path)
         for path in sorted(folder.rglob("*"))
-        if path.is_file()
+        if path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts)
     ]
     for attempt in range(ATTEMPTS):
         parent = api.repo_info(repo_id, repo_type=repo_type, revision=revision).sha
         present = set(api.list_repo_files(repo_id, repo_type=repo_type, revision=parent))
-        stale = [
-            name
-            for name in sorted(present - {addition.path_in_repo for addition in additions})
-            if any(fnmatch.fnmatchcase(name, pattern) for pattern in replace)
-        ]
+        stale = _stale_files(present, {addition.path_in_repo for addition in additions}, marker, files, repo_id)
         try:
             # One call is one commit, whatever the number of files; `upload_folder` may split large folders.
             return api.create_commit(

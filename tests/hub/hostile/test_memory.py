@@ -1,0 +1,106 @@
+"""What a file announces is checked before memory is taken for it, measured in processes of their own."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.hub.hostile.artefacts import ARTEFACTS
+from tests.hub.hostile.cases import HUNDRED_GB, a_bomb
+from tests.hub.hostile.edits import Edit, all_of, one_huge_tensor, set_json, text
+
+ROOT = Path(__file__).resolve().parents[3]
+MEGABYTES = 200
+"""What refusing may take at most, beside the libraries; Arrow and its pools alone take some tens."""
+
+LOAD = """
+import resource, sys
+from types import SimpleNamespace
+import hf_rgm.artefacts
+from tests.hub.hostile.artefacts import ARTEFACTS
+from hf_rgm.artefacts import ArtefactFolder
+
+hf_rgm.artefacts.psutil.virtual_memory = lambda: SimpleNamespace(available=8 * 10**9)
+ARTEFACTS["Synset"].read(ArtefactFolder(sys.argv[1]))
+for name, folder in zip(sys.argv[2::2], sys.argv[3::2]):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    try:
+        ARTEFACTS[name].read(ArtefactFolder(folder))
+        outcome = "loads"
+    except (ValueError, MemoryError) as error:
+        outcome = type(error).__name__
+    sys.stdout.write(f"{outcome} {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before}\\n")
+"""
+
+CASES: dict[str, tuple[str, Edit, str]] = {
+    "samples of 120 GB, announced in both files": (
+        "Synset",
+        all_of(
+            set_json("synset.json", ("tensors", "inputs"), [6, 10**9, 5]),
+            one_huge_tensor("synset.safetensors", "inputs", [6, 10**9, 5]),
+        ),
+        "MemoryError",
+    ),
+    "a state of 100 GB, announced in both files": (
+        "Trajectory",
+        all_of(
+            set_json("trajectory.json", ("parameters", "hidden.weight"), HUNDRED_GB),
+            one_huge_tensor("states/step-00000000.safetensors", "parameters.hidden.weight", HUNDRED_GB),
+        ),
+        "MemoryError",
+    ),
+    "10**8 rows of one value, announced in both files": (
+        "ClusterMap",
+        all_of(set_json("clusters.json", ("num_rows",), 10**8), a_bomb(10**8, ["row", "cluster_id"])),
+        "ValueError",
+    ),
+    "scores of 100 GB, announced in the JSON file only": (
+        "AttributionResult",
+        set_json("attribution.json", ("num_rows",), 12_500_000_000),
+        "ValueError",
+    ),
+    "a header of 2**62 bytes": (
+        "AttributionResult",
+        text("attribution.safetensors", (2**62).to_bytes(8, "little") + b"{}"),
+        "ValueError",
+    ),
+    "JSON of 100 GB": (
+        "ClusterMap",
+        lambda folder: os.truncate(folder / "clusters.json", 10**11),
+        "ValueError",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str, float]]:
+    """Error and megabytes of each case, one after the other in one process."""
+    arguments = [str(ARTEFACTS["Synset"].pristine)]
+    for name, edit, _ in CASES.values():
+        folder = Path(shutil.copytree(ARTEFACTS[name].pristine, tmp_path_factory.mktemp("case") / "folder"))
+        edit(folder)
+        arguments += [name, str(folder)]
+    done = subprocess.run(
+        [sys.executable, "-c", LOAD, *arguments],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    lines = [line.split() for line in done.stdout.splitlines()]
+    return {what: (error, int(size) / 1024) for what, (error, size) in zip(CASES, lines, strict=True)}
+
+
+@pytest.mark.parametrize("what", list(CASES))
+def test_memory_is_not_taken_for_what_is_only_announced(what, outcomes, outcome_of):
+    name, _, expected = CASES[what]
+    error, megabytes = outcomes[what]
+    assert error == expected and megabytes < MEGABYTES
+    outcome_of(name, f"announces {what}", f"{error}, within {MEGABYTES} MB")
