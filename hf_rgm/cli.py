@@ -85,11 +85,9 @@ def push(
 
     Example: hf-rgm push hf-rgm-demo/synset me/my-synset --private
     """
-    from hf_rgm.hub import CardOptions
-
     with _clear_errors():
-        commit = _artefact(str(folder)).push_to_hub(
-            repo_id, private=private, revision=revision, create_pr=create_pr, card=CardOptions(license=license)
+        commit = type(_artefact(str(folder))).push_saved(
+            folder, repo_id, license=license, private=private, revision=revision, create_pr=create_pr
         )
     address = commit.pr_url or commit.commit_url
     typer.echo(json.dumps({"commit": commit.oid, "url": address}) if as_json else f"Pushed: {address}")

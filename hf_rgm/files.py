@@ -158,7 +158,7 @@ def _put_in_place(new: Path, target: Path, *, retired: Path) -> None:
     os.rename(target, retired)
     try:
         os.rename(new, target)
-    except OSError:
+    except BaseException:
         os.rename(retired, target)
         raise
 
@@ -177,7 +177,9 @@ def _check_replaceable(target: Path, marker: str) -> None:
 
 
 def _workspace_of(target: Path) -> Path:
-    return target.with_name(f".{target.name}{_WORKSPACE}")
+    # A folder may be named by where it is seen from, as `.`.
+    absolute = Path(os.path.abspath(target))
+    return absolute.with_name(f".{absolute.name}{_WORKSPACE}")
 
 
 @contextlib.contextmanager
@@ -193,7 +195,9 @@ def _workspace(target: Path) -> Iterator[Path]:
             yield workspace
         finally:
             # All is done or given up by now: an error here must not say otherwise, and the next writer tries again.
-            shutil.rmtree(workspace, ignore_errors=True)
+            # What was there before stays where it is if it could not be put back; see `finish_replacement`.
+            if target.exists() or not (workspace / "old").exists():
+                shutil.rmtree(workspace, ignore_errors=True)
 
 
 @contextlib.contextmanager

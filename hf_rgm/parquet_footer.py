@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 _MAGIC = b"PAR1"
 _MAX_DEPTH = 16
 # Fields of the Thrift structures FileMetaData, RowGroup, ColumnChunk and ColumnMetaData.
-_ROW_GROUPS, _COLUMNS, _META_DATA, _NUM_VALUES, _UNCOMPRESSED_SIZE = 4, 1, 3, 5, 6
+_ROW_GROUPS, _COLUMNS, _META_DATA, _NUM_VALUES, _UNCOMPRESSED_SIZE, _COMPRESSED_SIZE = 4, 1, 3, 5, 6, 7
+_DATA_OFFSET, _DICTIONARY_OFFSET = 9, 11
+# Of PageHeader: sizes before and after compression, and the headers of data pages of both versions, whose first field
+# is the number of values.
+_PAGE_BYTES, _PAGE_SIZE, _DATA_PAGES, _PAGE_VALUES = 2, 3, (5, 8), 1
+_MAX_PAGE_HEADER = 2**16
 _TRUE, _FALSE, _BYTE, _INTEGERS, _DOUBLE, _BINARY, _LISTS, _MAP, _STRUCT = 1, 2, 3, (4, 5, 6), 7, 8, (9, 10), 11, 12
 
 
@@ -17,21 +22,46 @@ def announced_bytes(path: Path) -> int:
     What the values of a parquet file of numbers take in memory at most: 8 bytes each, or their size on disk before
     compression where that is more.
 
+    The footer is not believed: pages say themselves how many values they hold, and pyarrow reads what they say.
+
     Args:
-        path (`Path`): The file, of which the footer is read.
+        path (`Path`): The file, of which the footer and the headers of the pages are read.
 
     Raises:
-        ValueError: If it has no whole footer, or that announces fewer than no values.
+        ValueError: If it has no whole footer, or that or a page announces fewer than no values.
     """
     try:
         groups = _Compact(_footer(path)).struct()[_ROW_GROUPS]
         columns = [column[_META_DATA] for group in groups for column in group[_COLUMNS]]
-        sizes = [(8 * column[_NUM_VALUES], column[_UNCOMPRESSED_SIZE]) for column in columns]
-        if any(min(pair) < 0 for pair in sizes):
+        with open(path, "rb") as file:
+            sizes = [
+                (8 * column[_NUM_VALUES], column[_UNCOMPRESSED_SIZE], *_sizes_of_pages(file, column))
+                for column in columns
+            ]
+        if any(min(each) < 0 for each in sizes):
             raise ValueError("it announces fewer than no values")
-        return sum(max(pair) for pair in sizes)
+        return sum(max(each) for each in sizes)
     except (IndexError, KeyError, TypeError) as error:
         raise ValueError("its footer is not that of a parquet file") from error
+
+
+def _sizes_of_pages(file: BinaryIO, column: dict[int, Any]) -> tuple[int, int]:
+    """What the values of a column chunk take, and its pages before compression, by the pages' own headers."""
+    offsets = [column[_DATA_OFFSET], column.get(_DICTIONARY_OFFSET, 0)]
+    at = min(offset for offset in offsets if offset > 0)
+    end = at + column[_COMPRESSED_SIZE]
+    num_values, num_bytes = 0, 0
+    while at < end:
+        file.seek(at)
+        reader = _Compact(file.read(_MAX_PAGE_HEADER))
+        header = reader.struct()
+        counts = [header[kind][_PAGE_VALUES] for kind in _DATA_PAGES if kind in header]
+        if min(0, header[_PAGE_SIZE], header[_PAGE_BYTES], *counts) < 0:
+            raise ValueError("it has a page of less than nothing")
+        num_values += sum(counts)
+        num_bytes += header[_PAGE_BYTES]
+        at += reader.position + header[_PAGE_SIZE]
+    return 8 * num_values, num_bytes
 
 
 def _footer(path: Path) -> bytes:
@@ -56,6 +86,11 @@ class _Compact:
     def __init__(self, data: bytes) -> None:
         self._data = data
         self._at = 0
+
+    @property
+    def position(self) -> int:
+        """Bytes read so far."""
+        return self._at
 
     def struct(self, depth: int = 0) -> dict[int, Any]:
         fields: dict[int, Any] = {}

@@ -11,7 +11,7 @@ import pytest
 
 import hf_rgm.files
 from hf_rgm.artefacts import ArtefactFolder
-from hf_rgm.files import exchange, remove_unfinished, replacing, staged_folder, write_json
+from hf_rgm.files import exchange, finish_replacement, remove_unfinished, replacing, staged_folder, write_json
 
 
 def names(folder):
@@ -225,3 +225,24 @@ def test_a_full_disk_leaves_the_earlier_file(tmp_path):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     assert json.loads((tmp_path / "out.json").read_text()) == {"version": 0}
     assert names(tmp_path) == ["out.json"]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, PermissionError])
+def test_a_replacement_that_stops_between_two_renames_loses_nothing(tmp_path, monkeypatch, error):
+    with staged_folder(tmp_path / "out", "marker.json") as folder:
+        (folder / "marker.json").write_text("old")
+    rename, calls = os.rename, []
+
+    def failing(source, target):
+        calls.append(source)
+        if len(calls) > 1:
+            raise error
+        rename(source, target)
+
+    monkeypatch.setattr("hf_rgm.files.exchange", lambda first, second: False)
+    monkeypatch.setattr("hf_rgm.files.os.rename", failing)
+    with pytest.raises(error), staged_folder(tmp_path / "out", "marker.json") as folder:
+        (folder / "marker.json").write_text("new")
+    monkeypatch.undo()
+    finish_replacement(tmp_path / "out")
+    assert (tmp_path / "out" / "marker.json").read_text() in ("old", "new")

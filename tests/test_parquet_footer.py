@@ -56,3 +56,18 @@ def test_any_footer_is_read_or_refused(footer, tmp_path_factory):
         assert announced_bytes(path) >= 0
     except ValueError as error:
         assert str(error).startswith("it")
+
+
+def test_pages_are_believed_more_than_the_footer(tmp_path):
+    """A footer can say 1 where the page that pyarrow reads holds 300,000 values, all the same and thus tiny."""
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"rows": pa.array([[7] * 300_000], pa.large_list(pa.int64()))}), path)
+    content = path.read_bytes()
+    length = int.from_bytes(content[-8:-4], "little")
+    footer = content[-8 - length : -8]
+    number = bytes([0xC0, 0xCF, 0x24])  # 300,000 as a zigzag varint
+    assert number in footer
+    lying = footer.replace(number, bytes([0x82, 0x80, 0x00]))  # 1, padded to the same length
+    path.write_bytes(content[: -8 - length] + lying + content[-8:])
+    assert len(content) < 10_000
+    assert announced_bytes(path) >= 8 * 300_000

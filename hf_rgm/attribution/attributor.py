@@ -187,7 +187,8 @@ class Attributor:
         Returns:
             [`~hf_rgm.synset.costs.CostEstimate`]: its disk is that of the saved result.
         """
-        options = {"engine": "linearized_replay", "num_masks": None, "rows": None, **settings}
+        given = {name: value for name, value in settings.items() if value is not None}
+        options = {"engine": "linearized_replay", "num_masks": None, "rows": None, **given}
         check_options(options["engine"], rows=options["rows"], num_masks=options["num_masks"])
         objective, collator = resolve_objective(options.pop("objective", "margin")), options.pop("data_collator", None)
         batch, rows = self._queries(queries, collator), options.pop("rows")

@@ -40,7 +40,9 @@ class AttributionPipeline(Pipeline):
 
     Args:
         model (`PreTrainedModel`): The trained model (the `pipeline` factory also takes a folder or id).
-        synset (`Synset`, `str` or `Path`): The synset, or its folder.
+        synset (`Synset`, `str` or `Path`): The synset, its folder, or its repository on the Hub. Pass
+            `Synset.from_pretrained(repo_id, revision=..., token=...)` for another revision or token than the default;
+            those given to `pipeline` are the model's.
         force (`bool`, *optional*, defaults to `False`): Accept a model whose parameters are not the synset's.
         disable_tqdm (`bool`, *optional*, defaults to `False`): No progress bars.
         kwargs: Options of [`AttributionPipeline.__call__`] that hold for every call, and what
@@ -156,6 +158,8 @@ class AttributionPipeline(Pipeline):
         push_model: bool = False,
         private: bool | None = None,
         token: str | bool | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
         card: CardOptions | None = None,
         **options: Any,
     ) -> dict[str, str]:
@@ -168,10 +172,13 @@ class AttributionPipeline(Pipeline):
             repo_id (`str`): Repository of the synset, `"namespace/name"`.
             results (`AttributionResult`, *optional*): Attributions by this synset.
             results_repo_id (`str`, *optional*): Their repository. Defaults to `f"{repo_id}-attributions"`.
-            model_id (`str`, *optional*): The model's repository. Defaults to where it was loaded from.
+            model_id (`str`, *optional*): The trained model's repository. Defaults to where it was loaded from, unless
+                its training started from there.
             push_model (`bool`, *optional*, defaults to `False`): Upload the model to `model_id`.
             private (`bool`, *optional*): Whether repositories that are created are private.
             token (`str` or `bool`, *optional*): Defaults to that of `hf auth login`.
+            revision (`str`, *optional*): Branch of each repository to commit to. Defaults to the main branch.
+            create_pr (`bool`, *optional*, defaults to `False`): Open a pull request in each repository.
             card (`CardOptions`, *optional*): What the cards say besides, such as a licence.
             options: Those of [`Synset.save_pretrained`], such as `state_precision`.
 
@@ -182,7 +189,7 @@ class AttributionPipeline(Pipeline):
             HfHubHTTPError: If the Hub refuses, for example because the token may not write.
             ValueError: If the results are of another model, or the model is to be pushed nowhere.
         """
-        model_id = model_id or self._loaded_from()
+        model_id = model_id or (card.model_id if card else None) or self._loaded_from()
         if push_model and model_id is None:
             raise ValueError("`push_model=True` needs a repository: pass `model_id`.")
         if results is not None and results.metadata.get("parameters_sha256") != self.synset.parameters_sha256:
@@ -193,7 +200,7 @@ class AttributionPipeline(Pipeline):
         card = replace(
             card or CardOptions(), model_id=model_id, synset_id=repo_id, attribution_id=results_id, repo_id=None
         )
-        shared: dict[str, Any] = {"private": private, "token": token}
+        shared: dict[str, Any] = {"private": private, "token": token, "revision": revision, "create_pr": create_pr}
         addresses = {"synset": str(self.synset.push_to_hub(repo_id, card=card, **shared, **options).repo_url)}
         if results is not None and results_id is not None:
             addresses["attributions"] = str(results.push_to_hub(results_id, card=card, **shared).repo_url)
@@ -202,13 +209,16 @@ class AttributionPipeline(Pipeline):
             model.push_to_hub(model_id, **shared)
         if model_id is not None:
             links = {"synset": repo_id, "attribution": results_id}
-            if link_model(model_id, {name: value for name, value in links.items() if value}, token=token):
+            known = {name: value for name, value in links.items() if value}
+            if link_model(model_id, known, token=token, revision=revision, create_pr=create_pr):
                 addresses["model"] = model_address(model_id)
         return addresses
 
     def _loaded_from(self) -> str | None:
-        """The repository the model was loaded from, if it was."""
+        """The repository the trained model was loaded from, if it was. Its training may have begun with another."""
         name = str(getattr(self.model.config, "name_or_path", ""))
+        if name == self.synset.model_description.get("name_or_path"):
+            return None
         return name if "/" in name and not Path(name).exists() and is_repo_id(name) else None
 
     def _sanitize_parameters(self, **options: Any) -> tuple[dict, dict, dict]:

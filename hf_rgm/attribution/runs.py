@@ -211,7 +211,7 @@ class RecordedRun:
         more = num_queries / len(queries)
         num_values = round(count * more) if count == len(queries) else count
         stages = []
-        if objective.differentiable and engine in ENGINES_OF_ROWS:
+        if engine == "adjoint" or (objective.differentiable and engine in ENGINES_OF_ROWS):
             taken = measured(lambda: objective.gradients(self.model, self.final, queries))
             stages.append(PieceOfWork(more * taken.seconds, round(more * taken.peak_bytes)))
         held = 4 * num_values * self.model.num_parameters if stages else 0

@@ -96,7 +96,8 @@ class UnlearnedModel(HubArtefact):
     ```
     """
 
-    files: ClassVar = ("README.md", CONFIG_FILE, "config.json", "*.safetensors", "*.safetensors.index.json")
+    marker: ClassVar = CONFIG_FILE
+    files: ClassVar = ("README.md", CONFIG_FILE, "*.safetensors", "*.safetensors.index.json")
     kind: ClassVar = "model without some of its training data"
     repo_type: ClassVar = "model"
 
@@ -114,6 +115,8 @@ class UnlearnedModel(HubArtefact):
     def save_pretrained(self, save_directory: str | Path, *, card: CardOptions | None = None) -> Path:
         """
         Writes the model with a card and `unlearning.json` (replaces such a folder); it loads like any other model.
+
+        What reads its inputs, a tokenizer or processor, is not saved: use the original model's.
 
         Args:
             save_directory (`str` or `Path`): The folder.

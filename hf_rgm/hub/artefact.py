@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -9,11 +10,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
-from huggingface_hub import CommitInfo
+from huggingface_hub import CommitInfo, RepoCard
 from typing_extensions import Self
 
 from hf_rgm.artefacts import ArtefactFolder
-from hf_rgm.hub.repository import open_artefact, push_folder
+from hf_rgm.hub.repository import CARD, open_artefact, push_folder
+
+LOCAL = "path/to/this/folder"
+"""Stands on cards for a repository that is not known yet."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,9 @@ class HubArtefact(ABC):
 
     Subclasses say what their files are, and how to write a folder.
     """
+
+    marker: ClassVar[str]
+    """The file that every such folder has."""
 
     files: ClassVar[Sequence[str]]
     """Patterns of all files of such a folder."""
@@ -87,13 +94,15 @@ class HubArtefact(ABC):
         Raises:
             HfHubHTTPError: If the Hub refuses, for example because the token may not write.
             RuntimeError: If a file does not get there; nothing has changed on the Hub then. Push again.
+            ValueError: If the repository holds another kind of artefact, or files that would be taken for this one's.
         """
         card = replace(card or CardOptions(), repo_id=repo_id)
         with tempfile.TemporaryDirectory() as parent:
             return push_folder(
-                self.save_pretrained(Path(parent) / self.kind, card=card, **options),
+                self.save_pretrained(Path(parent) / "artefact", card=card, **options),
                 repo_id,
-                replace=self.files,
+                marker=self.marker,
+                files=self.files,
                 commit_message=commit_message or f"Upload {self.kind}",
                 repo_type=self.repo_type,
                 private=private,
@@ -102,12 +111,42 @@ class HubArtefact(ABC):
                 create_pr=create_pr,
             )
 
+    @classmethod
+    def push_saved(cls, folder: str | Path, repo_id: str, *, license: str | None = None, **options: Any) -> CommitInfo:
+        """
+        Uploads a folder that was saved, its own card included.
+
+        Args:
+            folder (`str` or `Path`): The folder. Hidden files stay behind.
+            repo_id (`str`): `"namespace/name"`; created if there is none.
+            license (`str`, *optional*): Put into the header of the card.
+            options: `private`, `token`, `revision`, `create_pr` and `commit_message` of
+                [`HubArtefact.push_to_hub`].
+
+        Returns:
+            `CommitInfo`: see [`HubArtefact.push_to_hub`].
+        """
+        with tempfile.TemporaryDirectory() as parent:
+            copy = Path(shutil.copytree(folder, Path(parent) / "artefact", ignore=shutil.ignore_patterns(".*")))
+            card = RepoCard.load(copy / CARD)
+            card.text = card.text.replace(LOCAL, repo_id)
+            if license is not None:
+                card.data["license"] = license
+            card.save(copy / CARD)
+            commit_message = options.pop("commit_message", None) or f"Upload {cls.kind}"
+            return push_folder(
+                copy,
+                repo_id,
+                marker=cls.marker,
+                files=cls.files,
+                repo_type=cls.repo_type,
+                commit_message=commit_message,
+                **options,
+            )
+
 
 class DatasetArtefact(HubArtefact):
     """An artefact whose repository is that of a dataset, and that is read again from there."""
-
-    marker: ClassVar[str]
-    """The file that every such folder has."""
 
     @classmethod
     @abstractmethod

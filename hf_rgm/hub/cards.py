@@ -13,7 +13,7 @@ from huggingface_hub import DatasetCard, DatasetCardData, ModelCard, ModelCardDa
 from hf_rgm.artefacts import printable
 from hf_rgm.attribution.result import AttributionResult
 from hf_rgm.fidelity.report import DESCRIPTIONS, SOURCES, FidelityReport
-from hf_rgm.hub.artefact import CardOptions
+from hf_rgm.hub.artefact import LOCAL, CardOptions
 from hf_rgm.hub.repository import dataset_address, is_repo_id, model_address
 
 if TYPE_CHECKING:
@@ -37,7 +37,6 @@ CITATION = """```bibtex
 }
 ```"""
 NUM_EXTREMES = 5
-LOCAL = "path/to/this/folder"
 
 
 def synset_card(synset: Synset, options: CardOptions | None = None) -> str:
@@ -161,7 +160,7 @@ def unlearned_model_card(unlearned: UnlearnedModel, options: CardOptions | None 
         "unlearned_model_card.md",
         options,
         base_model=options.model_id or _recorded_model({"name_or_path": unlearned.model_name}),
-        library="transformers",
+        library="peft" if hasattr(unlearned.model, "peft_config") else "transformers",
         tags=[*TAGS, "unlearning"],
         configs=None,
         model=_model_name(options, {"name_or_path": unlearned.model_name}),
@@ -218,7 +217,7 @@ def privacy_section(privacy: dict[str, Any] | None) -> str:
             f"; that of a row to the nearest other row is {privacy['row_distance']:.3g}. "
             f"{privacy['share_nearer']:.0%} of the samples are nearer to a row than that"
         )
-    if "kept_tokens" in privacy:
+    if privacy.get("kept_tokens") is not None:
         text += (
             f". On average {privacy['kept_tokens']:.1f} of a sample's {privacy['num_tokens']} tokens are where the "
             "most similar row has them"

@@ -6,7 +6,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from hf_rgm.artefacts import ArtefactFolder
+from huggingface_hub.errors import LocalEntryNotFoundError
+
+from hf_rgm.artefacts import ArtefactFolder, printable
 from hf_rgm.attribution.result import AttributionResult
 from hf_rgm.fidelity.report import FidelityReport
 from hf_rgm.files import format_size
@@ -75,7 +77,9 @@ def _open(name_or_path: str | Path, revision: str | None, token: str | bool | No
     for marker in MARKERS:
         try:
             folder = open_artefact(name_or_path, marker, revision=revision, token=token)
-        except FileNotFoundError:
+        except FileNotFoundError as error:
+            if isinstance(error.__cause__, LocalEntryNotFoundError):
+                raise  # the Hub is not reached: nobody knows what is there
             continue
         if folder.at_hand(marker):
             return folder
@@ -132,7 +136,7 @@ def _attributions(folder: ArtefactFolder, name: str) -> tuple[dict[str, Any], li
 
 def _model(trajectory: Trajectory) -> str:
     described = trajectory.metadata.get("model")
-    return str(described.get("class", "not known")) if isinstance(described, dict) else "not known"
+    return printable(str(described.get("class", "not known"))) if isinstance(described, dict) else "not known"
 
 
 def _fidelity(fidelity: dict[str, Any] | None) -> str:

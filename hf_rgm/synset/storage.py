@@ -29,7 +29,15 @@ CONFIG_FILE = "synset.json"
 SAMPLES_FOLDER = "data"
 CLUSTERS_FOLDER = "clusters"
 RUNS_FOLDER = "trajectories"
-FILES = ("README.md", CONFIG_FILE, TENSORS_FILE, f"{SAMPLES_FOLDER}/*", f"{CLUSTERS_FOLDER}/*", f"{RUNS_FOLDER}/*")
+FILES = (
+    "README.md",
+    CONFIG_FILE,
+    TENSORS_FILE,
+    f"{SAMPLES_FOLDER}/*",
+    f"{CLUSTERS_FOLDER}/*",
+    f"{RUNS_FOLDER}/*/*",
+    f"{RUNS_FOLDER}/*/*/*",
+)
 """Patterns of all files of a synset."""
 
 LEARNED = ("inputs", "targets", "log_weights")
@@ -82,17 +90,17 @@ class _Privacy:
 class _Metadata:
     """The metadata that is computed with."""
 
-    labels_per_row: float | None = None
-    label_smoothing_factor: float | None = None
+    labels_per_row: float = 1.0
+    label_smoothing_factor: float = 0.0
     custom_row_loss: bool | None = None
     frozen_sha256: str | None = None
     tokens: list[list[int]] | None = None
     privacy: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
-        if self.labels_per_row is not None and not MIN_LABELS_PER_ROW <= self.labels_per_row <= MAX_LABELS_PER_ROW:
+        if not MIN_LABELS_PER_ROW <= self.labels_per_row <= MAX_LABELS_PER_ROW:
             raise ValueError(f"labels_per_row is {self.labels_per_row}, no mean number of labels")
-        if self.label_smoothing_factor is not None and not 0 <= self.label_smoothing_factor < 1:
+        if not 0 <= self.label_smoothing_factor < 1:
             raise ValueError(f"label_smoothing_factor is {self.label_smoothing_factor}, which is not in [0, 1)")
         if any(not 0 <= token < 2**31 for tokens in self.tokens or [] for token in tokens):
             raise ValueError("tokens are not all ids of tokens")

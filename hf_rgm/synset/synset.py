@@ -128,7 +128,7 @@ class Synset(DatasetArtefact):
             raise ValueError(
                 f"`fidelity` must be a dictionary, got {type(self.fidelity).__name__}. Use `FidelityReport.to_dict()`."
             )
-        measured = str(self.fidelity.get("samples_sha256"))
+        measured = printable(str(self.fidelity.get("samples_sha256")))
         if measured != self.samples_sha256:
             raise ValueError(
                 f"`fidelity` was measured for the samples {measured[:12]}, the synset's are "

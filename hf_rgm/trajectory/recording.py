@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 import torch
 
 from hf_rgm.artefacts import ArtefactFolder
-from hf_rgm.files import remove_unfinished, replacing
+from hf_rgm.files import remove_unfinished, write_json
 from hf_rgm.trajectory.optimizers import OptimizerRule
 from hf_rgm.trajectory.states import (
     STATES_FOLDER,
@@ -207,8 +206,7 @@ class TrajectoryRecorder:
 
     def _write_description(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        with replacing(self.folder / METADATA_FILE) as temporary:
-            temporary.write_text(json.dumps(self._description, indent=2) + "\n", encoding="utf-8")
+        write_json(self.folder / METADATA_FILE, self._description)
 
     @contextlib.contextmanager
     def _stopping(self, step: int) -> Iterator[None]:

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from hf_rgm.artefacts import ArtefactFolder, TensorFile
+from hf_rgm.artefacts import ArtefactFolder, TensorFile, printable
 from hf_rgm.files import replacing
 from hf_rgm.trajectory.optimizers import Moments
 from hf_rgm.trajectory.precision import (
@@ -204,7 +204,7 @@ class StateFile:
         except ValueError as error:
             if "is damaged" not in str(error):
                 raise
-            raise ValueError(f"{path} is damaged ({error.__cause__ or error}). {_WAY_OUT}") from error
+            raise ValueError(f"{path} is damaged ({printable(str(error.__cause__ or error))}). {_WAY_OUT}") from error
 
     def _members(self, file: TensorFile) -> dict[str, list[str]]:
         """Names of the parameters each kind of tensor is there for."""

@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 
 from hf_rgm import Attributor, Synset
 from hf_rgm.cli import app
+from hf_rgm.hub import CardOptions
 from hf_rgm.testing import tiny_recorded_run, tiny_synset
 
 RUN = tiny_recorded_run()
@@ -76,6 +77,36 @@ def test_push_and_pull(hub_in_process, folders, tmp_path):
         copy = Synset.from_pretrained(tmp_path / "copy")
         assert copy.trajectory.state(copy.trajectory.state_steps[0]).step == 0
     assert (tmp_path / "copy" / "README.md").read_bytes() == hub_in_process.files("me/synset", "dataset")["README.md"]
+
+
+def test_push_uploads_the_folder_as_it_is(hub_in_process, tmp_path):
+    folder = tiny_synset().save_pretrained(tmp_path / "synset", card=CardOptions(license="apache-2.0"))
+    with open(folder / "README.md", "a") as file:
+        file.write("\nMy own notes.\n")
+    (folder / ".cache").mkdir()
+    (folder / ".cache" / "scratch").write_text("x")
+    assert invoke("push", folder, "me/synset").exit_code == 0
+    card = DatasetCard.load("me/synset")
+    assert card.data.license == "apache-2.0"
+    assert "My own notes." in card.text
+    assert 'synset="me/synset"' in card.text
+    assert "path/to/this/folder" not in card.text
+    assert not any("scratch" in name for name in hub_in_process.files("me/synset", "dataset"))
+    same = Synset.from_pretrained("me/synset")
+    assert same.samples_sha256 == tiny_synset().samples_sha256
+
+
+def test_the_current_folder_can_be_named(monkeypatch, folders):
+    monkeypatch.chdir(folders["synset"])
+    assert invoke("info", ".").exit_code == 0
+
+
+def test_offline_nothing_is_said_of_what_is_there(hub_in_process):
+    tiny_synset().push_to_hub("me/synset")
+    with hub_in_process.unreachable():
+        result = invoke("info", "me/synset")
+    assert result.exit_code == 1
+    assert "the Hub is not reached" in result.output
 
 
 def test_what_goes_wrong_is_one_line(hub_in_process, folders, tmp_path, monkeypatch):

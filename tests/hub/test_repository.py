@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import threading
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -310,3 +312,62 @@ def test_commands_find_what_was_pushed(hub_in_process, hub_shell):
     tiny_synset().push_to_hub("me/synset")
     hub_shell.command("hf", "download", "me/synset", "--repo-type", "dataset", "--local-dir", "copy")
     same_synset(Synset.from_pretrained(hub_shell.folder / "copy"), tiny_synset())
+
+
+def test_what_is_not_ours_on_the_hub_is_left_alone(hub_in_process, result):
+    hub = hub_in_process
+    hub.commit("me/rows", {"README.md": b"rows", "data/train-00000.parquet": b"PAR1"}, "dataset")
+    with pytest.raises(ValueError, match="me/rows holds something else: data/train-00000.parquet"):
+        tiny_synset().push_to_hub("me/rows")
+    tiny_synset().push_to_hub("me/synset")
+    with pytest.raises(ValueError, match="me/synset holds something else: synset.json"):
+        result.push_to_hub("me/synset")
+    assert set(hub.files("me/rows", "dataset")) == {"README.md", "data/train-00000.parquet"}
+    same_synset(Synset.from_pretrained("me/synset"), tiny_synset())
+
+
+def test_an_unlearned_model_replaces_weights_beside_it_only(hub_in_process):
+    run = vit_run()
+    unlearned = Attributor(run.model, run.synset, disable_tqdm=True).unlearn([run.synset.clusters.names[0]])
+    unlearned.push_to_hub("me/without")
+    ours = {"model-00001-of-00002.safetensors": b"old", "onnx/model.safetensors": b"theirs", "notes.txt": b"mine"}
+    hub_in_process.commit("me/without", ours, "model")
+    unlearned.push_to_hub("me/without")
+    files = set(hub_in_process.files("me/without", "model"))
+    assert {"onnx/model.safetensors", "notes.txt", "model.safetensors", "unlearning.json"} <= files
+    assert "model-00001-of-00002.safetensors" not in files
+
+
+def test_the_base_model_is_not_taken_for_the_trained_one(hub_in_process, monkeypatch):
+    run = vit_run()
+    run.model.push_to_hub("me/base")
+    card = hub_in_process.files("me/base", "model")["README.md"]
+    trajectory = copy.copy(run.synset.trajectory)
+    trajectory.metadata = {**trajectory.metadata, "model": {"class": "ViT", "name_or_path": "me/base"}}
+    monkeypatch.setattr(run.model.config, "_name_or_path", "me/base", raising=False)
+    monkeypatch.setattr(run.model, "name_or_path", "me/base", raising=False)
+    synset = replace(run.synset, trajectories=(trajectory,))
+    attribute = pipeline("data-attribution", model=run.model, synset=synset, disable_tqdm=True)
+    assert run.model.config.name_or_path == "me/base"
+    assert set(attribute.push_to_hub("me/synset")) == {"synset"}
+    with pytest.raises(ValueError, match="pass `model_id`"):
+        attribute.push_to_hub("me/synset", push_model=True)
+    assert hub_in_process.files("me/base", "model")["README.md"] == card
+    assert DatasetCard.load("me/synset").data.to_dict()["base_model"] == "me/base"
+    told = attribute.push_to_hub("me/synset", card=CardOptions(model_id="me/tuned"))
+    assert set(told) == {"synset"}
+    assert DatasetCard.load("me/synset").data.model == "me/tuned"
+
+
+def test_a_pull_request_is_opened_everywhere(hub_in_process):
+    run = vit_run()
+    run.model.push_to_hub("me/model")
+    attribute = pipeline("data-attribution", model=run.model, synset=run.synset, disable_tqdm=True)
+    result = attribute(run.queries)
+    attribute.push_to_hub("me/synset", results=result, model_id="me/model")
+    before = {name: hub_in_process.files(name, kind) for name, kind in REPOSITORIES}
+    attribute.push_to_hub("me/synset", results=result, model_id="me/model", push_model=True, create_pr=True)
+    assert {name: hub_in_process.files(name, kind) for name, kind in REPOSITORIES} == before
+
+
+REPOSITORIES = (("me/synset", "dataset"), ("me/synset-attributions", "dataset"), ("me/model", "model"))
