@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
-import pyarrow as pa
 
-from hf_rgm.artefacts import ArtefactFolder, parsed, printable
-from hf_rgm.files import staged_folder, write_json
+from hf_rgm.artefacts import ArtefactFolder, printable
+from hf_rgm.cluster_storage import CONFIG_FILE, read_clusters, write_clusters
+from hf_rgm.files import staged_folder
 from hf_rgm.grouping import (
     as_numpy,
     as_points,
@@ -24,20 +23,6 @@ from hf_rgm.grouping import (
     group_by_embeddings,
     k_means_cells,
 )
-
-FORMAT_VERSION = 1
-CONFIG_FILE = "clusters.json"
-ROWS_FILE = "rows.parquet"
-
-
-@dataclass
-class _Header:
-    """What the JSON file beside the rows must hold."""
-
-    num_rows: int
-    names: list[str]
-    parents: list[int] | None
-    parent_names: list[str] | None
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -347,23 +332,7 @@ class ClusterMap:
     def save(self, folder: str | Path) -> None:
         """Writes the map to a folder (replaces a map already there): one parquet line a row, and a JSON header."""
         with staged_folder(folder, CONFIG_FILE) as staging:
-            pd.DataFrame(
-                {
-                    "row": np.arange(self.num_rows, dtype=np.int64),
-                    "cluster_id": self.cluster_ids,
-                    "cluster": np.array(self.names, dtype=object)[self.cluster_ids],
-                }
-            ).to_parquet(staging / ROWS_FILE, index=False)
-            write_json(
-                staging / CONFIG_FILE,
-                {
-                    "format_version": FORMAT_VERSION,
-                    "num_rows": self.num_rows,
-                    "names": list(self.names),
-                    "parents": None if self.parents is None else self.parents.tolist(),
-                    "parent_names": None if self.parent_names is None else list(self.parent_names),
-                },
-            )
+            write_clusters(self, staging)
 
     @classmethod
     def load(cls, folder: str | Path | ArtefactFolder) -> ClusterMap:
@@ -376,24 +345,11 @@ class ClusterMap:
             ValueError: If a file is damaged or of another format version.
         """
         folder = folder if isinstance(folder, ArtefactFolder) else ArtefactFolder(folder)
-        content = folder.read_json(CONFIG_FILE, format_version=FORMAT_VERSION)
-        header = parsed(_Header, content, f"{folder}/{CONFIG_FILE}")
-        columns = {"row": pa.int64(), "cluster_id": pa.int64()}
-        table = folder.read_parquet(ROWS_FILE, columns, num_rows=header.num_rows)
+        arguments = read_clusters(folder)
         try:
-            rows, cluster_ids = (table[name].to_numpy() for name in columns)
-            order = np.argsort(rows, kind="stable")
-            if not np.array_equal(rows[order], np.arange(header.num_rows)):
-                raise ValueError(f"{ROWS_FILE} does not have every row once")
-            result = cls(
-                cluster_ids[order],
-                tuple(header.names),
-                parents=None if header.parents is None else np.array(header.parents, dtype=np.int64),
-                parent_names=None if header.parent_names is None else tuple(header.parent_names),
-            )
+            return cls(**arguments)
         except (OverflowError, TypeError, ValueError) as error:
             raise ValueError(f"The cluster map in {folder} is damaged ({error}). Copy or make it again.") from error
-        return result
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, ClusterMap):
