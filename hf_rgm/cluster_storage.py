@@ -75,7 +75,7 @@ def read_clusters(folder: ArtefactFolder) -> dict[str, Any]:
     order = np.argsort(rows, kind="stable")
     if not np.array_equal(rows[order], np.arange(header.num_rows)):
         raise ValueError(
-            f"The cluster map in {folder} is damaged ({ROWS_FILE} does not have every row once). Copy or make it again."
+            f"The cluster map in {folder} is damaged ({ROWS_FILE} does not have every row once). Copy it again."
         )
     return {
         "cluster_ids": cluster_ids[order],
