@@ -48,7 +48,8 @@ def announced_bytes(path: Path) -> int:
 def _sizes_of_pages(file: BinaryIO, column: dict[int, Any]) -> tuple[int, int]:
     """What the values of a column chunk take, and its pages before compression, by the pages' own headers."""
     offsets = [column[_DATA_OFFSET], column.get(_DICTIONARY_OFFSET, 0)]
-    at = min(offset for offset in offsets if offset > 0)
+    # A chunk of no values has no pages.
+    at = min((offset for offset in offsets if offset > 0), default=0)
     end = at + column[_COMPRESSED_SIZE]
     num_values, num_bytes = 0, 0
     while at < end:

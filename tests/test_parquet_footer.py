@@ -40,6 +40,11 @@ def test_sizes_are_those_that_pyarrow_reads(options, tmp_path):
     assert announced_bytes(path) == expected > 8 * 6000
 
 
+def test_a_table_without_lines_takes_nothing(tmp_path):
+    pq.write_table(TABLE.slice(0, 0), tmp_path / "a.parquet")
+    assert announced_bytes(tmp_path / "a.parquet") < 1000
+
+
 @pytest.mark.parametrize("content", [b"", b"PAR1", b"PAR1" * 2, b"x" * 100, b"\x00" * 4 + b"\xff" * 4 + b"PAR1"])
 def test_what_is_no_parquet_file_is_refused(content, tmp_path):
     (tmp_path / "a.parquet").write_bytes(content)

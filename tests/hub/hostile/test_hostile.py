@@ -16,7 +16,8 @@ from hf_rgm import Synset
 from hf_rgm.artefacts import ArtefactFolder
 from hf_rgm.hub.repository import open_artefact
 from tests.hub.hostile.artefacts import ARTEFACTS, Artefact, attribute, is_refusal
-from tests.hub.hostile.cases import CASES, RUN, VALUES, Case
+from tests.hub.hostile.cases import CASES, VALUES
+from tests.hub.hostile.damage import RUN, Case
 from tests.hub.hostile.edits import replaced, routes
 
 ADDRESS = "stranger/artefact"

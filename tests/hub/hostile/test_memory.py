@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.hub.hostile.artefacts import ARTEFACTS
-from tests.hub.hostile.cases import HUNDRED_GB, a_bomb
+from tests.hub.hostile.damage import HUNDRED_GB, a_bomb
 from tests.hub.hostile.edits import Edit, all_of, one_huge_tensor, set_json, text
 
 ROOT = Path(__file__).resolve().parents[3]
