@@ -178,7 +178,7 @@ def test_saved_tables_can_be_read_as_dataset_configs(tmp_path):
 
 def test_damaged_folders_are_named(tmp_path):
     folder = tmp_path / "result"
-    with pytest.raises(FileNotFoundError, match="is no folder that exists"):
+    with pytest.raises(FileNotFoundError, match="There is no folder"):
         AttributionResult.from_pretrained(folder)
     folder.mkdir()
     with pytest.raises(FileNotFoundError, match="has no attribution.json"):

@@ -47,7 +47,7 @@ def test_info_says_what_it_is_and_what_to_do_with_it(folders, kind, words):
     assert len(result.output.splitlines()) <= 12
     for word in words:
         assert word in result.output
-    told = json.loads(invoke("info", folders[kind], "--json").output)
+    told = json.loads(invoke("info", folders[kind], "--json").stdout)
     assert (told["kind"], told["whole"]) == (kind, True)
 
 
@@ -58,7 +58,7 @@ def test_info_says_what_is_missing(tmp_path):
     assert result.exit_code == 1
     assert "whole: NO" in result.output
     assert "synset.safetensors" in result.output
-    assert json.loads(invoke("info", folder, "--json").output)["whole"] is False
+    assert json.loads(invoke("info", folder, "--json").stdout)["whole"] is False
     nothing = invoke("info", tmp_path)
     assert nothing.exit_code == 1
     assert "Error: " in nothing.output
@@ -68,7 +68,7 @@ def test_info_says_what_is_missing(tmp_path):
 def test_push_and_pull(hub_in_process, folders, tmp_path):
     pushed = invoke("push", folders["synset"], "me/synset", "--license", "mit", "--json")
     assert pushed.exit_code == 0, pushed.output
-    assert json.loads(pushed.output)["commit"] == hub_in_process.commits("me/synset", "dataset")[0].oid
+    assert json.loads(pushed.stdout)["commit"] == hub_in_process.commits("me/synset", "dataset")[0].oid
     assert DatasetCard.load("me/synset").data.license == "mit"
     assert "me/synset@" in invoke("info", "me/synset").output
     pulled = invoke("pull", "me/synset", tmp_path / "copy")
