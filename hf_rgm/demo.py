@@ -242,7 +242,7 @@ def run_demo(
         disable_tqdm=disable_tqdm,
     )
     synset = distiller.distill()
-    synset.save_pretrained(folder / "synset", state_precision="int8")
+    synset.save_pretrained(folder / "synset")
     size = sum(path.stat().st_size for path in (folder / "synset").rglob("*") if path.is_file())
     say(
         f"   {synset.num_samples} synthetic digits stand in for {len(data.train)} real ones: matching error "

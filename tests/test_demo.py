@@ -36,8 +36,7 @@ def test_everything_is_written_and_can_be_used(finished):
     again = Attributor(loaded, folder / "synset", disable_tqdm=True).attribute(
         load_data(TINY).queries, rows=load_data(TINY).train
     )
-    # The saved synset has its recorded states in 8 bits.
-    np.testing.assert_allclose(again.scores, result.scores, rtol=1e-2, atol=1e-3 * np.abs(result.scores).max())
+    np.testing.assert_allclose(again.scores, result.scores, rtol=1e-4, atol=1e-6)
 
 
 def test_it_tells_what_it_does(finished):
