@@ -254,8 +254,7 @@ class Attributor:
             KeyError, IndexError: If there is no cluster of a name or index.
             ValueError: If none or all are named.
         """
-        vector, _, _ = self._without(clusters, rewind)
-        return self._module(vector)
+        return self._module(self._without(self._chosen(clusters), rewind)[0])
 
     def unlearn(
         self,
@@ -283,7 +282,7 @@ class Attributor:
             KeyError, IndexError: If there is no cluster of a name or index.
             ValueError: If none or all are named, or the rows are not the training set.
         """
-        vector, chosen, engine = self._without(clusters, rewind)
+        chosen = self._chosen(clusters)
         cluster_map = self.synset.clusters
         groups: list[tuple[str, RowReader, np.ndarray]] = []
         if rows is not None:
@@ -294,6 +293,7 @@ class Attributor:
         if queries is not None:
             reader = RowReader(queries, self.model, data_collator=data_collator, what="queries")
             groups.append(("queries", reader, np.arange(len(reader))))
+        vector, engine = self._without(chosen, rewind)
         with self.model.differentiable():
             checks = [compare_losses(self.model, self._final, vector, *group) for group in groups]
         return UnlearnedModel(
@@ -309,10 +309,8 @@ class Attributor:
             fidelity=self.synset.fidelity,
         )
 
-    def _without(
-        self, clusters: Iterable[str | int], rewind: float | None
-    ) -> tuple[Tensor, list[int], ReplayEngine | LinearizedReplayEngine]:
-        """Parameters without some clusters, `(num_parameters,)`, the indices of these, and the engine used."""
+    def _chosen(self, clusters: Iterable[str | int]) -> list[int]:
+        """Indices of clusters that are to be removed."""
         named = [clusters] if isinstance(clusters, str | int) else clusters
         chosen = sorted({self.synset.clusters.index(cluster) for cluster in named})
         if not 0 < len(chosen) < self.synset.num_clusters:
@@ -320,11 +318,17 @@ class Attributor:
                 f"{len(chosen)} of {self.synset.num_clusters} clusters are to be removed. Name at least one, and "
                 "leave at least one."
             )
+        return chosen
+
+    def _without(
+        self, chosen: list[int], rewind: float | None
+    ) -> tuple[Tensor, ReplayEngine | LinearizedReplayEngine]:
+        """Parameters without some clusters, `(num_parameters,)`, and the engine used."""
         mask = torch.ones(1, self.synset.num_clusters)
         mask[0, chosen] = 0
         settings: dict[str, Any] = {} if rewind is None else {"rewind": rewind}
         engine = self._runs[0].replay_engine("replay", **settings)
-        return engine.parameters(mask)[0], chosen, engine
+        return engine.parameters(mask)[0], engine
 
     def _module(self, vector: Tensor) -> nn.Module:
         return self.model.module_with(self.model.space.unflatten(vector), like=self._original).eval()
