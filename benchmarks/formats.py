@@ -28,6 +28,11 @@ def ratio(value: float | None) -> str:
     return "" if value is None else f"{value:.2g}" if value < 10 else f"{value:.0f}"
 
 
+def signless(value: float) -> str:
+    """Two decimals; a rounding error about 0 has no sign, which would change between machines."""
+    return f"{round(value, 2) + 0.0:.2f}"
+
+
 def markdown(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table, or nothing if there are no rows."""
     if not rows:

@@ -12,7 +12,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from benchmarks.formats import markdown, ratio, size
+from benchmarks.formats import markdown, ratio, signless, size
 from hf_rgm.explorer.plots import GRID, LINES, NEUTRAL
 
 COUNTS = {"rows": "training rows", "clusters": "clusters", "parameters": "parameters"}
@@ -104,7 +104,7 @@ def growth_table(report: dict[str, Any]) -> str:
             law = power_law(x, y)
             show = size if cost in BYTES else ratio if cost in TIMES else "{:.1f} s".format
             what = f"{x[0]:,} to {x[-1]:,} {COUNTS[axis]}"
-            rows.append([what, label, show(y[0]), show(y[-1]), f"{law.exponent:.2f}", f"{law.last_exponent:.2f}"])
+            rows.append([what, label, show(y[0]), show(y[-1]), signless(law.exponent), signless(law.last_exponent)])
     titles = ["what grows", "cost", "smallest", "largest", "exponent", "exponent, last two points"]
     return markdown(titles, rows)
 
@@ -137,7 +137,7 @@ def _draw_panel(panel: Axes, report: dict[str, Any], axis: str, costs: dict[str,
         x, y = series(report, axis, cost)
         law = power_law(x, y)
         color, marker = STYLES[cost]
-        panel.plot(x, y, marker, color=color, label=f"{label}: exponent {law.exponent:.2f}")
+        panel.plot(x, y, marker, color=color, label=f"{label}: exponent {signless(law.exponent)}")
         panel.plot(x, law.factor * np.asarray(x, dtype=float) ** law.exponent, color=color, linewidth=1)
         panel.set_xticks(x, labels=[f"{count:,}" for count in x], fontsize="small")
     panel.minorticks_off()

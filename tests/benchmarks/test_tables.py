@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from benchmarks.formats import figure, size
+from benchmarks.formats import figure, signless, size
 from benchmarks.growth_plots import BYTES, TIMES, TRAINING
 from benchmarks.tables import insert, page, read
 
@@ -163,6 +163,16 @@ def test_uses(report):
     only = page([report | {"uses": {"format_version": 1, "task": "digits", "mixture": uses["mixture"]}}])
     assert "suggested" in only and "training loss" not in only
     assert "### Uses" not in page([report])
+
+
+def test_a_rounding_error_about_zero_has_no_sign():
+    assert [signless(value) for value in (-1e-9, 0.0, -0.004, -0.006, 1.5)] == [
+        "0.00",
+        "0.00",
+        "0.00",
+        "-0.01",
+        "1.50",
+    ]
 
 
 def test_growth_stands_at_the_end(report):
