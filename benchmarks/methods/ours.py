@@ -105,10 +105,13 @@ METHODS: dict[str, Method] = {
     "linearised replay, synset alone": replay(),
     "adjoint": adjoint(),
     "adjoint, 5 runs": adjoint(num_runs=5),
+    "linearised replay and adjoint, quick preset": replay(with_rows=True, distillation=PRESETS["quick"]),
+    "linearised replay, synset alone, quick preset": replay(distillation=PRESETS["quick"]),
     "adjoint, quick preset": adjoint(**PRESETS["quick"]),
     "adjoint, 1 per cluster": adjoint(samples_per_cluster=1),
     "anchored replay": replay(engine="replay"),
     "anchored replay, 5 runs": replay(engine="replay", num_runs=5),
+    "anchored replay, quick preset": replay(engine="replay", distillation=PRESETS["quick"]),
     "plain replay": replay(engine="plain_replay"),
 }
 
