@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from accelerate.data_loader import DataLoaderDispatcher, SeedableRandomSampler
+from accelerate.data_loader import BatchSamplerShard, DataLoaderDispatcher, SeedableRandomSampler
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SequentialSampler
 
 _WAYS_OUT = {
@@ -29,9 +30,12 @@ class RowSchedule:
     is that of a fresh sampler with the same seed. Call [`~RowSchedule.begin_epoch`] whenever an epoch begins and
     [`~RowSchedule.next_update`] before every update.
 
+    Where several processes train together, every process knows the rows of all: Accelerate deals batches (or parts of
+    them, with `split_batches`) out in turn, and at the end of an epoch repeats its first rows to give each as many.
+
     Args:
         dataloader (`DataLoader`): The training dataloader, as callbacks are given it.
-        accumulation_steps (`int`): Batches of one update.
+        accumulation_steps (`int`): Batches of one update, on every process.
         global_step (`int`, *optional*, defaults to `0`): Updates made before, when resuming from a checkpoint.
 
     Raises:
@@ -54,17 +58,21 @@ class RowSchedule:
     """
 
     def __init__(self, dataloader: Any, accumulation_steps: int, *, global_step: int = 0) -> None:
-        batch_sampler = _checked_batch_sampler(dataloader)
+        batch_sampler, self._shard = _checked_batch_sampler(dataloader)
         self.num_rows = len(dataloader.dataset)
+        self.num_processes = 1 if self._shard is None else self._shard.num_processes
         self.batch_size = batch_sampler.batch_size
+        if self._shard is not None and self._shard.split_batches:
+            self.batch_size //= self.num_processes
+        self._batch_sampler = batch_sampler
         self._sampler: Any = batch_sampler.sampler
-        self._num_batches = len(batch_sampler)
+        self._num_batches = self._checked_num_batches()
         self._accumulation_steps = accumulation_steps
         self.updates_per_epoch = max(1, math.ceil(self._num_batches / accumulation_steps))
         self._epoch = global_step // self.updates_per_epoch - 1
         self._first_update = global_step % self.updates_per_epoch
         self._update = 0
-        self._order = np.empty(0, np.int64)
+        self._batches: list[list[np.ndarray]] = []
 
     @property
     def mid_epoch(self) -> bool:
@@ -80,14 +88,18 @@ class RowSchedule:
         """Moves on to the next epoch."""
         self._epoch += 1
         self._update, self._first_update = self._first_update, 0
-        self._order = self._epoch_order()
+        self._batches = [
+            [np.array(batch, np.int64) for batch in dealt]
+            for dealt in zip(*self._shards(self._epoch_order()), strict=True)
+        ]
 
     def next_update(self) -> list[np.ndarray]:
         """
         Rows of the next update.
 
         Returns:
-            `list[np.ndarray]`: one array of rows for each batch, `(batch_size,)`, int64.
+            `list[np.ndarray]`: one array of rows for each batch, `(batch_size,)`, int64; the first batch of every
+            process, then the second of every process, and so on.
 
         Raises:
             RuntimeError: If the sampler is not at the epoch that the Trainer is in, or the epoch is over.
@@ -103,13 +115,34 @@ class RowSchedule:
         if first >= last:
             raise RuntimeError(f"Epoch {self._epoch} has {self._num_batches} batches, all of which have been used.")
         self._update += 1
-        size = self.batch_size
-        return [self._order[index * size : (index + 1) * size] for index in range(first, last)]
+        return [batch for dealt in self._batches[first:last] for batch in dealt]
 
-    def _epoch_order(self) -> np.ndarray:
+    def _shards(self, order: Sequence[int]) -> list[BatchSampler]:
+        """The batches of every process, for an order of rows."""
+        batches, shard = self._batch_sampler, self._shard
+        whole = BatchSampler(order, batches.batch_size, batches.drop_last)  # type: ignore[arg-type]
+        if shard is None:
+            return [whole]
+        how = {"split_batches": shard.split_batches, "even_batches": shard.even_batches}
+        return [BatchSamplerShard(whole, self.num_processes, index, **how) for index in range(self.num_processes)]
+
+    def _checked_num_batches(self) -> int:
+        """Batches of an epoch on every process."""
+        if self._shard is None or self._shard.even_batches:
+            return len(self._shard or self._batch_sampler)
+        counts = [sum(1 for _ in batches) for batches in self._shards(range(len(self._sampler)))]
+        if len(set(counts)) > 1:
+            raise NotImplementedError(
+                f"The {self.num_processes} processes get {counts} batches in an epoch, so that some updates are made "
+                'by fewer of them. Train with `TrainingArguments(accelerator_config={"even_batches": True})`, the '
+                "default, or with `dataloader_drop_last=True`."
+            )
+        return counts[0]
+
+    def _epoch_order(self) -> list[int]:
         sampler = self._sampler
         if not isinstance(sampler, SeedableRandomSampler):
-            return np.arange(len(sampler), dtype=np.int64)
+            return list(range(len(sampler)))
         device = torch.get_default_device() if sampler.generator is None else sampler.generator.device
         twin = SeedableRandomSampler(
             range(len(sampler.data_source)),
@@ -119,11 +152,11 @@ class RowSchedule:
             data_seed=sampler.initial_seed,
         )
         twin.set_epoch(self._epoch)
-        return np.fromiter(twin, np.int64)
+        return list(twin)
 
 
-def _checked_batch_sampler(dataloader: Any) -> BatchSampler:
-    """The dataloader's batch sampler, if the order it gives can be known."""
+def _checked_batch_sampler(dataloader: Any) -> tuple[BatchSampler, BatchSamplerShard | None]:
+    """The dataloader's batch sampler, if the order it gives can be known, and how processes share its batches."""
     if not isinstance(dataloader, DataLoader):
         raise _unknown_order(f"The dataloader is of type {type(dataloader).__name__}", _DEFAULT_WAY_OUT)
     if isinstance(dataloader.dataset, IterableDataset) or not hasattr(dataloader.dataset, "__len__"):
@@ -142,6 +175,8 @@ def _checked_batch_sampler(dataloader: Any) -> BatchSampler:
             "Leave `dataloader_in_order` at its default.",
         )
     batch_sampler: Any = dataloader.batch_sampler
+    shard = batch_sampler if type(batch_sampler) is BatchSamplerShard else None
+    batch_sampler = batch_sampler if shard is None else shard.batch_sampler
     if type(batch_sampler) is not BatchSampler:
         kind = type(batch_sampler).__name__
         what = "The dataloader has no batch sampler (batch_size=None)" if batch_sampler is None else f"Got a {kind}"
@@ -152,7 +187,7 @@ def _checked_batch_sampler(dataloader: Any) -> BatchSampler:
         raise _unknown_order(f"Got a {kind}", _WAYS_OUT.get(kind, _DEFAULT_WAY_OUT))
     if isinstance(sampler, SeedableRandomSampler) and not hasattr(dataloader, "set_epoch"):
         raise _unknown_order("The dataloader has no `set_epoch`, which reshuffles every epoch", _DEFAULT_WAY_OUT)
-    return batch_sampler
+    return batch_sampler, shard
 
 
 def _unknown_order(what: str, way_out: str) -> NotImplementedError:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.data_loader import SeedableRandomSampler, skip_first_batches
+from accelerate.data_loader import SeedableRandomSampler, prepare_data_loader, skip_first_batches
 from accelerate.utils import DataLoaderConfiguration
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -48,6 +48,74 @@ def test_schedule_is_what_the_dataloader_gives(num_rows, batch_size, accumulatio
         updates = [schedule.next_update() for _ in range(schedule.updates_per_epoch)]
         assert [batch.tolist() for update in updates for batch in update] == batches
         assert all(len(update) == accumulation for update in updates[:-1])
+
+
+def shared_loaders(num_processes, num_rows, batch_size, *, seed=3, shuffle=True, drop_last=False, **arguments):
+    """The dataloaders of processes that train together, as Accelerate prepares them."""
+    return [
+        prepare_data_loader(
+            DataLoader(range(num_rows), batch_size=batch_size, shuffle=shuffle, drop_last=drop_last),
+            num_processes=num_processes,
+            process_index=index,
+            put_on_device=False,
+            use_seedable_sampler=True,
+            data_seed=seed,
+            **arguments,
+        )
+        for index in range(num_processes)
+    ]
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    num_processes=st.integers(2, 4),
+    num_rows=st.integers(1, 40),
+    batch_size=st.integers(1, 5),
+    accumulation=st.integers(1, 3),
+    shuffle=st.booleans(),
+    drop_last=st.booleans(),
+    split_batches=st.booleans(),
+)
+def test_schedule_of_several_processes_is_what_their_dataloaders_give(
+    num_processes, num_rows, batch_size, accumulation, shuffle, drop_last, split_batches
+):
+    size = batch_size * num_processes if split_batches else batch_size
+    if drop_last and num_rows < batch_size * num_processes:
+        return
+    loaders = shared_loaders(
+        num_processes, num_rows, size, shuffle=shuffle, drop_last=drop_last, split_batches=split_batches
+    )
+    schedule = RowSchedule(loaders[-1], accumulation)
+    assert (schedule.num_processes, schedule.batch_size) == (num_processes, batch_size)
+    for epoch in range(2):
+        dealt = list(zip(*(real_epoch(loader, epoch) for loader in loaders), strict=True))
+        schedule.begin_epoch()
+        updates = [schedule.next_update() for _ in range(schedule.updates_per_epoch)]
+        assert [batch.tolist() for update in updates for batch in update] == [b for batches in dealt for b in batches]
+        assert all(len(update) == accumulation * num_processes for update in updates[:-1])
+        assert {row for update in updates for batch in update for row in batch.tolist()} == set(range(num_rows)) or (
+            drop_last
+        )
+
+
+def test_schedule_of_several_processes_resumes_in_mid_epoch():
+    loaders = shared_loaders(2, 23, 3)
+    schedule = RowSchedule(loaders[0], 1, global_step=6)
+    dealt = [real_epoch(loader, 1, skip=2) for loader in loaders]
+    schedule.begin_epoch()
+    assert [[batch.tolist() for batch in schedule.next_update()] for _ in range(2)] == [
+        [first, second] for first, second in zip(*dealt, strict=True)
+    ]
+
+
+def test_uneven_batches_are_recorded_where_every_process_has_as_many():
+    loaders = shared_loaders(2, 22, 3, even_batches=False)
+    schedule = RowSchedule(loaders[0], 1)
+    schedule.begin_epoch()
+    updates = [schedule.next_update() for _ in range(4)]
+    assert [[len(batch) for batch in update] for update in updates] == [[3, 3]] * 3 + [[3, 1]]
+    with pytest.raises(NotImplementedError, match=r"2 processes get \[4, 3\] batches.*even_batches.*drop_last"):
+        RowSchedule(shared_loaders(2, 21, 3, even_batches=False)[0], 1)
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
