@@ -206,7 +206,9 @@ class RecordedPath:
         momentum, gain, momentum_share, gradient_share = self._momentum(updates, weights / weights.sum())
         precondition = self.space.expand_groups(lengths.sum(0).tolist(), rule.group_of, self.device)
         if self.is_adaptive:
-            recorded = [s for s in trajectory.state_steps if s > 0]
+            made = trajectory.update_numbers
+            # Before the first update, which loss scaling may have skipped, there is no second moment.
+            recorded = [s for s in trajectory.state_steps if s > 0 and made[s - 1] > 0]
             moment = self._interpolate(start + (span + 1) / 2, recorded, self._flat_second_moment)
             # An element without a second moment never received a gradient (the embedding of a token that no row has),
             # and no row moves it; synthetic samples must not either, at a step of 1 / eps.
