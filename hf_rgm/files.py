@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 
 _WORKSPACE = ".hf-rgm-saving"
 _LOCK = ".lock"
+FOLDER_LOCK = ".hf-rgm.lock"
 _EXCHANGE = 2
 _CURRENT_FOLDER = -100
 _CANNOT_EXCHANGE = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
@@ -92,6 +93,63 @@ def staged_folder(target: str | Path, marker: str) -> Iterator[Path]:
             _flush(staging)
             _put_in_place(staging, target, retired=workspace / "old")
             _flush(target.parent)
+
+
+class FolderLock:
+    """
+    Keeps other processes from writing to a folder, until it is released or this process ends, however that ends.
+
+    Within one process the last one to acquire it has it: what had it before has failed, or nobody would begin anew.
+
+    Args:
+        folder (`Path`): The folder, made if need be. A hidden file in it is locked.
+
+    Example:
+
+    ```python
+    >>> import tempfile
+    >>> from pathlib import Path
+    >>> from hf_rgm.files import FolderLock
+    >>> with tempfile.TemporaryDirectory() as parent:
+    ...     lock = FolderLock(Path(parent) / "trajectory")
+    ...     lock.acquire()
+    ...     lock.release()
+    ...     print(list(lock.folder.iterdir()))
+    []
+
+    ```
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder.resolve()
+        # One object for one folder and process: a former holder that failed may still be alive.
+        self._lock = FileLock(self.folder / FOLDER_LOCK, is_singleton=True, thread_local=False)
+
+    def acquire(self) -> None:
+        """
+        Takes the lock.
+
+        Raises:
+            OSError: If the folder cannot be written.
+            RuntimeError: If another process has it.
+        """
+        with _explained(self.folder / FOLDER_LOCK):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            try:
+                self._lock.acquire(blocking=False)
+            except Timeout as error:
+                raise RuntimeError(
+                    f"Another process is recording into {self.folder}. Choose another folder, or wait until it has "
+                    f"ended. (If there is none: where the file system knows no locks, a killed process leaves "
+                    f"{self._lock.lock_file} behind, which can then be deleted.)"
+                ) from error
+
+    def release(self) -> None:
+        """Gives the lock back, if this process has it."""
+        if self._lock.is_locked:
+            with contextlib.suppress(PermissionError):  # Windows keeps open files
+                Path(self._lock.lock_file).unlink(missing_ok=True)
+            self._lock.release(force=True)
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

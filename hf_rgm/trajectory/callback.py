@@ -6,45 +6,23 @@ import contextlib
 import logging
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
+from transformers.trainer_utils import SaveStrategy
 
 from hf_rgm.files import format_size
-from hf_rgm.trajectory.batches import RowSchedule
 from hf_rgm.trajectory.capture import PendingStep, as_table, capture_state, optimizer_updates, same_parameters
-from hf_rgm.trajectory.description import check_supported, describe_run, fingerprint_columns, inner_optimizer
-from hf_rgm.trajectory.fingerprint import dataset_fingerprint
-from hf_rgm.trajectory.gradients import GradientNorms
-from hf_rgm.trajectory.optimizers import OptimizerRule
+from hf_rgm.trajectory.description import loss_scale
+from hf_rgm.trajectory.processes import FailingTogether, check_same
 from hf_rgm.trajectory.recording import TrajectoryRecorder
+from hf_rgm.trajectory.run import OngoingRun, checkpoint_step
 
 logger = logging.getLogger(__name__)
 
 _DTYPES = (torch.float32, torch.bfloat16)
-
-
-@dataclass
-class _Run:
-    """What is known of the training run that is being recorded."""
-
-    parameters: dict[str, nn.Parameter]
-    optimizer: torch.optim.Optimizer
-    rule: OptimizerRule
-    schedule: RowSchedule
-    norms: GradientNorms
-    planned: set[int]
-    started: float
-    next_step: int
-    batches: list[np.ndarray] = field(default_factory=list)
-    steps: list[PendingStep] = field(default_factory=list)
-    best_step: int | None = None
 
 
 class TrajectoryCallback(TrainerCallback):
@@ -54,11 +32,13 @@ class TrajectoryCallback(TrainerCallback):
     Recorded are some states (trainable parameters and optimizer moments) and, for every update, the learning rates,
     the gradient norm, the factor by which clipping scaled the gradient, and which rows were in it. Training itself is
     the same with and without the callback, bit for bit. Training that was interrupted goes on recording when it is
-    resumed from a checkpoint with the same folder.
+    resumed from a checkpoint with the same folder, also on another number of processes. Files are written by another
+    thread, so that training waits for copies of the states and, before each checkpoint, for what is not written yet.
 
-    Supported are torch's SGD, Adam and AdamW on one process and one device; gradient accumulation and clipping; any
-    learning rate schedule; bf16. With `load_best_model_at_end` the trajectory ends at the best checkpoint, so that its
-    last state is always the model that `trainer.train()` leaves. A custom loss (`compute_loss_func`, a subclassed
+    Supported are torch's SGD, Adam and AdamW on any number of processes that each have the whole model
+    (DistributedDataParallel; the main process writes); gradient accumulation and clipping; any learning rate schedule;
+    mixed precision in bf16 and fp16. With `load_best_model_at_end` the trajectory ends at the best checkpoint, so that
+    its last state is always the model that `trainer.train()` leaves. A custom loss (`compute_loss_func`, a subclassed
     `compute_loss`) is not visible to a callback and therefore not recorded.
 
     Args:
@@ -74,10 +54,12 @@ class TrajectoryCallback(TrainerCallback):
         ValueError: If `num_states` or `dtype` is wrong; in `on_train_begin`, if training resumes and the folder does
             not record the steps before, or if the optimizer misses a trainable parameter.
         FileExistsError: In `on_train_begin`, if the folder holds a complete trajectory or something else.
-        NotImplementedError: In `on_train_begin`, if the optimizer, the order of rows or the parallelism cannot be
-            recorded.
+        NotImplementedError: In `on_train_begin`, if the optimizer, the order of rows or the parallelism (FSDP,
+            DeepSpeed, tensor parallelism) cannot be recorded.
         OSError: When the disk is full or the folder can no longer be written. Training stops there rather than going
             on without a record, and can be resumed.
+        RuntimeError: In `on_train_begin`, if another process records into the folder or the processes that train
+            together have other data or settings; later, on processes that stop because another one failed.
 
     Example:
 
@@ -134,7 +116,7 @@ class TrajectoryCallback(TrainerCallback):
         self.num_states = num_states
         self.dtype = dtype
         self._recorder = TrajectoryRecorder(self.folder, dtype=dtype, overwrite=overwrite)
-        self._active: _Run | None = None
+        self._active: OngoingRun | None = None
         self._seconds = 0.0
         self._summary = "Nothing is recorded yet."
 
@@ -151,7 +133,7 @@ class TrajectoryCallback(TrainerCallback):
             self._seconds += time.perf_counter() - start
 
     @property
-    def _run(self) -> _Run:
+    def _run(self) -> OngoingRun:
         if self._active is None:
             raise RuntimeError(
                 "TrajectoryCallback was added while training was running. Add it before calling `trainer.train()`."
@@ -168,45 +150,29 @@ class TrajectoryCallback(TrainerCallback):
         self._seconds = 0.0
         started = time.perf_counter()
         with self._timed():
-            model: nn.Module = kwargs["model"]
-            check_supported(args, model, kwargs["lr_scheduler"])
-            optimizer = inner_optimizer(kwargs["optimizer"])
-            rule = OptimizerRule.from_torch(optimizer, model.named_parameters())
-            dataloader = kwargs["train_dataloader"]
-            schedule = RowSchedule(dataloader, args.gradient_accumulation_steps, global_step=state.global_step)
-            if schedule.mid_epoch and args.ignore_data_skip:
-                raise NotImplementedError(
-                    "Training resumes in mid-epoch with `ignore_data_skip=True`, so that rows are seen twice in one "
-                    "epoch. Leave `ignore_data_skip` at its default."
-                )
-            parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-            description = describe_run(args, model, batch_size=schedule.batch_size, sampler_seed=schedule.seed) | {
-                "optimizer": rule.to_dict(),
-                "parameters": {name: list(parameter.shape) for name, parameter in parameters.items()},
-                "num_rows": schedule.num_rows,
-                "dataset_fingerprint": dataset_fingerprint(dataloader.dataset, fingerprint_columns(args, model)),
-                "updates_before": optimizer_updates(optimizer, parameters),
-            }
-            planned = {round(step) for step in np.linspace(0, state.max_steps, self.num_states)}
-            best_step = _checkpoint_step(state.best_model_checkpoint) if args.load_best_model_at_end else None
-            self._recorder.begin(description, step=state.global_step, planned=planned, best=best_step)
-            self._active = run = _Run(
-                parameters=parameters,
-                optimizer=optimizer,
-                rule=rule,
-                schedule=schedule,
-                norms=GradientNorms(parameters, clipping=bool(args.max_grad_norm)),
-                planned=planned,
-                started=started,
-                next_step=state.global_step,
-                best_step=best_step,
-            )
-            self._announce(run)
-            if state.global_step == best_step:
-                # The run may have been killed after it wrote this checkpoint and before `on_save`.
-                self._record_state(state.global_step, exact=True)
-            elif state.global_step in planned and not self._recorder.has_state(state.global_step):
-                self._record_state(state.global_step, exact=state.global_step >= state.max_steps)
+            with FailingTogether(args.world_size):
+                run = OngoingRun.prepare(args, state, num_states=self.num_states, started=started, **kwargs)
+            try:
+                check_same(run.description | {"global_step": state.global_step}, args.world_size)
+                with FailingTogether(args.world_size):
+                    self._begin(run, state)
+            except BaseException:
+                run.norms.remove()
+                self._active = None
+                raise
+
+    def _begin(self, run: OngoingRun, state: TrainerState) -> None:
+        self._active = run
+        if not run.is_main:
+            return
+        step = state.global_step
+        self._recorder.begin(run.description, step=step, planned=run.planned, best=run.best_step)
+        self._announce(run)
+        if step == run.best_step:
+            # The run may have been killed after it wrote this checkpoint and before `on_save`.
+            self._record_state(step, exact=True)
+        elif step in run.planned and not self._recorder.has_state(step):
+            self._record_state(step, exact=step >= state.max_steps)
 
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -229,7 +195,8 @@ class TrajectoryCallback(TrainerCallback):
         with self._timed():
             run = self._run
             learning_rates = [float(group["lr"]) for group in run.optimizer.param_groups]
-            run.steps.append(PendingStep(learning_rates, *run.norms.measure(), batches=run.batches))
+            measured = run.norms.measure(loss_scale(kwargs["optimizer"]))
+            run.steps.append(PendingStep(learning_rates, *measured, batches=run.batches))
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -245,33 +212,38 @@ class TrajectoryCallback(TrainerCallback):
             run = self._run
             run.steps[-1].epoch = float(state.epoch or 0)
             due = state.global_step in run.planned
-            if due:
-                self._record_state(state.global_step, exact=state.global_step >= state.max_steps)
             if due or control.should_save:
-                self._write_steps()
+                with FailingTogether(run.num_processes):
+                    if due:
+                        self._record_state(state.global_step, exact=state.global_step >= state.max_steps)
+                    self._write_steps(wait=control.should_save)
+            elif run.num_processes == 1:
+                self._recorder.check()
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Records all steps before a checkpoint is written."""
         if control.should_save:
-            with self._timed():
-                self._write_steps()
+            with self._timed(), FailingTogether(args.world_size):
+                self._write_steps(wait=True)
 
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Records all steps where the result of the evaluation may lead to a checkpoint."""
         if args.save_strategy == SaveStrategy.BEST and self._active is not None:
-            with self._timed():
-                self._write_steps()
+            with self._timed(), FailingTogether(args.world_size):
+                self._write_steps(wait=True)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Records the state of the best checkpoint so far, where training is to end with it."""
-        with self._timed():
-            self._write_steps()
+        with self._timed(), FailingTogether(args.world_size):
             run = self._run
-            if not args.load_best_model_at_end or _checkpoint_step(state.best_model_checkpoint) != state.global_step:
+            self._write_steps(wait=True)
+            if not args.load_best_model_at_end or checkpoint_step(state.best_model_checkpoint) != state.global_step:
+                return
+            if not run.is_main:
                 return
             if run.best_step is not None and run.best_step not in {*run.planned, state.global_step}:
                 self._recorder.drop_state(run.best_step)
@@ -284,30 +256,40 @@ class TrajectoryCallback(TrainerCallback):
     ) -> None:
         """Records the last state, closes the folder and tells what recording cost."""
         run = self._run
+        run.norms.remove()
+        with FailingTogether(args.world_size):
+            if run.is_main:
+                self._finish(run, args, state)
+        self._active = None
+
+    def _finish(self, run: OngoingRun, args: TrainingArguments, state: TrainerState) -> None:
+        if state.global_step == 0:
+            logger.warning("Training ended before its first step, so %s holds no trajectory.", self.folder)
+            self._recorder.abandon()
+            return
         with self._timed():
-            self._write_steps()
-            run.norms.remove()
-            if state.global_step == 0:
-                logger.warning("Training ended before its first step, so %s holds no trajectory.", self.folder)
-                self._active = None
-                return
+            self._write_steps(wait=True)
             final_step = state.global_step
             if args.load_best_model_at_end and self._ends_at_best(run, state):
-                final_step = _checkpoint_step(state.best_model_checkpoint) or final_step
+                final_step = checkpoint_step(state.best_model_checkpoint) or final_step
             elif not self._recorder.has_exact_state(final_step):
                 self._record_state(final_step, exact=True)
+            self._recorder.drain()
         recording, training = self._seconds + run.norms.seconds, time.perf_counter() - run.started
-        self._recorder.finish(final_step, {"recording_seconds": recording, "training_seconds": training})
-        self._active = None
+        self._recorder.finish(
+            final_step,
+            {"recording_seconds": recording, "training_seconds": training},
+            stopped_early=state.global_step < state.max_steps,
+        )
         self._summary = (
             f"Recorded {final_step} steps in {self.folder}: {format_size(self._recorder.num_bytes())} on disk, "
             f"{recording:.2f} s, which is {recording / training:.1%} of the {training:.2f} s of training."
         )
         logger.info(self._summary)
 
-    def _ends_at_best(self, run: _Run, state: TrainerState) -> bool:
+    def _ends_at_best(self, run: OngoingRun, state: TrainerState) -> bool:
         """Whether the best checkpoint, older than the last step, was loaded into the model."""
-        best = _checkpoint_step(state.best_model_checkpoint)
+        best = checkpoint_step(state.best_model_checkpoint)
         if best is None or best == state.global_step:
             return False
         if self._recorder.has_state(best):
@@ -323,17 +305,22 @@ class TrajectoryCallback(TrainerCallback):
 
     def _record_state(self, step: int, *, exact: bool) -> None:
         run = self._run
+        if not run.is_main:
+            return
         optimizer_updates(run.optimizer, run.parameters)
         self._recorder.write_state(capture_state(step, run.parameters, run.optimizer, run.rule), exact=exact)
 
-    def _write_steps(self) -> None:
+    def _write_steps(self, *, wait: bool) -> None:
         run = self._run
-        if run.steps:
-            self._recorder.write_steps(run.next_step, as_table(run.steps))
-            run.next_step += len(run.steps)
-            run.steps.clear()
+        if run.is_main:
+            if run.steps:
+                self._recorder.write_steps(run.next_step, as_table(run.steps))
+            if wait:
+                self._recorder.drain()
+        run.next_step += len(run.steps)
+        run.steps.clear()
 
-    def _announce(self, run: _Run) -> None:
+    def _announce(self, run: OngoingRun) -> None:
         size = sum(p.numel() * min(p.element_size(), self.dtype.itemsize) for p in run.parameters.values())
         logger.info(
             "Recording %d states into %s, about %s each. Fewer states (`num_states`) or `dtype=torch.bfloat16` take "
@@ -342,9 +329,3 @@ class TrajectoryCallback(TrainerCallback):
             self.folder,
             format_size(size * (1 + len(run.rule.moment_names))),
         )
-
-
-def _checkpoint_step(checkpoint: str | None) -> int | None:
-    name = Path(checkpoint or "").name
-    number = name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")
-    return int(number) if number != name and number.isdigit() else None

@@ -8,10 +8,21 @@ from typing import Any
 
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.utils import DistributedType
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import TrainingArguments
 
 from hf_rgm.modeling import LABEL_NAMES, forward_arguments
+
+_WHOLE_MODELS = (
+    DistributedType.NO,
+    DistributedType.MULTI_CPU,
+    DistributedType.MULTI_GPU,
+    DistributedType.MULTI_NPU,
+    DistributedType.MULTI_XPU,
+)
+"""Ways to train in which every process has the whole model."""
 
 
 def check_supported(args: TrainingArguments, model: nn.Module, lr_scheduler: Any) -> None:
@@ -21,25 +32,31 @@ def check_supported(args: TrainingArguments, model: nn.Module, lr_scheduler: Any
     Raises:
         NotImplementedError: Naming the setting and the way out.
     """
-    single = "Train on one process with one device to record."
+    replicated = (
+        "Train with a whole model on every device to record: with `torchrun` or `accelerate launch`, but without "
+        "FSDP, DeepSpeed or tensor parallelism."
+    )
     if args.deepspeed:
         raise NotImplementedError(
             "DeepSpeed steps its optimizer inside the backward pass, where it cannot be recorded. Train without "
             "`deepspeed`."
         )
-    if args.fsdp:
-        raise NotImplementedError(f"Recording under FSDP is not supported yet, got fsdp={args.fsdp!r}. {single}")
-    if args.parallelism_config is not None or (getattr(model, "tp_size", None) or 1) > 1:
-        raise NotImplementedError(f"Recording a model that is split over devices is not supported. {single}")
-    if args.world_size > 1:
-        raise NotImplementedError(f"Recording on {args.world_size} processes is not supported yet. {single}")
+    kind = args.distributed_state.distributed_type if args.distributed_state is not None else DistributedType.NO
+    if args.fsdp or kind == DistributedType.FSDP:
+        raise NotImplementedError(f"Recording under FSDP is not supported, got fsdp={args.fsdp!r}. {replicated}")
+    is_split = any(isinstance(parameter, DTensor) for parameter in model.parameters())
+    if is_split or args.parallelism_config is not None or (getattr(model, "tp_size", None) or 1) > 1:
+        raise NotImplementedError(f"Recording a model that is split over devices is not supported. {replicated}")
+    if kind not in _WHOLE_MODELS:
+        raise NotImplementedError(f"Recording under {kind.value} is not supported. {replicated}")
+    if args.world_size > 1 and loss_reduction(model) == "update" and not args.average_tokens_across_devices:
+        raise NotImplementedError(
+            f"With `average_tokens_across_devices=False`, each of the {args.world_size} processes divides its loss by "
+            "its own number of items, which is not recorded. Leave it at its default."
+        )
     if args.n_gpu > 1:
         raise NotImplementedError(
             f"Recording with DataParallel on {args.n_gpu} GPUs is not supported. Set CUDA_VISIBLE_DEVICES=0."
-        )
-    if args.fp16:
-        raise NotImplementedError(
-            "Recording under fp16 loss scaling is not supported. Train with `bf16=True` or in float32."
         )
     strategy = getattr(args, "packing_strategy", None)
     packed = getattr(args, "packing", False) and strategy != "wrapped"
@@ -62,6 +79,12 @@ def inner_optimizer(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     return optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
 
 
+def loss_scale(optimizer: torch.optim.Optimizer) -> float:
+    """What the loss is multiplied by at present, for mixed precision in fp16; 1 otherwise. May wait for the device."""
+    scaler = optimizer.scaler if isinstance(optimizer, AcceleratedOptimizer) else None
+    return 1.0 if scaler is None else float(scaler.get_scale())
+
+
 def loss_reduction(model: nn.Module) -> str:
     """
     How the `Trainer` reduces the loss of one update.
@@ -69,7 +92,7 @@ def loss_reduction(model: nn.Module) -> str:
     Returns:
         `str`: `"update"` if the model divides the summed loss by the number of items in the whole update, as the
         Trainer has it do when the forward takes `**kwargs`; `"micro_batch"` if each batch's mean is divided by the
-        number of accumulated batches.
+        number of accumulated batches. Where several processes train together, the update has the batches of all.
     """
     inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
     accepts = getattr(inner, "accepts_loss_kwargs", None)
@@ -103,6 +126,8 @@ def describe_run(args: TrainingArguments, model: nn.Module, *, batch_size: int, 
         "max_grad_norm": args.max_grad_norm,
         "gradient_accumulation_steps": args.gradient_accumulation_steps,
         "per_device_train_batch_size": batch_size,
+        "num_processes": args.world_size,
         "bf16": args.bf16,
+        "fp16": args.fp16,
         "versions": {name: version(name) for name in ("torch", "transformers", "accelerate")},
     }

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from hf_rgm.artefacts import ArtefactFolder
-from hf_rgm.files import remove_unfinished, write_json
+from hf_rgm.files import FOLDER_LOCK, FolderLock, remove_unfinished, write_json
 from hf_rgm.trajectory.optimizers import OptimizerRule
 from hf_rgm.trajectory.states import (
     STATES_FOLDER,
     StateFile,
     TrajectoryState,
+    detached_state,
     recorded_states,
     state_path,
     write_state,
@@ -32,6 +33,7 @@ from hf_rgm.trajectory.steps import (
     write_part,
 )
 from hf_rgm.trajectory.storage import FORMAT_VERSION, METADATA_FILE, read_metadata
+from hf_rgm.trajectory.writer import BackgroundWriter
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +43,10 @@ _SAME_WHEN_RESUMED = ("optimizer", "parameters", "num_rows", "dataset_fingerprin
 class TrajectoryRecorder:
     """
     The growing trajectory folder of one training run. Every file is written whole or not at all.
+
+    Steps and states are written by another thread, in the order they are given: [`~TrajectoryRecorder.drain`] before
+    anything relies on them, as a checkpoint does. If one cannot be written, nothing after it is, and the next call
+    raises the error.
 
     Args:
         folder (`Path`): Where to write: new, empty, or a trajectory folder. Only a trajectory's files are deleted.
@@ -55,6 +61,8 @@ class TrajectoryRecorder:
         self._own = False
         self._description: dict[str, Any] = {}
         self._exact: set[int] = set()
+        self._lock: FolderLock | None = None
+        self._writer: BackgroundWriter | None = None
 
     def begin(self, description: Mapping[str, Any], *, step: int, planned: Collection[int], best: int | None) -> None:
         """
@@ -69,11 +77,29 @@ class TrajectoryRecorder:
         Raises:
             FileExistsError: If the folder holds something that must not be replaced.
             OSError: If the disk is full or the folder cannot be written.
+            RuntimeError: If another process is recording into the folder.
             ValueError: If training resumes but the folder does not hold the steps before.
         """
+        self._close()
+        if self.folder.exists() and not self.folder.is_dir():
+            raise FileExistsError(f"{self.folder} is a file. Choose another folder.")
+        lock = FolderLock(self.folder)
+        lock.acquire()
+        try:
+            self._open(description, step=step, planned=planned, best=best)
+        except BaseException:
+            lock.release()
+            raise
+        self._lock = lock
+        self._writer = BackgroundWriter()
+
+    def _open(self, description: Mapping[str, Any], *, step: int, planned: Collection[int], best: int | None) -> None:
         existing = self._existing()
         if existing is not None and existing["complete"] and step < existing["num_steps"]:
-            if self._own:
+            goes_on = step > 0 and existing.get("stopped_early") is True
+            if goes_on:
+                logger.info("The trajectory in %s stopped early; it goes on from step %d.", self.folder, step)
+            elif self._own:
                 logger.warning("The trajectory in %s is replaced by that of another training run.", self.folder)
             elif not self._overwrite:
                 raise FileExistsError(
@@ -99,11 +125,9 @@ class TrajectoryRecorder:
             self.drop_state(outdated)
 
     def _existing(self) -> dict[str, Any] | None:
-        if self.folder.exists() and not self.folder.is_dir():
-            raise FileExistsError(f"{self.folder} is a file. Choose another folder.")
         for folder in (self.folder, self.folder / STATES_FOLDER, self.folder / STEPS_FOLDER):
             remove_unfinished(folder)
-        if not self.folder.is_dir() or not any(self.folder.iterdir()):
+        if all(path.name == FOLDER_LOCK for path in self.folder.iterdir()):
             return None
         try:
             return read_metadata(ArtefactFolder(self.folder))
@@ -160,15 +184,41 @@ class TrajectoryRecorder:
 
     def write_steps(self, start: int, steps: StepTable) -> None:
         """Adds steps, the first of which is number `start`."""
-        with self._stopping(start + len(steps)):
-            write_part(part_path(self.folder, start), steps)
+        self._submit(start + len(steps), lambda: write_part(part_path(self.folder, start), steps))
 
     def write_state(self, state: TrajectoryState, *, exact: bool) -> None:
-        """Adds a state, in the model's own dtype if it is to be exact."""
-        with self._stopping(state.step):
-            write_state(state_path(self.folder, state.step), state, dtype=None if exact else self._dtype)
+        """Adds a copy of a state as it is now, in the model's own dtype if it is to be exact."""
+        copy = detached_state(state, None if exact else self._dtype)
+        self._submit(state.step, lambda: write_state(state_path(self.folder, copy.step), copy))
         if exact:
             self._exact.add(state.step)
+
+    def _submit(self, step: int, work: Callable[[], None]) -> None:
+        def stopping() -> None:
+            with self._stopping(step):
+                work()
+
+        self._open_writer.submit(stopping)
+
+    @property
+    def _open_writer(self) -> BackgroundWriter:
+        if self._writer is None:
+            raise RuntimeError(f"Nothing is being recorded into {self.folder}.")
+        return self._writer
+
+    def check(self) -> None:
+        """Raises the error of what could not be written, without waiting for what is being written."""
+        self._open_writer.check()
+
+    def drain(self) -> None:
+        """Waits until everything is written, and raises the error of what could not be."""
+        self._open_writer.drain()
+
+    def _close(self) -> None:
+        """Ends the writing of an earlier run, which may have failed."""
+        if self._writer is not None:
+            self._writer.close()
+        self._writer = None
 
     def has_state(self, step: int) -> bool:
         """Whether a step's state is recorded."""
@@ -185,24 +235,46 @@ class TrajectoryRecorder:
         return step in self._exact
 
     def drop_state(self, step: int) -> None:
-        """Deletes a state."""
-        state_path(self.folder, step).unlink(missing_ok=True)
+        """Deletes a state, when what was given before is written."""
+        path = state_path(self.folder, step)
         self._exact.discard(step)
+        if self._writer is None:
+            path.unlink(missing_ok=True)
+        else:
+            self._writer.submit(lambda: path.unlink(missing_ok=True))
 
-    def finish(self, num_steps: int, cost: Mapping[str, float]) -> None:
-        """Marks the trajectory as complete, ending at a recorded state. Later steps stay, to resume after."""
+    def finish(self, num_steps: int, cost: Mapping[str, float], *, stopped_early: bool) -> None:
+        """
+        Marks the trajectory as complete, ending at a recorded state. Later steps stay, to resume after.
+
+        Args:
+            num_steps (`int`): Where it ends.
+            cost (`Mapping[str, float]`): What recording cost.
+            stopped_early (`bool`): Whether fewer steps were made than were planned, so that training may go on from
+                an earlier checkpoint.
+        """
+        self.drain()
         recorded = recorded_states(self.folder)
         self._description |= {
             "complete": True,
             "num_steps": num_steps,
             "state_steps": [step for step in recorded if step <= num_steps],
             "recording": dict(cost),
+            "stopped_early": stopped_early,
         }
         with self._stopping(num_steps):
             self._write_description()
         for step in recorded:
             if step > num_steps:
                 self.drop_state(step)
+        self.abandon()
+
+    def abandon(self) -> None:
+        """Leaves the folder as it is, once all is written, to whoever records into it next."""
+        self._close()
+        if self._lock is not None:
+            self._lock.release()
+        self._lock = None
 
     def _write_description(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)

@@ -65,6 +65,25 @@ def recorded_states(folder: Path) -> list[int]:
     return sorted(int(name) for name in names if name.isdigit())
 
 
+def detached_state(state: TrajectoryState, dtype: torch.dtype | None = None) -> TrajectoryState:
+    """
+    A copy of a state on the CPU, which goes on being what it is when training goes on.
+
+    Args:
+        state (`TrajectoryState`): On any device and in any dtype.
+        dtype (`torch.dtype`, *optional*): Tensors of more bytes per element are cast to this. By default each keeps
+            its dtype, up to float32.
+    """
+    limit = dtype if dtype is not None else torch.float32
+
+    def copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {name: _detached(tensor, limit) for name, tensor in tensors.items()}
+
+    return TrajectoryState(
+        state.step, copies(state.parameters), {kind: copies(members) for kind, members in state.moments.items()}
+    )
+
+
 def write_state(
     path: Path,
     state: TrajectoryState,
@@ -85,15 +104,12 @@ def write_state(
             differences from `final`.
         final (`Mapping[str, Tensor]`, *optional*): The trained parameters.
     """
-    limit = dtype if dtype is not None else torch.float32
-    kinds = {_PARAMETERS: state.parameters, **state.moments}
+    kinds: dict[str, Mapping[str, Tensor]] = {_PARAMETERS: state.parameters, **state.moments}
     metadata = {"format": "pt", "step": str(state.step)}
     if precision == PRECISIONS[0]:
-        tensors = {
-            f"{kind}.{name}": _detached(tensor, limit)
-            for kind, members in kinds.items()
-            for name, tensor in members.items()
-        }
+        copy = detached_state(state, dtype)
+        kinds = {_PARAMETERS: copy.parameters, **copy.moments}
+        tensors = {f"{kind}.{name}": tensor for kind, members in kinds.items() for name, tensor in members.items()}
     else:
         if final is None:
             raise ValueError(f"A state in {precision} is kept as the difference from the trained model: pass `final`.")

@@ -153,6 +153,10 @@ def replay(trajectory: Trajectory, model: nn.Module, rows: list[dict[str, Any]])
     features = torch.stack([row["features"] for row in rows])
     labels = torch.tensor([row["labels"] for row in rows])
     for step in range(trajectory.num_steps):
+        if steps.skipped[step]:
+            state = TrajectoryState(step + 1, state.parameters, state.moments)
+            replayed[step + 1] = state
+            continue
         leaves = {name: value.detach().requires_grad_() for name, value in state.parameters.items()}
         batches = torch.tensor(steps.rows[step]).split(steps.micro_batch_sizes[step])
         sums = [_summed_loss(model, leaves, features[batch], labels[batch]) for batch in batches]

@@ -4,8 +4,11 @@ import types
 
 import pytest
 import torch
+from accelerate.utils import DistributedType
 from datasets import Dataset
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from transformers import Trainer, TrainingArguments
 
 from hf_rgm.trajectory import TrajectoryCallback
@@ -13,14 +16,15 @@ from hf_rgm.trajectory.description import check_supported, describe_run, fingerp
 from tests.trajectory.helpers import MeanModel, UpdateModel, dataset, make_trainer
 
 
-def supported(**changes):
+def supported(kind=DistributedType.NO, **changes):
     defaults = {
         "deepspeed": None,
         "fsdp": None,
         "parallelism_config": None,
         "world_size": 1,
         "n_gpu": 0,
-        "fp16": False,
+        "average_tokens_across_devices": True,
+        "distributed_state": types.SimpleNamespace(distributed_type=kind),
     }
     return types.SimpleNamespace(**(defaults | changes))
 
@@ -30,10 +34,10 @@ def supported(**changes):
     [
         ({"deepspeed": "config.json"}, "DeepSpeed steps its optimizer inside the backward pass"),
         ({"fsdp": "full_shard"}, "fsdp='full_shard'"),
+        ({"kind": DistributedType.FSDP}, "under FSDP is not supported.*whole model on every device"),
+        ({"kind": DistributedType.MEGATRON_LM}, "under MEGATRON_LM is not supported.*whole model on every device"),
         ({"parallelism_config": object()}, "split over devices"),
-        ({"world_size": 4}, "Recording on 4 processes is not supported yet"),
         ({"n_gpu": 2}, "DataParallel on 2 GPUs.*CUDA_VISIBLE_DEVICES"),
-        ({"fp16": True}, "fp16 loss scaling.*bf16=True"),
         ({"packing": True, "packing_strategy": "bfd"}, "packing_strategy='bfd'.*flattens.*packing=False"),
         ({"packing": True, "packing_strategy": "wrapped", "padding_free": True}, "padding_free=True"),
     ],
@@ -46,6 +50,25 @@ def test_unsupported_set_ups_are_refused(changes, message):
 
 def test_rows_that_are_packed_but_not_flattened_are_supported():
     check_supported(supported(packing=True, packing_strategy="wrapped", padding_free=False), MeanModel(), None)
+
+
+def test_several_processes_with_whole_models_are_supported():
+    launched = {"kind": DistributedType.MULTI_GPU, "world_size": 4}
+    check_supported(supported(**launched), UpdateModel(), None)
+    apart = supported(**launched, average_tokens_across_devices=False)
+    check_supported(apart, MeanModel(), None)
+    with pytest.raises(NotImplementedError, match="each of the 4 processes divides its loss by its own number"):
+        check_supported(apart, UpdateModel(), None)
+
+
+def test_a_model_that_was_split_when_it_was_loaded_is_refused(tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        model = fully_shard(MeanModel(), mesh=init_device_mesh("cpu", (1,)))
+        with pytest.raises(NotImplementedError, match="split over devices is not supported"):
+            check_supported(supported(), model, None)
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_tensor_parallel_model_is_refused():
