@@ -11,7 +11,15 @@ import pytest
 
 import hf_rgm.files
 from hf_rgm.artefacts import ArtefactFolder
-from hf_rgm.files import exchange, finish_replacement, remove_unfinished, replacing, staged_folder, write_json
+from hf_rgm.files import (
+    FolderLock,
+    exchange,
+    finish_replacement,
+    remove_unfinished,
+    replacing,
+    staged_folder,
+    write_json,
+)
 
 
 def names(folder):
@@ -246,3 +254,35 @@ def test_a_replacement_that_stops_between_two_renames_loses_nothing(tmp_path, mo
     monkeypatch.undo()
     finish_replacement(tmp_path / "out")
     assert (tmp_path / "out" / "marker.json").read_text() in ("old", "new")
+
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from hf_rgm.files import FolderLock
+FolderLock(Path(sys.argv[1])).acquire()
+print(flush=True)
+time.sleep(600)
+"""
+
+
+def test_a_locked_folder_is_free_again_when_its_process_is_killed(tmp_path):
+    process = subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path)], stdout=subprocess.PIPE)
+    process.stdout.readline()
+    lock = FolderLock(tmp_path)
+    with pytest.raises(RuntimeError, match=rf"Another process is recording into {tmp_path}.*wait until it has ended"):
+        lock.acquire()
+    process.kill()
+    process.wait()
+    lock.acquire()
+    lock.release()
+    assert names(tmp_path) == []
+
+
+def test_within_a_process_the_last_one_has_the_lock(tmp_path):
+    failed, next_one = FolderLock(tmp_path / "run"), FolderLock(tmp_path / "run")
+    failed.acquire()
+    next_one.acquire()
+    next_one.release()
+    assert names(tmp_path / "run") == []
+    failed.release()

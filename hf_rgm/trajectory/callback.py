@@ -15,7 +15,7 @@ from transformers.trainer_utils import SaveStrategy
 
 from hf_rgm.files import format_size
 from hf_rgm.trajectory.capture import PendingStep, as_table, capture_state, optimizer_updates, same_parameters
-from hf_rgm.trajectory.description import loss_scale
+from hf_rgm.trajectory.description import loss_scaler
 from hf_rgm.trajectory.processes import FailingTogether, check_same
 from hf_rgm.trajectory.recording import TrajectoryRecorder
 from hf_rgm.trajectory.run import OngoingRun, checkpoint_step
@@ -195,8 +195,11 @@ class TrajectoryCallback(TrainerCallback):
         with self._timed():
             run = self._run
             learning_rates = [float(group["lr"]) for group in run.optimizer.param_groups]
-            measured = run.norms.measure(loss_scale(kwargs["optimizer"]))
-            run.steps.append(PendingStep(learning_rates, *measured, batches=run.batches))
+            scaler = loss_scaler(kwargs["optimizer"])
+            # Asking for the scale waits for the device, as the scaler itself does in most updates.
+            scale = scaler.get_scale() if scaler is not None and args.max_grad_norm else 1.0
+            measured = run.norms.measure(scale)
+            run.steps.append(PendingStep(learning_rates, *measured, batches=run.batches, scaled=scaler is not None))
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -79,7 +79,8 @@ class PendingStep:
         gradient_norm (`Tensor`): `()`, float32.
         clip_factor (`Tensor`): `()`, float32.
         batches (`list[np.ndarray]`): Rows of each batch, int64.
-        skipped (`bool`): Whether the optimizer left the update out.
+        scaled (`bool`): Whether the loss was scaled, so that an update with a gradient that is not finite is left out.
+        skipped (`bool`): Whether the optimizer is known to have left the update out.
         epoch (`float`): Epochs done after it.
     """
 
@@ -87,6 +88,7 @@ class PendingStep:
     gradient_norm: Tensor
     clip_factor: Tensor
     batches: list[np.ndarray]
+    scaled: bool = False
     skipped: bool = False
     epoch: float = 0.0
 
@@ -96,7 +98,9 @@ def as_table(steps: list[PendingStep]) -> StepTable:
     device = steps[0].gradient_norm.device
     measured = torch.stack([value.to(device) for step in steps for value in (step.gradient_norm, step.clip_factor)])
     norms, factors = measured.double().cpu().view(len(steps), 2).unbind(1)
-    skipped = np.array([step.skipped for step in steps])
+    scaled, skipped = (np.array([getattr(step, name) for step in steps]) for name in ("scaled", "skipped"))
+    # Fused optimizers look for themselves whether gradients are finite, and Accelerate does not hear of it.
+    skipped |= scaled & ~np.isfinite(norms.numpy())
     return StepTable(
         epoch=np.array([step.epoch for step in steps]),
         learning_rates=np.array([step.learning_rates for step in steps]),

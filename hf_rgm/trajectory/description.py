@@ -79,10 +79,9 @@ def inner_optimizer(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     return optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
 
 
-def loss_scale(optimizer: torch.optim.Optimizer) -> float:
-    """What the loss is multiplied by at present, for mixed precision in fp16; 1 otherwise. May wait for the device."""
-    scaler = optimizer.scaler if isinstance(optimizer, AcceleratedOptimizer) else None
-    return 1.0 if scaler is None else float(scaler.get_scale())
+def loss_scaler(optimizer: torch.optim.Optimizer) -> torch.amp.GradScaler | None:
+    """What scales the loss for mixed precision in fp16, if anything does."""
+    return optimizer.scaler if isinstance(optimizer, AcceleratedOptimizer) else None
 
 
 def loss_reduction(model: nn.Module) -> str:

@@ -24,9 +24,9 @@ def trajectory(name="adamw", *, skipped=(), states=(0, 3, 6), rates=RATES, metad
     updates = [sum(s not in skipped for s in range(t)) for t in range(NUM_STEPS + 1)]
 
     def moments(step):
-        if name == "sgd" or step == 0:
+        if name == "sgd" or updates[step] == 0:
             return {}
-        raw = step**2 * (1 - 0.99 ** max(updates[step], 1))
+        raw = step**2 * (1 - 0.99 ** updates[step])
         second = {key: torch.full(shape, raw) for key, shape in zip("ab", SPACE.shapes, strict=True)}
         return {"exp_avg": {key: torch.zeros_like(value) for key, value in second.items()}, "exp_avg_sq": second}
 
@@ -178,6 +178,12 @@ def test_skipped_first_steps_stay_finite(name):
     for step in path(trajectory(name, skipped=(0, 1), states=(0, 1, 3, 6)), stride=1).steps():
         assert torch.isfinite(step.precondition).all()
         assert math.isfinite(step.gradient_scale)
+
+
+def test_a_state_before_the_first_update_lends_no_second_moment():
+    with_it, without = (path(trajectory(skipped=(0, 1), states=states)) for states in ((0, 1, 3, 6), (0, 3, 6)))
+    for ours, expected in zip(with_it.steps(), without.steps(), strict=True):
+        assert torch.equal(ours.precondition, expected.precondition)
 
 
 def test_skipped_steps_inside_a_stride_do_not_count():

@@ -1,0 +1,114 @@
+"""Training that is asked to stop, a clock that is set, and two runs that want one folder."""
+
+import os
+import signal
+import time
+
+import pytest
+
+from hf_rgm.files import FolderLock
+from hf_rgm.trajectory import Trajectory, TrajectoryCallback
+from tests.test_files import HOLDER
+from tests.trajectory.helpers import MeanModel, StopAt, make_trainer, trainable
+from tests.trajectory.test_resume import ARGUMENTS, assert_same_steps, resume, uninterrupted
+
+
+class Terminate(StopAt):
+    """Sends SIGTERM to the own process at a step, and waits at every step until training has stopped."""
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        if state.global_step >= self.step:
+            time.sleep(1)
+
+
+def test_training_that_the_trainer_stops_on_sigterm_is_resumed(tmp_path):
+    _, whole = uninterrupted(tmp_path / "elsewhere", save_steps=50)
+    callback = TrajectoryCallback(tmp_path / "trajectory", num_states=4)
+    arguments = ARGUMENTS | {"save_strategy": "no", "enable_jit_checkpoint": True}
+    trainer = make_trainer(tmp_path, MeanModel(), callback, Terminate(1), **arguments)
+    before = signal.getsignal(signal.SIGTERM)
+    trainer.train()
+    assert signal.getsignal(signal.SIGTERM) is not before
+    (checkpoint,) = (tmp_path / "output").glob("checkpoint-*")
+    stopped = Trajectory.load(tmp_path / "trajectory")
+    assert 1 < stopped.num_steps < whole.num_steps
+    assert stopped.metadata["stopped_early"] is True
+    trainer, resumed = resume(tmp_path, save_steps=50)
+    assert_same_steps(resumed.steps, whole.steps)
+    assert resumed.metadata["stopped_early"] is False
+
+
+def test_a_run_that_stopped_early_goes_on_from_an_earlier_checkpoint(tmp_path):
+    _, whole = uninterrupted(tmp_path / "elsewhere", save_steps=50)
+    callback = TrajectoryCallback(tmp_path / "trajectory", num_states=4)
+    make_trainer(tmp_path, MeanModel(), callback, StopAt(5), **ARGUMENTS, save_steps=2).train()
+    assert Trajectory.load(tmp_path / "trajectory").num_steps == 5
+    _, resumed = resume(tmp_path, checkpoint=2, save_steps=50)
+    assert_same_steps(resumed.steps, whole.steps)
+    with pytest.raises(FileExistsError, match="holds the complete trajectory"):
+        resume(tmp_path, checkpoint=2, save_steps=50)
+
+
+def test_a_clock_that_is_set_back_changes_nothing(tmp_path, monkeypatch):
+    expected_trainer, expected = uninterrupted(tmp_path / "elsewhere", save_steps=3)
+    moment = iter(range(2_000_000_000, 0, -5000))
+    monkeypatch.setattr(time, "time", lambda: float(next(moment)))
+    trainer, found = uninterrupted(tmp_path, save_steps=3)
+    assert_same_steps(found.steps, expected.steps)
+    assert found.metadata["recording"]["training_seconds"] > 0
+    for name, tensor in trainable(trainer.model).items():
+        assert tensor.equal(trainable(expected_trainer.model)[name])
+
+
+def test_a_folder_that_another_process_records_into_is_refused(tmp_path):
+    import subprocess
+    import sys
+
+    folder = tmp_path / "trajectory"
+    process = subprocess.Popen([sys.executable, "-c", HOLDER, str(folder)], stdout=subprocess.PIPE)
+    process.stdout.readline()
+    model = MeanModel()
+    trainer = make_trainer(tmp_path, model, TrajectoryCallback(folder))
+    with pytest.raises(RuntimeError, match="Another process is recording into .*trajectory"):
+        trainer.train()
+    assert model.seen == []
+    assert not any(p._post_accumulate_grad_hooks for p in model.parameters())
+    process.kill()
+    process.wait()
+    trainer.train()
+    assert Trajectory.load(folder).num_steps == 18
+    lock = FolderLock(folder)
+    lock.acquire()
+    lock.release()
+
+
+def test_what_could_not_be_written_stops_training_at_a_later_step(tmp_path, monkeypatch):
+    def write_state(path, state):
+        if state.step > 0:
+            raise OSError(28, "No space left on device.")
+
+    monkeypatch.setattr("hf_rgm.trajectory.recording.write_state", write_state)
+    model = MeanModel()
+    trainer = make_trainer(tmp_path, model, TrajectoryCallback(tmp_path / "trajectory", num_states=4))
+    with pytest.raises(OSError, match="No space left on device. Training stops at step 6"):
+        trainer.train()
+    assert 6 <= len(model.seen) < 13  # the state of step 12 would have waited for it
+
+
+def test_states_are_those_of_their_step_however_late_they_are_written(tmp_path, monkeypatch):
+    import hf_rgm.trajectory.recording as recording
+
+    _, whole = uninterrupted(tmp_path / "elsewhere", num_states=10)
+    original = recording.write_state
+
+    def write_late(path, state):
+        time.sleep(0.1)
+        original(path, state)
+
+    monkeypatch.setattr(recording, "write_state", write_late)
+    _, late = uninterrupted(tmp_path, num_states=10)
+    for step in whole.state_steps:
+        for name, tensor in whole.state(step).parameters.items():
+            assert late.state(step).parameters[name].equal(tensor)
