@@ -2,7 +2,9 @@ import numpy as np
 import pytest
 import torch
 
+from hf_rgm import Attributor, Objective, ReverseGradientMatchingDistiller
 from hf_rgm.out_of_memory import advice_on_memory
+from hf_rgm.testing import tiny_recorded_run, tiny_synset
 
 HUGE = 2**58
 
@@ -38,3 +40,19 @@ def test_other_errors_pass():
         with pytest.raises(type(error)) as raised, advice_on_memory("Scoring", "Lower `max_memory`."):
             raise error
         assert raised.value is error
+
+
+def test_distilling_and_attributing_name_their_settings(monkeypatch):
+    def full(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+
+    run = tiny_recorded_run()
+    distiller = ReverseGradientMatchingDistiller(
+        run.model, run.trajectory, run.train_dataset, run.clusters, disable_tqdm=True
+    )
+    attributor = Attributor(run.model, tiny_synset(), disable_tqdm=True)
+    monkeypatch.setattr("hf_rgm.synset.distiller.cluster_gradients", full)
+    with pytest.raises(MemoryError, match=r"^Distilling ran out of memory.*DistillationConfig\(max_memory=...\)"):
+        distiller.distill()
+    with pytest.raises(MemoryError, match=r"^Attributing ran out of memory.*Attributor\(max_memory=...\)"):
+        attributor.attribute(run.queries, objective=Objective("mine", full))

@@ -21,6 +21,7 @@ from hf_rgm.attribution.runs import RecordedRun, check_options, read_training_ro
 from hf_rgm.attribution.unlearned import UnlearnedModel, compare_losses
 from hf_rgm.losses import LossFunction, RowLoss
 from hf_rgm.modeling import FunctionalModel
+from hf_rgm.out_of_memory import advice_on_memory
 from hf_rgm.rows import DataCollator, RowReader
 from hf_rgm.synset.compatibility import check_samples
 from hf_rgm.synset.costs import CostEstimate
@@ -92,6 +93,7 @@ class Attributor:
             for trajectory in self.synset.trajectories
         ]
 
+    @advice_on_memory("Attributing", "Lower `Attributor(max_memory=...)`, or pass fewer queries at once.")
     def attribute(
         self,
         queries: Any,
@@ -131,6 +133,7 @@ class Attributor:
             `AttributionResult`: positive where presence raises the objective.
 
         Raises:
+            MemoryError: If memory runs out; says which setting to lower.
             ValueError: If engine, objective, queries or rows do not fit each other, or the adjoint is asked for an
                 objective without gradient.
         """

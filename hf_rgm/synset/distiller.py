@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from hf_rgm.clusters import ClusterMap
 from hf_rgm.losses import LossFunction, RowLoss
 from hf_rgm.modeling import FunctionalModel, parameters_sha256
+from hf_rgm.out_of_memory import advice_on_memory
 from hf_rgm.rows import CachedBatches, DataCollator, RowReader
 from hf_rgm.synset.blocks import BlockStore
 from hf_rgm.synset.config import DistillationConfig
@@ -231,6 +232,10 @@ class ReverseGradientMatchingDistiller:
             sketched=plan.sketch_dimension is not None,
         )
 
+    @advice_on_memory(
+        "Distilling",
+        "Lower `DistillationConfig(max_memory=...)`; if it is mostly the rows of a batch, lower `batch_size`.",
+    )
     def distill(self) -> Synset:
         """
         Runs reverse gradient matching.
@@ -240,6 +245,7 @@ class ReverseGradientMatchingDistiller:
 
         Raises:
             DivergenceError: If the matching error becomes NaN, infinite or explodes (cluster and state are named).
+            MemoryError: If memory runs out; says which setting to lower.
             ValueError: If the data holds NaN, labels out of range, or inputs that are not continuous.
         """
         start = time.perf_counter()
