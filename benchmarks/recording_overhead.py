@@ -64,7 +64,7 @@ def train(task: Task, callback: TrajectoryCallback | None) -> dict[str, float]:
         training, where all that is not written yet is.
     """
     times = StepTimes()
-    trainer = task.build_trainer(task.train, 0, [*([callback] if callback else []), times])
+    trainer = task.build_trainer(task.train, 0, callbacks=[*([callback] if callback else []), times])
     trainer.train()
     counted = np.array(times.times)[NUM_WARM_UP_STEPS:]
     return dict(zip(CLOCKS, ((counted[-1] - counted[0]) / (len(counted) - 1)).tolist(), strict=True))

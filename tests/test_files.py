@@ -260,7 +260,8 @@ HOLDER = """
 import sys, time
 from pathlib import Path
 from hf_rgm.files import FolderLock
-FolderLock(Path(sys.argv[1])).acquire()
+lock = FolderLock(Path(sys.argv[1]))
+lock.acquire()
 print(flush=True)
 time.sleep(600)
 """
@@ -270,10 +271,12 @@ def test_a_locked_folder_is_free_again_when_its_process_is_killed(tmp_path):
     process = subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path)], stdout=subprocess.PIPE)
     process.stdout.readline()
     lock = FolderLock(tmp_path)
-    with pytest.raises(RuntimeError, match=rf"Another process is recording into {tmp_path}.*wait until it has ended"):
-        lock.acquire()
-    process.kill()
-    process.wait()
+    try:
+        with pytest.raises(RuntimeError, match=rf"Another process is recording into {tmp_path}.*until it has ended"):
+            lock.acquire()
+    finally:
+        process.kill()
+        process.wait()
     lock.acquire()
     lock.release()
     assert names(tmp_path) == []

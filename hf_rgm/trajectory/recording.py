@@ -290,7 +290,7 @@ class TrajectoryRecorder:
                 raise
             raise OSError(
                 error.errno,
-                f"{error.strerror} Training stops at step {step}, as it would go on without a record. What is "
+                f"{error.strerror} Training stops, as it would go on without a record of step {step}. What is "
                 "recorded up to the last checkpoint is whole. Once that is repaired, go on with "
                 "`trainer.train(resume_from_checkpoint=True)` and the same callback, or from the beginning.",
             ) from error

@@ -45,7 +45,7 @@ def test_a_full_disk_stops_a_recorded_training_which_can_be_resumed(workers, tmp
         outcome = workers.run("record", folder=root, watch=root / "trajectory", full_from=full_from)
         assert outcome.error["type"] == "OSError"
         assert f"No space left on device: {root / 'trajectory'}" in outcome.error["text"]
-        assert "Training stops at step" in outcome.error["text"]
+        assert "Training stops, as it would go on without a record of step" in outcome.error["text"]
         assert "`trainer.train(resume_from_checkpoint=True)`" in outcome.error["text"]
     workers.run("record", folder=root, watch=root / "trajectory")
     check_same_record(root / "trajectory", whole / "trajectory")

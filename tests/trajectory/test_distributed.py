@@ -137,7 +137,7 @@ def test_a_full_disk_on_the_main_process_ends_both(launched):
     _, ranks = launched
     main, other = (rank["full disk"]["error"] for rank in ranks)
     assert main.startswith("OSError: [Errno 28] No space left on device.")
-    assert "Training stops at step 3" in main
+    assert "Training stops, as it would go on without a record of step 3" in main
     assert other.startswith("RuntimeError: Recording failed on process 0, so that all stop: OSError")
     assert [len(rank["full disk"]["seen"]) for rank in ranks] == [6, 6]
     assert [rank["full disk"]["hooks"] for rank in ranks] != [0, 0]
