@@ -12,6 +12,7 @@ import pytest
 import hf_rgm.files
 from hf_rgm.artefacts import ArtefactFolder
 from hf_rgm.files import (
+    FOLDER_LOCK,
     FolderLock,
     exchange,
     finish_replacement,
@@ -258,9 +259,8 @@ def test_a_replacement_that_stops_between_two_renames_loses_nothing(tmp_path, mo
 
 HOLDER = """
 import sys, time
-from pathlib import Path
-from hf_rgm.files import FolderLock
-lock = FolderLock(Path(sys.argv[1]))
+from filelock import FileLock
+lock = FileLock(sys.argv[1])
 lock.acquire()
 print(flush=True)
 time.sleep(600)
@@ -268,7 +268,7 @@ time.sleep(600)
 
 
 def test_a_locked_folder_is_free_again_when_its_process_is_killed(tmp_path):
-    process = subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path)], stdout=subprocess.PIPE)
+    process = subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path / FOLDER_LOCK)], stdout=subprocess.PIPE)
     process.stdout.readline()
     lock = FolderLock(tmp_path)
     try:

@@ -9,7 +9,7 @@ import time
 import pytest
 from transformers import TrainerCallback
 
-from hf_rgm.files import FolderLock
+from hf_rgm.files import FOLDER_LOCK, FolderLock
 from hf_rgm.trajectory import Trajectory, TrajectoryCallback
 from tests.test_files import HOLDER
 from tests.trajectory.helpers import MeanModel, StopAt, make_trainer, trainable
@@ -70,7 +70,8 @@ def test_a_clock_that_is_set_back_changes_nothing(tmp_path, monkeypatch):
 
 def test_a_folder_that_another_process_records_into_is_refused(tmp_path):
     folder = tmp_path / "trajectory"
-    process = subprocess.Popen([sys.executable, "-c", HOLDER, str(folder)], stdout=subprocess.PIPE)
+    folder.mkdir()
+    process = subprocess.Popen([sys.executable, "-c", HOLDER, str(folder / FOLDER_LOCK)], stdout=subprocess.PIPE)
     process.stdout.readline()
     model = MeanModel()
     trainer = make_trainer(tmp_path, model, TrajectoryCallback(folder))
