@@ -1,0 +1,33 @@
+"""`hf-rgm demo`."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def demo(
+    output_dir: Annotated[Path, typer.Option("--output-dir", "-o", help="Folder to write to.")] = Path("hf-rgm-demo"),
+    seed: Annotated[int, typer.Option(help="Seed of data split, training and distilling.")] = 0,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")] = False,
+) -> None:
+    """
+    Train, record, distil, attribute and check on real handwritten digits; needs no network.
+
+    Example: hf-rgm demo -o my-demo
+    """
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    # The environment must be set before these are imported.
+    import transformers
+
+    from hf_rgm.demo import DemoSettings, run_demo
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        run_demo(output_dir, settings=DemoSettings(seed=seed), disable_tqdm=quiet, say=typer.echo)
+    except FileExistsError as error:
+        raise typer.BadParameter(str(error), param_hint="--output-dir") from error
