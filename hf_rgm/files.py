@@ -83,7 +83,7 @@ def staged_folder(target: str | Path, marker: str) -> Iterator[Path]:
     target = Path(target).resolve()
     with _explained(target):
         finish_replacement(target)
-        _check_replaceable(target, marker)
+        check_replaceable(target, marker)
         with _workspace(target) as workspace:
             staging = workspace / "new"
             staging.mkdir()
@@ -221,7 +221,14 @@ def _put_in_place(new: Path, target: Path, *, retired: Path) -> None:
         raise
 
 
-def _check_replaceable(target: Path, marker: str) -> None:
+def check_replaceable(target: Path, marker: str) -> None:
+    """
+    Checks what [`staged_folder`] will check, before work is done whose result could then not be kept.
+
+    Raises:
+        FileExistsError: If the target is a file, or a folder that is neither empty nor has the marker.
+        OSError: If it is a mount point.
+    """
     if not target.exists():
         return
     if not target.is_dir():

@@ -41,8 +41,8 @@ def vit(seed: int = 0, **overrides) -> ViTForImageClassification:
         return ViTForImageClassification(config)
 
 
-def train(model, dataset, folder: Path | None = None, **overrides) -> Trainer:
-    """Trains for two epochs, recorded if there is a folder."""
+def trainer_for(dataset, seed: int = 0, *, model=None, callbacks=(), **overrides) -> Trainer:
+    """A fresh `Trainer` for two epochs, by default of a fresh [`vit`]."""
     settings = {
         "output_dir": tempfile.mkdtemp(prefix="hf-rgm-vit-"),
         "num_train_epochs": 2,
@@ -54,10 +54,18 @@ def train(model, dataset, folder: Path | None = None, **overrides) -> Trainer:
         "disable_tqdm": True,
         "use_cpu": True,
     }
-    callbacks = [] if folder is None else [TrajectoryCallback(folder, num_states=3)]
-    arguments = TrainingArguments(**{**settings, **overrides})
-    trainer = Trainer(model, arguments, train_dataset=dataset, callbacks=callbacks)
+    arguments = TrainingArguments(**{"seed": seed, **settings, **overrides})
+    model = vit(seed) if model is None else model
+    trainer = Trainer(model, arguments, train_dataset=dataset, callbacks=list(callbacks))
     trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def train(model, dataset, folder: Path | None = None, **overrides) -> Trainer:
+    """Trains for two epochs, recorded if there is a folder."""
+    callbacks = [] if folder is None else [TrajectoryCallback(folder, num_states=3)]
+    seed = overrides.pop("seed", TrainingArguments.seed)
+    trainer = trainer_for(dataset, seed, model=model, callbacks=callbacks, **overrides)
     trainer.train()
     return trainer
 

@@ -147,7 +147,7 @@ def read_result(folder: ArtefactFolder) -> dict[str, Any]:
 
 
 def _check_description(description: ResultDescription, source: str) -> None:
-    from hf_rgm.fidelity.report import FidelityReport
+    from hf_rgm.fidelity.report import check_kept_report
 
     if not description.query_ids or not description.cluster_names:
         raise ValueError(
@@ -156,8 +156,4 @@ def _check_description(description: ResultDescription, source: str) -> None:
         )
     if any(isinstance(query, int) and query >= 2**63 for query in description.query_ids):
         raise ValueError(f"{source} has query ids that are no 64-bit integers. {WAY_OUT}")
-    if description.metadata.get("fidelity") is not None:
-        try:
-            FidelityReport.from_dict(description.metadata["fidelity"])
-        except ValueError as error:
-            raise ValueError(f"`metadata` of {source}: {error}") from error
+    check_kept_report(description.metadata.get("fidelity"), f"`metadata` of {source}")

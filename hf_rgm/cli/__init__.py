@@ -2,17 +2,25 @@
 
 import typer
 
-from hf_rgm.cli import demo, sharing
+from hf_rgm.cli import attribute, demo, distill, sharing, validate
 
-app = typer.Typer(no_args_is_help=True)
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 
 
 @app.callback()
 def main() -> None:
-    """Training-data attribution for Hugging Face models."""
+    """
+    Training-data attribution for Hugging Face models.
+
+    Ends with 0 if all went well, 1 if not, 2 if options are wrong, 130 after Ctrl-C. HF_RGM_DEBUG=1 in the environment
+    shows where an error comes from.
+    """
 
 
 app.command()(demo.demo)
+app.command()(distill.distill)
+app.command()(attribute.attribute)
+app.command()(validate.validate)
 app.command()(sharing.info)
 app.command()(sharing.push)
 app.command()(sharing.pull)

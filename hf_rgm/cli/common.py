@@ -1,8 +1,10 @@
-"""What the commands share: options, and how errors are told."""
+"""What the commands share: options, progress bars, how errors are told and what Ctrl-C does."""
 
 from __future__ import annotations
 
 import contextlib
+import os
+import sys
 from collections.abc import Iterator
 from typing import Annotated
 
@@ -10,15 +12,60 @@ import typer
 
 REVISION = Annotated[str | None, typer.Option(help="Branch, tag or commit of the repository.")]
 AS_JSON = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
+QUIET = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")]
+
+INTERRUPTED = 130
+"""Exit status after Ctrl-C, as shells have it: 128 and the number of the signal."""
+
+
+def hide_bars(quiet: bool = False) -> bool:
+    """
+    Whether there are to be no progress bars: if so asked, in CI, and where standard error is not a terminal.
+
+    Those of the libraries are then switched off.
+    """
+    hidden = quiet or os.environ.get("CI", "").lower() in ("1", "true", "yes") or not sys.stderr.isatty()
+    if hidden:
+        import datasets
+        import huggingface_hub
+        import transformers
+
+        datasets.disable_progress_bars()
+        huggingface_hub.utils.disable_progress_bars()
+        transformers.utils.logging.disable_progress_bar()
+    return hidden
 
 
 @contextlib.contextmanager
 def clear_errors() -> Iterator[None]:
-    """What is wrong with what was asked for is one line and status 1, not a traceback."""
+    """What is wrong is one line and status 1, not a traceback; with HF_RGM_DEBUG=1 in the environment it is one."""
     from huggingface_hub.errors import HfHubHTTPError
 
     try:
         yield
-    except (HfHubHTTPError, MemoryError, OSError, RuntimeError, ValueError) as error:
-        typer.echo(f"Error: {' '.join(str(error).split())}", err=True)
+    except (
+        HfHubHTTPError,
+        ImportError,
+        LookupError,
+        MemoryError,
+        OSError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ) as error:
+        if os.environ.get("HF_RGM_DEBUG"):
+            raise
+        # The text of a KeyError is its argument in quotes.
+        message = error.args[0] if isinstance(error, KeyError) and error.args else error
+        typer.echo(f"Error: {' '.join(str(message).split()) or type(error).__name__}", err=True)
         raise typer.Exit(1) from error
+
+
+@contextlib.contextmanager
+def interruptible(how_to_go_on: str) -> Iterator[None]:
+    """After Ctrl-C: one line that says what is kept, and status 130."""
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        typer.echo(f"\nInterrupted. {how_to_go_on}", err=True)
+        raise typer.Exit(INTERRUPTED) from error

@@ -8,11 +8,13 @@ from typing import Annotated
 
 import typer
 
+from hf_rgm.cli.common import QUIET, hide_bars, interruptible
+
 
 def demo(
     output_dir: Annotated[Path, typer.Option("--output-dir", "-o", help="Folder to write to.")] = Path("hf-rgm-demo"),
     seed: Annotated[int, typer.Option(help="Seed of data split, training and distilling.")] = 0,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")] = False,
+    quiet: QUIET = False,
 ) -> None:
     """
     Train, record, distil, attribute and check on real handwritten digits; needs no network.
@@ -27,7 +29,9 @@ def demo(
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+    again = f"{output_dir} holds an unfinished demo; the same command starts it again."
     try:
-        run_demo(output_dir, settings=DemoSettings(seed=seed), disable_tqdm=quiet, say=typer.echo)
+        with interruptible(again):
+            run_demo(output_dir, settings=DemoSettings(seed=seed), disable_tqdm=hide_bars(quiet), say=typer.echo)
     except FileExistsError as error:
         raise typer.BadParameter(str(error), param_hint="--output-dir") from error

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from hf_rgm.cli.common import AS_JSON, REVISION, clear_errors
+from hf_rgm.cli.common import AS_JSON, QUIET, REVISION, clear_errors, hide_bars, interruptible
 
 if TYPE_CHECKING:
     from hf_rgm.hub.artefact import DatasetArtefact
@@ -40,6 +40,7 @@ def push(
     revision: Annotated[str | None, typer.Option(help="Branch to commit to, created if there is none.")] = None,
     create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request.")] = False,
     license: Annotated[str | None, typer.Option(help="Licence for the card, such as mit.")] = None,
+    quiet: QUIET = False,
     as_json: AS_JSON = False,
 ) -> None:
     """
@@ -47,8 +48,9 @@ def push(
 
     Example: hf-rgm push hf-rgm-demo/synset me/my-synset --private
     """
-    with clear_errors():
-        commit = type(_artefact(str(folder))).push_saved(
+    hide_bars(quiet)
+    with interruptible("A push is one commit: all of it is there, or nothing. Push again."), clear_errors():
+        commit = _kind(str(folder)).push_saved(
             folder, repo_id, license=license, private=private, revision=revision, create_pr=create_pr
         )
     address = commit.pr_url or commit.commit_url
@@ -59,35 +61,42 @@ def pull(
     repo_id: Annotated[str, typer.Argument(help="NAMESPACE/NAME of the dataset repository.")],
     output_dir: Annotated[Path, typer.Argument(help="Folder to write to.")],
     revision: REVISION = None,
+    quiet: QUIET = False,
 ) -> None:
     """
     Download all of a synset or of attributions to a folder, card included, and check them.
 
     Example: hf-rgm pull me/my-synset my-synset
     """
-    from huggingface_hub import snapshot_download
-
+    from hf_rgm.files import staged_folder
     from hf_rgm.hub.description import describe
+    from hf_rgm.hub.repository import HubFolder, open_artefact
 
-    with clear_errors():
-        files = type(_artefact(repo_id, revision)).files
-        snapshot_download(
-            repo_id, repo_type="dataset", revision=revision, allow_patterns=list(files), local_dir=output_dir
-        )
-        description = describe(output_dir)
-    typer.echo(str(description))
-    if description.problem is not None:
-        raise typer.Exit(1)
+    hide_bars(quiet)
+    with interruptible("What was downloaded is in the Hub's cache; the same command goes on."), clear_errors():
+        kind = _kind(repo_id, revision)
+        folder = open_artefact(repo_id, kind.marker, revision=revision)
+        if not isinstance(folder, HubFolder):
+            raise FileExistsError(f"{repo_id} is a folder here. Run this elsewhere, or copy the folder.")
+        with staged_folder(output_dir, kind.marker) as staging:
+            folder.copy_to(staging, kind.files)
+            problem = describe(staging).problem
+            if problem is not None:
+                raise ValueError(f"{folder} is not whole: {problem}")
+        typer.echo(str(describe(output_dir)))
 
 
-def _artefact(target: str, revision: str | None = None) -> DatasetArtefact:
+def _kind(target: str, revision: str | None = None) -> type[DatasetArtefact]:
+    """The class of what is at a folder or repository, which was read to see that it is whole."""
     from hf_rgm import AttributionResult, Synset
     from hf_rgm.hub.description import describe
 
     classes = {"synset": Synset, "attributions": AttributionResult}
-    kind = describe(target, revision=revision).kind
-    if kind not in classes:
+    description = describe(target, revision=revision)
+    if description.problem is not None:
+        raise ValueError(f"{description.where} is not whole: {description.problem}")
+    if description.kind not in classes:
         raise ValueError(
-            f"{target} is a {kind}, which is not shared: it tells which row was in which step. Distil it."
+            f"{target} is a {description.kind}, which is not shared: it tells which row was in which step. Distil it."
         )
-    return classes[kind].from_pretrained(target, revision=revision)
+    return classes[description.kind]

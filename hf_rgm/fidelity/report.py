@@ -289,6 +289,24 @@ class FidelityReport:
             raise ValueError(f"The fidelity report is damaged ({error!r}). Measure again.") from error
 
 
+def check_kept_report(content: Mapping[str, Any] | None, where: str) -> None:
+    """
+    Checks the report that an artefact keeps, if it has one.
+
+    Args:
+        content (`Mapping`, *optional*): What [`FidelityReport.to_dict`] gave.
+        where (`str`): How the error calls it.
+
+    Raises:
+        ValueError: See [`FidelityReport.from_dict`].
+    """
+    if content is not None:
+        try:
+            FidelityReport.from_dict(content)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
+
+
 def _agreement(name: str, predicted: NDArray[np.floating], by_seed: NDArray[np.floating], seed: int) -> Agreement:
     """`predicted` is `(num_values, num_points)`, `by_seed` `(num_seeds, num_values, num_points)`."""
     correlate = leave_cluster_out_correlation if name == LEAVE_CLUSTER_OUT else linear_datamodeling_score

@@ -99,23 +99,25 @@ def _trajectory(folder: ArtefactFolder, name: str) -> tuple[dict[str, Any], list
         "recorded states": f"{len(trajectory.state_steps)}, {format_size(trajectory.states_bytes)}",
         "training rows": trajectory.num_rows,
     }
-    return facts, [f"distil it: ReverseGradientMatchingDistiller(model, {name!r}, train_dataset, clusters)"]
+    return facts, [
+        f"distil it: hf-rgm distill {name} MODEL DATASET -o SYNSET --cluster-column COLUMN",
+        f"or: ReverseGradientMatchingDistiller(model, {name!r}, train_dataset, clusters).distill()",
+    ]
 
 
 def _synset(folder: ArtefactFolder, name: str) -> tuple[dict[str, Any], list[str]]:
     synset = Synset.from_pretrained(folder)
     facts = {
-        "model": _model(synset.trajectory),
-        "trained parameters": f"SHA-256 {synset.parameters_sha256[:16]}",
-        "samples": f"{synset.num_samples} of {synset.input_name}, {synset.num_clusters} clusters",
+        "model": f"{_model(synset.trajectory)}, trained parameters with SHA-256 {synset.parameters_sha256[:16]}",
+        "samples": f"{synset.num_samples} of {synset.input_name}, {synset.num_clusters} clusters, "
+        f"{len(synset.trajectories)} recorded runs",
         "training rows": synset.clusters.num_rows,
-        "recorded runs": len(synset.trajectories),
         "matching error": round(synset.matching_error, 4),
         "fidelity": _fidelity(synset.fidelity),
     }
     uses = [
-        f'attribute: pipeline("data-attribution", model=..., synset={name!r})',
-        "unlearn: attribute.model_without([...])",
+        f"attribute: hf-rgm attribute MODEL {name} QUERIES -o ATTRIBUTIONS",
+        f'or: pipeline("data-attribution", model=..., synset={name!r}), whose model_without([...]) unlearns',
     ]
     return facts, uses if folder.is_remote else [*uses, f"share: hf-rgm push {name} NAMESPACE/NAME"]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import logging
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -167,6 +168,26 @@ class HubFolder(ArtefactFolder):
                 local_files_only=self._local_files_only,
             )
         return super().file(name)
+
+    def copy_to(self, target: Path, files: Sequence[str]) -> None:
+        """
+        Downloads the files of an artefact, all of this folder's commit, and copies them out of the cache.
+
+        What is interrupted goes on where it was, since what has come stays in the cache.
+
+        Args:
+            target (`Path`): An empty folder.
+            files (`Sequence[str]`): Patterns of the artefact's files; others are left. See [`push_folder`].
+
+        Raises:
+            HfHubHTTPError: If the Hub refuses.
+            ValueError: If the repository names a file outside of itself.
+        """
+        for name in HfApi(token=self._token).list_repo_files(self.repo_id, revision=self.commit, repo_type="dataset"):
+            if _matches(name, files):
+                source = self.file(name)
+                (target / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(source, target / name)
 
 
 def download(

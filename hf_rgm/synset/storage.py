@@ -153,13 +153,15 @@ def read_synset(folder: ArtefactFolder) -> dict[str, Any]:
         MemoryError: If it is larger than the memory that is free.
         ValueError: If a file is damaged, of another format version, or of something else.
     """
+    from hf_rgm.fidelity.report import check_kept_report
+
     source = f"{folder}/{CONFIG_FILE}"
     content = folder.read_json(CONFIG_FILE, format_version=FORMAT_VERSION)
     description = parsed(SynsetDescription, content, source)
     told = parsed(_Metadata, with_defaults(_Metadata, description.metadata), f"`metadata` of {source}")
     if told.privacy:
         parsed(_Privacy, with_defaults(_Privacy, told.privacy), f"`privacy` of {source}")
-    _check_fidelity(description.fidelity, source)
+    check_kept_report(description.fidelity, f"`fidelity` of {source}")
     if description.num_runs < 1 or any(len(state) != 2 for state in description.matched_states):
         raise ValueError(
             f"{source} names {description.num_runs} recorded runs and matched states "
@@ -243,16 +245,6 @@ def _check_runs(
             raise ValueError(
                 f"{source} was matched at step {step} of run {run}, a state that is not recorded. {WAY_OUT}"
             )
-
-
-def _check_fidelity(fidelity: dict[str, Any] | None, source: str) -> None:
-    from hf_rgm.fidelity.report import FidelityReport
-
-    if fidelity is not None:
-        try:
-            FidelityReport.from_dict(fidelity)
-        except ValueError as error:
-            raise ValueError(f"`fidelity` of {source}: {error}") from error
 
 
 def with_pictures(frame: Any, inputs: Tensor) -> datasets.Dataset:

@@ -36,7 +36,7 @@ def test_defaults(calls):
     ((output_dir, options),) = calls
     assert output_dir == Path("hf-rgm-demo")
     assert options["settings"].seed == 0
-    assert options["disable_tqdm"] is False
+    assert options["disable_tqdm"] is True  # standard error is no terminal here
     assert result.output == "hello from the demo\n"
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 
 import pytest
-from huggingface_hub import DatasetCard
+from huggingface_hub import DatasetCard, HfApi
 from typer.testing import CliRunner
 
 from hf_rgm import Attributor, Synset
 from hf_rgm.cli import app
 from hf_rgm.hub import CardOptions
+from hf_rgm.hub.repository import HubFolder
 from hf_rgm.testing import tiny_recorded_run, tiny_synset
 
 RUN = tiny_recorded_run()
@@ -44,7 +45,7 @@ def test_info_says_what_it_is_and_what_to_do_with_it(folders, kind, words):
     assert result.exit_code == 0, result.output
     assert result.output.startswith(f"{kind} in {folders[kind]}\n")
     assert "whole: yes" in result.output
-    assert len(result.output.splitlines()) <= 12
+    assert len(result.output.splitlines()) <= 11
     for word in words:
         assert word in result.output
     told = json.loads(invoke("info", folders[kind], "--json").stdout)
@@ -77,6 +78,47 @@ def test_push_and_pull(hub_in_process, folders, tmp_path):
         copy = Synset.from_pretrained(tmp_path / "copy")
         assert copy.trajectory.state(copy.trajectory.state_steps[0]).step == 0
     assert (tmp_path / "copy" / "README.md").read_bytes() == hub_in_process.files("me/synset", "dataset")["README.md"]
+
+
+def test_pull_leaves_nothing_of_an_older_one(hub_in_process, folders, tmp_path):
+    copy = tmp_path / "copy"
+    tiny_synset(2).save_pretrained(copy)
+    assert (copy / "trajectories" / "1").is_dir()
+    assert invoke("push", folders["synset"], "me/synset").exit_code == 0
+    assert invoke("pull", "me/synset", copy).exit_code == 0
+    names = {path.relative_to(copy).as_posix() for path in copy.rglob("*") if path.is_file()}
+    assert names == set(hub_in_process.files("me/synset", "dataset")) - {".gitattributes"}
+    assert len(Synset.from_pretrained(copy).trajectories) == 1
+
+
+def test_pull_keeps_what_is_there_where_the_repository_is_not_whole(hub_in_process, folders, tmp_path):
+    copy = tiny_synset().save_pretrained(tmp_path / "copy")
+    before = {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()}
+    assert invoke("push", folders["synset"], "me/synset").exit_code == 0
+    HfApi().delete_file("synset.safetensors", "me/synset", repo_type="dataset")
+    result = invoke("pull", "me/synset", copy)
+    assert result.exit_code == 1
+    assert "is not whole" in result.stderr
+    assert {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()} == before
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("mine")
+    assert invoke("pull", "me/synset", tmp_path / "mine").exit_code == 1
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["notes.txt"]
+
+
+def test_pull_takes_one_commit_whatever_is_pushed_meanwhile(hub_in_process, folders, tmp_path, monkeypatch):
+    assert invoke("push", folders["synset"], "me/synset").exit_code == 0
+    pushed = hub_in_process.files("me/synset", "dataset")
+    copy_to = HubFolder.copy_to
+
+    def overtaken(self, target, files):
+        tiny_synset(2).push_to_hub("me/synset")
+        copy_to(self, target, files)
+
+    monkeypatch.setattr(HubFolder, "copy_to", overtaken)
+    assert invoke("pull", "me/synset", tmp_path / "copy").exit_code == 0
+    assert (tmp_path / "copy" / "synset.json").read_bytes() == pushed["synset.json"]
+    assert not (tmp_path / "copy" / "trajectories" / "1").exists()
 
 
 def test_push_uploads_the_folder_as_it_is(hub_in_process, tmp_path):

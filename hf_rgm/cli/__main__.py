@@ -1,0 +1,5 @@
+"""`python -m hf_rgm.cli`, for launchers that start a module."""
+
+from hf_rgm.cli import app
+
+app()

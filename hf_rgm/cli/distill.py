@@ -1,0 +1,159 @@
+"""`hf-rgm distill`."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, get_type_hints
+
+import typer
+
+from hf_rgm.cli.common import AS_JSON, QUIET, clear_errors, hide_bars, interruptible
+from hf_rgm.cli.loading import (
+    DATA_COLLATOR,
+    MODEL_CLASS,
+    PREPARE,
+    load_clusters,
+    load_collator,
+    load_model,
+    load_rows,
+)
+from hf_rgm.synset.config import PRESETS, DistillationConfig
+
+CLUSTERS, SETTINGS = "Which row belongs to which cluster (one of them)", "Settings of the distiller"
+
+
+def with_fields(config_class: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Gives a command that takes keyword arguments an option for each field of a dataclass, `None` where not given."""
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        own = inspect.signature(command, eval_str=True)
+        options = [
+            parameter for parameter in own.parameters.values() if parameter.kind is not inspect.Parameter.VAR_KEYWORD
+        ]
+        types = get_type_hints(config_class)
+        for field in dataclasses.fields(config_class):
+            about = typer.Option(
+                help=field.metadata["help"], rich_help_panel=SETTINGS, show_default=str(field.default)
+            )
+            annotation = Annotated[types[field.name] | None, about]  # type: ignore[valid-type]
+            options.append(
+                inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+            )
+        command.__signature__ = own.replace(parameters=options)  # type: ignore[attr-defined]
+        return command
+
+    return decorate
+
+
+@with_fields(DistillationConfig)
+def distill(
+    trajectory: Annotated[Path, typer.Argument(help="Folder that TrajectoryCallback recorded.", exists=True)],
+    model: Annotated[str, typer.Argument(help="The trained model: a folder, or a repository on the Hub.")],
+    dataset: Annotated[
+        str,
+        typer.Argument(help="The training rows: a parquet, JSON or CSV file, a saved folder, or REPOSITORY[:CONFIG]."),
+    ],
+    output_dir: Annotated[Path, typer.Option("--output-dir", "-o", help="Folder of the synset.")],
+    split: Annotated[str | None, typer.Option(help="Split of the dataset.", show_default="train")] = None,
+    cluster_column: Annotated[
+        list[str] | None,
+        typer.Option(help="Column that names the cluster; may be repeated.", rich_help_panel=CLUSTERS),
+    ] = None,
+    cluster_ids: Annotated[
+        str | None,
+        typer.Option(
+            help="File with an integer a row (.npy or text), or a saved ClusterMap.", rich_help_panel=CLUSTERS
+        ),
+    ] = None,
+    cluster_embeddings: Annotated[
+        str | None,
+        typer.Option(help="Column or .npy file of vectors, divided by k-means.", rich_help_panel=CLUSTERS),
+    ] = None,
+    num_clusters: Annotated[
+        int | None, typer.Option(help="With embeddings: how many clusters.", rich_help_panel=CLUSTERS)
+    ] = None,
+    num_clusters_per_class: Annotated[
+        int | None, typer.Option(help="With embeddings and labels: how many of each class.", rich_help_panel=CLUSTERS)
+    ] = None,
+    label_column: Annotated[
+        str | None, typer.Option(help="With embeddings: no cluster mixes its values.", rich_help_panel=CLUSTERS)
+    ] = None,
+    other_run: Annotated[
+        list[Path] | None,
+        typer.Option(help="Folder of another recorded run that differs in its seed; may be repeated."),
+    ] = None,
+    work_dir: Annotated[
+        Path | None,
+        typer.Option(
+            help="Keeps finished blocks of clusters.", show_default="OUTPUT_DIR-unfinished, removed at the end"
+        ),
+    ] = None,
+    model_class: MODEL_CLASS = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the model.")] = None,
+    prepare: PREPARE = None,
+    data_collator: DATA_COLLATOR = None,
+    estimate: Annotated[
+        bool, typer.Option("--estimate", help="Only tell what memory, disk and time it needs.")
+    ] = False,
+    preset: Annotated[
+        str, typer.Option(help=f"One of {', '.join(PRESETS)}; other settings come on top.", rich_help_panel=SETTINGS)
+    ] = "accurate",
+    quiet: QUIET = False,
+    as_json: AS_JSON = False,
+    **settings: Any,
+) -> None:
+    """
+    Distil a recorded training run into a synset. After Ctrl-C the same command goes on.
+
+    Example: hf-rgm distill trajectory my-model train.parquet -o my-synset --cluster-column source --preset quick
+    """
+    from hf_rgm import ReverseGradientMatchingDistiller
+    from hf_rgm.files import check_replaceable
+    from hf_rgm.hub.description import describe
+    from hf_rgm.synset.storage import CONFIG_FILE
+
+    disable_tqdm = hide_bars(quiet)
+    blocks = work_dir or output_dir.with_name(f"{output_dir.name}-unfinished")
+    go_on = f"Finished blocks of clusters are kept in {blocks}; the same command goes on from there."
+    with interruptible(go_on), clear_errors():
+        chosen = {name: value for name, value in settings.items() if value is not None}
+        config = DistillationConfig.from_preset(preset, **chosen)
+        check_replaceable(output_dir.resolve(), CONFIG_FILE)
+        rows = load_rows(dataset, split=split, default_split="train", prepare=prepare)
+        clusters = load_clusters(
+            rows,
+            columns=cluster_column or [],
+            ids=cluster_ids,
+            embeddings=cluster_embeddings,
+            num_clusters=num_clusters,
+            num_clusters_per_class=num_clusters_per_class,
+            label_column=label_column,
+            seed=config.seed,
+        )
+        distiller = ReverseGradientMatchingDistiller(
+            load_model(model, model_class=model_class, revision=revision),
+            [trajectory, *(other_run or [])],
+            rows,
+            clusters,
+            config=config,
+            data_collator=load_collator(data_collator, rows, model, revision),
+            output_dir=None if estimate else blocks,
+            disable_tqdm=disable_tqdm,
+        )
+        if estimate:
+            cost = distiller.estimate()
+            typer.echo(json.dumps(dataclasses.asdict(cost), indent=2) if as_json else str(cost))
+            return
+        synset = distiller.distill()
+        if not distiller.accelerator.is_main_process:
+            return
+        synset.save_pretrained(output_dir)
+        if work_dir is None:
+            shutil.rmtree(blocks)
+        description = describe(output_dir)
+        typer.echo(json.dumps(description.to_dict(), indent=2) if as_json else str(description))

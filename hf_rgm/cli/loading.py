@@ -1,0 +1,222 @@
+"""Models, datasets, clusters and functions that are named on the command line."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Annotated, Any
+
+import typer
+
+TABLE_FORMATS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv"}
+
+MODEL_CLASS = Annotated[
+    str | None,
+    typer.Option(help="MODULE:CLASS of a model that transformers does not have. Defaults to what its config names."),
+]
+PREPARE = Annotated[
+    str | None,
+    typer.Option(
+        help="MODULE:FUNCTION or FILE.py:FUNCTION that takes a loaded dataset and returns it as the Trainer gets it, "
+        "for example tokenised."
+    ),
+]
+DATA_COLLATOR = Annotated[
+    str | None,
+    typer.Option(
+        help="MODULE:OBJECT, the Trainer's collator. Defaults to padding by the model's tokenizer where rows have "
+        "input_ids, else to transformers' default."
+    ),
+]
+
+
+def load_object(reference: str) -> Any:
+    """
+    The object that `module:name` or `path/to/file.py:name` names; modules are found from the current folder too.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ImportError: If there is no such module, or no such name in it.
+        ValueError: If it is not of this form.
+    """
+    where, _, name = reference.rpartition(":")
+    if not where or not name:
+        raise ValueError(f"{reference!r} must be MODULE:NAME or FILE.py:NAME, such as train.py:build_trainer.")
+    module = _load_file(Path(where)) if where.endswith(".py") else _load_module(where)
+    if not hasattr(module, name):
+        raise ImportError(f"{where} has no {name!r}. Define it at the top level of the module.")
+    return getattr(module, name)
+
+
+def load_model(name: str, *, model_class: str | None = None, revision: str | None = None) -> Any:
+    """
+    A trained model, in evaluation mode, as the class that its config names.
+
+    Args:
+        name (`str`): A folder or repository.
+        model_class (`str`, *optional*): `module:class`, for a class that transformers does not have.
+        revision (`str`, *optional*): Branch, tag or commit of the repository.
+
+    Raises:
+        ValueError: If its config names no class of transformers.
+    """
+    import transformers
+
+    if model_class is not None:
+        return load_object(model_class).from_pretrained(name, revision=revision or "main").eval()
+    config = transformers.AutoConfig.from_pretrained(name, revision=revision)
+    architectures = [entry for entry in config.architectures or [] if hasattr(transformers, entry)]
+    if not architectures:
+        raise ValueError(
+            f"The config of {name} names {config.architectures}, no class of transformers. Name it: "
+            "`--model-class MODULE:CLASS`."
+        )
+    return getattr(transformers, architectures[0]).from_pretrained(name, revision=revision).eval()
+
+
+def load_rows(name: str, *, split: str | None, default_split: str, prepare: str | None = None) -> Any:
+    """
+    A dataset: a parquet, JSON or CSV file, a folder of `save_to_disk`, or what `load_dataset` finds.
+
+    Args:
+        name (`str`): The file, folder or repository; `repository:config` names one of its configurations.
+        split (`str`, *optional*): Which part; a single file or dataset has none.
+        default_split (`str`): Part of a repository without `split`.
+        prepare (`str`, *optional*): Reference to a function that takes the dataset and returns another.
+
+    Raises:
+        FileNotFoundError: If there is no such dataset.
+        ValueError: If it has no such part.
+    """
+    import datasets
+
+    path = Path(name)
+    if path.is_file():
+        if path.suffix not in TABLE_FORMATS:
+            raise ValueError(f"{name} is no table that is read here: its name must end in {', '.join(TABLE_FORMATS)}.")
+        found: Any = datasets.load_dataset(TABLE_FORMATS[path.suffix], data_files=str(path), split=split or "train")
+    elif (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+        found = datasets.load_from_disk(name)
+    else:
+        repository, _, config = (name, "", None) if path.exists() else name.partition(":")
+        found = datasets.load_dataset(repository, config or None, split=split or default_split)
+    if isinstance(found, datasets.DatasetDict):
+        part = split or default_split
+        if part not in found:
+            raise ValueError(f"{name} has no split {part!r}. It has: {', '.join(map(str, found))}.")
+        found = found[part]
+    return found if prepare is None else load_object(prepare)(found)
+
+
+def load_collator(reference: str | None, rows: Any, model_name: str, revision: str | None = None) -> Any:
+    """
+    The named collator, or the one a `Trainer` would take: padding for rows of tokens, else `None`.
+
+    Raises:
+        OSError: If rows have tokens and the model no tokenizer.
+    """
+    if reference is not None:
+        return load_object(reference)
+    if "input_ids" not in (getattr(rows, "column_names", None) or []):
+        return None
+    from transformers import AutoTokenizer, DataCollatorWithPadding
+
+    try:
+        return DataCollatorWithPadding(AutoTokenizer.from_pretrained(model_name, revision=revision))
+    except (OSError, ValueError) as error:
+        raise OSError(
+            f"Rows have input_ids, but {model_name} has no tokenizer to pad them. Save the tokenizer with the model, "
+            "or pass `--data-collator MODULE:OBJECT`."
+        ) from error
+
+
+def load_clusters(
+    rows: Any,
+    *,
+    columns: Sequence[str],
+    ids: str | None,
+    embeddings: str | None,
+    num_clusters: int | None,
+    num_clusters_per_class: int | None,
+    label_column: str | None,
+    seed: int,
+) -> Any:
+    """
+    The [`~hf_rgm.ClusterMap`] that is asked for: by columns, by a file of ids, or by k-means on embeddings.
+
+    Args:
+        rows: The training rows.
+        columns (`Sequence[str]`): Columns whose values name the clusters.
+        ids (`str`, *optional*): A `.npy` file or a text file with an integer a row, or a saved `ClusterMap`.
+        embeddings (`str`, *optional*): A column of vectors, or a `.npy` file of shape `(num_rows, ...)`.
+        num_clusters, num_clusters_per_class (`int`, *optional*): For k-means.
+        label_column (`str`, *optional*): The class of each row, for k-means within classes.
+        seed (`int`): Seed of k-means.
+
+    Raises:
+        ValueError: If none or several are asked for, or the file does not fit the rows.
+    """
+    import numpy as np
+
+    from hf_rgm import ClusterMap
+
+    if sum((bool(columns), ids is not None, embeddings is not None)) != 1:
+        raise ValueError(
+            "Say once which row belongs to which cluster: `--cluster-column NAME`, `--cluster-ids FILE` or "
+            "`--cluster-embeddings COLUMN_OR_FILE`."
+        )
+    if columns:
+        return ClusterMap.from_column(rows, list(columns))
+    if ids is not None:
+        found = ClusterMap.load(ids) if Path(ids).is_dir() else ClusterMap.from_ids(_read_ids(Path(ids)))
+        found.check_num_rows(len(rows))
+        return found
+    name = str(embeddings)
+    points = np.load(name, allow_pickle=False) if name.endswith(".npy") else np.asarray(_column(rows, name))
+    return ClusterMap.from_embeddings(
+        points,
+        labels=None if label_column is None else np.asarray(_column(rows, label_column)),
+        num_clusters=num_clusters,
+        num_clusters_per_class=num_clusters_per_class,
+        seed=seed,
+    )
+
+
+def _read_ids(path: Path) -> Any:
+    import numpy as np
+
+    if path.suffix == ".npy":
+        return np.load(path, allow_pickle=False)
+    try:
+        return np.loadtxt(path, dtype=np.int64, ndmin=1)
+    except ValueError as error:
+        raise ValueError(f"{path} must hold an integer a line, the cluster of each row ({error}).") from error
+
+
+def _column(rows: Any, name: str) -> Any:
+    if name not in rows.column_names:
+        raise KeyError(f"The dataset has no column {name!r}. It has: {', '.join(rows.column_names)}.")
+    return rows[:][name]
+
+
+def _load_module(name: str) -> ModuleType:
+    if "" not in sys.path and str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+    return importlib.import_module(name)
+
+
+def _load_file(path: Path) -> ModuleType:
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no file {path}.")
+    sys.path.insert(0, str(path.resolve().parent))
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{path} is no Python file.")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module

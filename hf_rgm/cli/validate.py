@@ -1,0 +1,126 @@
+"""`hf-rgm validate`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from hf_rgm.cli.common import AS_JSON, QUIET, clear_errors, hide_bars, interruptible
+from hf_rgm.cli.loading import (
+    DATA_COLLATOR,
+    MODEL_CLASS,
+    PREPARE,
+    load_collator,
+    load_model,
+    load_object,
+    load_rows,
+)
+
+if TYPE_CHECKING:
+    from hf_rgm import FidelityReport, Synset
+
+
+def validate(
+    model: Annotated[str, typer.Argument(help="The trained model: a folder, or a repository on the Hub.")],
+    synset: Annotated[Path, typer.Argument(help="Folder of its synset, which keeps the result.", exists=True)],
+    queries: Annotated[
+        str,
+        typer.Argument(
+            help="Labelled rows that chose no setting: a parquet, JSON or CSV file, a saved folder, or "
+            "REPOSITORY[:CONFIG]."
+        ),
+    ],
+    dataset: Annotated[str, typer.Argument(help="The training rows, named likewise.")],
+    build_trainer: Annotated[
+        str,
+        typer.Option(help="FILE.py:FUNCTION or MODULE:FUNCTION; function(dataset, seed) returns a fresh Trainer."),
+    ],
+    budget: Annotated[int, typer.Option(help="Models to train at most.")] = 24,
+    seeds: Annotated[
+        list[int] | None, typer.Option("--retraining-seed", help="Seed of retrainings; may be repeated.")
+    ] = None,
+    with_rows: Annotated[
+        bool, typer.Option("--with-rows", help="Measure scores that use the training rows, not the synset alone.")
+    ] = False,
+    engine: Annotated[str, typer.Option(help="As in `hf-rgm attribute`.")] = "linearized_replay",
+    objective: Annotated[str, typer.Option(help="As in `hf-rgm attribute`.")] = "margin",
+    split: Annotated[str | None, typer.Option(help="Split of the queries.", show_default="test")] = None,
+    rows_split: Annotated[str | None, typer.Option(help="Split of the training rows.", show_default="train")] = None,
+    work_dir: Annotated[
+        Path | None, typer.Option(help="Keeps finished retrainings.", show_default="SYNSET-retrainings")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the subsets and of the intervals.")] = 0,
+    model_class: MODEL_CLASS = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the model.")] = None,
+    prepare: PREPARE = None,
+    data_collator: DATA_COLLATOR = None,
+    quiet: QUIET = False,
+    as_json: AS_JSON = False,
+) -> None:
+    """
+    Retrain without parts of the data and tell how well the synset had predicted it; the synset keeps the figures.
+
+    After Ctrl-C the same command goes on. Retrainings are shared among the processes of torchrun.
+
+    Example: hf-rgm validate my-model my-synset test.parquet train.parquet --build-trainer train.py:build_trainer
+    """
+    from hf_rgm import AttributionPipeline, FidelityReport, Synset
+    from hf_rgm.fidelity.processes import Launch
+
+    folder = Path(f"{synset.resolve()}-retrainings") if work_dir is None else work_dir
+    go_on = f"Finished retrainings are kept in {folder}; the same command goes on from there."
+    disable_tqdm = hide_bars(quiet)
+    with interruptible(go_on), clear_errors():
+        asked = load_rows(queries, split=split, default_split="test", prepare=prepare)
+        rows = load_rows(dataset, split=rows_split, default_split="train", prepare=prepare)
+        measured = Synset.from_pretrained(synset)
+        pipeline = AttributionPipeline(
+            load_model(model, model_class=model_class, revision=revision), synset=measured, disable_tqdm=disable_tqdm
+        )
+        report = FidelityReport.measure(
+            pipeline.attributor,
+            asked,
+            load_object(build_trainer),
+            rows,
+            budget=budget,
+            seeds=seeds or None,
+            engine=engine,
+            rows=with_rows,
+            objective=load_object(objective) if ":" in objective else objective,
+            data_collator=load_collator(data_collator, asked, model, revision),
+            output_dir=folder,
+            seed=seed,
+            disable_tqdm=disable_tqdm,
+        )
+        if Launch.from_environment().index > 0:
+            return
+        on_card = _keep(measured, synset, report)
+        where = "and on its card" if on_card else "but not on its card, which was edited and is left as it is"
+        typer.echo(
+            json.dumps(report.to_dict(), indent=2) if as_json else f"{report}\nKept in {synset}/synset.json, {where}."
+        )
+
+
+def _keep(synset: Synset, folder: Path, report: FidelityReport) -> bool:
+    """Writes the figures into the synset's folder, and on its card where that is as it was generated."""
+    from huggingface_hub import RepoCard
+
+    from hf_rgm.files import replacing, write_json
+    from hf_rgm.hub import CardOptions
+    from hf_rgm.hub.cards import synset_card
+    from hf_rgm.hub.repository import CARD
+    from hf_rgm.synset.storage import CONFIG_FILE
+
+    card = folder / CARD
+    options = CardOptions(license=RepoCard.load(card).data.get("license")) if card.is_file() else None
+    generated = options is not None and card.read_text(encoding="utf-8") == synset_card(synset, options)
+    content = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    synset.fidelity = content["fidelity"] = report.to_dict()
+    write_json(folder / CONFIG_FILE, content)
+    if generated:
+        with replacing(card) as temporary:
+            temporary.write_text(synset_card(synset, options), encoding="utf-8")
+    return generated

@@ -1,0 +1,107 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from datasets import DatasetDict
+
+from hf_rgm import AttributionPipeline, AttributionResult
+from hf_rgm.cli.loading import load_collator, load_model, load_rows
+from tests.vision import vit_run
+
+SCORE_TOLERANCE = 1e-6
+"""Of the same computation on a model that was saved and loaded."""
+
+
+def test_the_scores_are_those_of_the_library(told, files, tmp_path):
+    content = told(
+        "attribute", files.model, files.synset, files.queries, "-o", tmp_path / "scores", "--rows", files.train,
+        "--html", tmp_path / "report.html", "--num-queries", 3, "--top", 2,
+    )  # fmt: skip
+    run = vit_run()
+    expected = AttributionPipeline(run.model, synset=run.synset, disable_tqdm=True)(
+        run.queries.select(range(3)), rows=run.train_dataset
+    )
+    result = AttributionResult.from_pretrained(tmp_path / "scores")
+    np.testing.assert_allclose(result.scores, expected.scores, atol=SCORE_TOLERANCE)
+    np.testing.assert_allclose(result.row_scores, expected.row_scores, atol=SCORE_TOLERANCE)
+    assert [query["clusters"] for query in content["queries"]] == result.to_list(2)
+    assert content["sign_convention"] == result.SIGN_CONVENTION
+    assert all(entry["score"] > 0 for entry in content["helped_most"])
+    assert all(entry["score"] < 0 for entry in content["harmed_most"])
+    assert len(content["helped_most"]) + len(content["harmed_most"]) >= 1
+    assert "<html" in (tmp_path / "report.html").read_text()
+
+
+def test_it_tells_the_top_clusters(invoke, files, script, tmp_path):
+    output = tmp_path / "scores"
+    result = invoke(
+        "attribute", files.model, files.synset, files.queries, "-o", output, "--engine", "adjoint",
+        "--objective", f"{script}:first", "--top", 1, "--prepare", f"{script}:first_half",
+        "--data-collator", f"{script}:collate",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert result.stdout.startswith("2 queries, 3 clusters. A positive score means")
+    saved = AttributionResult.from_pretrained(output)
+    assert (saved.engine, saved.objective) == ("adjoint", "first")
+    best = saved.top(1)
+    name, score = best["cluster"].iloc[0], best["score"].iloc[0]
+    assert score <= 0 or f"  {score:+.4g}  {name} (8 rows)" in result.stdout
+    assert f"hf-rgm info {output}" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"model": "/nowhere/at-all"}, "Error: "),
+        ({"synset": "no such synset"}, "is no folder that exists"),
+        ({"queries": "rows.txt"}, "its name must end in .parquet, .json, .jsonl, .csv"),
+        ({"options": ("--engine", "guess")}, "guess"),
+        ({"options": ("--objective", "no_module_of_this_name:x")}, "No module named"),
+        ({"options": ("--objective", "hf_rgm:nothing")}, "hf_rgm has no 'nothing'"),
+        ({"options": ("--objective", "missing.py:x")}, "There is no file missing.py"),
+    ],
+)
+def test_what_is_wrong_is_one_line(invoke, files, tmp_path, monkeypatch, changed, words):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows.txt").write_text("x")
+    given = {"model": files.model, "synset": files.synset, "queries": files.queries, "options": ()} | changed
+    result = invoke(
+        "attribute", given["model"], given["synset"], given["queries"], "-o", tmp_path / "scores", *given["options"]
+    )
+    assert result.exit_code == 1, result.output
+    assert words in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+    assert not (tmp_path / "scores").exists()
+
+
+def test_datasets_are_read_from_files_and_folders(files, script, tmp_path):
+    rows = vit_run().queries.select_columns(["labels"])
+    rows.to_csv(tmp_path / "rows.csv")
+    rows.to_json(tmp_path / "rows.jsonl")
+    rows.save_to_disk(tmp_path / "saved")
+    DatasetDict({"test": rows, "other": rows.select([0])}).save_to_disk(tmp_path / "parts")
+    for name in ("rows.csv", "rows.jsonl", "saved", "parts"):
+        loaded = load_rows(str(tmp_path / name), split=None, default_split="test")
+        assert loaded.with_format(None)["labels"][:] == [0, 1, 2, 0]
+    parts = str(tmp_path / "parts")
+    assert len(load_rows(parts, split="other", default_split="test")) == 1
+    assert len(load_rows(parts, split=None, default_split="test", prepare=f"{script}:first_half")) == 2
+    with pytest.raises(ValueError, match="no split 'dev'. It has: test, other"):
+        load_rows(parts, split="dev", default_split="test")
+    with pytest.raises(FileNotFoundError):
+        load_rows(str(tmp_path / "nothing"), split=None, default_split="test")
+
+
+def test_a_model_whose_class_is_not_known_can_be_named(files, tmp_path):
+    vit_run().model.config.from_pretrained(files.model, architectures=["MyViT"]).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="--model-class MODULE:CLASS"):
+        load_model(str(tmp_path))
+    loaded = load_model(files.model, model_class="transformers:ViTForImageClassification")
+    assert type(loaded) is type(vit_run().model)
+
+
+def test_rows_of_tokens_are_padded_by_the_model_s_tokenizer(files, tmp_path):
+    rows = vit_run().queries.add_column("input_ids", [[1], [2, 3], [4], [5]])
+    with pytest.raises(OSError, match="has no tokenizer to pad them"):
+        load_collator(None, rows, files.model)
+    assert load_collator(None, vit_run().queries, files.model) is None
