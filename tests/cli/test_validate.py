@@ -25,7 +25,7 @@ def six_clusters() -> Synset:
 def arguments(six_clusters, files, script, tmp_path):
     """Of `hf-rgm validate`, with a synset of its own."""
     synset = six_clusters.save_pretrained(tmp_path / "synset", card=CardOptions(license="mit"))
-    options = ("--build-trainer", f"{script}:build_trainer", "--budget", 4)
+    options = ("--build-trainer", f"{script}:build_trainer", "--budget", 5)
     return ("validate", files.model, synset, files.queries, files.train, *options)
 
 
@@ -35,7 +35,7 @@ def test_the_synset_keeps_the_figures(invoke, told, arguments, tmp_path, monkeyp
     kept = Synset.from_pretrained(synset)
     assert kept.fidelity == content
     report = FidelityReport.from_dict(content)
-    assert report.num_retrainings == 4
+    assert report.num_retrainings == 5
     assert str(report.agreements["lds_clusters"].estimate) in (synset / "README.md").read_text()
     assert "license: mit" in (synset / "README.md").read_text()
     assert "lds_clusters 0" in invoke("info", synset).output or "lds_clusters -" in invoke("info", synset).output
