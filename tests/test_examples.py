@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import importlib
 import re
+import runpy
 import sys
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import pytest
 from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel
 
@@ -15,6 +17,13 @@ FLOAT_TOLERANCE = 1e-5
 """Logits of one model in two objects."""
 
 NAMES = ("causal_lm", "lora", "text_classification")
+NOTEBOOKS = {
+    "vision": "vision-example/report.html",
+    "data_cleaning": "data-cleaning-example/cleaning.png",
+    "sources_and_mixture": "mixture-example/mixture.png",
+    "unlearning": "unlearning-example/unlearning.png",
+}
+"""Scripts in percent format, and what each ends with."""
 
 
 @pytest.fixture
@@ -40,6 +49,31 @@ def best_sources(printed: str) -> list[str]:
 def test_every_example_is_tested():
     scripts = {path.stem for path in EXAMPLES.glob("*.py") if "__main__" in path.read_text(encoding="utf-8")}
     assert scripts == set(NAMES)
+    notebooks = {path.stem for path in EXAMPLES.glob("*.py") if "# %%" in path.read_text(encoding="utf-8")}
+    assert notebooks == set(NOTEBOOKS)
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_notebook(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_RGM_TINY", "1")
+    monkeypatch.syspath_prepend(EXAMPLES)
+    for module in (*NAMES, "texts"):
+        monkeypatch.delitem(sys.modules, module, raising=False)
+    names = runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
+    plt.close("all")
+    assert (tmp_path / NOTEBOOKS[name]).stat().st_size > 10_000
+    printed = capsys.readouterr().out
+    assert f"Look at {NOTEBOOKS[name]}" in printed
+    assert "nan" not in printed.lower()
+    if name == "unlearning":
+        assert re.search(r"Digit 3 is (gone|NOT gone)", printed)
+        removed, others = names["unlearned"].checks
+        assert (removed.num_rows, others.num_rows) == (120 - len(names["kept"]), len(names["kept"]))
+    if name == "data_cleaning":
+        assert len(names["subsets"]["all flipped labels dropped"]) == 108
+    if name == "sources_and_mixture":
+        assert names["mixture"].weights @ names["clusters"].sizes == pytest.approx(80)
 
 
 def test_text_classification(run, tmp_path):
