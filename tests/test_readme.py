@@ -1,4 +1,4 @@
-"""The README's snippet runs as printed."""
+"""The README's snippets run and print what it says."""
 
 from __future__ import annotations
 
@@ -16,29 +16,54 @@ from hf_rgm.testing import tiny_dataset, tiny_trainer
 from tests.text import language_model, word_tokenizer
 
 WORDS = ("cat", "dog", "mat", "road")
-README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+NUMBER = re.compile(r"-?\d+\.\d+")
+TOLERANCE = 0.02
+"""Of printed numbers: other machines add in another order."""
+
+
+def block(name: str, language: str = "python", text: str = README) -> str:
+    """The fenced block after a comment of this name."""
+    found = re.search(rf"<!-- {name} -->\n```{language}\n(.*?)```", text, flags=re.DOTALL)
+    assert found is not None, name
+    return found[1]
+
+
+def test_every_python_snippet_is_run_by_a_test():
+    assert README.count("```python") == len(re.findall(r"<!-- (?:snippet|measure|share) -->\n```python", README))
 
 
 def test_snippet(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    code = re.search(r"<!-- snippet -->\n```python\n(.*?)```", README, flags=re.DOTALL)
-    assert code is not None
     train = tiny_dataset(48, seed=0).add_column("source", ["web", "books", "mail", "chat"] * 12)
     prepared = tiny_trainer(train)
     names = {"model": prepared.model, "args": prepared.args, "train": train, "queries": tiny_dataset(6, seed=1)}
-    exec(compile(code[1], "README.md", "exec"), names)
+    assert len(block("snippet").splitlines()) <= 20
+    exec(compile(block("snippet"), "README.md", "exec"), names)
+    printed, shown = capsys.readouterr().out, block("snippet:output", "")
+    assert NUMBER.sub("#", printed).split() == NUMBER.sub("#", shown).split(), printed
+    assert [float(number) for number in NUMBER.findall(printed)] == pytest.approx(
+        [float(number) for number in NUMBER.findall(shown)], abs=TOLERANCE
+    )
     assert names["result"].scores.shape == (6, 4)
     assert names["result"].row_scores.shape == (6, 48)
     assert type(names["without"]) is type(prepared.model)
     assert (tmp_path / "attributions.png").stat().st_size > 10_000
-    assert "books" in capsys.readouterr().out
+
+    names["build_trainer"] = tiny_trainer
+    measure = block("measure")
+    assert "budget=24" in measure
+    exec(compile(measure.replace("budget=24", "budget=5, disable_tqdm=True"), "README.md", "exec"), names)
+    assert "with 5 retrainings" in capsys.readouterr().out
+    assert names["synset"].fidelity == names["report"].to_dict()
 
 
 def test_sft_snippet(tmp_path, monkeypatch):
     trl = pytest.importorskip("trl")
     monkeypatch.chdir(tmp_path)
-    code = re.search(r"<!-- sft -->\n```python\n(.*?)```", README, flags=re.DOTALL)
-    assert code is not None
+    document = (ROOT / "docs" / "language_models.md").read_text(encoding="utf-8")
+    assert document.count("```python") == 1
     texts = [f"the {word} sat on the {other}" for word in WORDS for other in WORDS]
     names = {
         "model": language_model("gpt2", bos_token_id=1, eos_token_id=1),
@@ -52,7 +77,7 @@ def test_sft_snippet(tmp_path, monkeypatch):
         "ReverseGradientMatchingDistiller": ReverseGradientMatchingDistiller,
         "pipeline": pipeline,
     }
-    exec(compile(code[1], "README.md", "exec"), names)
+    exec(compile(block("sft", text=document), "language_models.md", "exec"), names)
     assert names["result"].scores.shape == (2, 2)
     assert names["result"].row_scores.shape == (2, 16)
     assert type(names["without"]) is type(names["trainer"].model)
