@@ -198,9 +198,10 @@ def _read_ids(path: Path) -> Any:
 
 
 def _column(rows: Any, name: str) -> Any:
-    if name not in rows.column_names:
-        raise KeyError(f"The dataset has no column {name!r}. It has: {', '.join(rows.column_names)}.")
-    return rows[:][name]
+    columns = getattr(rows, "column_names", [])
+    if name not in columns:
+        raise KeyError(f"The dataset has no column {name!r}. It has: {', '.join(columns)}.")
+    return rows.with_format("numpy")[name][:]
 
 
 def _load_module(name: str) -> ModuleType:
