@@ -26,6 +26,7 @@ def info(target: TARGET, revision: REVISION = None, as_json: AS_JSON = False) ->
     """
     from hf_rgm.hub.description import describe
 
+    hide_bars()
     with clear_errors():
         description = describe(target, revision=revision)
     typer.echo(json.dumps(description.to_dict(), indent=2) if as_json else str(description))

@@ -98,6 +98,9 @@ def test_a_model_whose_class_is_not_known_can_be_named(files, tmp_path):
         load_model(str(tmp_path))
     loaded = load_model(files.model, model_class="transformers:ViTForImageClassification")
     assert type(loaded) is type(vit_run().model)
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(ValueError, match="is a PEFT adapter, whose base has to be made first"):
+        load_model(str(tmp_path))
 
 
 def test_rows_of_tokens_are_padded_by_the_model_s_tokenizer(files, tmp_path):
