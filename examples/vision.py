@@ -23,7 +23,7 @@ from hf_rgm.explorer.plots import plot_synset_gallery
 
 DATA = os.environ.get("DATA", "digits")
 TINY = bool(os.environ.get("HF_RGM_TINY"))  # for the tests, which look at what happens, not at how well
-num_rows, num_queries, num_epochs, num_iterations = (90, 8, 1, 3) if TINY else (1200, 100, 15, 400)
+num_rows, num_queries, num_epochs, num_iterations = (120, 8, 2, 3) if TINY else (1200, 100, 15, 400)
 output = Path("vision-example")
 
 # %% [markdown]
