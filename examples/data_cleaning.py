@@ -21,7 +21,7 @@ from hf_rgm.explorer.plots import plot_inspection_curve
 from hf_rgm.fidelity.retraining import retrain
 
 TINY = bool(os.environ.get("HF_RGM_TINY"))  # for the tests, which look at what happens, not at how well
-settings = DemoSettings(num_queries=500, flipped_share=0.1, num_iterations=300)
+settings = DemoSettings(num_queries=500, flipped_share=0.1, num_iterations=200)
 if TINY:
     settings = DemoSettings(num_rows=120, num_queries=40, flipped_share=0.1, num_epochs=2, num_iterations=3)
 seeds = (1,) if TINY else (1, 2, 3)

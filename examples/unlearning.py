@@ -20,7 +20,7 @@ from hf_rgm.attribution.objectives import log_odds_margin
 from hf_rgm.demo import DemoSettings, build_trainer, load_data
 
 TINY = bool(os.environ.get("HF_RGM_TINY"))  # for the tests, which look at what happens, not at how well
-settings = DemoSettings(num_queries=500, flipped_share=0.0, num_iterations=600)
+settings = DemoSettings(num_queries=500, flipped_share=0.0, num_iterations=200)
 if TINY:
     settings = DemoSettings(num_rows=120, num_queries=40, flipped_share=0.0, num_epochs=2, num_iterations=3)
 forgotten = 3
@@ -36,7 +36,7 @@ recorder = TrajectoryCallback(output / "trajectory", overwrite=True)
 trainer = build_trainer(settings)(data.train, settings.seed, [recorder])
 trainer.train()
 clusters = ClusterMap.from_column(data.train, "labels")
-config = DistillationConfig(samples_per_cluster=10, num_iterations=settings.num_iterations)
+config = DistillationConfig(samples_per_cluster=5, num_iterations=settings.num_iterations)
 distiller = ReverseGradientMatchingDistiller(trainer.model, output / "trajectory", data.train, clusters, config=config)
 attribute = pipeline("data-attribution", model=trainer.model, synset=distiller.distill())
 
