@@ -19,7 +19,9 @@ from hf_rgm.attribution.perturbations import random_subsets
 from hf_rgm.attribution.pipeline import AttributionPipeline
 from hf_rgm.attribution.result import AttributionResult
 from hf_rgm.clusters import ClusterMap
-from hf_rgm.explorer.plots import plot_inspection_curve, plot_predicted_against_actual, plot_synset_gallery
+from hf_rgm.explorer.check_plots import plot_inspection_curve, plot_matching_error, plot_predicted_against_actual
+from hf_rgm.explorer.exhibit import Exhibit
+from hf_rgm.explorer.plots import plot_synset_gallery
 from hf_rgm.explorer.report import attribution_report
 from hf_rgm.fidelity.retraining import retrain
 from hf_rgm.fidelity.scores import Estimate, linear_datamodeling_score
@@ -311,8 +313,11 @@ def _write_report(
         "heatmap": result.plot("heatmap"),
         "bars": result.plot("bars"),
         "synset": plot_synset_gallery(inputs, names, title="The synset"),
+        "matching_error": plot_matching_error(
+            synset.residuals, synset.matched_states, synset.clusters.names, title="Matching error of the synset"
+        ),
         "fidelity": plot_predicted_against_actual(
-            fidelity.predicted.ravel(), fidelity.actual.ravel(), title="Predicted against retrained"
+            fidelity.predicted, fidelity.actual, title="Predicted against retrained"
         ),
         "flipped_labels": plot_inspection_curve(fractions, curves, what="flipped labels"),
     }
@@ -322,12 +327,13 @@ def _write_report(
         if figure is not None:
             figure.savefig(folder / "plots" / f"{name}.png")
     hardest = [result.query_ids[i] for i in np.argsort(result.objective_values)[:4]]
+    measured = f"{fidelity.estimate}, {fidelity.actual.shape[1]} retrainings"
+    exhibit = Exhibit(result, synset=synset, rows=data.train, queries=data.queries)
     report = attribution_report(
-        result,
+        exhibit,
         title="hf-rgm demo: which digits taught the model this?",
-        queries=hardest,
-        row_image=lambda row: data.train[row]["pixel_values"],
-        query_image=lambda position: data.queries[position]["pixel_values"],
+        query_ids=hardest,
+        fidelity=f"rank correlation with retraining (LDS) {measured}.",
     )
     check = report.section("How faithful is this?")
     check.text(
@@ -341,5 +347,7 @@ def _write_report(
         [[f"{s:.0%}", *(f"{share_found(o, data.flipped, s):.0%}" for o in orders.values())] for s in INSPECTED_SHARES],
     )
     flips.figure(drawings["flipped_labels"])
-    report.section("The synset").figure(drawings["synset"])
+    samples = report.section("The synset")
+    samples.figure(drawings["synset"])
+    samples.figure(drawings["matching_error"])
     report.save(folder / "report.html")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -21,6 +21,9 @@ from hf_rgm.hub.artefact import CardOptions, DatasetArtefact
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from transformers import PreTrainedTokenizerBase
+
+    from hf_rgm.synset.synset import Synset
 
 
 @dataclass(eq=False, repr=False)
@@ -295,32 +298,37 @@ class AttributionResult(DatasetArtefact):
         path: str | Path,
         *,
         title: str = "Training-data attribution",
-        queries: Sequence[str | int] | None = None,
-        row_image: Callable[[int], Any] | None = None,
-        query_image: Callable[[int], Any] | None = None,
+        query_ids: Sequence[str | int] | None = None,
+        queries: Any = None,
+        rows: Any = None,
+        synset: Synset | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> Path:
         """
-        Writes a self-contained page with the heat map and the clusters and rows that matter.
+        Writes a self-contained page: the heat map, and the clusters and rows that matter, on average and for some
+        queries, with the pictures or texts of what is at hand.
 
         Args:
             path (`str` or `Path`): The file to write.
             title (`str`, *optional*): Title of the page.
-            queries (`Sequence`, *optional*): Ids of queries to show one by one. Defaults to the first four.
-            row_image (`Callable`, *optional*): The picture of a training row, `(channels, height, width)` or
-                `(height, width)`: shows top and bottom rows as pictures.
-            query_image (`Callable`, *optional*): The same for the query at a position.
+            query_ids (`Sequence`, *optional*): Queries to show one by one. Defaults to the first four.
+            queries (*optional*): The dataset of the queries, in the order of the result: shows what they look like.
+            rows (*optional*): The training dataset: shows what rows look like.
+            synset (`Synset`, *optional*): Shows synthetic samples beside real rows.
+            tokenizer (`PreTrainedTokenizerBase`, *optional*): Reads tokens where a dataset has no texts.
 
         Returns:
             `Path`: the file.
 
         Raises:
             KeyError: If there is no such query.
+            ValueError: If queries, rows or synset are not those of the result.
         """
+        from hf_rgm.explorer.exhibit import Exhibit
         from hf_rgm.explorer.report import attribution_report
 
-        return attribution_report(
-            self, title=title, queries=queries, row_image=row_image, query_image=query_image
-        ).save(path)
+        exhibit = Exhibit(self, synset=synset, rows=rows, queries=queries, tokenizer=tokenizer)
+        return attribution_report(exhibit, title=title, query_ids=query_ids).save(path)
 
     def save_pretrained(self, save_directory: str | Path, *, card: CardOptions | None = None) -> Path:
         """

@@ -7,15 +7,10 @@ import torch
 from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 
-from hf_rgm.explorer.plots import (
-    NEGATIVE,
-    POSITIVE,
-    plot_bars,
-    plot_heatmap,
-    plot_inspection_curve,
-    plot_predicted_against_actual,
-    plot_synset_gallery,
-)
+from hf_rgm.explorer.check_plots import plot_inspection_curve, plot_matching_error, plot_predicted_against_actual
+from hf_rgm.explorer.drawing import NEGATIVE, POSITIVE
+from hf_rgm.explorer.plots import plot_bars, plot_heatmap, plot_synset_gallery
+from hf_rgm.fidelity.scores import linear_datamodeling_score
 
 AWKWARD = "$\\frac{1}{ & <b>\n" + "long " * 30
 
@@ -98,19 +93,43 @@ def test_gallery_takes_colour_and_draws_upright():
     assert ax.get_ylim()[0] > ax.get_ylim()[1]
 
 
-def test_predicted_against_actual_states_correlation_and_number_of_points():
-    actual = np.array([[1.0, 2.0], [3.0, 4.0]])
+def test_predicted_against_actual_states_correlation_interval_and_number_of_points():
+    actual = np.arange(6.0)
     ax = plot_predicted_against_actual(actual**3, actual)
-    assert texts(ax.texts) == ["Spearman 1.00\n4 points"]
-    np.testing.assert_array_equal(np.asarray(ax.collections[0].get_offsets())[:, 1], [1, 8, 27, 64])
+    assert texts(ax.texts) == ["rank correlation 1.000 [1.000, 1.000]\n6 points"]
+    np.testing.assert_array_equal(np.asarray(ax.collections[0].get_offsets())[:, 1], actual**3)
     constant = plot_predicted_against_actual(np.zeros(3), np.arange(3))
-    assert texts(constant.texts) == ["Spearman undefined (constant)\n3 points"]
+    assert texts(constant.texts) == ["rank correlation undefined (constant)\n3 points"]
 
 
-def test_inspection_curve_is_in_percent():
-    ax = plot_inspection_curve(np.array([0.0, 0.5, 1.0]), {"scores": [0, 1, 1], "random": [0, 0.5, 1]})
-    assert [line.get_ydata().tolist() for line in ax.lines] == [[0, 100, 100], [0, 50, 100]]
-    assert texts(ax.get_legend().get_texts()) == ["scores", "random"]
+def test_predicted_against_actual_of_several_queries_is_the_lds():
+    actual = np.array([[1.0, 2, 3, 4, 5], [5.0, 1, 4, 2, 3]])
+    predicted = actual + np.array([[0.0, 0, 0, 0, 0], [0.0, 4, 0, 0, 0]])
+    lds = linear_datamodeling_score(predicted, actual)
+    assert lds.value < 1
+    text = f"rank correlation {lds}\nmean over 2 queries, 5 points each"
+    assert texts(plot_predicted_against_actual(predicted, actual).texts) == [text]
+
+
+def test_predicted_against_actual_draws_the_interval_of_the_truth():
+    ax = plot_predicted_against_actual(np.arange(3), np.arange(3), error=np.array([0.5, 0, 1]))
+    segments = ax.collections[0].get_segments()
+    assert [segment[:, 0].tolist() for segment in segments] == [[-0.5, 0.5], [1, 1], [1, 3]]
+
+
+def test_matching_error_puts_the_worst_cluster_first_and_says_what_it_leaves_out():
+    ax = plot_matching_error(np.array([[0.1, 0.5, 0.2], [0.3, 0.1, 0.8]]), [3, 9], ["a", "b", "c"], max_clusters=2)
+    assert texts(ax.get_xticklabels()) == ["c", "b"]
+    assert texts(ax.get_yticklabels()) == ["3", "9"]
+    np.testing.assert_allclose(np.asarray(ax.images[0].get_array()), [[0.2, 0.5], [0.8, 0.1]])
+    assert ax.images[0].get_clim() == (0, 0.8)
+    assert "2 of 3" in ax.get_xlabel()
+
+
+def test_inspection_curve_is_in_percent_and_shows_chance():
+    ax = plot_inspection_curve(np.array([0.0, 0.5, 1.0]), {"scores": [0, 1, 1], "training loss": [0, 0.5, 1]})
+    assert [list(line.get_ydata()) for line in ax.lines] == [[0, 100, 100], [0, 50, 100], [0, 100]]
+    assert texts(ax.get_legend().get_texts()) == ["scores", "training loss", "random order, expected"]
 
 
 @pytest.mark.parametrize(
@@ -121,6 +140,7 @@ def test_inspection_curve_is_in_percent():
         lambda **at: plot_synset_gallery(np.eye(4).reshape(1, 4, 4), [AWKWARD], title=AWKWARD, **at),
         lambda **at: plot_predicted_against_actual(np.arange(3), np.arange(3), title=AWKWARD, unit=AWKWARD, **at),
         lambda **at: plot_inspection_curve([0, 1], {AWKWARD: [0, 1]}, title=AWKWARD, what=AWKWARD, **at),
+        lambda **at: plot_matching_error([[0.5, 1]], [AWKWARD], [AWKWARD, "b"], title=AWKWARD, **at),
     ],
 )
 def test_awkward_names_are_drawn_without_touching_pyplot(draw):
@@ -143,7 +163,9 @@ def test_awkward_names_are_drawn_without_touching_pyplot(draw):
         (lambda: plot_synset_gallery(np.zeros((2, 5, 4, 4)), ["a", "b"]), "must have shape"),
         (lambda: plot_synset_gallery(np.zeros((0, 4, 4)), []), "got shape"),
         (lambda: plot_predicted_against_actual(np.zeros(3), np.zeros(2)), "same shape"),
-        (lambda: plot_predicted_against_actual(np.zeros(1), np.zeros(1)), "at least 2 points"),
+        (lambda: plot_predicted_against_actual(np.zeros(2), np.zeros(2)), "at least 3 points"),
+        (lambda: plot_predicted_against_actual(np.zeros(3), np.zeros(3), error=np.zeros(2)), "same shape"),
+        (lambda: plot_matching_error(np.zeros((2, 2)), [1], ["a", "b"]), r"shape \(2, 2\) for 1 states"),
         (lambda: plot_predicted_against_actual(np.array([np.nan, 1]), np.zeros(2)), "`predicted` has 1 NaN"),
         (lambda: plot_inspection_curve([0, 1], {}), "is empty"),
         (lambda: plot_inspection_curve([0, 1], {"x": [0]}), "'x' has 1 points for 2"),

@@ -1,7 +1,10 @@
+import dataclasses
+
 import numpy as np
 import pytest
 
 from hf_rgm.attribution.result import AttributionResult
+from tests.explorer.tiny import tiny_exhibit
 
 
 def make_result(**changes):
@@ -16,44 +19,45 @@ def make_result(**changes):
         "objective": "margin",
         "objective_values": np.linspace(0, 1, 6),
         "engine": "adjoint",
-        "metadata": {"<rewind>": "<half>"},
+        "metadata": {"num_runs": "<half>"},
     }
     return AttributionResult(**(arguments | changes))
 
 
 def test_page_has_the_matrix_the_mean_and_the_first_queries(tmp_path):
     page = make_result().to_html(tmp_path / "page.html", title="A & B").read_text(encoding="utf-8")
-    assert page.count("<img") == 2 + 4
+    assert page.count("<img") == 1
     assert page.count("<h2>Query ") == 4
+    assert page.count('<table class="bars">') == 1 + 4
     assert "<title>A &amp; B</title>" in page
-    assert AttributionResult.SIGN_CONVENTION in page
-    assert "&lt;i&gt;imdb&lt;/i&gt;" in page
-    assert "&lt;rewind&gt;" in page and "&lt;half&gt;" in page
-    for raw in ("<i>", "<q>", "<rewind>", "<half>"):
+    assert AttributionResult.SIGN_CONVENTION in page and "Fidelity: not measured" in page
+    for escaped in ("&lt;i&gt;imdb&lt;/i&gt;", "&lt;half&gt;"):
+        assert escaped in page
+    for raw in ("<i>", "<q>", "<half>"):
         assert raw not in page
 
 
-def test_rows_are_shown_as_pictures_of_the_right_rows(tmp_path):
-    asked_rows, asked_queries = [], []
+def test_texts_of_rows_and_queries_are_escaped(tmp_path):
+    rows = [{"text": f"<u>row {i}", "label": 1} for i in range(5)]
+    queries = [{"text": f"<u>query {i}"} for i in range(6)]
+    path = make_result().to_html(tmp_path / "page.html", query_ids=["<q>4"], rows=rows, queries=queries)
+    page = path.read_text(encoding="utf-8")
+    assert "&lt;u&gt;query 4" in page and "&lt;u&gt;query 1" not in page
+    assert all(f"&lt;u&gt;row {i}" in page for i in range(5)) and "<u>" not in page
 
-    def row_image(row):
-        asked_rows.append(row)
-        return np.eye(4)
 
-    def query_image(query):
-        asked_queries.append(query)
-        return np.eye(4)
-
-    result = make_result(row_scores=np.tile([3.0, -1.0, 0.0, 2.0, 1.0], (6, 1)))
-    page = result.to_html(tmp_path / "page.html", queries=["<q>4"], row_image=row_image, query_image=query_image)
-    assert asked_rows == [0, 3, 4, 2, 1] + [1, 2, 4, 3, 0]
-    assert asked_queries == [4]
-    assert page.read_text(encoding="utf-8").count("<img") == 2 + 1 + 2
+def test_page_shows_pictures_and_synthetic_samples_where_they_are_at_hand(tmp_path):
+    exhibit = tiny_exhibit()
+    result = dataclasses.replace(exhibit.result)
+    given = {"rows": exhibit.rows, "queries": exhibit.queries, "synset": exhibit.synset}
+    page = result.to_html(tmp_path / "page.html", query_ids=[7], **given).read_text(encoding="utf-8")
+    samples = 2 * min(4, exhibit.synset.samples.inputs.shape[1])
+    assert page.count("<img") == 1 + 1 + 2 * 4 + samples + 2 * 6
 
 
 def test_result_without_rows_and_unknown_query(tmp_path):
     result = make_result(row_scores=None, cluster_ids=None)
     assert result.to_html(tmp_path / "page.html").is_file()
     with pytest.raises(KeyError, match="No query has the id 'x'"):
-        result.to_html(tmp_path / "other.html", queries=["x"])
+        result.to_html(tmp_path / "other.html", query_ids=["x"])
     assert not (tmp_path / "other.html").exists()

@@ -1,0 +1,272 @@
+"""The explorer: a page in the browser on which attributions are looked at and clusters are dropped."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from hf_rgm.attribution.result import AttributionResult
+from hf_rgm.explorer.exhibit import Exhibit, of_query
+from hf_rgm.explorer.html import STYLE, Section, banner_html, heading_html
+from hf_rgm.explorer.items import shortened
+from hf_rgm.explorer.opening import open_exhibit
+from hf_rgm.explorer.views import (
+    banner,
+    cluster_section,
+    clusters_section,
+    facts_section,
+    heatmap_section,
+    query_section,
+    rows_section,
+)
+from hf_rgm.explorer.what_if import NEEDS, Replayed, replay_without, what_if_section
+from hf_rgm.rows import DataCollator
+from hf_rgm.synset.synset import Synset
+
+if TYPE_CHECKING:
+    import gradio
+
+TITLE = "Training-data attribution"
+ALL_QUERIES = -1
+FONT = ("system-ui", "sans-serif")
+KEPT_REPLAYS = 32
+# The cards are light whatever the browser prefers, so the frame around them is too.
+APP_STYLE = (
+    STYLE
+    + """
+.gradio-container { max-width: 76rem !important; margin: 0 auto !important; }
+.gradio-container, .gradio-container .main { overflow: visible !important; }
+#rgm-banner { position: sticky; top: 0; z-index: 40; background: var(--body-background-fill);
+  border-bottom: 1px solid #dde1e6; }
+#rgm-banner .rgm { font-size: .875rem; line-height: 1.4; padding: .4rem 0; color: var(--body-text-color); }
+#rgm-banner .rgm p { margin: 0; }
+#rgm-heading .rgm { color: var(--body-text-color); }
+#rgm-heading .rgm h1 { margin: 0; }
+@media (max-width: 40rem) { .gradio-container > .main { padding: .5rem !important; } }
+"""
+)
+
+
+class Explorer:
+    """
+    What the page shows for what is chosen on it: functions that return HTML, without Gradio.
+
+    Args:
+        exhibit ([`~hf_rgm.explorer.exhibit.Exhibit`]): What there is.
+    """
+
+    def __init__(self, exhibit: Exhibit) -> None:
+        self.exhibit = exhibit
+        self._replayed = functools.lru_cache(maxsize=KEPT_REPLAYS)(functools.partial(replay_without, exhibit))
+
+    def query_choices(self) -> list[tuple[str, int]]:
+        """Names and positions of the queries; the mean over all comes first."""
+        result = self.exhibit.result
+        return [
+            (f"All {result.num_queries} queries (mean)", ALL_QUERIES),
+            *(
+                (shortened(f"{query} ({result.objective} {value:.3g})", 80), position)
+                for position, (query, value) in enumerate(
+                    zip(result.query_ids, result.objective_values.tolist(), strict=True)
+                )
+            ),
+        ]
+
+    def cluster_choices(self) -> list[tuple[str, int]]:
+        """Names and indices of the clusters."""
+        return [(shortened(str(name), 80), index) for index, name in enumerate(self.exhibit.result.cluster_names)]
+
+    def strongest(self, query: int) -> int:
+        """The cluster with the largest score, positive or negative."""
+        return int(np.abs(of_query(self.exhibit.result.scores, _position(query))).argmax())
+
+    def query(self, query: int) -> str:
+        """What the query looks like."""
+        return _html(query_section(self.exhibit, _position(query)))
+
+    def clusters(self, query: int) -> str:
+        """The clusters that matter to the query, as bars."""
+        return _html(clusters_section(self.exhibit, _position(query)))
+
+    def cluster(self, cluster: int, query: int) -> str:
+        """Real rows and synthetic samples of a cluster."""
+        return _html(cluster_section(self.exhibit, cluster, _position(query)))
+
+    def rows(self, query: int) -> str:
+        """The rows that matter to the query."""
+        return _html(rows_section(self.exhibit, _position(query)))
+
+    def heatmap(self) -> str:
+        """All scores as colours."""
+        return _html(heatmap_section(self.exhibit.result))
+
+    def facts(self) -> str:
+        """How scores were computed, and their fidelity."""
+        return _html(facts_section(self.exhibit.result))
+
+    def what_if(self, clusters: Sequence[int], query: int) -> str:
+        """Predictions without some clusters, or why there are none."""
+        chosen = tuple(sorted(set(clusters)))
+        try:
+            replayed: Replayed = self._replayed(chosen)
+        except ValueError as error:
+            section = Section("Nothing was replayed")
+            section.text(str(error))
+            return _html(section)
+        return _html(what_if_section(self.exhibit, replayed, chosen, _position(query)))
+
+
+def build_app(exhibit: Exhibit, *, title: str = TITLE) -> gradio.Blocks:
+    """
+    The page, not yet served. `app.launch(**launch_settings())` serves it.
+
+    Args:
+        exhibit ([`~hf_rgm.explorer.exhibit.Exhibit`]): What to show.
+        title (`str`, *optional*): Title of the page.
+
+    Raises:
+        ImportError: If Gradio is not installed.
+    """
+    gr = _gradio()
+    explorer = Explorer(exhibit)
+    queries, clusters = explorer.query_choices(), explorer.cluster_choices()
+    first = queries[1][1]
+    quiet: dict[str, Any] = {"show_progress": "minimal", "api_visibility": "private"}
+    with gr.Blocks(title=title, analytics_enabled=False, fill_width=True) as app:
+        html = functools.partial(gr.HTML, apply_default_css=False)
+        html(heading_html(title), elem_id="rgm-heading")
+        html(banner_html(banner(exhibit.result)), elem_id="rgm-banner")
+        with gr.Row():
+            with gr.Column(scale=1, min_width=280):
+                query = gr.Dropdown(queries, value=first, label="Query", elem_id="rgm-query")
+                query_view = html(explorer.query(first), elem_id="rgm-query-view")
+            with gr.Column(scale=2, min_width=280):
+                clusters_view = html(explorer.clusters(first), elem_id="rgm-clusters-view")
+        with gr.Tabs():
+            with gr.Tab("Cluster"):
+                strongest = explorer.strongest(first)
+                cluster = gr.Dropdown(clusters, value=strongest, label="Cluster", elem_id="rgm-cluster")
+                cluster_view = html(explorer.cluster(strongest, first), elem_id="rgm-cluster-view")
+            with gr.Tab("Rows"):
+                rows_view = html(explorer.rows(first), elem_id="rgm-rows-view")
+            with gr.Tab("What if"):
+                dropped = gr.Dropdown(
+                    clusters,
+                    value=[],
+                    multiselect=True,
+                    label="Clusters to remove from training",
+                    interactive=exhibit.can_replay,
+                    elem_id="rgm-dropped",
+                )
+                replay = gr.Button(
+                    "Predict without them", variant="primary", interactive=exhibit.can_replay, elem_id="rgm-replay"
+                )
+                hint = Section("What would the model say without some of its training data?")
+                hint.text("Choose clusters, then predict." if exhibit.can_replay else NEEDS)
+                what_if_view = html(_html(hint), elem_id="rgm-what-if-view")
+                replayed = gr.State([])
+            with gr.Tab("All scores"):
+                html(explorer.heatmap(), elem_id="rgm-heatmap-view")
+            with gr.Tab("About"):
+                html(explorer.facts(), elem_id="rgm-facts-view")
+
+        def choose(query: int, removed: list[int]) -> tuple[Any, ...]:
+            strongest = explorer.strongest(query)
+            return (
+                explorer.query(query),
+                explorer.clusters(query),
+                strongest,
+                explorer.cluster(strongest, query),
+                explorer.rows(query),
+                explorer.what_if(removed, query) if removed else gr.skip(),
+            )
+
+        def remove(clusters: list[int], query: int) -> tuple[str, list[int]]:
+            return explorer.what_if(clusters, query), clusters
+
+        shown = [query_view, clusters_view, cluster, cluster_view, rows_view, what_if_view]
+        query.input(choose, [query, replayed], shown, **quiet)
+        cluster.input(explorer.cluster, [cluster, query], cluster_view, **quiet)
+        replay.click(remove, [dropped, query], [what_if_view, replayed], **quiet)
+    return app
+
+
+def launch_settings() -> dict[str, Any]:
+    """
+    What `launch` of the page from [`build_app`] needs: its style, and nothing fetched from elsewhere.
+
+    Raises:
+        ImportError: If Gradio is not installed.
+    """
+    theme = _gradio().themes.Default(font=FONT, font_mono=("ui-monospace", "monospace"))
+    return {"theme": theme, "css": APP_STYLE, "footer_links": [], "ssr_mode": False}
+
+
+def explore(
+    attributions: AttributionResult | str | Path,
+    *,
+    synset: Synset | str | Path | None = None,
+    model: Any = None,
+    rows: Any = None,
+    queries: Any = None,
+    tokenizer: Any = None,
+    data_collator: DataCollator | None = None,
+    title: str = TITLE,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    launch: bool = True,
+    **launch_options: Any,
+) -> gradio.Blocks:
+    """
+    Shows attributions in the browser. Needs the extra `explorer`.
+
+    Args:
+        attributions, synset, model, rows, queries, tokenizer, data_collator, revision, token: Those of
+            [`~hf_rgm.explorer.opening.open_exhibit`]: attributions alone will do, more shows more.
+        title (`str`, *optional*): Title of the page.
+        launch (`bool`, *optional*, defaults to `True`): Serve it. Otherwise it is only built.
+        launch_options: Those of `gradio.Blocks.launch`, such as `server_port` or `inbrowser`.
+
+    Returns:
+        `gradio.Blocks`: the page.
+
+    Raises:
+        ImportError: If Gradio is not installed.
+        FileNotFoundError, ParameterMismatchError, ValueError: As [`~hf_rgm.explorer.opening.open_exhibit`].
+    """
+    _gradio()
+    exhibit = open_exhibit(
+        attributions,
+        synset=synset,
+        model=model,
+        rows=rows,
+        queries=queries,
+        tokenizer=tokenizer,
+        data_collator=data_collator,
+        revision=revision,
+        token=token,
+    )
+    app = build_app(exhibit, title=title)
+    if launch:
+        app.launch(**{**launch_settings(), **launch_options})
+    return app
+
+
+def _gradio() -> Any:
+    try:
+        import gradio
+    except ImportError as error:
+        raise ImportError('The explorer needs Gradio: `pip install "hf-rgm[explorer]"`.') from error
+    return gradio
+
+
+def _position(query: int) -> int | None:
+    return None if query == ALL_QUERIES else query
+
+
+def _html(section: Section) -> str:
+    return f'<div class="rgm">{section.to_html()}</div>'

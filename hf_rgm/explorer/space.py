@@ -1,0 +1,115 @@
+"""Writes the explorer as a Space: a folder that the Hub serves."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from huggingface_hub import SpaceCard, SpaceCardData
+
+from hf_rgm import __version__
+from hf_rgm.attribution.result import AttributionResult
+from hf_rgm.explorer.app import TITLE
+from hf_rgm.explorer.opening import ATTRIBUTIONS, MODEL, QUERIES, ROWS, SYNSET
+from hf_rgm.files import staged_folder
+from hf_rgm.hub.cards import escaped
+from hf_rgm.hub.repository import is_repo_id
+
+MARKER = "hf-rgm-space.txt"
+"""Tells a folder that was written here from others, which are not replaced."""
+
+GRADIO_VERSION = "6.31.0"
+APP = '''"""Shows training-data attributions. Written by `hf-rgm explore --space`; edit it as you like."""
+
+from pathlib import Path
+
+from hf_rgm.explorer.app import explore
+
+HERE = Path(__file__).parent
+
+demo = explore(
+{arguments}
+    title={title!r},
+    launch=__name__ == "__main__",
+)
+'''
+ABOUT = """
+# {title}
+
+{sign}
+
+Made with [hf_rgm](https://arxiv.org/abs/2404.14006): training-data attribution by distilled synsets. `app.py` is the whole
+of it; `pip install -r requirements.txt && python app.py` serves it anywhere.
+"""
+
+
+def write_space(
+    space_dir: str | Path,
+    attributions: str | Path,
+    *,
+    synset: str | Path | None = None,
+    model: str | Path | None = None,
+    rows: str | Path | None = None,
+    queries: str | Path | None = None,
+    title: str = TITLE,
+    requirement: str = f"hf-rgm[explorer]=={__version__}",
+) -> Path:
+    """
+    Writes a folder to push as a Gradio Space, or to run with `python app.py`. What is local is copied into it.
+
+    Args:
+        space_dir (`str` or `Path`): The folder; replaced if it was written here.
+        attributions (`str` or `Path`): A folder of a result, or its repository on the Hub.
+        synset, model (`str` or `Path`, *optional*): Their folders or repositories.
+        rows, queries (`str` or `Path`, *optional*): Folders of their datasets' `save_to_disk`. Everybody who can see
+            the Space can see them.
+        title (`str`, *optional*): Title of the page.
+        requirement (`str`, *optional*): What pip installs there. Defaults to this release.
+
+    Returns:
+        `Path`: the folder.
+
+    Raises:
+        FileExistsError: If the folder holds something else.
+        FileNotFoundError: If something is neither a folder nor can be a repository.
+        ValueError: If the attributions are damaged, or the title or requirement has several lines.
+    """
+    for name, text in (("title", title), ("requirement", requirement)):
+        if len(text.splitlines()) != 1:
+            raise ValueError(f"`{name}` must be one line, got {text!r}.")
+    AttributionResult.from_pretrained(attributions)
+    sources = {ATTRIBUTIONS: attributions, SYNSET: synset, MODEL: model, ROWS: rows, QUERIES: queries}
+    with staged_folder(space_dir, MARKER) as folder:
+        lines = []
+        for name, source in sources.items():
+            if source is not None:
+                lines.append(f"    {'' if name == ATTRIBUTIONS else f'{name}='}{_place(source, folder, name)},")
+        (folder / "app.py").write_text(APP.format(arguments="\n".join(lines), title=title), encoding="utf-8")
+        (folder / "requirements.txt").write_text(f"{requirement}\n", encoding="utf-8")
+        (folder / MARKER).write_text("Written by hf_rgm, which may replace this folder.\n")
+        _card(attributions, title).save(folder / "README.md")
+    return Path(space_dir)
+
+
+def _place(source: str | Path, folder: Path, name: str) -> str:
+    """Copies a folder into the Space; returns how `app.py` names it."""
+    if Path(source).is_dir():
+        shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns(".*"))
+        return f'HERE / "{name}"'
+    if name in (ROWS, QUERIES) or isinstance(source, Path) or not is_repo_id(source):
+        raise FileNotFoundError(f"`{name}`: there is no folder {source}. Save it there first, or pass another.")
+    return repr(source)
+
+
+def _card(attributions: str | Path, title: str) -> SpaceCard:
+    remote = None if Path(attributions).is_dir() else [str(attributions)]
+    data = SpaceCardData(
+        title=title,
+        sdk="gradio",
+        sdk_version=GRADIO_VERSION,
+        app_file="app.py",
+        python_version="3.11",
+        datasets=remote,
+    )
+    about = ABOUT.format(title=escaped(title), sign=AttributionResult.SIGN_CONVENTION)
+    return SpaceCard(f"---\n{data.to_yaml()}\n---\n{about}")

@@ -1,0 +1,183 @@
+"""What the model would say without some clusters, by replay."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hf_rgm.attribution.objectives import OBJECTIVES, Forward, Objective, Queries
+from hf_rgm.attribution.runs import ENGINES_OF_ROWS, REPLAY_ENGINES
+from hf_rgm.explorer.exhibit import Exhibit
+from hf_rgm.explorer.html import Section, signed
+from hf_rgm.explorer.items import shortened
+from hf_rgm.explorer.views import query_name
+from hf_rgm.fidelity.report import SOURCES
+
+SHOWN_LABELS = 5
+SHOWN_CHANGES = 8
+NEEDS = (
+    "Predictions without clusters need the model, the synset and the queries: "
+    "`explore(..., model=..., synset=..., queries=...)`."
+)
+
+
+@dataclass(frozen=True)
+class Replayed:
+    """
+    Queries before and after some clusters were removed.
+
+    Args:
+        objective (`np.ndarray`, *optional*): `(2, num_values)`, float32, where the objective is a built-in one.
+        probabilities (`np.ndarray`, *optional*): `(2, num_queries, num_labels)`, float32, for models that classify
+            whole rows.
+    """
+
+    objective: np.ndarray | None
+    probabilities: np.ndarray | None
+
+
+def replay_without(exhibit: Exhibit, clusters: Iterable[int]) -> Replayed:
+    """
+    Replays training without some clusters.
+
+    Args:
+        exhibit ([`~hf_rgm.explorer.exhibit.Exhibit`]): With an attributor and the queries.
+        clusters (`Iterable[int]`): Indices of the clusters to remove.
+
+    Returns:
+        [`Replayed`]: with several recorded runs, the mean over them.
+
+    Raises:
+        ValueError: If there is no attributor or no queries, or none or all of the clusters are to be removed.
+    """
+    dropped = sorted(set(clusters))
+    num_clusters = exhibit.result.num_clusters
+    if exhibit.attributor is None or exhibit.queries is None:
+        raise ValueError(NEEDS)
+    if not 0 < len(dropped) < num_clusters:
+        raise ValueError(f"Choose clusters to remove: at least one of {num_clusters}, and not all.")
+    objective = OBJECTIVES.get(exhibit.result.objective)
+    num_values = 0 if objective is None else exhibit.result.num_queries
+    shifts_labels = exhibit.attributor.model.shifts_labels
+
+    def function(forward: Forward, queries: Queries) -> Tensor:
+        # Both in one go: each of them alone would take a replay.
+        parts = [] if objective is None else [objective.function(forward, queries)]
+        if not shifts_labels and (logits := forward(queries.inputs)).dim() == 2:
+            parts.append(logits.flatten())
+        if not parts:
+            raise ValueError(
+                f"Neither is {exhibit.result.objective!r} a built-in objective nor the model a classifier: ask "
+                "`Attributor.replayed_values` with the objective itself."
+            )
+        return torch.cat(parts)
+
+    engine, rows = engine_of(exhibit)
+    masks = torch.ones(2, num_clusters)
+    masks[1, dropped] = 0
+    values = exhibit.attributor.replayed_values(
+        exhibit.queries,
+        masks,
+        objective=Objective("what if", function, differentiable=False),
+        engine=engine,
+        rows=rows,
+        data_collator=exhibit.data_collator,
+    )
+    if not np.isfinite(values).all():
+        raise ValueError("The replay diverged: its predictions are NaN or infinite. Remove fewer clusters.")
+    probabilities = None
+    if values.shape[1] > num_values:
+        logits = torch.from_numpy(values[:, num_values:]).reshape(2, len(exhibit.queries), -1)
+        probabilities = logits.softmax(-1).numpy()
+    return Replayed(None if objective is None else values[:, :num_values], probabilities)
+
+
+def engine_of(exhibit: Exhibit) -> tuple[str, Any]:
+    """
+    The engine that replays, and the rows it replays with: as the scores were computed, so that both say the same.
+
+    Scores of the adjoint are derivatives; linearised replay is what integrates them.
+    """
+    result = exhibit.result
+    engine = result.engine if result.engine in REPLAY_ENGINES else "linearized_replay"
+    of_rows = engine in ENGINES_OF_ROWS and bool(result.metadata.get("used_rows"))
+    return engine, exhibit.rows if of_rows else None
+
+
+def what_if_section(exhibit: Exhibit, replayed: Replayed, clusters: Iterable[int], position: int | None) -> Section:
+    """
+    Predictions before and after, of a query and over all of them.
+
+    Args:
+        exhibit ([`~hf_rgm.explorer.exhibit.Exhibit`]): What was replayed.
+        replayed ([`Replayed`]): What came out.
+        clusters (`Iterable[int]`): Indices of the removed clusters.
+        position (`int`, *optional*): A query to show by itself.
+    """
+    result = exhibit.result
+    dropped = sorted(set(clusters))
+    engine, rows = engine_of(exhibit)
+    names = ", ".join(str(result.cluster_names[k]) for k in dropped)
+    section = Section(f"Without {shortened(names, 120)}")
+    section.text(
+        f"{result.cluster_sizes[dropped].sum()} of {result.cluster_sizes.sum()} training rows removed. Predicted by "
+        f"{engine.replace('_', ' ')} {SOURCES[rows is not None]}, not by retraining."
+    )
+    if position is not None and replayed.probabilities is not None and not exhibit.values_are_of_sets:
+        _add_predictions(section, exhibit, replayed.probabilities[:, position], position)
+    if replayed.objective is not None:
+        lines = [] if position is None else [(query_name(result, position), replayed.objective[:, position])]
+        if result.num_queries > 1:
+            lines.append((query_name(result, None), replayed.objective.mean(axis=1)))
+        section.table(
+            ["", "before", "after", "change"],
+            [[what, f"{v[0]:.4g}", f"{v[1]:.4g}", signed(float(v[1] - v[0]))] for what, v in lines],
+            caption=f"{result.objective} before and after",
+        )
+    if replayed.probabilities is not None:
+        _add_changes(section, exhibit, replayed.probabilities)
+    return section
+
+
+def _add_predictions(section: Section, exhibit: Exhibit, probabilities: np.ndarray, position: int) -> None:
+    before, after = probabilities
+    shown = np.argsort(-np.maximum(before, after), kind="stable")[:SHOWN_LABELS]
+    section.table(
+        ["label", "before", "after"],
+        [[_label(exhibit, label), f"{before[label]:.1%}", f"{after[label]:.1%}"] for label in shown],
+        caption=f"Predicted probabilities of {query_name(exhibit.result, position)}",
+    )
+    first, second = _label(exhibit, before.argmax()), _label(exhibit, after.argmax())
+    section.text(f"Prediction stays {first}." if first == second else f"Prediction turns from {first} to {second}.")
+
+
+def _add_changes(section: Section, exhibit: Exhibit, probabilities: np.ndarray) -> None:
+    before, after = probabilities.argmax(-1)
+    changed = np.flatnonzero(before != after)
+    section.text(f"The prediction changes for {len(changed)} of {len(before)} queries.")
+    if not len(changed):
+        return
+    loss = probabilities[0, changed, before[changed]] - probabilities[1, changed, before[changed]]
+    shown = changed[np.argsort(-loss, kind="stable")[:SHOWN_CHANGES]]
+    ids = range(len(before)) if exhibit.values_are_of_sets else exhibit.result.query_ids
+    section.table(
+        ["query", "before", "after"],
+        [
+            [
+                f"{ids[query]}",
+                f"{_label(exhibit, before[query])} ({probabilities[0, query, before[query]]:.0%})",
+                f"{_label(exhibit, after[query])} ({probabilities[1, query, after[query]]:.0%})",
+            ]
+            for query in shown
+        ],
+        caption="Changed predictions" + ("" if len(shown) == len(changed) else f", {len(shown)} of {len(changed)}"),
+    )
+
+
+def _label(exhibit: Exhibit, label: np.integer) -> str:
+    return str(exhibit.label_names.get(int(label), int(label)))
