@@ -247,9 +247,10 @@ class Section:
             value = float(scores[index])
             width = abs(value) * percent
             left, side = (zero, "up") if value >= 0 else (zero - width, "down")
+            place = f"left:{left:.2f}%;width:{width:.2f}%"
             lines.append(
                 f'<tr><th scope="row">{_escaped(str(names[index]))}</th><td class="number">{signed(value)}</td>'
-                f'<td class="bar"><span class="track"><span class="{side}" style="left:{left:.2f}%;width:{width:.2f}%"></span>'
+                f'<td class="bar"><span class="track"><span class="{side}" style="{place}"></span>'
                 f'<span class="zero" style="left:{zero:.2f}%"></span></span></td></tr>'
             )
         titled = f"<caption>{_escaped(caption)}</caption>" if caption else ""

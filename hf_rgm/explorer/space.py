@@ -38,8 +38,8 @@ ABOUT = """
 
 {sign}
 
-Made with [hf_rgm](https://arxiv.org/abs/2404.14006): training-data attribution by distilled synsets. `app.py` is the whole
-of it; `pip install -r requirements.txt && python app.py` serves it anywhere.
+Made with [hf_rgm](https://arxiv.org/abs/2404.14006): training-data attribution by distilled synsets. `app.py` is the
+whole of it; `pip install -r requirements.txt && python app.py` serves it anywhere.
 """
 
 

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from hf_rgm.attribution.objectives import OBJECTIVES, Forward, Objective, Queries
-from hf_rgm.attribution.runs import ENGINES_OF_ROWS, REPLAY_ENGINES
+from hf_rgm.attribution.result import AttributionResult
+from hf_rgm.attribution.runs import REPLAY_ENGINES
 from hf_rgm.explorer.exhibit import Exhibit
 from hf_rgm.explorer.html import Section, signed
 from hf_rgm.explorer.items import shortened
 from hf_rgm.explorer.views import query_name
-from hf_rgm.fidelity.report import SOURCES
 
 SHOWN_LABELS = 5
 SHOWN_CHANGES = 8
@@ -77,15 +76,13 @@ def replay_without(exhibit: Exhibit, clusters: Iterable[int]) -> Replayed:
             )
         return torch.cat(parts)
 
-    engine, rows = engine_of(exhibit)
     masks = torch.ones(2, num_clusters)
     masks[1, dropped] = 0
     values = exhibit.attributor.replayed_values(
         exhibit.queries,
         masks,
         objective=Objective("what if", function, differentiable=False),
-        engine=engine,
-        rows=rows,
+        engine=engine_of(exhibit.result),
         data_collator=exhibit.data_collator,
     )
     if not np.isfinite(values).all():
@@ -97,16 +94,13 @@ def replay_without(exhibit: Exhibit, clusters: Iterable[int]) -> Replayed:
     return Replayed(None if objective is None else values[:, :num_values], probabilities)
 
 
-def engine_of(exhibit: Exhibit) -> tuple[str, Any]:
+def engine_of(result: AttributionResult) -> str:
     """
-    The engine that replays, and the rows it replays with: as the scores were computed, so that both say the same.
+    The engine that replays: that of the scores, so that both say the same.
 
     Scores of the adjoint are derivatives; linearised replay is what integrates them.
     """
-    result = exhibit.result
-    engine = result.engine if result.engine in REPLAY_ENGINES else "linearized_replay"
-    of_rows = engine in ENGINES_OF_ROWS and bool(result.metadata.get("used_rows"))
-    return engine, exhibit.rows if of_rows else None
+    return result.engine if result.engine in REPLAY_ENGINES else "linearized_replay"
 
 
 def what_if_section(exhibit: Exhibit, replayed: Replayed, clusters: Iterable[int], position: int | None) -> Section:
@@ -121,12 +115,11 @@ def what_if_section(exhibit: Exhibit, replayed: Replayed, clusters: Iterable[int
     """
     result = exhibit.result
     dropped = sorted(set(clusters))
-    engine, rows = engine_of(exhibit)
     names = ", ".join(str(result.cluster_names[k]) for k in dropped)
     section = Section(f"Without {shortened(names, 120)}")
     section.text(
         f"{result.cluster_sizes[dropped].sum()} of {result.cluster_sizes.sum()} training rows removed. Predicted by "
-        f"{engine.replace('_', ' ')} {SOURCES[rows is not None]}, not by retraining."
+        f"{engine_of(result).replace('_', ' ')} on the synset, not by retraining."
     )
     if position is not None and replayed.probabilities is not None and not exhibit.values_are_of_sets:
         _add_predictions(section, exhibit, replayed.probabilities[:, position], position)
