@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
+import datasets
 import numpy as np
 import torch
 from datasets import Dataset
@@ -198,7 +199,8 @@ def run_demo(
     Trains, records, distils, attributes, checks, and writes everything to a folder.
 
     Args:
-        output_dir (`str` or `Path`): Receives `model`, `synset`, `attributions`, `plots` and `report.html`.
+        output_dir (`str` or `Path`): Receives `model`, `synset`, `attributions`, `rows`, `queries`, `plots` and
+            `report.html`; the explorer opens it.
         say (`Callable`): Receives each line of text.
         settings (`DemoSettings`, *optional*): Sizes.
         disable_tqdm (`bool`, *optional*, defaults to `False`): No progress bars.
@@ -255,6 +257,7 @@ def run_demo(
     attribute = AttributionPipeline(model, synset=synset, disable_tqdm=disable_tqdm)
     result = attribute(data.queries, rows=data.train)
     result.save_pretrained(folder / "attributions")
+    _save_data(data, folder)
     _tell_queries(result, data, attribute, say)
 
     orders = {
@@ -275,6 +278,18 @@ def run_demo(
     _write_report(folder, result, data, synset, orders, fidelity)
     say(f"Written to {folder.resolve()}: open report.html, or look into synset/, attributions/ and plots/.")
     return folder
+
+
+def _save_data(data: DemoData, folder: Path) -> None:
+    """Keeps what the explorer shows beside the scores; too quick for a progress bar."""
+    bars = not datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        data.train.save_to_disk(folder / "rows")
+        data.queries.save_to_disk(folder / "queries")
+    finally:
+        if bars:
+            datasets.enable_progress_bars()
 
 
 def _tell_queries(result: AttributionResult, data: DemoData, attribute: AttributionPipeline, say: Callable) -> None:

@@ -7,6 +7,7 @@ import torch
 from hf_rgm.attribution.attributor import Attributor
 from hf_rgm.attribution.result import AttributionResult
 from hf_rgm.demo import DemoSettings, build_trainer, inspection_order, load_data, loss_order, run_demo, share_found
+from hf_rgm.explorer.opening import open_exhibit
 from hf_rgm.modeling import FunctionalModel
 from hf_rgm.testing import tiny_recorded_run, tiny_synset
 
@@ -23,7 +24,7 @@ def finished(tmp_path_factory):
 
 def test_everything_is_written_and_can_be_used(finished):
     folder, _ = finished
-    assert {"model", "synset", "attributions", "plots", "report.html", "trajectory"} <= {
+    assert {"model", "synset", "attributions", "rows", "queries", "plots", "report.html", "trajectory"} <= {
         p.name for p in folder.iterdir()
     }
     assert all(path.stat().st_size > 0 for path in folder.rglob("*") if path.is_file())
@@ -61,6 +62,13 @@ def test_the_report_stands_alone(finished):
     assert "data:image/png;base64," in html
     assert "http://" not in html.replace("http://www.w3.org", "")
     assert "<script src" not in html
+
+
+def test_the_explorer_opens_the_folder(finished):
+    exhibit = open_exhibit(finished[0])
+    assert exhibit.can_replay
+    assert exhibit.query(7).label == str(int(load_data(TINY).queries[7]["labels"]))
+    assert len(exhibit.cluster_rows(0, None)) and len(exhibit.cluster_samples(0))
 
 
 def test_labels_are_flipped_where_it_says_so():

@@ -48,7 +48,7 @@ def plot_matching_error(
     order = np.argsort(-errors.mean(axis=0), kind="stable")[:max_clusters]
     if ax is None:
         ax = new_axes(4.2 + 0.2 * len(order), 2.4 + 0.24 * len(states))
-    image = ax.imshow(errors[:, order], cmap="cividis_r", vmin=0, aspect="auto", interpolation="nearest")
+    image = ax.imshow(errors[:, order], cmap="Blues", vmin=0, aspect="auto", interpolation="nearest")
     ax.set_xticks(range(len(order)), [one_line(cluster_names[k], 28) for k in order], rotation=90, fontsize=8)
     ax.set_yticks(range(len(states)), [one_line(state, 28) for state in states], fontsize=8)
     ax.set_xlabel(count("clusters", len(order), len(cluster_names), "errors"))

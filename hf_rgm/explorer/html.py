@@ -62,7 +62,7 @@ STYLE = """
 .rgm .beside { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 17rem), 1fr)); gap: 0 1.5rem; }
 @media (max-width: 40rem) {
   .rgm section { padding: 1rem; }
-  .rgm table.bars, .rgm table.bars tbody { display: block; }
+  .rgm table.bars, .rgm table.bars tbody, .rgm table.bars caption { display: block; }
   .rgm table.bars thead { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
   .rgm table.bars tr { display: grid; grid-template-columns: 1fr auto; padding: .3rem 0; }
   .rgm table.bars th, .rgm table.bars td { padding: .1rem 0; }
