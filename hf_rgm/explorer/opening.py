@@ -56,14 +56,10 @@ def open_exhibit(
         ParameterMismatchError: If model and synset do not belong together.
         ValueError: If something is damaged, or does not belong to the result.
     """
-    folder = None if isinstance(attributions, AttributionResult) else Path(attributions)
-    if folder is not None and (folder / ATTRIBUTIONS / CONFIG_FILE).is_file():
-        attributions = folder / ATTRIBUTIONS
-        beside = {name: folder / name for name in (SYNSET, MODEL, ROWS, QUERIES) if (folder / name).is_dir()}
-        synset = beside.get(SYNSET) if synset is None else synset
-        model = beside.get(MODEL) if model is None else model
-        rows = beside.get(ROWS) if rows is None else rows
-        queries = beside.get(QUERIES) if queries is None else queries
+    given = {SYNSET: synset, MODEL: model, ROWS: rows, QUERIES: queries}
+    if not isinstance(attributions, AttributionResult):
+        attributions, given = with_neighbours(attributions, given)
+    synset = given[SYNSET]
     if not isinstance(attributions, AttributionResult):
         attributions = AttributionResult.from_pretrained(attributions, revision=revision, token=token)
     if synset is not None and not isinstance(synset, Synset):
@@ -71,12 +67,28 @@ def open_exhibit(
     return Exhibit(
         attributions,
         synset=synset,
-        rows=_dataset(rows),
-        queries=_dataset(queries),
-        attributor=None if model is None else _attributor(model, synset, token),
+        rows=_dataset(given[ROWS]),
+        queries=_dataset(given[QUERIES]),
+        attributor=None if given[MODEL] is None else _attributor(given[MODEL], synset, token),
         tokenizer=AutoTokenizer.from_pretrained(str(tokenizer), token=token) if _named(tokenizer) else tokenizer,
         data_collator=data_collator,
     )
+
+
+def with_neighbours(attributions: str | Path, given: dict[str, Any]) -> tuple[str | Path, dict[str, Any]]:
+    """
+    Attributions, and what is given or else lies beside them where a folder holds them as the demo's does.
+
+    Args:
+        attributions (`str` or `Path`): A folder or repository.
+        given (`dict[str, Any]`): By name, such as [`SYNSET`]; `None` for what is not given.
+    """
+    folder = Path(attributions)
+    if not (folder / ATTRIBUTIONS / CONFIG_FILE).is_file():
+        return attributions, given
+    beside = {name: folder / name for name in given if (folder / name).is_dir()}
+    found = {name: beside.get(name) if value is None else value for name, value in given.items()}
+    return folder / ATTRIBUTIONS, found
 
 
 def _named(value: Any) -> bool:

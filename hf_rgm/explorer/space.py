@@ -5,12 +5,13 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import datasets
 from huggingface_hub import SpaceCard, SpaceCardData
 
 from hf_rgm import __version__
 from hf_rgm.attribution.result import AttributionResult
 from hf_rgm.explorer.app import TITLE
-from hf_rgm.explorer.opening import ATTRIBUTIONS, MODEL, QUERIES, ROWS, SYNSET
+from hf_rgm.explorer.opening import ATTRIBUTIONS, MODEL, QUERIES, ROWS, SYNSET, with_neighbours
 from hf_rgm.files import staged_folder
 from hf_rgm.hub.cards import escaped
 from hf_rgm.hub.repository import is_repo_id
@@ -49,8 +50,8 @@ def write_space(
     *,
     synset: str | Path | None = None,
     model: str | Path | None = None,
-    rows: str | Path | None = None,
-    queries: str | Path | None = None,
+    rows: datasets.Dataset | str | Path | None = None,
+    queries: datasets.Dataset | str | Path | None = None,
     title: str = TITLE,
     requirement: str = f"hf-rgm[explorer]=={__version__}",
 ) -> Path:
@@ -59,10 +60,11 @@ def write_space(
 
     Args:
         space_dir (`str` or `Path`): The folder; replaced if it was written here.
-        attributions (`str` or `Path`): A folder of a result, or its repository on the Hub.
+        attributions (`str` or `Path`): A folder of a result or with `attributions` in it, such as the demo's, or a
+            repository on the Hub.
         synset, model (`str` or `Path`, *optional*): Their folders or repositories.
-        rows, queries (`str` or `Path`, *optional*): Folders of their datasets' `save_to_disk`. Everybody who can see
-            the Space can see them.
+        rows, queries (`datasets.Dataset`, `str` or `Path`, *optional*): Datasets, or folders of their `save_to_disk`.
+            Everybody who can see the Space can see them.
         title (`str`, *optional*): Title of the page.
         requirement (`str`, *optional*): What pip installs there. Defaults to this release.
 
@@ -77,8 +79,10 @@ def write_space(
     for name, text in (("title", title), ("requirement", requirement)):
         if len(text.splitlines()) != 1:
             raise ValueError(f"`{name}` must be one line, got {text!r}.")
+    given = {SYNSET: synset, MODEL: model, ROWS: rows, QUERIES: queries}
+    attributions, given = with_neighbours(attributions, given)
     AttributionResult.from_pretrained(attributions)
-    sources = {ATTRIBUTIONS: attributions, SYNSET: synset, MODEL: model, ROWS: rows, QUERIES: queries}
+    sources = {ATTRIBUTIONS: attributions, **given}
     with staged_folder(space_dir, MARKER) as folder:
         lines = []
         for name, source in sources.items():
@@ -91,8 +95,11 @@ def write_space(
     return Path(space_dir)
 
 
-def _place(source: str | Path, folder: Path, name: str) -> str:
-    """Copies a folder into the Space; returns how `app.py` names it."""
+def _place(source: datasets.Dataset | str | Path, folder: Path, name: str) -> str:
+    """Copies what is local into the Space; returns how `app.py` names it."""
+    if isinstance(source, datasets.Dataset):
+        source.save_to_disk(folder / name)
+        return f'HERE / "{name}"'
     if Path(source).is_dir():
         shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns(".*"))
         return f'HERE / "{name}"'

@@ -62,7 +62,7 @@ def query_section(exhibit: Exhibit, position: int | None) -> Section:
     section = Section(query_name(result, position).capitalize())
     item = exhibit.query(position)
     if item is not None:
-        section.cards([card_of(item, "the query")])
+        section.cards([card_of(item, "query")])
     section.text(f"The trained model's {result.objective}: {result.objective_values[position]:.4g}.")
     if item is None:
         section.text("What it looks like is not known here: start with the queries to see it.")

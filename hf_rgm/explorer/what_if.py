@@ -19,6 +19,7 @@ from hf_rgm.explorer.views import query_name
 
 SHOWN_LABELS = 5
 SHOWN_CHANGES = 8
+FIRST_ORDER = " Scores are first-order in the objective; here the changed model itself is asked: large changes differ."
 NEEDS = (
     "Predictions without clusters need the model, the synset and the queries: "
     "`explore(..., model=..., synset=..., queries=...)`."
@@ -114,12 +115,13 @@ def what_if_section(exhibit: Exhibit, replayed: Replayed, clusters: Iterable[int
         position (`int`, *optional*): A query to show by itself.
     """
     result = exhibit.result
-    dropped = sorted(set(clusters))
+    engine, dropped = engine_of(result), sorted(set(clusters))
     names = ", ".join(str(result.cluster_names[k]) for k in dropped)
     section = Section(f"Without {shortened(names, 120)}")
     section.text(
         f"{result.cluster_sizes[dropped].sum()} of {result.cluster_sizes.sum()} training rows removed. Predicted by "
-        f"{engine_of(result).replace('_', ' ')} on the synset, not by retraining."
+        f"{engine.replace('_', ' ')} on the synset, not by retraining."
+        + (FIRST_ORDER if engine == "linearized_replay" else "")
     )
     if position is not None and replayed.probabilities is not None and not exhibit.values_are_of_sets:
         _add_predictions(section, exhibit, replayed.probabilities[:, position], position)

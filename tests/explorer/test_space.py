@@ -37,7 +37,7 @@ def test_the_folder_serves_what_was_copied_into_it(saved, tmp_path, monkeypatch)
         (saved / "moved").rename(saved / "mine")
     assert demo.title == TITLE
     shown = "\n".join(str(block.value) for block in demo.blocks.values() if block.get_block_name() == "html")
-    assert "Synthetic samples" in shown and 'alt="the query, label 0"' in shown
+    assert "Synthetic samples" in shown and 'alt="query, label 0"' in shown
     assert "start with the training rows" in shown
 
 

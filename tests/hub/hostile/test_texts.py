@@ -43,8 +43,8 @@ TEXTS = {
     "a path": "../../../etc/passwd",
 }
 SAFE_TAGS = {"html", "head", "meta", "title", "style", "body", "main", "h1", "h2", "p", "section", "figure", "img"} | {
-    "figcaption", "div", "table", "thead", "tbody", "tr", "th", "td", "caption"
-}  # fmt: skip
+    "figcaption", "div", "table", "thead", "tbody", "tr", "th", "td", "caption", "col", "colgroup", "h3", "span"
+} | {"ul", "li", "strong", "blockquote"}  # fmt: skip
 
 
 def result_named(text: str) -> AttributionResult:
@@ -140,7 +140,9 @@ def test_cards_of_synsets_and_unlearned_models(what, outcome_of, monkeypatch):
 @pytest.mark.parametrize("what", list(TEXTS))
 def test_pages_and_pictures(what, nothing_outside, outcome_of):
     text = TEXTS[what]
-    page = result_named(text).to_html(nothing_outside / "page.html", title=text).read_text(encoding="utf-8")
+    result, rows = result_named(text), [{"text": text, "label": text}] * 6
+    path = result.to_html(nothing_outside / "page.html", title=text, rows=rows, queries=rows[: result.num_queries])
+    page = path.read_text(encoding="utf-8")
     parsed = Parsed(page)
     assert parsed.tags <= SAFE_TAGS
     names = {name for name, _ in parsed.attributes}
