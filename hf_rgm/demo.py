@@ -20,9 +20,13 @@ from hf_rgm.attribution.perturbations import random_subsets
 from hf_rgm.attribution.pipeline import AttributionPipeline
 from hf_rgm.attribution.result import AttributionResult
 from hf_rgm.clusters import ClusterMap
-from hf_rgm.explorer.check_plots import plot_inspection_curve, plot_matching_error, plot_predicted_against_actual
 from hf_rgm.explorer.exhibit import Exhibit
-from hf_rgm.explorer.plots import plot_synset_gallery
+from hf_rgm.explorer.plots import (
+    plot_inspection_curve,
+    plot_matching_error,
+    plot_predicted_against_actual,
+    plot_synset_gallery,
+)
 from hf_rgm.explorer.report import attribution_report
 from hf_rgm.fidelity.retraining import retrain
 from hf_rgm.fidelity.scores import Estimate, linear_datamodeling_score

@@ -8,7 +8,7 @@ from hf_rgm.attribution.result import AttributionResult
 from hf_rgm.explorer.exhibit import Exhibit, card_of, of_query, scores_of
 from hf_rgm.explorer.html import Section
 from hf_rgm.explorer.items import shortened
-from hf_rgm.explorer.plots import plot_heatmap
+from hf_rgm.explorer.score_plots import plot_heatmap
 from hf_rgm.fidelity.report import DESCRIPTIONS, FidelityReport
 
 SHOWN_CLUSTERS = 8

@@ -7,9 +7,15 @@ import torch
 from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 
-from hf_rgm.explorer.check_plots import plot_inspection_curve, plot_matching_error, plot_predicted_against_actual
 from hf_rgm.explorer.drawing import NEGATIVE, POSITIVE
-from hf_rgm.explorer.plots import plot_bars, plot_heatmap, plot_synset_gallery
+from hf_rgm.explorer.plots import (
+    plot_bars,
+    plot_heatmap,
+    plot_inspection_curve,
+    plot_matching_error,
+    plot_predicted_against_actual,
+    plot_synset_gallery,
+)
 from hf_rgm.fidelity.scores import linear_datamodeling_score
 
 AWKWARD = "$\\frac{1}{ & <b>\n" + "long " * 30
