@@ -237,6 +237,19 @@ def explore(
     Raises:
         ImportError: If Gradio is not installed.
         FileNotFoundError, ParameterMismatchError, ValueError: As [`~hf_rgm.explorer.opening.open_exhibit`].
+
+    Example:
+
+    ```python
+    >>> from hf_rgm import Attributor
+    >>> from hf_rgm.explorer.app import explore
+    >>> from hf_rgm.testing import tiny_recorded_run, tiny_synset
+    >>> run = tiny_recorded_run()
+    >>> result = Attributor(run.model, tiny_synset(), disable_tqdm=True).attribute(run.queries)
+    >>> explore(result, synset=tiny_synset(), queries=run.queries, title="Tiny", launch=False).title
+    'Tiny'
+
+    ```
     """
     _gradio()
     exhibit = open_exhibit(

@@ -37,6 +37,23 @@ class Exhibit:
 
     Raises:
         ValueError: If synset, rows or queries are not those of the result.
+
+    Example:
+
+    ```python
+    >>> from hf_rgm import Attributor
+    >>> from hf_rgm.explorer.exhibit import Exhibit
+    >>> from hf_rgm.testing import tiny_recorded_run, tiny_synset
+    >>> run = tiny_recorded_run()
+    >>> attributor = Attributor(run.model, tiny_synset(), disable_tqdm=True)
+    >>> result = attributor.attribute(run.queries, rows=run.train_dataset)
+    >>> exhibit = Exhibit(result, rows=run.train_dataset, queries=run.queries, attributor=attributor)
+    >>> exhibit.query(4).label, exhibit.can_replay
+    ('1', True)
+    >>> {card.title for card in exhibit.cluster_samples(0)}
+    {'synthetic'}
+
+    ```
     """
 
     result: AttributionResult

@@ -61,6 +61,7 @@ STYLE = """
   line-height: 1.4; white-space: pre-wrap; overflow-wrap: anywhere; color: inherit; }
 .rgm .beside { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 17rem), 1fr)); gap: 0 1.5rem; }
 @media (max-width: 40rem) {
+  .rgm figure { overflow-x: auto; contain: inline-size; } .rgm figure img { max-width: 46rem; }
   .rgm section { padding: 1rem; }
   .rgm table.bars, .rgm table.bars tbody, .rgm table.bars caption { display: block; }
   .rgm table.bars thead { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }

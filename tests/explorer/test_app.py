@@ -80,6 +80,7 @@ LOCAL = ("http://127.0.0.1:", "http://localhost:", "data:", "blob:http://127.0.0
 
 def open_tab(page, name):
     """Selects a tab, from the menu of those for which a narrow page has no room if need be."""
+    page.get_by_role("tab", selected=True).wait_for()
     tab = page.get_by_role("tab", name=name, exact=True)
     if tab.count() and tab.first.is_visible():
         tab.first.click()
