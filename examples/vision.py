@@ -133,8 +133,9 @@ for query in hardest:
 report = result.to_html(
     output / "report.html",
     title=f"Which pictures taught the model this? ({DATA})",
-    queries=hardest,
-    row_image=lambda row: images[row],
-    query_image=lambda position: images[num_rows + position],
+    query_ids=hardest,
+    queries=test,
+    rows=train,
+    synset=synset,
 )
 print(f"Look at {report} and {output / 'synset.png'}.")

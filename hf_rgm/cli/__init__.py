@@ -2,7 +2,7 @@
 
 import typer
 
-from hf_rgm.cli import attribute, demo, distill, sharing, validate
+from hf_rgm.cli import attribute, demo, distill, explore, sharing, validate
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 
@@ -21,6 +21,7 @@ app.command()(demo.demo)
 app.command()(distill.distill)
 app.command()(attribute.attribute)
 app.command()(validate.validate)
+app.command()(explore.explore)
 app.command()(sharing.info)
 app.command()(sharing.push)
 app.command()(sharing.pull)

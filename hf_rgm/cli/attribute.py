@@ -79,7 +79,7 @@ def attribute(
         )
         result.save_pretrained(output_dir)
         if html is not None:
-            result.to_html(html)
+            result.to_html(html, queries=asked, rows=training, synset=pipeline.synset)
         typer.echo(
             json.dumps(_told(result, top, output_dir), indent=2) if as_json else _words(result, top, output_dir)
         )

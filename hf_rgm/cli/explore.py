@@ -1,0 +1,79 @@
+"""`hf-rgm explore`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from hf_rgm.cli.common import QUIET, REVISION, clear_errors, hide_bars
+from hf_rgm.cli.loading import DATA_COLLATOR, MODEL_CLASS, PREPARE, load_collator, load_model, load_rows
+
+
+def explore(
+    attributions: Annotated[
+        str, typer.Argument(help="Attributions: a folder (such as the demo's), or a dataset repository on the Hub.")
+    ],
+    synset: Annotated[str | None, typer.Option(help="Their synset: shows synthetic samples.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="The trained model: with synset and queries, asks what if.")
+    ] = None,
+    queries: Annotated[
+        str | None,
+        typer.Option(help="What was attributed: a parquet, JSON or CSV file, a saved folder, or REPOSITORY[:CONFIG]."),
+    ] = None,
+    split: Annotated[str | None, typer.Option(help="Split of the queries.", show_default="test")] = None,
+    num_queries: Annotated[int | None, typer.Option(min=1, help="Only the first so many queries.")] = None,
+    rows: Annotated[str | None, typer.Option(help="The training rows, named as queries are.")] = None,
+    rows_split: Annotated[str | None, typer.Option(help="Split of the training rows.", show_default="train")] = None,
+    tokenizer: Annotated[str | None, typer.Option(help="Folder or repository; reads rows that are tokens.")] = None,
+    model_class: MODEL_CLASS = None,
+    revision: REVISION = None,
+    prepare: PREPARE = None,
+    data_collator: DATA_COLLATOR = None,
+    title: Annotated[str, typer.Option(help="Title of the page.")] = "Training-data attribution",
+    port: Annotated[
+        int | None, typer.Option(help="Port to serve at.", show_default="the first free from 7860")
+    ] = None,
+    space: Annotated[
+        Path | None, typer.Option(help="Write a folder to push as a Space instead of serving the page.")
+    ] = None,
+    quiet: QUIET = False,
+) -> None:
+    """
+    Look at attributions in the browser: queries, clusters, rows, and what the model would say without some of them.
+
+    Needs the extra: pip install "hf-rgm[explorer]". Everybody who can see a Space can see the rows written into it.
+
+    Example: hf-rgm explore hf-rgm-demo
+    """
+    hide_bars(quiet)
+    with clear_errors():
+        asked = None if queries is None else load_rows(queries, split=split, default_split="test", prepare=prepare)
+        if asked is not None and num_queries is not None:
+            asked = asked.select(range(min(num_queries, len(asked))))
+        training = None if rows is None else load_rows(rows, split=rows_split, default_split="train", prepare=prepare)
+        given: dict[str, Any] = {"synset": synset, "rows": training, "queries": asked, "title": title}
+        if space is not None:
+            from hf_rgm.explorer.space import write_space
+
+            written = write_space(space, attributions, model=model, **given)
+            typer.echo(f"Written to {written}. Look at it: python {written}/app.py")
+            typer.echo(f"Share it: hf upload NAMESPACE/NAME {written} --repo-type space")
+            return
+        from hf_rgm.explorer.app import explore as build
+        from hf_rgm.explorer.app import launch_settings
+
+        app = build(
+            attributions,
+            model=None if model is None else load_model(model, model_class=model_class),
+            tokenizer=tokenizer,
+            data_collator=None if model is None else load_collator(data_collator, asked, model),
+            revision=revision,
+            launch=False,
+            **given,
+        )
+        _, address, _ = app.launch(**launch_settings(), server_port=port, prevent_thread_lock=True, quiet=True)
+    typer.echo(f"Serving {address}, until Ctrl-C.")
+    app.block_thread()
