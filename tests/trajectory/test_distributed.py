@@ -139,7 +139,9 @@ def test_a_full_disk_on_the_main_process_ends_both(launched):
     assert main.startswith("OSError: [Errno 28] No space left on device.")
     assert "Training stops, as it would go on without a record of step 3" in main
     assert other.startswith("RuntimeError: Recording failed on process 0, so that all stop: OSError")
-    assert [len(rank["full disk"]["seen"]) for rank in ranks] == [6, 6]
+    first, second = (len(rank["full disk"]["seen"]) for rank in ranks)
+    assert first == second  # both stop at the same step: where the write failed, or at the next state
+    assert 3 <= first <= 6
     assert [rank["full disk"]["hooks"] for rank in ranks] != [0, 0]
 
 
