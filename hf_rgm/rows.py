@@ -85,7 +85,11 @@ class RowReader:
             ValueError: If the rows do not collate, carry no labels, or a floating-point input is NaN or infinite (rows
                 are named).
         """
-        items = [self.dataset[int(row)] for row in rows]
+        indices = [int(row) for row in rows]
+        if isinstance(self.dataset, datasets.Dataset):
+            items = self.dataset.__getitems__(indices)  # all at once, as PyTorch's `DataLoader` reads them
+        else:
+            items = [self.dataset[index] for index in indices]
         if self._keep is not None and isinstance(items[0], Mapping):
             items = [{name: value for name, value in item.items() if name in self._keep} for item in items]
         batch = dict(self._collated(items))

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from hf_rgm.attribution.curvature import PathCurvature, WeightedInputs
+from hf_rgm.attribution.memory import MemoryShares
 from hf_rgm.losses import CROSS_ENTROPY, RowLoss
 from hf_rgm.modeling import FunctionalModel
 from hf_rgm.rows import RowReader
@@ -19,6 +20,8 @@ from hf_rgm.synset.targets import row_derivatives
 from hf_rgm.trajectory.path import RecordedPath, adjoint_directions, adjoint_step, automatic_stride
 
 logger = logging.getLogger(__name__)
+
+MAX_ROWS_AT_ONCE = 256
 
 
 class AdjointEngine:
@@ -35,7 +38,7 @@ class AdjointEngine:
             100 integration steps.
         rows (`WeightedInputs`, *optional*): Rows whose curvature stands in for the synset's where the two differ
             much; see [`~hf_rgm.attribution.curvature.PathCurvature`].
-        max_bytes (`int`, *optional*, defaults to `2**30`): Memory for sensitivities and curvature factors.
+        max_bytes (`int`, *optional*, defaults to `2**30`): Memory, beside the recorded states; see [`MemoryShares`].
     """
 
     name = "adjoint"
@@ -58,8 +61,11 @@ class AdjointEngine:
         if stride is None:
             stride = automatic_stride(trajectory, rewind)
         self.path = RecordedPath(trajectory, model.space, model.device, rewind=rewind, stride=stride)
-        self._max_bytes = max_bytes
-        self._curvature = PathCurvature(model, inputs, samples, rows=rows, max_bytes=max_bytes)
+        self._shares = MemoryShares.of(max_bytes, with_rows=rows is not None)
+        self._synset_gradients = SynsetGradients(model, inputs)
+        self._curvature = PathCurvature(
+            model, inputs, samples, rows=rows, max_bytes=self._shares.jacobian, max_row_bytes=self._shares.row_jacobian
+        )
 
     @property
     def start(self) -> int:
@@ -92,48 +98,46 @@ class AdjointEngine:
         Returns:
             `Tensor`: `(num_values, num_clusters)`, float32.
         """
-        synset_gradients = SynsetGradients(self.model, self.inputs)
-        scores = []
-        for chunk in self._by_query(gradients):
-            parts = [
-                direction @ synset_gradients(self._named(state), self.samples).T
-                for state, direction in self.directions(chunk).items()
-            ]
-            scores.append(torch.stack(parts).sum(0))
+        scores = [self._cluster_scores(self.directions(chunk)) for chunk in gradients.split(self.queries_at_once)]
         return torch.cat(scores)
 
     def row_scores(
-        self, gradients: Tensor, reader: RowReader, row_loss: RowLoss = CROSS_ENTROPY, *, batch_size: int = 256
+        self,
+        directions: dict[int, Tensor],
+        reader: RowReader,
+        rows: range,
+        row_loss: RowLoss = CROSS_ENTROPY,
     ) -> Tensor:
         """
-        Effect of each training row's presence, from the row's own gradient at the recorded states.
+        Effect of the presence of some training rows, from their own gradients at the recorded states.
 
         Args:
-            gradients (`Tensor`): `(num_values, num_parameters)`.
-            reader (`RowReader`): The training rows.
+            directions (`dict[int, Tensor]`): What [`AdjointEngine.directions`] gave.
+            reader (`RowReader`): All training rows.
+            rows (`range`): Which of them.
             row_loss (`RowLoss`, *optional*): The loss of a row. Defaults to the cross entropy.
-            batch_size (`int`, *optional*, defaults to `256`): Rows at once.
 
         Returns:
-            `Tensor`: `(num_values, num_rows)`, float32.
+            `Tensor`: `(num_values, len(rows))`, float32.
         """
-        batch_size = self._rows_at_once(batch_size)
-        num_rows = len(reader)
-        result = torch.zeros(len(gradients), num_rows, device=gradients.device)
-        start_query = 0
-        for chunk in self._by_query(gradients):
-            queries = slice(start_query, start_query + len(chunk))
-            start_query += len(chunk)
-            directions = self.directions(chunk)
-            for start in range(0, num_rows, batch_size):
-                rows = range(start, min(start + batch_size, num_rows))
-                inputs, labels = reader.batch(rows)
-                for state, direction in directions.items():
-                    change = row_derivatives(self.model, self._named(state), direction, inputs, labels, row_loss)
-                    result[queries, start : rows.stop] += change / num_rows
+        num_values = len(next(iter(directions.values())))
+        result = torch.zeros(num_values, len(rows), device=self.model.device)
+        for start in range(0, len(rows), self.rows_at_once):
+            batch = rows[start : start + self.rows_at_once]
+            inputs, labels = reader.batch(batch)
+            for state, direction in directions.items():
+                change = row_derivatives(self.model, self._named(state), direction, inputs, labels, row_loss)
+                result[:, start : start + len(batch)] += change / len(reader)
         return result
 
-    def costs(self, num_values: int, reader: RowReader | None, row_loss: RowLoss = CROSS_ENTROPY) -> PieceOfWork:
+    def costs(
+        self,
+        num_values: int,
+        reader: RowReader | None,
+        row_loss: RowLoss = CROSS_ENTROPY,
+        *,
+        num_rows: int | None = None,
+    ) -> PieceOfWork:
         """
         What scores of so many objectives take, from one state, one step and one batch of rows.
 
@@ -142,6 +146,7 @@ class AdjointEngine:
             reader (`RowReader`, *optional*): The training rows, for [`AdjointEngine.row_scores`]. Without them,
                 [`AdjointEngine.cluster_scores`] is meant.
             row_loss (`RowLoss`, *optional*): The loss of a row. Defaults to the cross entropy.
+            num_rows (`int`, *optional*): Rows to score. Defaults to all.
         """
         path, at_once = self.path, min(num_values, self.queries_at_once)
         state, last, segments = path.trajectory.num_steps, path.steps()[-1], len(path.segments())
@@ -150,36 +155,48 @@ class AdjointEngine:
         curvature = self._curvature.at(path, state)
         stepping = measured(lambda: curvature.product(adjoint_step(last, vectors, vectors)[0]) + vectors)
         if reader is None:
-            gradients = SynsetGradients(self.model, self.inputs)
-            gradients(self._named(state), self.samples)  # decides how to vectorise
-            scoring = measured(lambda: vectors @ gradients(self._named(state), self.samples).T)
+            self._cluster_scores({state: vectors})  # decides how to vectorise
+            scoring = measured(lambda: self._cluster_scores({state: vectors}))
             batches = 1.0
         else:
-            inputs, labels = reader.batch(range(min(self._rows_at_once(256), len(reader))))
+            batch = range(min(self.rows_at_once, len(reader)))
+            inputs, labels = reader.batch(batch)
             scoring = measured(
                 lambda: row_derivatives(self.model, self._named(state), vectors, inputs, labels, row_loss)
             )
-            batches = len(reader) / len(labels)
+            batches = (len(reader) if num_rows is None else num_rows) / len(batch)
         # Parameters and second moments of each state; a direction for each; sensitivity, momentum and sum.
         held = 8 * segments * self.model.num_parameters + (segments + 3) * vectors.nbytes
-        following = 2 * preparing.held_bytes + max(preparing.peak_bytes - preparing.held_bytes, stepping.peak_bytes)
+        following = preparing.held_bytes + max(preparing.peak_bytes - preparing.held_bytes, stepping.peak_bytes)
         return PieceOfWork(
             seconds=-(-num_values // at_once)
             * (segments * (preparing.seconds + batches * scoring.seconds) + len(path.steps()) * stepping.seconds),
             peak_bytes=held + max(following, scoring.peak_bytes),
         )
 
-    def _by_query(self, gradients: Tensor):
-        return gradients.split(self.queries_at_once)
-
     @property
     def queries_at_once(self) -> int:
         """Objectives for which one direction per recorded state fits in memory."""
         per_value = 4 * self.model.num_parameters * (len(self.path.trajectory.state_steps) + 4)
-        return max(1, self._max_bytes // per_value)
+        return max(1, self._shares.vectors // per_value)
 
-    def _rows_at_once(self, at_most: int) -> int:
-        return max(1, min(at_most, self._max_bytes // (4 * self.model.num_parameters)))
+    @property
+    def rows_at_once(self) -> int:
+        """Rows whose gradients fit in memory, on their way to scores."""
+        return max(1, min(MAX_ROWS_AT_ONCE, self._shares.gradients // (12 * self.model.num_parameters)))
+
+    def _cluster_scores(self, directions: dict[int, Tensor]) -> Tensor:
+        num_clusters = len(self.samples.log_weights)
+        at_once = max(1, self._shares.gradients // (12 * self.model.num_parameters))
+        scores = []
+        for start in range(0, num_clusters, at_once):
+            some = self.samples[slice(start, start + at_once)]
+            parts = [
+                direction @ self._synset_gradients(self._named(state), some).T
+                for state, direction in directions.items()
+            ]
+            scores.append(torch.stack(parts).sum(0))
+        return torch.cat(scores, dim=1)
 
     def _named(self, state: int) -> dict[str, Tensor]:
         return self.model.space.unflatten(self.path.state(state))

@@ -13,17 +13,22 @@ import torch
 from torch import Tensor, nn
 
 from hf_rgm.attribution.linearized import LinearizedReplayEngine
+from hf_rgm.attribution.memory import DEFAULT_MEMORY, free_bytes
 from hf_rgm.attribution.mixture import MixtureSuggestion, check_request, maximized_by_default, trusted_mixture
 from hf_rgm.attribution.objectives import Objective, Queries, resolve_objective
 from hf_rgm.attribution.replay import ReplayEngine
 from hf_rgm.attribution.result import AttributionResult
-from hf_rgm.attribution.runs import RecordedRun, check_options, read_training_rows, warn_unless_matched
-from hf_rgm.attribution.unlearned import UnlearnedModel, compare_losses
+from hf_rgm.attribution.runs import RecordedRun, check_options, warn_unless_matched
+from hf_rgm.attribution.scoring import Question, answer, replayed_values
+from hf_rgm.attribution.training_rows import TrainingRows
+from hf_rgm.attribution.unlearned import UnlearnedModel, chosen_clusters, compare_losses, groups_to_compare
 from hf_rgm.losses import LossFunction, RowLoss
 from hf_rgm.modeling import FunctionalModel
 from hf_rgm.out_of_memory import advice_on_memory
+from hf_rgm.processes import Processes
 from hf_rgm.rows import DataCollator, RowReader
 from hf_rgm.synset.compatibility import check_samples
+from hf_rgm.synset.config import memory_bytes
 from hf_rgm.synset.costs import CostEstimate
 from hf_rgm.synset.inputs import SPACES, input_space
 from hf_rgm.synset.synset import Synset
@@ -40,12 +45,16 @@ class Attributor:
         synset (`Synset`, `str` or `Path`): The synset, or its folder.
         device (`torch.device`, *optional*): Where to compute. Defaults to the model's device.
         row_loss (`Callable`, *optional*): The one the synset was distilled with, where it was; needed to score rows.
+        max_memory (`str`, *optional*, defaults to `"4GB"`): Memory beside the model, the queries and the result. With
+            less, more is done in parts: curvature is taken anew at every step, fewer models, queries or rows go
+            together.
         force (`bool`, *optional*, defaults to `False`): Accept a model whose parameters are not the synset's.
         disable_tqdm (`bool`, *optional*, defaults to `False`): No progress bars.
 
     Raises:
         ParameterMismatchError: If model and synset do not belong together.
-        ValueError: If the model does not take the synset's samples.
+        ValueError: If the model does not take the synset's samples, or `max_memory` does not even hold the recorded
+            states.
     """
 
     def __init__(
@@ -55,9 +64,11 @@ class Attributor:
         *,
         device: torch.device | str | None = None,
         row_loss: LossFunction | None = None,
+        max_memory: str = DEFAULT_MEMORY,
         force: bool = False,
         disable_tqdm: bool = False,
     ) -> None:
+        max_bytes = memory_bytes(max_memory)
         self.synset = synset if isinstance(synset, Synset) else Synset.from_pretrained(synset)
         self._original = model
         names = tuple(self.synset.trajectory.parameter_shapes)
@@ -79,6 +90,8 @@ class Attributor:
             function=row_loss,
         )
         self.disable_tqdm = disable_tqdm
+        self._processes = Processes()
+        self._max_bytes = free_bytes(max_bytes, max_memory, self.synset.trajectories, self.model.num_parameters)
         self._final = self.model.space.flatten(self.model.parameters())
         self._runs = [
             RecordedRun(
@@ -87,7 +100,8 @@ class Attributor:
                 self.samples,
                 self.synset.clusters,
                 trajectory,
-                self.row_loss,
+                max_bytes=self._max_bytes,
+                processes=self._processes,
                 disable_tqdm=disable_tqdm,
             )
             for trajectory in self.synset.trajectories
@@ -107,6 +121,7 @@ class Attributor:
         num_masks: int | None = None,
         seed: int = 0,
         query_ids: Sequence[Any] | None = None,
+        output_dir: str | Path | None = None,
     ) -> AttributionResult:
         """
         Scores of every cluster, and of every row where the training rows are given.
@@ -128,55 +143,48 @@ class Attributor:
                 instead of leaving each out.
             seed (`int`, *optional*, defaults to `0`): Seed of the random masks.
             query_ids (`Sequence`, *optional*): Names of the queries. Defaults to their positions.
+            output_dir (`str` or `Path`, *optional*): Folder for the scores of rows, which go there block by block as
+                they are finished; a killed run continues there. The result's `row_scores` are then mapped from a file
+                in it, which has to stay, and need not fit in memory.
+
+        Under `torchrun` or `accelerate launch` the processes share the work, by cluster weights, queries and blocks of
+        rows, and all of them get the whole result. All have to call this, and to see one `output_dir`.
 
         Returns:
             `AttributionResult`: positive where presence raises the objective.
 
         Raises:
             MemoryError: If memory runs out; says which setting to lower.
+            RuntimeError: If another process failed.
             ValueError: If engine, objective, queries or rows do not fit each other, or the adjoint is asked for an
                 objective without gradient.
         """
         check_options(engine, rows=rows, num_masks=num_masks)
-        objective = resolve_objective(objective)
-        batch = self._queries(queries, data_collator)
-        row_reader = self._row_reader(rows, data_collator) if rows is not None else None
-        settings = {name: value for name, value in {"rewind": rewind, "stride": stride}.items() if value is not None}
-        with self.model.differentiable():
-            values = objective.values(self.model, self._final, batch)
-            runs = [
-                run.scores(engine, objective, batch, row_reader=row_reader, num_masks=num_masks, seed=seed, **settings)
-                for run in self._runs
-            ]
-        scores = torch.stack([run.scores for run in runs]).mean(0)
-        row_scores = None
-        if runs[0].row_scores is not None:
-            row_scores = torch.stack([run.row_scores for run in runs if run.row_scores is not None]).mean(0)
-        if query_ids is None:
-            per_query = len(values) == len(batch)
-            query_ids = range(len(values)) if per_query else [f"{objective.name} {i}" for i in range(len(values))]
-        return AttributionResult(
-            scores=scores.cpu().numpy(),
-            row_scores=None if row_scores is None else row_scores.cpu().numpy(),
-            cluster_names=self.synset.clusters.names,
-            cluster_sizes=self.synset.clusters.sizes,
-            cluster_ids=self.synset.clusters.cluster_ids,
-            query_ids=list(query_ids),
-            objective=objective.name,
-            objective_values=values.cpu().numpy(),
-            engine=engine,
-            metadata={
-                "rewind_step": runs[0].start,
-                "stride": runs[0].stride,
-                "num_steps": self.synset.trajectory.num_steps,
-                "num_runs": len(runs),
-                "num_masks": num_masks,
-                "used_rows": rows is not None,
-                "model": self.synset.model_description,
-                "fidelity": self.synset.fidelity,
-                "parameters_sha256": self.synset.parameters_sha256,
-            },
+        if output_dir is not None and rows is None:
+            raise ValueError(
+                "`output_dir` is for the scores of rows. Pass the training dataset as `rows`, or leave it out."
+            )
+        given = {"rewind": rewind, "stride": stride}
+        question = Question(
+            engine,
+            resolve_objective(objective),
+            self._queries(queries, data_collator),
+            self._training_rows(rows, data_collator),
+            num_masks,
+            seed,
+            {name: value for name, value in given.items() if value is not None},
         )
+        with self.model.differentiable():
+            return answer(
+                question,
+                self.synset,
+                self.model,
+                self._runs,
+                self._processes,
+                query_ids=query_ids,
+                output_dir=output_dir,
+                disable_tqdm=self.disable_tqdm,
+            )
 
     def estimate(self, queries: Any, *, num_queries: int | None = None, **settings: Any) -> CostEstimate:
         """
@@ -196,7 +204,7 @@ class Attributor:
         objective, collator = resolve_objective(options.pop("objective", "margin")), options.pop("data_collator", None)
         batch, rows = self._queries(queries, collator), options.pop("rows")
         options |= {"objective": objective, "queries": batch, "num_queries": num_queries or len(batch)}
-        options["row_reader"] = self._row_reader(rows, collator) if rows is not None else None
+        options["rows"] = self._training_rows(rows, collator)
         with self.model.differentiable():
             first = self._runs[0].estimate(**options)
         return replace(first, seconds=len(self._runs) * first.seconds)
@@ -230,17 +238,9 @@ class Attributor:
         """
         objective = resolve_objective(objective)
         batch = self._queries(queries, data_collator)
-        row_reader = self._row_reader(rows, data_collator) if rows is not None else None
+        training_rows = self._training_rows(rows, data_collator)
         with self.model.differentiable():
-            values = objective.values(self.model, self._final, batch)
-            by_run = []
-            for run in self._runs:
-                replay = run.replay_engine(engine, row_reader=row_reader, **settings)
-                replayed = run.replayed_values(replay, objective, batch, masks)
-                if replay.anchored and run is not self._runs[0]:
-                    replayed = values + replayed - objective.values(self.model, run.final, batch)
-                by_run.append(replayed)
-        return torch.stack(by_run).mean(0).cpu().numpy()
+            return replayed_values(self.model, self._runs, engine, objective, batch, masks, training_rows, settings)
 
     def model_without(self, clusters: Iterable[str | int], *, rewind: float | None = None) -> nn.Module:
         """
@@ -257,7 +257,7 @@ class Attributor:
             KeyError, IndexError: If there is no cluster of a name or index.
             ValueError: If none or all are named.
         """
-        return self._module(self._without(self._chosen(clusters), rewind)[0])
+        return self._module(self._without(chosen_clusters(clusters, self.synset.clusters), rewind)[0])
 
     def unlearn(
         self,
@@ -285,24 +285,17 @@ class Attributor:
             KeyError, IndexError: If there is no cluster of a name or index.
             ValueError: If none or all are named, or the rows are not the training set.
         """
-        chosen = self._chosen(clusters)
-        cluster_map = self.synset.clusters
-        groups: list[tuple[str, RowReader, np.ndarray]] = []
-        if rows is not None:
-            removed = np.isin(cluster_map.cluster_ids, chosen)
-            reader = self._row_reader(rows, data_collator)
-            groups.append(("removed rows", reader, np.flatnonzero(removed)))
-            groups.append(("the other training rows", reader, np.flatnonzero(~removed)))
-        if queries is not None:
-            reader = RowReader(queries, self.model, data_collator=data_collator, what="queries")
-            groups.append(("queries", reader, np.arange(len(reader))))
+        chosen = chosen_clusters(clusters, self.synset.clusters)
+        training_rows = self._training_rows(rows, data_collator)
+        reader = None if queries is None else self._reader(queries, data_collator)
         vector, engine = self._without(chosen, rewind)
+        groups = groups_to_compare(chosen, self.synset.clusters, training_rows and training_rows.reader, reader)
         with self.model.differentiable():
             checks = [compare_losses(self.model, self._final, vector, *group) for group in groups]
         return UnlearnedModel(
             model=self._module(vector),
-            clusters=[cluster_map.names[k] for k in chosen],
-            sizes=[int(cluster_map.sizes[k]) for k in chosen],
+            clusters=[self.synset.clusters.names[k] for k in chosen],
+            sizes=[int(self.synset.clusters.sizes[k]) for k in chosen],
             checks=checks,
             engine="replay",
             rewind_step=engine.path.start,
@@ -311,17 +304,6 @@ class Attributor:
             model_name=self.synset.model_description.get("name_or_path"),
             fidelity=self.synset.fidelity,
         )
-
-    def _chosen(self, clusters: Iterable[str | int]) -> list[int]:
-        """Indices of clusters that are to be removed."""
-        named = [clusters] if isinstance(clusters, str | int) else clusters
-        chosen = sorted({self.synset.clusters.index(cluster) for cluster in named})
-        if not 0 < len(chosen) < self.synset.num_clusters:
-            raise ValueError(
-                f"{len(chosen)} of {self.synset.num_clusters} clusters are to be removed. Name at least one, and "
-                "leave at least one."
-            )
-        return chosen
 
     def _without(
         self, chosen: list[int], rewind: float | None
@@ -399,8 +381,21 @@ class Attributor:
         )
 
     def _queries(self, queries: Any, data_collator: DataCollator | None) -> Queries:
-        reader = RowReader(queries, self.model, data_collator=data_collator, what="queries", predict_labels=True)
+        reader = self._reader(queries, data_collator, predict_labels=True)
         return Queries(*reader.batch(range(len(reader))))
 
-    def _row_reader(self, rows: Any, data_collator: DataCollator | None) -> RowReader:
-        return read_training_rows(self.synset, self.model, self.row_loss, rows, data_collator)
+    def _reader(self, queries: Any, data_collator: DataCollator | None, **options: bool) -> RowReader:
+        return RowReader(queries, self.model, data_collator=data_collator, what="queries", **options)
+
+    def _training_rows(self, rows: Any, data_collator: DataCollator | None) -> TrainingRows | None:
+        if rows is None:
+            return None
+        return TrainingRows(
+            self.synset,
+            self.model,
+            self.row_loss,
+            rows,
+            data_collator,
+            max_bytes=self._max_bytes,
+            processes=self._processes,
+        )

@@ -80,7 +80,8 @@ class PathCurvature:
         inputs (`InputSpace`): The space of the synthetic inputs.
         samples (`SyntheticSamples`): The synset's samples, on the model's device.
         rows (`WeightedInputs`, *optional*): What [`sample_rows`] drew.
-        max_bytes (`int`, *optional*, defaults to `2**30`): Memory for the Jacobian at a state.
+        max_bytes (`int`, *optional*, defaults to `2**30`): Memory for the samples' Jacobian at a state.
+        max_row_bytes (`int`, *optional*, defaults to `2**29`): Memory for that of the rows.
     """
 
     def __init__(
@@ -91,6 +92,7 @@ class PathCurvature:
         *,
         rows: WeightedInputs | None = None,
         max_bytes: int = 2**30,
+        max_row_bytes: int = 2**29,
     ) -> None:
         num_clusters, per_cluster = samples.log_weights.shape[:2]
         flat = samples.flatten()
@@ -99,14 +101,15 @@ class PathCurvature:
         self._samples = WeightedInputs(inputs.to_forward(flat), flat.log_weights.exp(), clusters)
         self._rows = rows
         self._max_bytes = max_bytes
+        self._max_row_bytes = max_row_bytes
         self._said = False
 
     def at(self, path: RecordedPath, state: int) -> StateCurvature:
         """The curvature at a recorded step of a path."""
-        own = self._of(self._samples, path, state)
+        own = self._of(self._samples, path, state, self._max_bytes)
         if self._rows is None:
             return own
-        rows = self._of(self._rows, path, state)
+        rows = self._of(self._rows, path, state, self._max_row_bytes)
         first = {used: first for used, first, _ in path.segments()}.get(state, path.start)
         share = self._share(own, rows, path.steps(first, first + 1)[0].precondition)
         if 1 / MAX_FACTOR <= share <= MAX_FACTOR:
@@ -125,10 +128,8 @@ class PathCurvature:
             )
         return rows
 
-    def _of(self, samples: WeightedInputs, path: RecordedPath, state: int) -> StateCurvature:
-        matrix = GaussNewton(
-            self._model, samples.inputs, samples.weights, path.state(state), max_bytes=self._max_bytes
-        )
+    def _of(self, samples: WeightedInputs, path: RecordedPath, state: int, max_bytes: int) -> StateCurvature:
+        matrix = GaussNewton(self._model, samples.inputs, samples.weights, path.state(state), max_bytes=max_bytes)
         return StateCurvature(matrix, samples)
 
     def _share(self, own: StateCurvature, rows: StateCurvature, precondition: Tensor) -> float:

@@ -10,6 +10,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from hf_rgm.attribution.curvature import PathCurvature, WeightedInputs
+from hf_rgm.attribution.memory import MemoryShares
 from hf_rgm.attribution.perturbations import check_masks
 from hf_rgm.exceptions import DivergenceError
 from hf_rgm.modeling import FunctionalModel
@@ -44,11 +45,12 @@ class LinearizedReplayEngine:
         rewind (`float`, *optional*, defaults to `0.14`): Fraction of training down to which effects are followed.
         stride (`int`, *optional*): Training steps per integration step. Defaults to the smallest that needs at most
             200 integration steps; halved where the deviation explodes, which weights above 1 make more likely.
-        cluster_gradients (`Callable`, *optional*): Takes a state `(num_parameters,)` and returns the data's gradients
-            `G_k` there, `(num_clusters, num_parameters)`. Defaults to the synset's, which are an approximation.
+        cluster_gradients (`Callable`, *optional*): Takes a recorded step and a range of clusters and returns the
+            data's gradients `G_k` there, `(len(clusters), num_parameters)`. Defaults to the synset's, which are an
+            approximation.
         rows (`WeightedInputs`, *optional*): Rows whose curvature stands in for the synset's where the two differ
             much; see [`~hf_rgm.attribution.curvature.PathCurvature`].
-        max_bytes (`int`, *optional*, defaults to `2**30`): Memory for deviations and curvature factors.
+        max_bytes (`int`, *optional*, defaults to `2**30`): Memory, beside the recorded states; see [`MemoryShares`].
         disable_tqdm (`bool`, *optional*, defaults to `False`): No progress bar.
     """
 
@@ -64,7 +66,7 @@ class LinearizedReplayEngine:
         *,
         rewind: float = 0.14,
         stride: int | None = None,
-        cluster_gradients: Callable[[Tensor], Tensor] | None = None,
+        cluster_gradients: Callable[[int, range], Tensor] | None = None,
         rows: WeightedInputs | None = None,
         max_bytes: int = 2**30,
         disable_tqdm: bool = False,
@@ -76,10 +78,14 @@ class LinearizedReplayEngine:
             stride = max(1, -(-round((1 - rewind) * trajectory.num_steps) // MAX_INTEGRATION_STEPS))
         self.path = RecordedPath(trajectory, model.space, model.device, rewind=rewind, stride=stride)
         self.disable_tqdm = disable_tqdm
-        self.batch_size = max(1, max_bytes // (16 * model.num_parameters))
+        shares = MemoryShares.of(max_bytes, with_rows=rows is not None)
+        self.batch_size = max(1, shares.vectors // (16 * model.num_parameters))
+        self._clusters_at_once = max(1, shares.gradients // (12 * model.num_parameters))
         self._synset_gradients = SynsetGradients(model, inputs)
-        self._cluster_gradients = cluster_gradients or self._gradients_of_synset
-        self._curvature = PathCurvature(model, inputs, samples, rows=rows, max_bytes=max_bytes)
+        self.cluster_gradients = cluster_gradients or self._gradients_of_synset
+        self._curvature = PathCurvature(
+            model, inputs, samples, rows=rows, max_bytes=shares.jacobian, max_row_bytes=shares.row_jacobian
+        )
 
     @property
     def start(self) -> int:
@@ -118,13 +124,14 @@ class LinearizedReplayEngine:
                 self.path.stride //= 2
                 logger.info("%s Trying again with a stride of %d.", error, self.path.stride)
 
-    def costs(self, num_masks: int, forces: PieceOfWork) -> PieceOfWork:
+    def costs(self, num_masks: int, gradients: PieceOfWork | None = None) -> PieceOfWork:
         """
         What [`LinearizedReplayEngine.deviations`] of so many masks takes, from one state and one step.
 
         Args:
             num_masks (`int`): Masks; those that fit in memory together go together.
-            forces (`PieceOfWork`): What the cluster gradients at a state take.
+            gradients (`PieceOfWork`, *optional*): What the clusters' gradients at a state take, where they are not
+                the synset's.
         """
         path, at_once = self.path, min(num_masks, self.batch_size)
         state, last = path.trajectory.num_steps, path.steps()[-1]
@@ -135,17 +142,17 @@ class LinearizedReplayEngine:
         stepping = measured(
             lambda: deviation_step(last, vectors, vectors, vectors + curvature.product(vectors, masks))
         )
+        if gradients is None:
+            self.force(state, masks)  # decides how to vectorise
+            gradients = measured(lambda: self.force(state, masks))
         segments = len(path.segments())
-        # Parameters and second moments of each state; deviation, momentum and force; the finished deviations
-        # twice, when they are put together.
-        held = (
-            8 * segments * self.model.num_parameters + 3 * vectors.nbytes + 8 * num_masks * self.model.num_parameters
-        )
+        # Parameters and second moments of each state; deviation, momentum and force.
+        held = 8 * segments * self.model.num_parameters + 3 * vectors.nbytes
+        following = preparing.held_bytes + max(gradients.peak_bytes, stepping.peak_bytes)
         return PieceOfWork(
             seconds=-(-num_masks // at_once)
-            * (segments * (preparing.seconds + forces.seconds) + len(path.steps()) * stepping.seconds),
-            # The curvature of the state before is still there while that of the next is prepared.
-            peak_bytes=held + preparing.held_bytes + max(preparing.peak_bytes, forces.peak_bytes, stepping.peak_bytes),
+            * (segments * (preparing.seconds + gradients.seconds) + len(path.steps()) * stepping.seconds),
+            peak_bytes=held + max(following, preparing.peak_bytes),
         )
 
     def _deviations(self, masks: Tensor) -> Tensor:
@@ -158,9 +165,9 @@ class LinearizedReplayEngine:
         steps = tqdm(path.steps(), desc=f"Replaying {len(masks)} models (linearised)", disable=self.disable_tqdm)
         for step in steps:
             if curvature is None or force is None or at != step.nearest_state:
-                at = step.nearest_state
+                at, curvature = step.nearest_state, None  # what it holds goes before the next one is made
                 curvature = self._curvature.at(path, at)
-                force = (masks - 1) @ self._cluster_gradients(path.state(at))
+                force = self.force(at, masks)
             change = force + curvature.product(deviation, masks)
             deviation, momentum = deviation_step(step, deviation, momentum, change)
             norm = deviation.norm(dim=1)
@@ -173,5 +180,14 @@ class LinearizedReplayEngine:
                 )
         return deviation
 
-    def _gradients_of_synset(self, state: Tensor) -> Tensor:
-        return self._synset_gradients(self.model.space.unflatten(state), self.samples).detach()
+    def force(self, state: int, masks: Tensor) -> Tensor:
+        """Change of the training gradient at a recorded step under each mask: `(num_masks, num_parameters)`."""
+        result = torch.zeros(len(masks), self.model.num_parameters, device=self.model.device)
+        for start in range(0, masks.shape[1], self._clusters_at_once):
+            clusters = range(start, min(start + self._clusters_at_once, masks.shape[1]))
+            result += (masks[:, clusters.start : clusters.stop] - 1) @ self.cluster_gradients(state, clusters)
+        return result
+
+    def _gradients_of_synset(self, state: int, clusters: range) -> Tensor:
+        some = self.samples[slice(clusters.start, clusters.stop)]
+        return self._synset_gradients(self.model.space.unflatten(self.path.state(state)), some).detach()

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.func import grad, vmap
 from tqdm.auto import tqdm
 
+from hf_rgm.attribution.memory import MemoryShares
 from hf_rgm.attribution.perturbations import check_masks
 from hf_rgm.exceptions import DivergenceError
 from hf_rgm.modeling import FunctionalModel
@@ -19,6 +20,8 @@ from hf_rgm.trajectory.optimizers import apply_update
 from hf_rgm.trajectory.path import RecordedPath, automatic_stride, deviation_step
 
 logger = logging.getLogger(__name__)
+
+MAX_MODELS_AT_ONCE = 64
 
 
 class ReplayEngine:
@@ -36,11 +39,11 @@ class ReplayEngine:
         anchored (`bool`, *optional*, defaults to `True`): Follow the recorded path and integrate only the deviation
             from it, so that the unperturbed replay is the trained model exactly. Otherwise start from the recorded
             state nearest to the rewind point, the last one excepted, and replay the optimizer itself.
+        max_bytes (`int`, *optional*, defaults to `2**30`): Memory, beside the recorded states; see [`MemoryShares`].
         disable_tqdm (`bool`, *optional*, defaults to `False`): No progress bar.
     """
 
     name = "replay"
-    batch_size = 64
 
     def __init__(
         self,
@@ -52,6 +55,7 @@ class ReplayEngine:
         rewind: float = 0.27,
         stride: int | None = None,
         anchored: bool = True,
+        max_bytes: int = 2**30,
         disable_tqdm: bool = False,
     ) -> None:
         if stride is None:
@@ -65,6 +69,9 @@ class ReplayEngine:
         self.path = RecordedPath(trajectory, model.space, model.device, rewind=rewind, stride=stride)
         self.anchored = anchored
         self.disable_tqdm = disable_tqdm
+        # Deviation, momentum, where gradients are taken, these, and what a step makes of them.
+        vectors = MemoryShares.of(max_bytes, with_rows=False).vectors
+        self.batch_size = max(1, min(MAX_MODELS_AT_ONCE, vectors // (24 * model.num_parameters)))
 
     @property
     def start(self) -> int:

@@ -41,7 +41,8 @@ class AttributionResult(DatasetArtefact):
         objective (`str`): Name of the objective.
         objective_values (`np.ndarray`): The objective of each query for the trained model, `(num_queries,)`, float32.
         engine (`str`): Name of the engine that computed the scores.
-        row_scores (`np.ndarray`, *optional*): `(num_queries, num_rows)`, float32.
+        row_scores (`np.ndarray`, *optional*): `(num_queries, num_rows)`, float32; kept as it is, not copied, so that
+            it may be mapped from a file.
         cluster_ids (`np.ndarray`, *optional*): The cluster of each row, `(num_rows,)`, int64.
         metadata (`dict`, *optional*): What else to keep; must fit into JSON.
 
@@ -121,17 +122,19 @@ class AttributionResult(DatasetArtefact):
             ) from None
 
     def _checked(self, values: Any, shape: tuple[int, ...], name: str) -> np.ndarray:
-        array = as_numpy(values).astype(np.float32)
+        array = as_numpy(values)
+        # Row scores may be mapped from a file, and larger than memory.
+        array = array.astype(np.float32, copy=name != "row_scores")
         if array.shape != shape:
             raise ValueError(
                 f"`{name}` has shape {array.shape}, but must have {shape}: {len(self.query_ids)} queries, "
                 f"{len(self.cluster_names)} clusters."
             )
-        bad = ~np.isfinite(array)
-        if bad.any():
-            first = self.query_ids[int(np.argwhere(bad)[0][0])]
+        bad = [np.count_nonzero(~np.isfinite(values)) for values in array]
+        if any(bad):
+            first = self.query_ids[next(query for query, count in enumerate(bad) if count)]
             raise ValueError(
-                f"`{name}` has {int(bad.sum())} NaN or infinite values of {array.size}, the first for query {first!r}."
+                f"`{name}` has {sum(bad)} NaN or infinite values of {array.size}, the first for query {first!r}."
                 " The computation diverged: rewind less far or use a smaller stride."
             )
         return array

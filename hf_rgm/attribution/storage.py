@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
-from safetensors.numpy import save_file
+import torch
+from safetensors.torch import save_file
 
 from hf_rgm.artefacts import WAY_OUT, ArtefactFolder, parsed, printable
 from hf_rgm.files import write_json
@@ -65,8 +66,9 @@ def write_result(result: AttributionResult, folder: Path, card: str) -> None:
         "row_scores": result.row_scores,
         "cluster_ids": result.cluster_ids,
     }
+    # PyTorch's writer takes arrays from where they are, so that a mapped one goes from file to file.
     save_file(
-        {name: np.ascontiguousarray(array) for name, array in tensors.items() if array is not None},
+        {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in tensors.items() if array is not None},
         folder / TENSORS_FILE,
     )
     tables = {

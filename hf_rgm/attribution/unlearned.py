@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -11,6 +11,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from hf_rgm.attribution.objectives import Queries, resolve_objective
+from hf_rgm.clusters import ClusterMap
 from hf_rgm.files import staged_folder, write_json
 from hf_rgm.hub.artefact import CardOptions, HubArtefact
 from hf_rgm.modeling import FunctionalModel
@@ -39,6 +40,42 @@ class UnlearningCheck:
 
     def __str__(self) -> str:
         return f"mean loss on {self.what} ({self.num_rows} rows): {self.loss_before:.4g} -> {self.loss_after:.4g}"
+
+
+def chosen_clusters(clusters: Iterable[str | int], known: ClusterMap) -> list[int]:
+    """
+    Indices of clusters that are to be removed, in order.
+
+    Args:
+        clusters (`Iterable[str | int]`): Their names or indices; or one.
+        known (`ClusterMap`): All clusters.
+
+    Raises:
+        KeyError, IndexError: If there is no cluster of a name or index.
+        ValueError: If none or all are named.
+    """
+    named = [clusters] if isinstance(clusters, str | int) else clusters
+    chosen = sorted({known.index(cluster) for cluster in named})
+    if not 0 < len(chosen) < known.num_clusters:
+        raise ValueError(
+            f"{len(chosen)} of {known.num_clusters} clusters are to be removed. Name at least one, and leave at least "
+            "one."
+        )
+    return chosen
+
+
+def groups_to_compare(
+    chosen: Sequence[int], clusters: ClusterMap, rows: RowReader | None, queries: RowReader | None
+) -> list[tuple[str, RowReader, np.ndarray]]:
+    """Rows whose losses tell what was removed, as far as there are any: how they are called, their reader, which."""
+    groups: list[tuple[str, RowReader, np.ndarray]] = []
+    if rows is not None:
+        removed = np.isin(clusters.cluster_ids, chosen)
+        groups.append(("removed rows", rows, np.flatnonzero(removed)))
+        groups.append(("the other training rows", rows, np.flatnonzero(~removed)))
+    if queries is not None:
+        groups.append(("queries", queries, np.arange(len(queries))))
+    return groups
 
 
 def compare_losses(

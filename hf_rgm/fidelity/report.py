@@ -18,6 +18,7 @@ from hf_rgm.attribution.objectives import Objective, resolve_objective
 from hf_rgm.attribution.runs import ENGINES_OF_ROWS, check_engine
 from hf_rgm.fidelity.budget import LDS_CLUSTERS, LDS_ROWS, LEAVE_CLUSTER_OUT, MEASURES, plan_retrainings
 from hf_rgm.fidelity.predictions import evaluation_identity, predicted_values, subset_masks
+from hf_rgm.fidelity.processes import Launch
 from hf_rgm.fidelity.retraining import BuildTrainer, retrain
 from hf_rgm.fidelity.scores import Estimate, leave_cluster_out_correlation, linear_datamodeling_score, noise_ceiling
 from hf_rgm.fidelity.subsets import kept_rows
@@ -193,16 +194,18 @@ class FidelityReport:
         folder = None
         if output_dir is not None:
             folder = Path(output_dir) / evaluation_identity(attributor.model, queries, objective, data_collator)
-        predicted = predicted_values(
-            attributor,
-            queries,
-            masks,
-            engine=engine,
-            objective=objective,
-            rows=train_dataset if rows else None,
-            data_collator=data_collator,
-            **settings,
-        )
+        # Joined processes cannot retrain each on its own afterwards.
+        with Launch.from_environment().alone():
+            predicted = predicted_values(
+                attributor,
+                queries,
+                masks,
+                engine=engine,
+                objective=objective,
+                rows=train_dataset if rows else None,
+                data_collator=data_collator,
+                **settings,
+            )
         subsets = [
             subset
             for name, part in masks.items()

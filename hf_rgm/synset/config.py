@@ -16,6 +16,25 @@ PRESETS: dict[str, dict[str, Any]] = {
 """What each preset changes in the defaults, which are the accurate ones."""
 
 
+def memory_bytes(max_memory: str) -> int:
+    """
+    A setting of memory in bytes.
+
+    Args:
+        max_memory (`str`): Such as `"4GB"` (10^9 bytes each) or `"500MiB"`.
+
+    Raises:
+        ValueError: If it is no size, or nothing.
+    """
+    try:
+        size = convert_file_size_to_int(max_memory)
+    except ValueError as error:
+        raise ValueError(f"`max_memory` must be a size such as '4GB' or '500MB', got {max_memory!r}.") from error
+    if size < 1:
+        raise ValueError(f"`max_memory` must be more than nothing, got {max_memory!r}.")
+    return size
+
+
 @dataclass(frozen=True)
 class DistillationConfig:
     """
@@ -114,23 +133,12 @@ class DistillationConfig:
         if self.token_inputs not in TOKEN_INPUTS:
             raise ValueError(f"`token_inputs` must be one of {', '.join(TOKEN_INPUTS)}, got {self.token_inputs!r}.")
 
-        if self.max_bytes < 1:
-            raise ValueError(f"`max_memory` must be more than nothing, got {self.max_memory!r}.")
+        memory_bytes(self.max_memory)
 
     @property
     def max_bytes(self) -> int:
-        """
-        `max_memory` in bytes.
-
-        Raises:
-            ValueError: If it is not a size such as `"4GB"` or `"500MB"`.
-        """
-        try:
-            return convert_file_size_to_int(self.max_memory)
-        except ValueError as error:
-            raise ValueError(
-                f"`max_memory` must be a size such as '4GB' or '500MB', got {self.max_memory!r}."
-            ) from error
+        """`max_memory` in bytes."""
+        return memory_bytes(self.max_memory)
 
     @classmethod
     def from_preset(cls, name: str, **settings: Any) -> DistillationConfig:

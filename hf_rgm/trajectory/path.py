@@ -357,4 +357,5 @@ def adjoint_directions(
                     f"{stride}. Use a later `rewind` (now from step {path.start}), or record more states."
                 )
         result[state] = total
+        del product  # what it holds goes before the next state's is made
     return result

@@ -26,8 +26,8 @@ def engine(**settings):
 
 def test_row_scores_are_directions_times_row_gradients():
     adjoint, gradients, reader = engine()
-    scores = adjoint.row_scores(gradients, reader)
     directions = adjoint.directions(gradients)
+    scores = adjoint.row_scores(directions, reader, range(48))
     for row in (0, 17, 47):
         inputs, labels = reader.batch([row])
         expected = torch.zeros(3)
@@ -42,7 +42,9 @@ def test_row_scores_are_directions_times_row_gradients():
 def test_memory_limits_do_not_change_the_scores(max_bytes):
     plain, gradients, reader = engine()
     tight = engine(max_bytes=max_bytes)[0]
-    torch.testing.assert_close(tight.row_scores(gradients, reader, batch_size=7), plain.row_scores(gradients, reader))
+    assert tight.rows_at_once < plain.rows_at_once and tight.queries_at_once < plain.queries_at_once
+    directions, some = plain.directions(gradients), range(5, 31)
+    torch.testing.assert_close(tight.row_scores(directions, reader, some), plain.row_scores(directions, reader, some))
     torch.testing.assert_close(tight.cluster_scores(gradients), plain.cluster_scores(gradients), atol=1e-5, rtol=1e-3)
 
 

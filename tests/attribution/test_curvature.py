@@ -51,7 +51,9 @@ def engine(parts, samples, *, with_rows):
         run.trajectory,
         rewind=0,
         disable_tqdm=True,
-        cluster_gradients=lambda state: cluster_gradients(model, [state], batches, range(4), len(reader))[0],
+        cluster_gradients=lambda step, clusters: cluster_gradients(
+            model, [model.space.flatten(run.trajectory.state(step).parameters)], batches, clusters, len(reader)
+        )[0],
         rows=sample_rows(model, reader, CLUSTERS, RowLoss(), at_least=1) if with_rows else None,
     )
 
@@ -84,10 +86,11 @@ def test_the_adjoint_takes_the_rows_curvature_too(parts):
     run, model, inputs, samples, reader = parts
     objective = torch.randn(2, model.num_parameters, generator=torch.Generator().manual_seed(1))
     rows = sample_rows(model, reader, CLUSTERS, RowLoss(), at_least=1)
-    scores = [
-        AdjointEngine(model, inputs, own, run.trajectory, rewind=0, rows=given).row_scores(objective, reader)
+    engines = [
+        AdjointEngine(model, inputs, own, run.trajectory, rewind=0, rows=given)
         for own, given in ((samples, None), (faded(samples, 0.01), rows), (faded(samples, 0.01), None))
     ]
+    scores = [engine.row_scores(engine.directions(objective), reader, range(len(reader))) for engine in engines]
     torch.testing.assert_close(scores[1], scores[0], atol=FLOAT_TOLERANCE, rtol=1e-3)
     assert (scores[2] - scores[0]).norm() > 0.02 * scores[0].norm()
 

@@ -52,7 +52,7 @@ class TestTime:
     def seconds(self, monkeypatch):
         for module in ("adjoint", "linearized", "replay", "runs"):
             monkeypatch.setattr(f"hf_rgm.attribution.{module}.measured", lambda work: PieceOfWork(1.0, 0))
-        monkeypatch.setattr("hf_rgm.attribution.runs.measure_rows", lambda *_: PieceOfWork(1.0, 0))
+        monkeypatch.setattr("hf_rgm.attribution.training_rows.measure_rows", lambda *_: PieceOfWork(1.0, 0))
 
     def steps(self, engine, **settings):
         path = engine(*attributor_parts(), **settings).path
@@ -86,7 +86,7 @@ class TestTime:
         both = Attributor(RUN.model, synset, disable_tqdm=True)
         alone = both._runs[0]
         one = alone.estimate(
-            "adjoint", *objective_and_queries(both), num_queries=12, row_reader=None, num_masks=None
+            "adjoint", *objective_and_queries(both), num_queries=12, rows=None, num_masks=None
         ).seconds
         assert both.estimate(RUN.queries, engine="adjoint").seconds == 2 * one
 

@@ -112,7 +112,7 @@ def test_leaving_a_cluster_out_is_nearer_to_retraining_than_the_derivative(seed)
 
 def test_takes_the_gradients_it_is_given():
     run = record("sgd")
-    zero = engine(run, cluster_gradients=lambda parameters: torch.zeros(4, 18))
+    zero = engine(run, cluster_gradients=lambda step, clusters: torch.zeros(len(clusters), 18))
     final = zero.model.space.flatten(run.trajectory.final.parameters)
     assert torch.equal(zero.parameters(MASKS), final.expand(3, -1))
 

@@ -1,0 +1,254 @@
+"""Scores of every training row, block by block: in memory, or in a folder as they come."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.lib.format import write_array_header_1_0
+from numpy.typing import NDArray
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from hf_rgm.attribution.adjoint import AdjointEngine
+from hf_rgm.attribution.query_gradients import QueryGradients
+from hf_rgm.attribution.training_rows import TrainingRows
+from hf_rgm.clusters import ClusterMap
+from hf_rgm.files import remove_unfinished, replacing
+from hf_rgm.processes import Processes
+
+DIGITS = 16
+MIN_BLOCK_ROWS, MAX_BLOCK_ROWS, MAX_BLOCK_BYTES = 256, 2**16, 2**26
+BLOCKS = 64
+"""Blocks of rows, as long as none is shorter or longer than the bounds above: few files, and work for many."""
+
+
+@dataclass(frozen=True)
+class ScoreBlock:
+    """
+    Scores that are computed, and saved, together.
+
+    Args:
+        values (`range`): Values of the objective.
+        rows (`range`): Training rows.
+    """
+
+    values: range
+    rows: range
+
+    @property
+    def size(self) -> int:
+        """Number of scores."""
+        return len(self.values) * len(self.rows)
+
+    @property
+    def place(self) -> tuple[slice, slice]:
+        """Where they are in the matrix."""
+        return slice(self.values.start, self.values.stop), slice(self.rows.start, self.rows.stop)
+
+
+def score_blocks(num_values: int, num_rows: int, *, values_at_once: int) -> list[list[ScoreBlock]]:
+    """
+    The layout of the matrix, the same for any number of processes: for each group of values its blocks of rows.
+
+    Args:
+        num_values, num_rows (`int`): Shape of the matrix.
+        values_at_once (`int`): Values of the objective in a group.
+    """
+    size = -(-num_rows // (BLOCKS * MIN_BLOCK_ROWS)) * MIN_BLOCK_ROWS
+    size = max(1, min(size, MAX_BLOCK_ROWS, MAX_BLOCK_BYTES // (4 * min(num_values, values_at_once))))
+    rows = [range(start, min(start + size, num_rows)) for start in range(0, num_rows, size)]
+    values = [range(start, min(start + values_at_once, num_values)) for start in range(0, num_values, values_at_once)]
+    return [[ScoreBlock(group, part) for part in rows] for group in values]
+
+
+class RowScorer:
+    """
+    Scores rows by the adjoint along one recorded run or several, whose mean counts.
+
+    Args:
+        engines (`Sequence[AdjointEngine]`): One for each recorded run.
+        gradients (`Sequence[QueryGradients]`): Of the objective at the end of each run.
+        training_rows (`TrainingRows`): The rows.
+        processes (`Processes`): Among which objectives, and then blocks of rows, are split.
+        disable_tqdm (`bool`): No progress bar.
+    """
+
+    def __init__(
+        self,
+        engines: Sequence[AdjointEngine],
+        gradients: Sequence[QueryGradients],
+        training_rows: TrainingRows,
+        processes: Processes,
+        *,
+        disable_tqdm: bool,
+    ) -> None:
+        self._engines = engines
+        self._gradients = gradients
+        self._rows = training_rows
+        self._processes = processes
+        self._disable_tqdm = disable_tqdm
+        self._at_once = max(1, min(engine.queries_at_once for engine in engines) // len(engines))
+        self.shape = (len(gradients[0]), len(training_rows.reader))
+
+    def scores(self, folder: ScoreFolder | None = None) -> NDArray[np.float32]:
+        """
+        Scores of all rows.
+
+        Args:
+            folder (`ScoreFolder`, *optional*): Where blocks go as they are finished; those that are there are not
+                computed again. Several processes need one that all of them see.
+
+        Returns:
+            `np.ndarray`: `(num_values, num_rows)`, float32; with a folder mapped from the file in it.
+
+        Raises:
+            RuntimeError: If another process failed.
+        """
+        groups = score_blocks(*self.shape, values_at_once=self._at_once)
+        # One process looks at what is left, so that all agree.
+        look = folder.finished if folder is not None and self._processes.is_main else lambda _: set()
+        finished = self._processes.gather(lambda: look([block for group in groups for block in group]))[0]
+        matrix = np.empty(self.shape, dtype=np.float32) if folder is None else None
+        with self._progress() as bar:
+            for group in groups:
+                pending = [block for block in group if block not in finished]
+                if not pending:
+                    bar.update(sum(block.size for block in group))
+                    continue
+                directions = self._directions(group[0].values)
+
+                def work(block: ScoreBlock, directions: list[dict[int, Tensor]] = directions) -> NDArray | None:
+                    scores = self._score(block, directions)
+                    bar.update(self._processes.count * block.size)
+                    return scores if folder is None else folder.write(block, scores)
+
+                for block, scores in zip(pending, self._processes.map(work, pending), strict=True):
+                    if matrix is not None:
+                        matrix[block.place] = scores
+        if folder is None or matrix is not None:
+            return matrix  # type: ignore[return-value]
+        self._processes.gather(lambda: folder.join(groups, self.shape) if self._processes.is_main else None)
+        return folder.matrix()
+
+    def _progress(self) -> tqdm:
+        return tqdm(
+            total=self.shape[0] * self.shape[1],
+            desc="Scoring rows",
+            unit=" scores",
+            unit_scale=True,
+            disable=self._disable_tqdm or not self._processes.shows_progress,
+        )
+
+    def _directions(self, values: range) -> list[dict[int, Tensor]]:
+        """For each run; every process follows its share of the objectives back."""
+        parts = self._processes.parts(len(values), at_most=len(values))
+
+        def follow(part: range) -> list[dict[int, Tensor]]:
+            chosen = values[part.start : part.stop]
+            return [
+                {state: direction.cpu() for state, direction in engine.directions(gradients(chosen)).items()}
+                for engine, gradients in zip(self._engines, self._gradients, strict=True)
+            ]
+
+        found = self._processes.map(follow, parts)
+        device = self._engines[0].model.device
+        return [
+            {state: torch.cat([part[run][state] for part in found]).to(device) for state in found[0][run]}
+            for run in range(len(self._engines))
+        ]
+
+    def _score(self, block: ScoreBlock, directions: list[dict[int, Tensor]]) -> NDArray[np.float32]:
+        by_run = [
+            engine.row_scores(own, self._rows.reader, block.rows, self._rows.row_loss)
+            for engine, own in zip(self._engines, directions, strict=True)
+        ]
+        return torch.stack(by_run).mean(0).cpu().numpy()
+
+
+class ScoreFolder:
+    """
+    Row scores on disk: a file for each block while they are computed, and one matrix when all are there.
+
+    Args:
+        parent (`str` or `Path`): Where. Scores of other attributions may be there too.
+        identity (`dict`): What the scores depend on, as JSON. Names the folder in `parent`.
+    """
+
+    def __init__(self, parent: str | Path, identity: dict[str, Any]) -> None:
+        digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+        self.folder = Path(parent) / f"row-scores-{digest[:DIGITS]}"
+        self.folder.mkdir(parents=True, exist_ok=True)
+
+    @property
+    def _file(self) -> Path:
+        return self.folder / "row_scores.npy"
+
+    def _path(self, block: ScoreBlock) -> Path:
+        values, rows = block.values, block.rows
+        return self.folder / f"block-{values.start}-{values.stop}-{rows.start}-{rows.stop}.npy"
+
+    def finished(self, blocks: Iterable[ScoreBlock]) -> set[ScoreBlock]:
+        """Those of some blocks that need not be computed."""
+        remove_unfinished(self.folder)
+        return {block for block in blocks if self._file.is_file() or self._path(block).is_file()}
+
+    def write(self, block: ScoreBlock, scores: NDArray[np.float32]) -> None:
+        """
+        Writes a block whole or not at all.
+
+        Raises:
+            OSError: If the disk is full or the folder cannot be written; blocks that are there stay.
+        """
+        with replacing(self._path(block)) as temporary:
+            np.save(temporary, scores, allow_pickle=False)
+
+    def join(self, groups: Iterable[Sequence[ScoreBlock]], shape: tuple[int, int]) -> None:
+        """
+        Makes one file of all blocks and removes them. Takes their size on the disk once more until they are gone.
+
+        Raises:
+            OSError: If the disk is full or the folder cannot be written; the blocks stay.
+            ValueError: If a block is damaged.
+        """
+        if not self._file.is_file():
+            with replacing(self._file) as temporary, open(temporary, "wb") as file:
+                write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": shape})
+                begin = file.tell()
+                for block in (block for group in groups for block in group):
+                    for value, scores in zip(block.values, self._read(block), strict=True):
+                        file.seek(begin + 4 * (value * shape[1] + block.rows.start))
+                        file.write(scores.astype("<f4", copy=False).tobytes())
+        for path in self.folder.glob("block-*.npy"):
+            path.unlink()
+
+    def matrix(self) -> NDArray[np.float32]:
+        """All scores, `(num_values, num_rows)`: mapped, so that only what is looked at takes memory."""
+        return np.load(self._file, mmap_mode="c", allow_pickle=False)
+
+    def _read(self, block: ScoreBlock) -> NDArray[np.float32]:
+        path, shape = self._path(block), (len(block.values), len(block.rows))
+        try:
+            scores = np.load(path, allow_pickle=False)
+        except (ValueError, EOFError) as error:
+            raise ValueError(f"{path} is damaged ({error}). Delete it; its rows will be scored again.") from error
+        if scores.shape != shape:
+            raise ValueError(f"{path} has shape {scores.shape}, not {shape}. Delete it; it will be made again.")
+        return scores
+
+
+def cluster_sums(row_scores: NDArray[np.float32], clusters: ClusterMap) -> Tensor:
+    """Scores of clusters from those of their rows, `(num_values, num_clusters)`, some rows at a time."""
+    ids = torch.tensor(clusters.cluster_ids)
+    result = torch.zeros(len(row_scores), clusters.num_clusters, dtype=torch.float64)
+    size = max(1, MAX_BLOCK_BYTES // (8 * len(row_scores)))
+    for start in range(0, len(ids), size):
+        some = torch.from_numpy(np.array(row_scores[:, start : start + size], dtype=np.float64))
+        result.index_add_(1, ids[start : start + size], some)
+    return result.float()
