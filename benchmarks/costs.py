@@ -7,7 +7,11 @@ import gc
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import psutil
 
@@ -25,16 +29,19 @@ class Meter:
         seconds (`float`): Wall time, set when the block ends.
         cpu_seconds (`float`): Processor time of all threads, set when the block ends: other programs hardly change it.
         peak_bytes (`int`): Largest resident set within the block less the one at its start, set when the block ends.
+        private_peak_bytes (`int`): The same without pages of mapped files, which the system takes back when it needs
+            them; where it does not tell (outside Linux), `peak_bytes`.
     """
 
     seconds: float
     cpu_seconds: float
     peak_bytes: int
+    private_peak_bytes: int
 
     def __enter__(self) -> Meter:
         self._process = psutil.Process()
         _give_back()
-        self._before = self._largest = self._process.memory_info().rss
+        self._before = self._largest = self._held()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._sample, daemon=True)
         self._thread.start()
@@ -46,14 +53,36 @@ class Meter:
         self._stop.set()
         self._thread.join()
         self._look()
-        self.peak_bytes = self._largest - self._before
+        self.peak_bytes, self.private_peak_bytes = (
+            int(most - before) for most, before in zip(self._largest, self._before, strict=True)
+        )
 
     def _sample(self) -> None:
         while not self._stop.wait(SAMPLING_SECONDS):
             self._look()
 
     def _look(self) -> None:
-        self._largest = max(self._largest, self._process.memory_info().rss)
+        self._largest = tuple(map(max, self._largest, self._held()))
+
+    def _held(self) -> tuple[int, ...]:
+        memory = self._process.memory_info()
+        return memory.rss, memory.rss - getattr(memory, "shared", 0)
+
+
+@contextmanager
+def seconds_in(owner: type, method: str) -> Iterator[list[float]]:
+    """CPU seconds of each call of a method within."""
+    seconds: list[float] = []
+    original = getattr(owner, method)
+
+    def timed(*arguments: Any, **options: Any) -> Any:
+        start = time.process_time()
+        result = original(*arguments, **options)
+        seconds.append(time.process_time() - start)
+        return result
+
+    with mock.patch.object(owner, method, timed):
+        yield seconds
 
 
 def _give_back() -> None:

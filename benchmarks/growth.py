@@ -1,18 +1,19 @@
 """
-How costs grow with rows, clusters and parameters, on Fashion-MNIST.
+How costs grow with rows, clusters and parameters, and shrink with processes, on Fashion-MNIST.
 
     python -m benchmarks.growth                        # what is missing, then the plots: an hour in all
-    python -m benchmarks.growth --axes rows clusters   # these axes only
+    python -m benchmarks.growth --axes rows processes  # these axes only
 
 One quantity grows while the others stay at 10,000 rows, 50 clusters and a CNN of 20,490 parameters; those with other
 numbers of parameters are CNNs of four convolutions. Each point is written to benchmarks/results/growth.json as soon as
 it is there, and all are drawn in docs/growth.png. Run one process at a time.
 
-Everything has the default settings and one thread, and times are CPU seconds. Trainings are short and take the same
-steps whatever the number of rows, so the ratios to them are those of a short training. Two things are measured in part
-and scaled up: the iterations of distilling (its gradients of real rows are computed whole), and linearised replay,
-followed through the last quarter of training in place of the last 86%, one training step at a time. Its Jacobians of
-recorded states thus count for a little too much.
+Everything has the default settings and one thread, and times are CPU seconds: of several processes, those of the one
+that takes most, which is what they would take with a core each. Processes distil blocks of 13 clusters. Trainings are
+short and take the same steps whatever the number of rows, so the ratios to them are those of a short training. Two
+things are measured in part and scaled up: the iterations of distilling (its gradients of real rows are computed
+whole), and linearised replay, followed through the last quarter of training in place of the last 86%, one training
+step at a time. Its Jacobians of recorded states thus count for a little too much.
 """
 
 from __future__ import annotations
@@ -21,21 +22,20 @@ import argparse
 import inspect
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import torch
 import transformers
 from numpy.typing import NDArray
 
-from benchmarks.costs import Meter, folder_bytes
+from benchmarks.costs import Meter, folder_bytes, seconds_in
 from benchmarks.growth_plots import draw
+from benchmarks.launched import launched
 from benchmarks.recorded import synset_bytes
 from benchmarks.report import RESULTS, ROOT, Report, environment, versions
 from benchmarks.tasks.fashion import load_images
@@ -48,6 +48,8 @@ from hf_rgm.trajectory.storage import Trajectory
 SEED = 0
 WARM_UP_STEPS = 2
 FIGURE = ROOT / "docs" / "growth.png"
+BLOCK_SIZE = 13
+"""Clusters in a block where processes share them: four blocks of 50."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,7 @@ class Recipe:
         num_queries (`int`): Queries that are attributed.
         num_iterations (`int`): Iterations of distilling that are measured; costs are those of the default number.
         rewind (`float`): Fraction of training from which on the replay is measured; costs are those of the default.
+        max_memory (`str`): Of distiller and attributor.
     """
 
     num_steps: int = 100
@@ -67,6 +70,7 @@ class Recipe:
     num_queries: int = 200
     num_iterations: int = 20
     rewind: float = 0.75
+    max_memory: str = "4GB"
 
 
 @dataclass(frozen=True)
@@ -77,23 +81,27 @@ class Setup:
     Args:
         num_rows, num_clusters (`int`): Training rows, and the random parts of the classes they are split into.
         hidden_sizes (`tuple[int, ...]`): Channels of the CNN's convolutions.
+        num_processes (`int`): Processes that are launched to distil and attribute; with 0 this one does it.
     """
 
     num_rows: int = 10_000
     num_clusters: int = 50
     hidden_sizes: tuple[int, ...] = (16, 32)
+    num_processes: int = 0
 
     @property
     def name(self) -> str:
         """In the results."""
         channels = "-".join(map(str, self.hidden_sizes))
-        return f"{self.num_rows} rows, {self.num_clusters} clusters, channels {channels}"
+        launched = f", processes {self.num_processes}" if self.num_processes else ""
+        return f"{self.num_rows} rows, {self.num_clusters} clusters, channels {channels}{launched}"
 
 
 AXES: dict[str, list[Setup]] = {
     "rows": [Setup(num_rows=count) for count in (2_500, 5_000, 10_000, 20_000, 40_000)],
     "clusters": [Setup(num_clusters=count) for count in (10, 50, 100, 200, 400)],
     "parameters": [Setup(hidden_sizes=(w, 2 * w, 4 * w, 8 * w)) for w in (5, 9, 16, 29, 52)],
+    "processes": [Setup(num_processes=count) for count in (1, 2, 4)],
 }
 
 
@@ -140,22 +148,6 @@ def parts_of_classes(labels: NDArray[np.integer], num_clusters: int) -> ClusterM
     return ClusterMap.from_ids(labels.astype(np.int64) * parts + rank % parts)
 
 
-@contextmanager
-def learning_seconds() -> Iterator[list[float]]:
-    """CPU seconds of the iterations of each block of clusters that is distilled within."""
-    seconds: list[float] = []
-    learn = BlockLearner.learn
-
-    def timed(learner: BlockLearner, *arguments: Any, **options: Any) -> Any:
-        start = time.process_time()
-        result = learn(learner, *arguments, **options)
-        seconds.append(time.process_time() - start)
-        return result
-
-    with mock.patch.object(BlockLearner, "learn", timed):
-        yield seconds
-
-
 def replayed_share(recipe: Recipe) -> float:
     """Share of the training steps of a default replay that is measured."""
     default = inspect.signature(LinearizedReplayEngine).parameters["rewind"].default
@@ -168,11 +160,11 @@ def measure(setup: Setup, recipe: Recipe, pictures: Pictures) -> dict[str, Any]:
     Trains twice, once recorded, distils and attributes.
 
     Returns:
-        `dict`: what grows (`"num_rows"`, `"num_clusters"`, `"num_parameters"`) and `"costs"`: CPU seconds, those that
-        were measured in part scaled up; bytes kept, and the largest resident set beyond what was held before.
+        `dict`: what grows (`"num_rows"`, `"num_clusters"`, `"num_parameters"`, `"num_processes"`) and `"costs"`: CPU
+        seconds, those that were measured in part scaled up; bytes kept, and the largest resident set beyond what was
+        held before, of several processes that of the largest; wall time as it was, not scaled up.
     """
-    train, queries = pictures.datasets(setup.num_rows, recipe.num_queries)
-    clusters = parts_of_classes(pictures.labels[: setup.num_rows], setup.num_clusters)
+    train, _ = pictures.datasets(setup.num_rows, recipe.num_queries)
     build = partial(
         build_trainer,
         image_size=pictures.images.shape[-1],
@@ -184,40 +176,61 @@ def measure(setup: Setup, recipe: Recipe, pictures: Pictures) -> dict[str, Any]:
     plain = build(train, SEED)
     with Meter() as training:
         plain.train()
-    config = DistillationConfig(num_iterations=recipe.num_iterations)
     with tempfile.TemporaryDirectory() as parent:
         folder = Path(parent) / "trajectory"
         trainer = build(train, SEED, callbacks=[TrajectoryCallback(folder)])
         trainer.train()
         recording = Trajectory.load(folder).metadata["recording"]
         trajectory_bytes = folder_bytes(folder)
-        with learning_seconds() as learning, Meter() as distilling:
-            synset = ReverseGradientMatchingDistiller(
-                trainer.model, folder, train, clusters, config=config, disable_tqdm=True
-            ).distill()
-        with Meter() as online:
-            Attributor(trainer.model, synset, disable_tqdm=True).attribute(queries, rewind=recipe.rewind, stride=1)
-        kept_bytes = synset_bytes(synset)
-    iterations = sum(learning) * DistillationConfig().num_iterations / recipe.num_iterations
-    gradients = distilling.cpu_seconds - sum(learning)
+        if setup.num_processes:
+            trainer.model.save_pretrained(folder.with_name("model"))
+            np.savez(folder.with_name("pictures.npz"), **vars(pictures))
+            parts = launched(folder.parent, asdict(setup), asdict(recipe))
+            worked = {cost: max(part[cost] for part in parts) for cost in parts[0]}
+        else:
+            worked = distil_and_attribute(trainer.model, folder, setup, recipe, pictures)
     # The callback knows wall time only, its own and the whole training's: their ratio is what can be used.
     share = recording["recording_seconds"] / (recording["training_seconds"] - recording["recording_seconds"])
     return {
         "num_rows": setup.num_rows,
         "num_clusters": setup.num_clusters,
         "num_parameters": sum(parameter.numel() for parameter in trainer.model.parameters()),
+        "num_processes": max(1, setup.num_processes),
         "costs": {
             "training_seconds": training.cpu_seconds,
             "recording_seconds": share * training.cpu_seconds,
-            "distilling_seconds": gradients + iterations,
-            "distilling_gradients_seconds": gradients,
-            "online_seconds": online.cpu_seconds / replayed_share(recipe),
             "trajectory_bytes": trajectory_bytes,
-            "kept_bytes": kept_bytes,
             "training_peak_bytes": training.peak_bytes,
-            "distilling_peak_bytes": distilling.peak_bytes,
-            "online_peak_bytes": online.peak_bytes,
+            **worked,
         },
+    }
+
+
+def distil_and_attribute(
+    model: Any, trajectory: Path, setup: Setup, recipe: Recipe, pictures: Pictures
+) -> dict[str, float]:
+    """Costs of this process, alone or among others."""
+    train, queries = pictures.datasets(setup.num_rows, recipe.num_queries)
+    clusters = parts_of_classes(pictures.labels[: setup.num_rows], setup.num_clusters)
+    blocks = {"cluster_block_size": BLOCK_SIZE} if setup.num_processes else {}
+    config = DistillationConfig(num_iterations=recipe.num_iterations, max_memory=recipe.max_memory, **blocks)
+    with seconds_in(BlockLearner, "learn") as learning, Meter() as distilling:
+        synset = ReverseGradientMatchingDistiller(
+            model, trajectory, train, clusters, config=config, disable_tqdm=True
+        ).distill()
+    with Meter() as online:
+        attributor = Attributor(model, synset, max_memory=recipe.max_memory, disable_tqdm=True)
+        attributor.attribute(queries, rewind=recipe.rewind, stride=1)
+    gradients = distilling.cpu_seconds - sum(learning)
+    return {
+        "distilling_seconds": gradients + sum(learning) * DistillationConfig().num_iterations / recipe.num_iterations,
+        "distilling_gradients_seconds": gradients,
+        "online_seconds": online.cpu_seconds / replayed_share(recipe),
+        "distilling_wall_seconds": distilling.seconds,
+        "online_wall_seconds": online.seconds,
+        "kept_bytes": synset_bytes(synset),
+        "distilling_peak_bytes": distilling.peak_bytes,
+        "online_peak_bytes": online.peak_bytes,
     }
 
 

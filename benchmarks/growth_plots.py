@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from benchmarks.formats import markdown, ratio, signless, size
 from hf_rgm.explorer.drawing import GRID, LINES, NEUTRAL
 
-COUNTS = {"rows": "training rows", "clusters": "clusters", "parameters": "parameters"}
+COUNTS = {"rows": "training rows", "clusters": "clusters", "parameters": "parameters", "processes": "processes"}
 TRAINING = {"training_seconds": "one training"}
 TIMES = {
     "recording_seconds": "recording",

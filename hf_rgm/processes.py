@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-PATIENCE = timedelta(days=30)
+PATIENCE = timedelta(days=7)
 """How long a process that is done waits for the others. Shares are uneven, and a process that dies is noticed anyway:
 its connections close, and its launcher ends the rest."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import datasets
@@ -196,7 +196,19 @@ class CachedBatches:
         """Number of rows of one group."""
         return len(self._groups[index])
 
-    def group(self, index: int):
+    def sample(
+        self, index: int, at_most: int, generator: torch.Generator
+    ) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
+        """Batches of so many rows of a group, drawn at random and not kept; of the whole group if it has no more."""
+        rows = np.asarray(self._groups[index])
+        if len(rows) <= at_most:
+            yield from self.group(index)
+            return
+        drawn = rows[torch.randperm(len(rows), generator=generator)[:at_most].numpy()]
+        for start in range(0, at_most, self._batch_size):
+            yield self._reader.batch(drawn[start : start + self._batch_size])
+
+    def group(self, index: int) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
         """Iterates over the batches `(inputs, labels)` of one group."""
         rows = self._groups[index]
         for start in range(0, len(rows), self._batch_size):

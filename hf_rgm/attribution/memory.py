@@ -51,13 +51,13 @@ def free_bytes(max_bytes: int, setting: str, trajectories: Iterable[Trajectory],
     Args:
         max_bytes (`int`): The memory allowed.
         setting (`str`): How the user said it, for errors.
-        trajectories (`Iterable[Trajectory]`): The recorded runs; one after another is used.
+        trajectories (`Iterable[Trajectory]`): The recorded runs.
         num_parameters (`int`): Trainable parameters.
 
     Raises:
         ValueError: If nothing is left.
     """
-    num_states = max(len(trajectory.state_steps) for trajectory in trajectories)
+    num_states = sum(len(trajectory.state_steps) for trajectory in trajectories)
     states = 8 * num_states * num_parameters
     if states >= max_bytes:
         raise ValueError(

@@ -90,7 +90,8 @@ class TrainingRows:
         """
         states = [state for state, _, _ in path.segments()]
         num_clusters = self.clusters.num_clusters
-        if 4 * len(states) * num_clusters * self._model.num_parameters > self._shares.kept:
+        # Twice for a moment, when the parts are put together.
+        if 8 * len(states) * num_clusters * self._model.num_parameters > self._shares.kept:
             batches = self._batches(self._shares.kept)
             return lambda state, clusters: self._taken(path, [state], batches, clusters)[0]
         batches = self._batches(0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import logging
 import time
@@ -11,13 +12,13 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from hf_rgm.clusters import ClusterMap
 from hf_rgm.losses import LossFunction, RowLoss
 from hf_rgm.modeling import FunctionalModel, parameters_sha256
 from hf_rgm.out_of_memory import advice_on_memory
+from hf_rgm.processes import Processes
 from hf_rgm.rows import CachedBatches, DataCollator, RowReader
 from hf_rgm.synset.blocks import BlockStore
 from hf_rgm.synset.config import DistillationConfig
@@ -135,7 +136,9 @@ class ReverseGradientMatchingDistiller:
         self.batches = CachedBatches(self.reader, self.rows, batch_size=self.config.batch_size, max_bytes=CACHE_BYTES)
         self.matched_states = matched_states(self.trajectories)
         self._gradients = SynsetGradients(self.model, self.inputs)
-        self._plan = self._plan_memory()
+        self._processes = Processes()
+        # Measured, so the first process's counts: all must agree on the blocks.
+        self._plan = self._processes.gather(self._plan_memory)[0]
         self._store = BlockStore(output_dir, self._identity()) if output_dir is not None else None
 
     def _check_belong_together(self, train_dataset: Any) -> None:
@@ -222,10 +225,10 @@ class ReverseGradientMatchingDistiller:
             )
             per_iteration = self._learner(targets, block, self._sketch()).time_iteration(start)
         rows = row.seconds * len(self.reader) * len(states)
-        share = len(self.rows) / plan.block_size / min(self.accelerator.num_processes, plan.num_blocks)
+        share = len(self.rows) / plan.block_size / min(self._processes.count, plan.num_blocks)
         samples_bytes = sum(tensor.nbytes for tensor in start.named_tensors().values()) * len(self.rows) // len(block)
         return CostEstimate(
-            seconds=rows / self.accelerator.num_processes + per_iteration * config.num_iterations * share,
+            seconds=rows / self._processes.count + per_iteration * config.num_iterations * share,
             memory_bytes=plan.held_bytes + max(plan.step_bytes, row.peak_bytes) + self._cached_bytes(),
             disk_bytes=2 * samples_bytes + sum(trajectory.states_bytes for trajectory in self.trajectories),
             num_blocks=plan.num_blocks,
@@ -240,12 +243,16 @@ class ReverseGradientMatchingDistiller:
         """
         Runs reverse gradient matching.
 
+        Under `torchrun` or `accelerate launch` the processes share the blocks of clusters. All have to call this, and
+        to see one `output_dir`.
+
         Returns:
             `Synset`: on the CPU, the same on every process.
 
         Raises:
             DivergenceError: If the matching error becomes NaN, infinite or explodes (cluster and state are named).
             MemoryError: If memory runs out; says which setting to lower.
+            RuntimeError: If another process failed.
             ValueError: If the data holds NaN, labels out of range, or inputs that are not continuous.
         """
         start = time.perf_counter()
@@ -258,20 +265,28 @@ class ReverseGradientMatchingDistiller:
         )
         size = self._plan.block_size
         blocks = [range(k, min(k + size, len(self.rows))) for k in range(0, len(self.rows), size)]
-        mine = blocks[self.accelerator.process_index :: self.accelerator.num_processes]
-        finished = {b: done for b in mine if self._store and (done := self._store.read(b)) is not None}
-        pending = [block for block in mine if block not in finished]
+        finished = self._processes.gather(lambda: self._finished(blocks))[0]
+        pending = [block for block in blocks if block not in finished]
+        idle = self._processes.count - len(pending)
+        if pending and idle > 0 and self._processes.is_main:
+            logger.warning(
+                "%d processes have nothing to distil: only %d blocks of clusters are left. Lower `cluster_block_size` "
+                "(now %d) to give work to all.",
+                *(idle, len(pending), self.config.cluster_block_size),
+            )
+        prepared = functools.cache(lambda: (self._probes(), self._sketch()))
+
+        def work(block: range) -> dict[str, Tensor]:
+            done = self._distill_block(block, states, *prepared())
+            if self._store:
+                self._store.write(block, done)
+            return done
+
         with torch.enable_grad(), self.model.differentiable():
-            probes = self._probes() if pending else None
-            sketch = self._sketch() if pending else identity
-            for block in pending:
-                finished[block] = self._distill_block(block, states, probes, sketch)
-                if self._store:
-                    self._store.write(block, finished[block])
-        gathered = gather_object([(block.start, finished[block]) for block in mine])
-        ordered = sorted(gathered, key=lambda item: item[0])
-        residuals = torch.cat([done.pop("residuals") for _, done in ordered], dim=1)
-        merged = {name: torch.cat([done[name] for _, done in ordered]) for name in ordered[0][1]}
+            finished |= dict(zip(pending, self._processes.map(work, pending), strict=True))
+        ordered = [dict(finished[block]) for block in blocks]
+        residuals = torch.cat([done.pop("residuals") for done in ordered], dim=1)
+        merged = {name: torch.cat([done[name] for done in ordered]) for name in ordered[0]}
         samples = SyntheticSamples(**merged)
         tokens = self.inputs.tokens(samples.flatten().map(lambda tensor: tensor.to(self.model.device)))
         return Synset(
@@ -293,9 +308,15 @@ class ReverseGradientMatchingDistiller:
                 "privacy": measure_privacy(self.inputs, samples, self.batches),
                 "custom_row_loss": self.row_loss.function is not None,
                 "distillation_seconds": round(time.perf_counter() - start, 2),
-                "num_processes": self.accelerator.num_processes,
+                "num_processes": self._processes.count,
             },
         )
+
+    def _finished(self, blocks: Sequence[range]) -> dict[range, dict[str, Tensor]]:
+        """Blocks of an earlier run, as the main process sees them."""
+        if self._store is None or not self._processes.is_main:
+            return {}
+        return {block: done for block in blocks if (done := self._store.read(block)) is not None}
 
     def _plan_memory(self) -> MemoryPlan:
         with torch.enable_grad(), self.model.differentiable():
@@ -345,7 +366,7 @@ class ReverseGradientMatchingDistiller:
         samples = learner.learn(
             start,
             description=f"Distilling clusters {block.start}-{block.stop - 1}",
-            disable_tqdm=self.disable_tqdm or not self.accelerator.is_local_main_process,
+            disable_tqdm=self.disable_tqdm or not self._processes.shows_progress,
         )
         return {**samples.map(Tensor.cpu).named_tensors(), "residuals": learner.residuals(samples).cpu()}
 

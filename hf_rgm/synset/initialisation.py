@@ -15,6 +15,9 @@ from hf_rgm.synset.config import DistillationConfig
 from hf_rgm.synset.inputs import InputSpace, choose_ids
 from hf_rgm.synset.samples import SyntheticSamples, smoothed_one_hot
 
+MAX_ROWS = 2000
+"""Rows of a cluster that are looked at, drawn at random where it has more: it need not fit in memory."""
+
 UNLABELLED_LOG_WEIGHT = -3.0
 """Log-weight, beside that of other positions, of a position that starts from a token without a label."""
 
@@ -52,7 +55,7 @@ def initial_samples(
     parts = []
     for cluster in clusters:
         generator = torch.Generator().manual_seed(config.seed * 1_000_003 + cluster)
-        pieces = [inputs.read(x, y) for x, y in batches.group(cluster)]
+        pieces = [inputs.read(x, y) for x, y in batches.sample(cluster, MAX_ROWS, generator)]
         real = torch.cat([x for x, _ in pieces])
         labels = torch.cat([y for _, y in pieces])
         chosen = _chosen(config, inputs, real, generator).to(real.device)

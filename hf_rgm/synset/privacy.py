@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from hf_rgm.rows import CachedBatches
 from hf_rgm.synset.inputs import InputSpace
@@ -34,8 +36,7 @@ def measure_privacy(inputs: InputSpace, samples: SyntheticSamples, batches: Cach
     """
     distances, between, kept = [], [], []
     for cluster in range(len(batches)):
-        pieces = [inputs.read(x, y)[0] for x, y in batches.group(cluster)]
-        real = torch.cat(pieces)[:MAX_ROWS]
+        real = torch.cat(list(_first(batches, cluster, inputs)))[:MAX_ROWS]
         own = SyntheticSamples(**{name: tensor[cluster] for name, tensor in samples.named_tensors().items()})
         own = own.map(lambda tensor, like=real: tensor.to(like.device))
         rows = inputs.vectors(real).flatten(1)
@@ -55,3 +56,13 @@ def measure_privacy(inputs: InputSpace, samples: SyntheticSamples, batches: Cach
     if kept:
         result |= {"kept_tokens": float(torch.cat(kept).float().mean()), "num_tokens": samples.inputs.shape[2]}
     return result
+
+
+def _first(batches: CachedBatches, cluster: int, inputs: InputSpace) -> Iterator[Tensor]:
+    """The first rows of a cluster in the space of samples, and no more than are needed."""
+    count = 0
+    for x, y in batches.group(cluster):
+        yield inputs.read(x, y)[0]
+        count += len(y)
+        if count >= MAX_ROWS:
+            return

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from itertools import count
 
@@ -7,8 +8,10 @@ import numpy as np
 import pytest
 
 from benchmarks import growth
+from benchmarks.costs import seconds_in
 from benchmarks.growth import AXES, Pictures, Recipe, Setup, measure, open_report, parts_of_classes, run
 from benchmarks.growth_plots import BYTES, TIMES, draw, growth_table, measured_axes, power_law, series
+from benchmarks.launched import work
 from benchmarks.models import SmallCnnConfig, SmallCnnForImageClassification
 from hf_rgm import DistillationConfig
 from hf_rgm.files import write_json
@@ -98,12 +101,13 @@ class TestPoints:
     def test_one_quantity_grows_while_the_others_stay(self):
         base = Setup()
         assert base in AXES["rows"] and base in AXES["clusters"]
-        for axis, field in (("rows", "num_rows"), ("clusters", "num_clusters"), ("parameters", "hidden_sizes")):
+        fields = {"rows": "num_rows", "clusters": "num_clusters", "parameters": "hidden_sizes"}
+        for axis, field in (fields | {"processes": "num_processes"}).items():
             changed = {
                 name for setup in AXES[axis] for name in vars(setup) if getattr(setup, name) != vars(base)[name]
             }
             assert changed == {field}
-        assert len({setup.name for setups in AXES.values() for setup in setups}) == 5 + 5 + 5 - 1
+        assert len({setup.name for setups in AXES.values() for setup in setups}) == 5 + 5 + 5 - 1 + 3
 
     def test_models_have_ten_thousand_to_a_million_parameters(self):
         def num_parameters(setup):
@@ -150,9 +154,27 @@ class TestPoints:
         assert costs["kept_bytes"] > 4 * 10 * 5 * 64  # at least the pixels of the samples
         assert costs["trajectory_bytes"] > 4 * 3 * 8 * found["num_parameters"]
 
+    def test_of_several_processes_the_one_that_takes_most_counts(self, pictures, monkeypatch):
+        """What they are given is enough for one alone to do the work; what they cost is here made up."""
+
+        def launched(folder, setup, recipe):
+            assert setup["num_processes"] == 2
+            monkeypatch.setenv("RANK", "0")
+            (folder / "task.json").write_text(json.dumps({"setup": setup, "recipe": recipe}))
+            work(folder)
+            own = json.loads((folder / "costs-0.json").read_text())
+            return [own | {"distilling_seconds": 1.0, "online_seconds": 9.0}, own | {"distilling_seconds": 3.0}]
+
+        monkeypatch.setattr(growth, "launched", launched)
+        monkeypatch.setattr(growth, "replayed_share", lambda recipe: 1e9)
+        found = measure(replace(TINY, num_processes=2), RECIPE, pictures)
+        assert found["num_processes"] == 2
+        assert (found["costs"]["distilling_seconds"], found["costs"]["online_seconds"]) == (3.0, 9.0)
+        assert found["costs"].keys() >= TIMES.keys() | BYTES.keys()
+
     def test_the_learner_is_left_as_it_was(self):
         learn = BlockLearner.learn
-        with growth.learning_seconds() as seconds:
+        with seconds_in(BlockLearner, "learn") as seconds:
             assert BlockLearner.learn is not learn
         assert BlockLearner.learn is learn
         assert seconds == []
