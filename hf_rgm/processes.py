@@ -10,8 +10,10 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed
 from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
 
 logger = logging.getLogger(__name__)
 
@@ -51,9 +53,15 @@ class Processes:
     ```
     """
 
-    @functools.cached_property
+    @property
     def _state(self) -> PartialState:
-        return PartialState()
+        # Asked anew, for `TrainingArguments` resets it. Without a word of the CPU it joins none there.
+        return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available())
+
+    @property
+    def device(self) -> torch.device:
+        """Where this process computes."""
+        return self._state.device
 
     @functools.cached_property
     def _group(self) -> Any:

@@ -18,6 +18,7 @@ from transformers import (
 from transformers.pipelines import PIPELINE_REGISTRY
 
 from hf_rgm.attribution.attributor import Attributor
+from hf_rgm.attribution.memory import DEFAULT_MEMORY
 from hf_rgm.attribution.mixture import MixtureSuggestion
 from hf_rgm.attribution.result import AttributionResult
 from hf_rgm.attribution.unlearned import UnlearnedModel
@@ -43,6 +44,7 @@ class AttributionPipeline(Pipeline):
         synset (`Synset`, `str` or `Path`): The synset, its folder, or its repository on the Hub. Pass
             `Synset.from_pretrained(repo_id, revision=..., token=...)` for another revision or token than the default;
             those given to `pipeline` are the model's.
+        max_memory (`str`, *optional*, defaults to `"4GB"`): Memory beside the model; see [`Attributor`].
         force (`bool`, *optional*, defaults to `False`): Accept a model whose parameters are not the synset's.
         disable_tqdm (`bool`, *optional*, defaults to `False`): No progress bars.
         kwargs: Options of [`AttributionPipeline.__call__`] that hold for every call, and what
@@ -77,12 +79,15 @@ class AttributionPipeline(Pipeline):
         model,
         *,
         synset: Synset | str | Path,
+        max_memory: str = DEFAULT_MEMORY,
         force: bool = False,
         disable_tqdm: bool = False,
         **kwargs,
     ) -> None:
         super().__init__(model, **kwargs)
-        self.attributor = Attributor(self.model, synset, device=self.device, force=force, disable_tqdm=disable_tqdm)
+        self.attributor = Attributor(
+            self.model, synset, device=self.device, max_memory=max_memory, force=force, disable_tqdm=disable_tqdm
+        )
 
     @property
     def synset(self) -> Synset:
@@ -105,8 +110,8 @@ class AttributionPipeline(Pipeline):
             queries: A dataset, a list of dictionaries, an iterable of them, or one dictionary.
             top_k (`int`, *optional*): Return lists of the clusters with the largest scores in place of the matrix.
             options: Those of [`Attributor.attribute`]: `engine`, `objective`, `rows`, `data_collator`, `rewind`,
-                `stride`, `num_masks`, `seed`, `query_ids`. `batch_size` and `num_workers`, which pipelines take, do
-                not change the result and are ignored.
+                `stride`, `num_masks`, `seed`, `query_ids`, `output_dir`. `batch_size` and `num_workers`, which
+                pipelines take, do not change the result and are ignored.
 
         Returns:
             `AttributionResult`: one row of scores per query. With `top_k`, a list for each query instead; see

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
@@ -115,25 +116,21 @@ class RowScorer:
         # One process looks at what is left, so that all agree.
         look = folder.finished if folder is not None and self._processes.is_main else lambda _: set()
         finished = self._processes.gather(lambda: look([block for group in groups for block in group]))[0]
-        matrix = np.empty(self.shape, dtype=np.float32) if folder is None else None
+        matrix = np.empty(self.shape if folder is None else 0, dtype=np.float32)
         with self._progress() as bar:
             for group in groups:
                 pending = [block for block in group if block not in finished]
                 if not pending:
                     bar.update(sum(block.size for block in group))
                     continue
-                directions = self._directions(group[0].values)
-
-                def work(block: ScoreBlock, directions: list[dict[int, Tensor]] = directions) -> NDArray | None:
-                    scores = self._score(block, directions)
-                    bar.update(self._processes.count * block.size)
-                    return scores if folder is None else folder.write(block, scores)
-
-                for block, scores in zip(pending, self._processes.map(work, pending), strict=True):
-                    if matrix is not None:
-                        matrix[block.place] = scores
-        if folder is None or matrix is not None:
-            return matrix  # type: ignore[return-value]
+                work = functools.partial(
+                    self._score, directions=self._directions(group[0].values), folder=folder, matrix=matrix, bar=bar
+                )
+                for block, others in zip(pending, self._processes.map(work, pending), strict=True):
+                    if others is not None:
+                        matrix[block.place] = others
+        if folder is None:
+            return matrix
         self._processes.gather(lambda: folder.join(groups, self.shape) if self._processes.is_main else None)
         return folder.matrix()
 
@@ -164,12 +161,27 @@ class RowScorer:
             for run in range(len(self._engines))
         ]
 
-    def _score(self, block: ScoreBlock, directions: list[dict[int, Tensor]]) -> NDArray[np.float32]:
+    def _score(
+        self,
+        block: ScoreBlock,
+        *,
+        directions: list[dict[int, Tensor]],
+        folder: ScoreFolder | None,
+        matrix: NDArray[np.float32],
+        bar: tqdm,
+    ) -> NDArray[np.float32] | None:
+        """Scores a block into the folder or the matrix; returns what other processes have to be told."""
         by_run = [
             engine.row_scores(own, self._rows.reader, block.rows, self._rows.row_loss)
             for engine, own in zip(self._engines, directions, strict=True)
         ]
-        return torch.stack(by_run).mean(0).cpu().numpy()
+        scores = torch.stack(by_run).mean(0).cpu().numpy()
+        bar.update(self._processes.count * block.size)
+        if folder is not None:
+            folder.write(block, scores)
+            return None
+        matrix[block.place] = scores
+        return scores if self._processes.count > 1 else None
 
 
 class ScoreFolder:

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 
 from hf_rgm.clusters import ClusterMap
@@ -101,7 +100,7 @@ class ReverseGradientMatchingDistiller:
         disable_tqdm: bool = False,
     ) -> None:
         self.config = config or DistillationConfig()
-        self.accelerator = Accelerator()
+        self._processes = Processes()
         recorded = [trajectory] if isinstance(trajectory, str | Path | Trajectory) else list(trajectory)
         if not recorded:
             raise ValueError("`trajectory` is an empty list. Name at least the run that trained the model.")
@@ -109,7 +108,7 @@ class ReverseGradientMatchingDistiller:
         self.clusters = clusters
         self.disable_tqdm = disable_tqdm
         self.model = FunctionalModel(
-            model, trainable_names=tuple(self.trajectories[0].parameter_shapes), device=self.accelerator.device
+            model, trainable_names=tuple(self.trajectories[0].parameter_shapes), device=self._processes.device
         )
         self.inputs = input_space(
             self.model,
@@ -136,7 +135,6 @@ class ReverseGradientMatchingDistiller:
         self.batches = CachedBatches(self.reader, self.rows, batch_size=self.config.batch_size, max_bytes=CACHE_BYTES)
         self.matched_states = matched_states(self.trajectories)
         self._gradients = SynsetGradients(self.model, self.inputs)
-        self._processes = Processes()
         # Measured, so the first process's counts: all must agree on the blocks.
         self._plan = self._processes.gather(self._plan_memory)[0]
         self._store = BlockStore(output_dir, self._identity()) if output_dir is not None else None

@@ -48,7 +48,7 @@ def attribute(folder, **options):
     return attributor().attribute(RUN.queries, rows=RUN.train_dataset, engine="adjoint", output_dir=folder, **options)
 
 
-@pytest.mark.parametrize(("num_values", "num_rows", "at_once"), [(1, 1, 5), (7, 1000, 3), (200, 1_000_000, 64)])
+@pytest.mark.parametrize(("num_values", "num_rows", "at_once"), [(1, 1, 5), (7, 1000, 3), (20, 100_000, 8)])
 def test_blocks_cover_the_matrix_once(num_values, num_rows, at_once):
     covered = np.zeros((num_values, num_rows), dtype=np.int8)
     for group in score_blocks(num_values, num_rows, values_at_once=at_once):
@@ -122,11 +122,11 @@ def test_a_damaged_block_is_named_and_the_rest_kept(tmp_path, small_blocks, monk
 
 
 def test_queries_that_do_not_fit_together_go_in_groups(tmp_path, in_memory):
-    """12 KB hold the directions of a single query."""
-    tight = attributor(max_memory="12KB").attribute(
-        RUN.queries, rows=RUN.train_dataset, engine="adjoint", output_dir=tmp_path
+    """What 50 KB leave holds the directions of a single query."""
+    tight = attributor(max_memory="50KB").attribute(
+        RUN.queries.select(range(2)), rows=RUN.train_dataset, engine="adjoint", output_dir=tmp_path
     )
-    np.testing.assert_allclose(tight.row_scores, in_memory.row_scores, rtol=2e-4, atol=2e-6)
+    np.testing.assert_allclose(tight.row_scores, in_memory.row_scores[:2], rtol=2e-4, atol=2e-6)
 
 
 def test_sums_by_cluster_go_through_the_rows_in_parts(monkeypatch):
