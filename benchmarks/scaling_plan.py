@@ -161,10 +161,27 @@ def byte_table(task: Task) -> str:
     return markdown(["what", "where", "bytes"], rows)
 
 
+def case_table(entries: dict[str, dict[str, Any]]) -> str:
+    """Time and memory of each step of each case."""
+    rows = []
+    for name, entry in entries.items():
+        for step, costs in entry["costs"].items():
+            memory = [size(costs["peak_bytes"]), size(costs["private_peak_bytes"])]
+            rows.append([name, step, f"{costs['cpu_seconds']:.0f} s", *memory, size(entry["process_peak_bytes"])])
+            name = ""
+    return markdown(["case", "step", "CPU time", "peak", "private peak", "whole process"], rows)
+
+
 def plan(path: Path = SOURCE) -> dict[str, str]:
     """All tables, by name."""
-    units = UnitCosts.measured(json.loads(path.read_text(encoding="utf-8"))["methods"][CASE])
-    return {"units": unit_table(units), "time": time_table(units, Task()), "bytes": byte_table(Task())}
+    entries = json.loads(path.read_text(encoding="utf-8"))["methods"]
+    units = UnitCosts.measured(entries[CASE])
+    return {
+        "cases": case_table(entries),
+        "units": unit_table(units),
+        "time": time_table(units, Task()),
+        "bytes": byte_table(Task()),
+    }
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from benchmarks.report import ROOT
-from benchmarks.scaling_plan import SOURCE, Task, UnitCosts, plan, time_table
+from benchmarks.scaling_plan import SOURCE, Task, UnitCosts, case_table, plan, time_table
 
 ENTRY = {
     "num_rows": 10,
@@ -48,6 +48,16 @@ def test_hours_are_in_proportion_to_the_training():
     task = Task(num_states=3, training_hours=4.0)
     assert "| clusters' gradients | 1.5e+09 | 0.50 | 6.0 h |" in time_table(units, task)
     assert "| clusters' gradients | 1.5e+09 | 0.50 | 12.0 h |" in time_table(units, replace(task, training_hours=8.0))
+
+
+def test_every_step_of_every_case_has_its_line():
+    costs = {"cpu_seconds": 1.5, "peak_bytes": 2e9, "private_peak_bytes": 3e6}
+    case = {"costs": {"recording": costs, "distilling": costs}, "process_peak_bytes": 5e9}
+    lines = case_table({"many rows": case}).splitlines()
+    assert lines[2:] == [
+        "| many rows | recording | 2 s | 2.0 GB | 3.0 MB | 5.0 GB |",
+        "|  | distilling | 2 s | 2.0 GB | 3.0 MB | 5.0 GB |",
+    ]
 
 
 @pytest.mark.skipif(not SOURCE.is_file(), reason="not measured yet")
