@@ -18,6 +18,7 @@ from typing import Any
 from benchmarks.formats import markdown
 from benchmarks.report import RESULTS
 from hf_rgm import DistillationConfig
+from hf_rgm.attribution.memory import MemoryShares
 from hf_rgm.files import format_size as size
 from hf_rgm.trajectory.path import MAX_INTEGRATION_STEPS
 
@@ -39,6 +40,7 @@ class Task:
         num_states (`int`): Recorded states that are matched and used.
         num_processes (`int`): GPUs.
         training_hours (`float`): Of all epochs on all GPUs: an assumption, to be replaced by one's own.
+        max_bytes (`int`): `max_memory` of the attributor on each GPU, beside the model.
     """
 
     num_rows: int = 1_000_000
@@ -51,11 +53,18 @@ class Task:
     num_states: int = 4
     num_processes: int = 8
     training_hours: float = 10.0
+    max_bytes: int = 40_000_000_000
 
     @property
     def training_tokens(self) -> int:
         """Tokens of one epoch."""
         return self.num_rows * self.num_tokens
+
+    @property
+    def query_groups(self) -> int:
+        """How often scoring goes through the rows: once for as many queries as have directions that fit."""
+        per_query = 4 * self.num_parameters * (self.num_states + 4)
+        return -(-self.num_queries // (MemoryShares.of(self.max_bytes, with_rows=True).vectors // per_query))
 
 
 @dataclass(frozen=True)
@@ -127,7 +136,7 @@ def time_table(units: UnitCosts, task: Task) -> str:
         "clusters' gradients": ("gradients", rows_at_states),
         "distilling": ("matching", sample_tokens * config.num_iterations * config.states_per_iteration),
         "adjoint of all queries": ("following", sample_tokens * MAX_INTEGRATION_STEPS * task.num_queries),
-        "scores of all rows, all queries": ("scoring", rows_at_states),
+        "scores of all rows, all queries": ("scoring", rows_at_states * task.query_groups),
         "scores of all rows, one query": ("scoring_forward", rows_at_states),
     }
     hours_per_token = task.training_hours / (task.num_epochs * task.training_tokens)
@@ -154,7 +163,11 @@ def byte_table(task: Task) -> str:
             size(vector * task.num_states * (1 + task.num_clusters)),
         ],
         ["the synset's samples", "disk", size(sample * task.num_clusters * config.samples_per_cluster)],
-        ["directions of all queries", "each GPU", size(vector * task.num_states * task.num_queries)],
+        [
+            f"directions of all queries, in {task.query_groups} groups",
+            "each GPU",
+            size(vector * task.num_states * task.num_queries),
+        ],
         ["scores of all rows", "disk, mapped", size(4 * task.num_rows * task.num_queries)],
         ["scores of all clusters", "memory", size(4 * task.num_clusters * task.num_queries)],
     ]
