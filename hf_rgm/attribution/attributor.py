@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -32,8 +31,6 @@ from hf_rgm.synset.config import memory_bytes
 from hf_rgm.synset.costs import CostEstimate
 from hf_rgm.synset.inputs import SPACES, input_space
 from hf_rgm.synset.synset import Synset
-
-logger = logging.getLogger(__name__)
 
 
 class Attributor:

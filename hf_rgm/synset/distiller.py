@@ -254,13 +254,8 @@ class ReverseGradientMatchingDistiller:
             ValueError: If the data holds NaN, labels out of range, or inputs that are not continuous.
         """
         start = time.perf_counter()
-        states = StateVectors(
-            self.model.space,
-            self.trajectories,
-            self.matched_states,
-            self.model.device,
-            in_memory=self._plan.sketch_dimension is None,
-        )
+        model, exact = self.model, self._plan.sketch_dimension is None
+        states = StateVectors(model.space, self.trajectories, self.matched_states, model.device, in_memory=exact)
         size = self._plan.block_size
         blocks = [range(k, min(k + size, len(self.rows))) for k in range(0, len(self.rows), size)]
         finished = self._processes.gather(lambda: self._finished(blocks))[0]
