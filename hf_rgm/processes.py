@@ -61,7 +61,7 @@ class Processes:
     @property
     def device(self) -> torch.device:
         """Where this process computes."""
-        return self._state.device
+        return torch.device(self._state.device or "cpu")
 
     @functools.cached_property
     def _group(self) -> Any:

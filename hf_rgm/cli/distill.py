@@ -115,6 +115,7 @@ def distill(
     from hf_rgm import ReverseGradientMatchingDistiller
     from hf_rgm.files import check_replaceable
     from hf_rgm.hub.description import describe
+    from hf_rgm.processes import Processes
     from hf_rgm.synset.storage import CONFIG_FILE
 
     disable_tqdm = hide_bars(quiet)
@@ -150,7 +151,7 @@ def distill(
             typer.echo(json.dumps(dataclasses.asdict(cost), indent=2) if as_json else str(cost))
             return
         synset = distiller.distill()
-        if not distiller.accelerator.is_main_process:
+        if not Processes().is_main:
             return
         synset.save_pretrained(output_dir)
         if work_dir is None:
