@@ -11,13 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from hf_rgm.attribution.linearized import LinearizedReplayEngine
 from hf_rgm.attribution.memory import DEFAULT_MEMORY, free_bytes
 from hf_rgm.attribution.mixture import MixtureSuggestion, check_request, maximized_by_default, trusted_mixture
 from hf_rgm.attribution.objectives import Objective, Queries, resolve_objective
-from hf_rgm.attribution.replay import ReplayEngine
 from hf_rgm.attribution.result import AttributionResult
-from hf_rgm.attribution.runs import RecordedRun, check_options, warn_unless_matched
+from hf_rgm.attribution.runs import ENGINES_OF_ROWS, RecordedRun, check_options, warn_unless_matched
 from hf_rgm.attribution.scoring import Question, answer, replayed_values
 from hf_rgm.attribution.training_rows import TrainingRows
 from hf_rgm.attribution.unlearned import UnlearnedModel, chosen_clusters, compare_losses, groups_to_compare
@@ -239,27 +237,21 @@ class Attributor:
         with self.model.differentiable():
             return replayed_values(self.model, self._runs, engine, objective, batch, masks, training_rows, settings)
 
-    def model_without(self, clusters: Iterable[str | int], *, rewind: float | None = None) -> nn.Module:
+    def model_without(self, clusters: Iterable[str | int], **settings: Any) -> nn.Module:
         """
-        The model as it would be had these clusters never been trained on, by anchored replay.
+        The model had these clusters never been trained on: a copy of the same class, in evaluation mode.
 
         Args:
             clusters (`Iterable[str | int]`): Names or indices of the clusters to remove.
-            rewind (`float`, *optional*): Fraction of training to go back to. Defaults to the engine's.
-
-        Returns:
-            `nn.Module`: a copy of the model of the same class, in evaluation mode.
-
-        Raises:
-            KeyError, IndexError: If there is no cluster of a name or index.
-            ValueError: If none or all are named.
+            settings: As in [`Attributor.unlearn`], which also raises the same.
         """
-        return self._module(self._without(chosen_clusters(clusters, self.synset.clusters), rewind)[0])
+        return self.unlearn(clusters, **settings).model
 
     def unlearn(
         self,
         clusters: Iterable[str | int],
         *,
+        engine: str = "linearized_replay",
         rows: Any = None,
         queries: Any = None,
         data_collator: DataCollator | None = None,
@@ -270,7 +262,10 @@ class Attributor:
 
         Args:
             clusters (`Iterable[str | int]`): Names or indices of the clusters to remove.
-            rows (*optional*): The training dataset: compares losses on the removed rows, and on the others.
+            engine (`str`, *optional*, defaults to `"linearized_replay"`): `"replay"` (anchored) comes nearer where
+                about half of the data is removed, but may be far off where a single cluster is.
+            rows (*optional*): The training dataset: compares losses on the removed rows, and on the others. Linearised
+                replay uses their gradients in place of the synset's.
             queries (*optional*): Other rows to compare losses on.
             data_collator (`Callable`, *optional*): Collates rows. Defaults to `default_data_collator`.
             rewind (`float`, *optional*): Fraction of training to go back to. Defaults to the engine's.
@@ -279,41 +274,35 @@ class Attributor:
             [`UnlearnedModel`]: its `model` is what [`Attributor.model_without`] gives.
 
         Raises:
+            DivergenceError: If the replay explodes.
             KeyError, IndexError: If there is no cluster of a name or index.
-            ValueError: If none or all are named, or the rows are not the training set.
+            ValueError: If none or all are named, there is no such engine, or the rows are not the training set.
         """
         chosen = chosen_clusters(clusters, self.synset.clusters)
         training_rows = self._training_rows(rows, data_collator)
         reader = None if queries is None else self._reader(queries, data_collator)
-        vector, engine = self._without(chosen, rewind)
         groups = groups_to_compare(chosen, self.synset.clusters, training_rows and training_rows.reader, reader)
+        settings: dict[str, Any] = {} if rewind is None else {"rewind": rewind}
+        mask = torch.ones(1, self.synset.num_clusters)
+        mask[0, chosen] = 0
         with self.model.differentiable():
+            replay = self._runs[0].replay_engine(
+                engine, rows=training_rows if engine in ENGINES_OF_ROWS else None, **settings
+            )
+            vector = replay.parameters(mask)[0]
             checks = [compare_losses(self.model, self._final, vector, *group) for group in groups]
         return UnlearnedModel(
-            model=self._module(vector),
+            model=self.model.module_with(self.model.space.unflatten(vector), like=self._original).eval(),
             clusters=[self.synset.clusters.names[k] for k in chosen],
             sizes=[int(self.synset.clusters.sizes[k]) for k in chosen],
             checks=checks,
-            engine="replay",
-            rewind_step=engine.path.start,
+            engine=engine,
+            rewind_step=replay.start,
             num_steps=self.synset.trajectory.num_steps,
             parameters_sha256=self.synset.parameters_sha256,
             model_name=self.synset.model_description.get("name_or_path"),
             fidelity=self.synset.fidelity,
         )
-
-    def _without(
-        self, chosen: list[int], rewind: float | None
-    ) -> tuple[Tensor, ReplayEngine | LinearizedReplayEngine]:
-        """Parameters without some clusters, `(num_parameters,)`, and the engine used."""
-        mask = torch.ones(1, self.synset.num_clusters)
-        mask[0, chosen] = 0
-        settings: dict[str, Any] = {} if rewind is None else {"rewind": rewind}
-        engine = self._runs[0].replay_engine("replay", **settings)
-        return engine.parameters(mask)[0], engine
-
-    def _module(self, vector: Tensor) -> nn.Module:
-        return self.model.module_with(self.model.space.unflatten(vector), like=self._original).eval()
 
     def suggest_mixture(
         self,

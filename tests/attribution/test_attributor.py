@@ -222,12 +222,27 @@ def test_model_without_is_a_usable_model_of_the_same_class(tmp_path):
     assert torch.equal(loaded(pixels).logits, changed(pixels).logits)
 
 
-def test_model_without_is_what_replay_scores(attributor):
-    result = attributor.attribute(RUN.queries, engine="replay", objective="loss")
+@pytest.mark.parametrize("engine", ["replay", "plain_replay"])
+def test_model_without_is_what_replay_scores(attributor, engine):
+    result = attributor.attribute(RUN.queries, engine=engine, objective="loss")
+    everything = result.objective_values
+    if engine == "plain_replay":
+        everything = attributor.replayed_values(RUN.queries, torch.ones(1, 6), engine=engine, objective="loss")[0]
     with torch.no_grad():
-        logits = attributor.model_without("class 1, first half")(RUN.queries[:]["pixel_values"]).logits
+        model = attributor.model_without("class 1, first half", engine=engine)
+        logits = model(RUN.queries[:]["pixel_values"]).logits
     without = torch.nn.functional.cross_entropy(logits, RUN.queries[:]["labels"], reduction="none")
-    np.testing.assert_allclose(result.scores[:, 2], result.objective_values - without.numpy(), rtol=1e-3, atol=1e-5)
+    np.testing.assert_allclose(result.scores[:, 2], everything - without.numpy(), rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [None, RUN.train_dataset], ids=["synset", "rows"])
+def test_model_without_is_moved_as_linearised_replay_says(attributor, rows):
+    logits = Objective("logits", lambda forward, queries: forward(queries.inputs).flatten(), differentiable=False)
+    mask = torch.tensor([[1.0, 1, 0, 1, 1, 1]])
+    expected = attributor.replayed_values(RUN.queries, mask, objective=logits, rows=rows)[0]
+    with torch.no_grad():
+        found = attributor.model_without([2], rows=rows)(RUN.queries[:]["pixel_values"]).logits.flatten()
+    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_clusters_are_named_or_numbered(attributor):

@@ -32,12 +32,12 @@ def losses(model, dataset, rows):
 
 
 def test_it_is_the_model_without_and_says_what_was_removed(attributor, unlearned):
-    expected = attributor.model_without(NAMES)
+    expected = attributor.model_without(NAMES, rows=RUN.train_dataset)
     for name, parameter in expected.named_parameters():
         assert torch.equal(unlearned.model.get_parameter(name), parameter)
     assert list(unlearned.clusters) == list(NAMES)
     assert list(unlearned.sizes) == [8, 8]
-    assert (unlearned.num_steps, unlearned.engine) == (48, "replay")
+    assert (unlearned.num_steps, unlearned.engine) == (48, "linearized_replay")
     assert 0 < unlearned.rewind_step < 48
 
 

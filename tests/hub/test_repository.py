@@ -296,7 +296,7 @@ def test_an_unlearned_model_says_what_was_removed_and_loads_like_any_other(hub_i
     unlearned = attributor.unlearn([name], rows=run.train_dataset, queries=run.queries)
     unlearned.push_to_hub("me/without", card=CardOptions(model_id="me/model"))
     loaded = AutoModelForImageClassification.from_pretrained("me/without")
-    expected = attributor.model_without([name])
+    expected = attributor.model_without([name], rows=run.train_dataset)
     for parameter_name, parameter in expected.named_parameters():
         assert torch.equal(loaded.get_parameter(parameter_name), parameter)
     card = ModelCard.load("me/without")
