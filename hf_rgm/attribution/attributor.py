@@ -18,7 +18,13 @@ from hf_rgm.attribution.result import AttributionResult
 from hf_rgm.attribution.runs import ENGINES_OF_ROWS, RecordedRun, check_options, warn_unless_matched
 from hf_rgm.attribution.scoring import Question, answer, replayed_values
 from hf_rgm.attribution.training_rows import TrainingRows
-from hf_rgm.attribution.unlearned import UnlearnedModel, chosen_clusters, compare_losses, groups_to_compare
+from hf_rgm.attribution.unlearned import (
+    UnlearnedModel,
+    chosen_clusters,
+    compare_losses,
+    engine_without,
+    groups_to_compare,
+)
 from hf_rgm.losses import LossFunction, RowLoss
 from hf_rgm.modeling import FunctionalModel
 from hf_rgm.out_of_memory import advice_on_memory
@@ -251,7 +257,7 @@ class Attributor:
         self,
         clusters: Iterable[str | int],
         *,
-        engine: str = "linearized_replay",
+        engine: str | None = None,
         rows: Any = None,
         queries: Any = None,
         data_collator: DataCollator | None = None,
@@ -262,8 +268,9 @@ class Attributor:
 
         Args:
             clusters (`Iterable[str | int]`): Names or indices of the clusters to remove.
-            engine (`str`, *optional*, defaults to `"linearized_replay"`): `"replay"` (anchored) comes nearer where
-                about half of the data is removed, but may be far off where a single cluster is.
+            engine (`str`, *optional*): `"linearized_replay"`, the nearer one where little is removed, `"replay"`
+                (anchored), the nearer one where about half of the data is, or `"plain_replay"`. Defaults to the first
+                for up to a quarter of the rows, to the second for more.
             rows (*optional*): The training dataset: compares losses on the removed rows, and on the others. Linearised
                 replay uses their gradients in place of the synset's.
             queries (*optional*): Other rows to compare losses on.
@@ -283,6 +290,7 @@ class Attributor:
         reader = None if queries is None else self._reader(queries, data_collator)
         groups = groups_to_compare(chosen, self.synset.clusters, training_rows and training_rows.reader, reader)
         settings: dict[str, Any] = {} if rewind is None else {"rewind": rewind}
+        engine = engine or engine_without(chosen, self.synset.clusters)
         mask = torch.ones(1, self.synset.num_clusters)
         mask[0, chosen] = 0
         with self.model.differentiable():

@@ -20,6 +20,7 @@ from hf_rgm.rows import RowReader
 FORMAT_VERSION = 1
 CONFIG_FILE = "unlearning.json"
 ROWS_AT_ONCE = 256
+MAX_LINEAR_SHARE = 0.25
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,21 @@ def chosen_clusters(clusters: Iterable[str | int], known: ClusterMap) -> list[in
             "one."
         )
     return chosen
+
+
+def engine_without(chosen: list[int], clusters: ClusterMap) -> str:
+    """
+    The replay that comes nearest to retraining without some clusters.
+
+    Measured with 2% of the data removed, where linearised replay is nearer and anchored replay may be farther off than
+    the trained model itself, and with half of it, where it is the other way round.
+
+    Args:
+        chosen (`list[int]`): Indices of the clusters that are removed.
+        clusters (`ClusterMap`): All clusters.
+    """
+    share = clusters.sizes[chosen].sum() / clusters.num_rows
+    return "linearized_replay" if share <= MAX_LINEAR_SHARE else "replay"
 
 
 def groups_to_compare(

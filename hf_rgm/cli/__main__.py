@@ -2,4 +2,5 @@
 
 from hf_rgm.cli import app
 
-app()
+if __name__ == "__main__":
+    app()

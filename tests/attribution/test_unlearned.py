@@ -12,6 +12,7 @@ from hf_rgm.testing import TinyModel, tiny_recorded_run, tiny_synset
 
 RUN = tiny_recorded_run()
 NAMES = RUN.clusters.names[:2]
+"""A third of the rows."""
 
 
 @pytest.fixture(scope="module")
@@ -37,8 +38,16 @@ def test_it_is_the_model_without_and_says_what_was_removed(attributor, unlearned
         assert torch.equal(unlearned.model.get_parameter(name), parameter)
     assert list(unlearned.clusters) == list(NAMES)
     assert list(unlearned.sizes) == [8, 8]
-    assert (unlearned.num_steps, unlearned.engine) == (48, "linearized_replay")
+    assert (unlearned.num_steps, unlearned.engine) == (48, "replay")
     assert 0 < unlearned.rewind_step < 48
+
+
+def test_little_is_removed_by_linearised_replay_and_much_by_anchored(attributor):
+    for count, engine in ((1, "linearized_replay"), (2, "replay"), (5, "replay")):
+        assert attributor.unlearn(range(count)).engine == engine
+    assert attributor.unlearn([0], engine="plain_replay").engine == "plain_replay"
+    with pytest.raises(ValueError, match="Unknown engine 'adjoint'"):
+        attributor.unlearn([0], engine="adjoint")
 
 
 def test_checks_are_mean_losses_under_both_models(unlearned):
