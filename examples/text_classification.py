@@ -136,7 +136,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     source = result.top(1, query=0)["cluster"].iloc[0]
     print(f"\nWithout {source}, predicted and trained again:")
-    predicted = attribute.model_without([source])
+    predicted = attribute.model_without([source], rows=train, data_collator=collator)
     again = build_trainer(train.filter(lambda row: row["source"] != source))
     again.train()
     answers = (says(other, tokenizer, example.questions) for other in (predicted, again.model))

@@ -55,10 +55,11 @@ def test_little_memory_gives_the_same_scores(options):
 
 def test_where_not_even_the_states_fit_the_way_out_is_named():
     num_states = len(tiny_synset().trajectory.state_steps)
-    states_kb = -(-8 * num_states * 171 // 1000)
-    told = rf"`max_memory='{states_kb - 1}KB'` is too little for {num_states} states of 171 parameters.*LoRA"
+    num_parameters = sum(parameter.numel() for parameter in RUN.model.parameters())
+    fitting = 8 * num_states * num_parameters // 1000
+    told = f"`max_memory='{fitting}KB'` is too little for {num_states} states of {num_parameters} parameters.*LoRA"
     with pytest.raises(ValueError, match=told):
-        Attributor(RUN.model, tiny_synset(), max_memory=f"{states_kb - 1}KB")
-    Attributor(RUN.model, tiny_synset(), max_memory=f"{states_kb + 1}KB")
+        Attributor(RUN.model, tiny_synset(), max_memory=f"{fitting}KB")
+    Attributor(RUN.model, tiny_synset(), max_memory=f"{fitting + 1}KB")
     with pytest.raises(ValueError, match="`max_memory` must be a size such as '4GB'"):
         Attributor(RUN.model, tiny_synset(), max_memory="much")
