@@ -111,7 +111,7 @@ def distances(report: dict[str, Any]) -> str:
     rows = [
         [name, *(figure(values["distances"][part], key) for part in PARTS for key in DISTANCES)]
         for name, values in references + methods
-        if "distances" in values
+        if values.get("distances")
     ]
     return markdown(titles, rows)
 

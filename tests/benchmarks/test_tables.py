@@ -165,6 +165,13 @@ def test_uses(report):
     assert "### Uses" not in page([report])
 
 
+def test_tasks_that_compare_no_outputs_have_no_table_of_them(report):
+    assert "| outputs |" in page([report])
+    for values in (report["noise_ceiling"], report["unperturbed"], report["methods"]["replay"]["figures"]):
+        values["distances"] = {}
+    assert "| outputs |" not in page([report])
+
+
 def test_a_rounding_error_about_zero_has_no_sign():
     assert [signless(value) for value in (-1e-9, 0.0, -0.004, -0.006, 1.5)] == [
         "0.00",
