@@ -176,7 +176,7 @@ class RowScorer:
             for engine, own in zip(self._engines, directions, strict=True)
         ]
         scores = torch.stack(by_run).mean(0).cpu().numpy()
-        bar.update(self._processes.count * block.size)
+        bar.update(min(self._processes.count * block.size, bar.total - bar.n))
         if folder is not None:
             folder.write(block, scores)
             return None
