@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from hf_rgm.attribution.memory import DEFAULT_MEMORY, free_bytes
 from hf_rgm.attribution.mixture import MixtureSuggestion, check_request, maximized_by_default, trusted_mixture
 from hf_rgm.attribution.objectives import Objective, Queries, resolve_objective
+from hf_rgm.attribution.replays import ENGINES_OF_ROWS
 from hf_rgm.attribution.result import AttributionResult
-from hf_rgm.attribution.runs import ENGINES_OF_ROWS, RecordedRun, check_options, warn_unless_matched
+from hf_rgm.attribution.runs import RecordedRun, check_options, warn_unless_matched
 from hf_rgm.attribution.scoring import Question, answer, replayed_values
 from hf_rgm.attribution.training_rows import TrainingRows
 from hf_rgm.attribution.unlearned import (
@@ -294,10 +295,10 @@ class Attributor:
         mask = torch.ones(1, self.synset.num_clusters)
         mask[0, chosen] = 0
         with self.model.differentiable():
-            replay = self._runs[0].replay_engine(
-                engine, rows=training_rows if engine in ENGINES_OF_ROWS else None, **settings
+            replayed = self._runs[0].replays.parameters(
+                engine, mask, rows=training_rows if engine in ENGINES_OF_ROWS else None, **settings
             )
-            vector = replay.parameters(mask)[0]
+            vector = replayed.values[0].to(self.model.device)
             checks = [compare_losses(self.model, self._final, vector, *group) for group in groups]
         return UnlearnedModel(
             model=self.model.module_with(self.model.space.unflatten(vector), like=self._original).eval(),
@@ -305,7 +306,7 @@ class Attributor:
             sizes=[int(self.synset.clusters.sizes[k]) for k in chosen],
             checks=checks,
             engine=engine,
-            rewind_step=replay.start,
+            rewind_step=replayed.start,
             num_steps=self.synset.trajectory.num_steps,
             parameters_sha256=self.synset.parameters_sha256,
             model_name=self.synset.model_description.get("name_or_path"),

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from hf_rgm.attribution.memory import MemoryShares
 from hf_rgm.attribution.objectives import Objective, Queries
 from hf_rgm.attribution.perturbations import leave_one_out, random_subsets, ridge_scores
 from hf_rgm.attribution.query_gradients import QueryGradients
-from hf_rgm.attribution.replay import ReplayEngine
+from hf_rgm.attribution.replays import ENGINES_OF_ROWS, Replayed, Replays, check_engine
 from hf_rgm.attribution.training_rows import TrainingRows
 from hf_rgm.clusters import ClusterMap
 from hf_rgm.modeling import FunctionalModel
@@ -29,16 +28,7 @@ from hf_rgm.trajectory.storage import Trajectory
 
 logger = logging.getLogger(__name__)
 
-REPLAY_ENGINES = ("linearized_replay", "replay", "plain_replay")
-ENGINES = ("adjoint", *REPLAY_ENGINES)
-ENGINES_OF_ROWS = ("adjoint", "linearized_replay")
 EMPTY_RESULT_BYTES = 16_000
-
-
-def check_engine(engine: str, known: tuple[str, ...] = ENGINES) -> None:
-    """Raises a `ValueError` that names the known engines."""
-    if engine not in known:
-        raise ValueError(f"Unknown engine {engine!r}. Use one of {', '.join(known)}.")
 
 
 def check_options(engine: str, *, rows: Any, num_masks: int | None) -> None:
@@ -64,21 +54,6 @@ def warn_unless_matched(synset: Synset) -> None:
                 float(residuals.median()),
             )
             return
-
-
-@dataclass(frozen=True)
-class RunScores:
-    """
-    Scores by one recorded run.
-
-    Args:
-        scores (`Tensor`): `(num_values, num_clusters)`, on the CPU.
-        start, stride (`int`): First training step and steps per integration step of the engine.
-    """
-
-    scores: Tensor
-    start: int
-    stride: int
 
 
 class RecordedRun:
@@ -111,42 +86,20 @@ class RecordedRun:
         self.model = model
         self.clusters = clusters
         self.trajectory = trajectory
-        self.final = model.space.flatten(trajectory.final.parameters).to(model.device)
-        self._disable_tqdm = disable_tqdm
+        self.replays = Replays(
+            model,
+            inputs,
+            samples,
+            clusters,
+            trajectory,
+            max_bytes=max_bytes,
+            processes=processes,
+            disable_tqdm=disable_tqdm,
+        )
+        self.final = self.replays.final
         self._max_bytes = max_bytes
         self._processes = processes
         self._parts = (model, inputs, samples, trajectory)
-
-    def replay_engine(
-        self, name: str, *, rows: TrainingRows | None = None, **settings: Any
-    ) -> LinearizedReplayEngine | ReplayEngine:
-        """
-        Builds a replay engine: `"linearized_replay"`, `"replay"` (anchored) or `"plain_replay"`.
-
-        With rows their clusters' gradients are taken now, by all processes together.
-
-        Raises:
-            ValueError: If there is no such replay engine, or it cannot make use of rows.
-        """
-        check_engine(name, REPLAY_ENGINES)
-        if rows is not None and name not in ENGINES_OF_ROWS:
-            raise ValueError(f"`rows` are for engines {' and '.join(ENGINES_OF_ROWS)}, got {name!r}.")
-        engine = self._replay_engine(name, rows, settings)
-        if rows is not None and isinstance(engine, LinearizedReplayEngine):
-            engine.cluster_gradients = rows.gradients(engine.path)
-        return engine
-
-    def _replay_engine(
-        self, name: str, rows: TrainingRows | None, settings: dict[str, Any]
-    ) -> LinearizedReplayEngine | ReplayEngine:
-        own = {
-            "max_bytes": self._max_bytes,
-            "disable_tqdm": self._disable_tqdm or not self._processes.shows_progress,
-        }
-        if name != "linearized_replay":
-            return ReplayEngine(*self._parts, anchored=name == "replay", **own, **settings)
-        sample = None if rows is None else rows.sample
-        return LinearizedReplayEngine(*self._parts, rows=sample, **own, **settings)
 
     def adjoint_engine(self, rows: TrainingRows | None = None, **settings: Any) -> AdjointEngine:
         """Builds the adjoint engine."""
@@ -171,79 +124,45 @@ class RecordedRun:
         num_masks: int | None,
         seed: int,
         **settings: Any,
-    ) -> RunScores:
-        """Scores of clusters by an engine; see [`Attributor.attribute`] for the arguments."""
+    ) -> Replayed:
+        """Scores of clusters by an engine, `(num_values, num_clusters)`; see [`Attributor.attribute`]."""
         if engine == "adjoint":
             adjoint = self.adjoint_engine(**settings)
             values = objective.values(self.model, self.final, queries)
             gradients = self.query_gradients(objective, queries, len(values))
             parts = self._processes.parts(len(values), at_most=adjoint.queries_at_once)
             found = self._processes.map(lambda part: adjoint.cluster_scores(gradients(part)).cpu(), parts)
-            return RunScores(torch.cat(found), adjoint.start, adjoint.path.stride)
-        replay = self.replay_engine(engine, rows=rows, **settings)
-        scores = self._replayed_scores(replay, objective, queries, num_masks, seed)
-        return RunScores(scores, replay.start, replay.path.stride)
-
-    def replayed_values(
-        self, engine: LinearizedReplayEngine | ReplayEngine, objective: Objective, queries: Queries, masks: Tensor
-    ) -> Tensor:
-        """
-        The objective of models replayed under cluster weights `(num_masks, num_clusters)`, on the CPU.
-
-        Linearised replay is of first order in the objective too, where it has a gradient: the deviations of random
-        halves are large, and a margin far from where the deviation was computed says less than its derivative.
-        """
-        if isinstance(engine, LinearizedReplayEngine) and objective.differentiable:
-            values = objective.values(self.model, self.final, queries)
-            gradients = self.query_gradients(objective, queries, len(values))
-
-            def evaluate(some: Tensor) -> Tensor:
-                deviations = engine.deviations(some)
-                changes = [deviations @ own.T for own in gradients.parts(range(len(values)))]
-                return values + torch.cat(changes, dim=1)
-
-        else:
-
-            def evaluate(some: Tensor) -> Tensor:
-                models = engine.parameters(some)
-                return torch.stack([objective.values(self.model, vector, queries) for vector in models])
-
-        return self._by_mask(engine, masks, evaluate)
-
-    def _by_mask(
-        self, engine: LinearizedReplayEngine | ReplayEngine, masks: Tensor, evaluate: Callable[[Tensor], Tensor]
-    ) -> Tensor:
-        """Evaluates some masks at a time, each process its share, and all with the stride that all can take."""
-        parts = self._processes.parts(len(masks), at_most=engine.batch_size)
-
-        def work(part: range) -> tuple[Tensor, int]:
-            return evaluate(masks[part.start : part.stop]).cpu(), engine.path.stride
-
-        while True:
-            stride = engine.path.stride
-            found = self._processes.map(work, parts)
-            engine.path.stride = min(taken for _, taken in found)
-            if engine.path.stride == stride:
-                return torch.cat([values for values, _ in found])
-
-    def _replayed_scores(
-        self,
-        engine: LinearizedReplayEngine | ReplayEngine,
-        objective: Objective,
-        queries: Queries,
-        num_masks: int | None,
-        seed: int,
-    ) -> Tensor:
+            return Replayed(torch.cat(found), adjoint.start, adjoint.path.stride)
         num_clusters = self.clusters.num_clusters
         if num_masks is not None:
             masks = random_subsets(num_clusters, num_masks, seed=seed)
-            return ridge_scores(masks, self.replayed_values(engine, objective, queries, masks))
-        without = self.replayed_values(engine, objective, queries, leave_one_out(num_clusters))
-        if engine.anchored:
-            everything = objective.values(self.model, self.final, queries).cpu()
-        else:
-            everything = self.replayed_values(engine, objective, queries, torch.ones(1, num_clusters))[0]
-        return (everything - without).T
+            found = self.replayed_values(engine, objective, queries, masks, rows=rows, **settings)
+            return replace(found, values=ridge_scores(masks, found.values))
+        masks = leave_one_out(num_clusters)
+        if engine == "plain_replay":  # without any perturbation it is not the trained model
+            masks = torch.cat([masks, torch.ones(1, num_clusters)])
+        found = self.replayed_values(engine, objective, queries, masks, rows=rows, **settings)
+        everything = objective.values(self.model, self.final, queries).cpu()
+        if engine == "plain_replay":
+            everything = found.values[-1]
+        return replace(found, values=(everything - found.values[:num_clusters]).T)
+
+    def replayed_values(
+        self,
+        engine: str,
+        objective: Objective,
+        queries: Queries,
+        masks: Tensor,
+        *,
+        rows: TrainingRows | None,
+        **settings: Any,
+    ) -> Replayed:
+        """The objective of models replayed under cluster weights; see [`Replays.values`]."""
+        gradients = None
+        if engine == "linearized_replay" and objective.differentiable:
+            count = len(objective.values(self.model, self.final, queries))
+            gradients = self.query_gradients(objective, queries, count)
+        return self.replays.values(engine, objective, queries, masks, gradients=gradients, rows=rows, **settings)
 
     def estimate(
         self,
@@ -283,7 +202,7 @@ class RecordedRun:
             stages.append(adjoint.costs(-(-num_values // processes), None))
             blocks = -(-num_values // adjoint.queries_at_once)
         if engine != "adjoint":
-            replay = self._replay_engine(engine, rows, settings)
+            replay = self.replays.engine(engine, rows=rows, **settings)
             masks = -(-(num_masks or self.clusters.num_clusters) // processes)
             if isinstance(replay, LinearizedReplayEngine):
                 stages.append(replay.costs(masks, None if rows is None else rows.cost_of_gradients(self.final)))

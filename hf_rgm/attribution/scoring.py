@@ -98,7 +98,7 @@ def answer(
             )
             for run in runs
         ]
-        scores = torch.stack([run.scores for run in by_run]).mean(0)
+        scores = torch.stack([found.values for found in by_run]).mean(0)
         start, stride = by_run[0].start, by_run[0].stride
     if query_ids is None:
         per_query = len(values) == len(queries)
@@ -141,9 +141,8 @@ def replayed_values(
     values = objective.values(model, model.space.flatten(model.parameters()), queries).cpu()
     by_run = []
     for run in runs:
-        replay = run.replay_engine(engine, rows=rows, **settings)
-        replayed = run.replayed_values(replay, objective, queries, masks)
-        if replay.anchored and run is not runs[0]:
+        replayed = run.replayed_values(engine, objective, queries, masks, rows=rows, **settings).values
+        if engine != "plain_replay" and run is not runs[0]:
             replayed = values + replayed - objective.values(model, run.final, queries).cpu()
         by_run.append(replayed)
     return torch.stack(by_run).mean(0).numpy()

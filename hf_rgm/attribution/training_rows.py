@@ -19,6 +19,7 @@ from hf_rgm.synset.costs import PieceOfWork
 from hf_rgm.synset.synset import Synset
 from hf_rgm.synset.targets import cluster_gradients, measure_rows
 from hf_rgm.trajectory.path import RecordedPath
+from hf_rgm.trajectory.storage import Trajectory
 
 ROWS_AT_ONCE = 256
 
@@ -68,6 +69,7 @@ class TrainingRows:
         self._samples_per_cluster = synset.samples.log_weights.shape[1]
         self._shares = MemoryShares.of(max_bytes, with_rows=True)
         self._processes = processes
+        self._kept: tuple[Trajectory, list[int], Tensor] | None = None
 
     @functools.cached_property
     def sample(self) -> WeightedInputs:
@@ -86,9 +88,12 @@ class TrainingRows:
         The clusters' gradients at the recorded states that a path uses.
 
         Where those of all clusters at all states fit into memory, each process takes its share of them now, so that
-        all must come here. Otherwise each reads what it needs whenever it needs it.
+        all must come here; they stay for shorter paths of the same run. Otherwise each reads what it needs whenever it
+        needs it.
         """
         states = [state for state, _, _ in path.segments()]
+        if self._kept is not None and self._kept[0] is path.trajectory and {*states} <= {*self._kept[1]}:
+            return self._kept_gradients
         num_clusters = self.clusters.num_clusters
         # Twice for a moment, when the parts are put together.
         if 8 * len(states) * num_clusters * self._model.num_parameters > self._shares.kept:
@@ -97,8 +102,14 @@ class TrainingRows:
         batches = self._batches(0)
         parts = self._processes.parts(num_clusters, at_most=num_clusters)
         found = self._processes.map(lambda part: self._taken(path, states, batches, part).cpu(), parts)
-        kept = torch.cat(found, dim=1).to(self._model.device)
-        return lambda state, clusters: kept[states.index(state), clusters.start : clusters.stop]
+        self._kept = path.trajectory, states, torch.cat(found, dim=1).to(self._model.device)
+        return self._kept_gradients
+
+    def _kept_gradients(self, state: int, clusters: range) -> Tensor:
+        if self._kept is None:
+            raise RuntimeError("No gradients are kept.")
+        _, states, gradients = self._kept
+        return gradients[states.index(state), clusters.start : clusters.stop]
 
     def cost_of_gradients(self, state: Tensor) -> PieceOfWork:
         """What the clusters' gradients at one state take."""

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from hf_rgm.attribution.objectives import OBJECTIVES, Forward, Objective, Queries
+from hf_rgm.attribution.replays import REPLAY_ENGINES
 from hf_rgm.attribution.result import AttributionResult
-from hf_rgm.attribution.runs import REPLAY_ENGINES
 from hf_rgm.explorer.exhibit import Exhibit
 from hf_rgm.explorer.html import Section, signed
 from hf_rgm.explorer.items import shortened

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from hf_rgm.artefacts import printable
 from hf_rgm.attribution.attributor import Attributor
 from hf_rgm.attribution.objectives import Objective, resolve_objective
-from hf_rgm.attribution.runs import ENGINES_OF_ROWS, check_engine
+from hf_rgm.attribution.replays import ENGINES_OF_ROWS, check_engine
 from hf_rgm.fidelity.budget import LDS_CLUSTERS, LDS_ROWS, LEAVE_CLUSTER_OUT, MEASURES, plan_retrainings
 from hf_rgm.fidelity.predictions import evaluation_identity, predicted_values, subset_masks
 from hf_rgm.fidelity.processes import Launch

@@ -70,11 +70,17 @@ def soft_cross_entropy(
         log_weights (`Tensor`): `(*samples,)`.
         target_ids (`Tensor`, *optional*): `(*samples, num_choices)`, the labels that targets are logits of.
     """
+    return soft_cross_entropies(logits, targets, log_weights, target_ids).sum()
+
+
+def soft_cross_entropies(
+    logits: Tensor, targets: Tensor, log_weights: Tensor, target_ids: Tensor | None = None
+) -> Tensor:
+    """The terms of [`soft_cross_entropy`], `(*samples,)`."""
     log_probabilities = logits.log_softmax(-1)
     if target_ids is not None:
         log_probabilities = log_probabilities.gather(-1, target_ids)
-    losses = -(targets.softmax(-1) * log_probabilities).sum(-1)
-    return (log_weights.exp() * losses).sum()
+    return log_weights.exp() * -(targets.softmax(-1) * log_probabilities).sum(-1)
 
 
 def broadcast_masks(masks: Tensor, samples: SyntheticSamples) -> Tensor:

@@ -1,0 +1,89 @@
+"""Whether replayed models still fit what they were trained on."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hf_rgm.modeling import FunctionalModel
+from hf_rgm.synset.inputs import InputSpace
+from hf_rgm.synset.samples import SyntheticSamples, soft_cross_entropies
+
+MAX_DRIFT = 1.0
+"""Where removing a share of the data undoes as large a share of all that was learned about the rest."""
+
+SAMPLES_AT_ONCE = 512
+
+
+class DriftMeter:
+    """
+    How far replayed parameters are from where training under their cluster weights could have led.
+
+    Training under weights p lowers the loss `L_p = sum_k p_k L_k` of the clusters as they are weighted. Retraining
+    changes it little, whatever it does to the clusters that are gone: that loss was low, and stays so. A replay that
+    goes back too far for its approximation does otherwise: its error grows along the path, and breaks what it should
+    have kept. Drift is that change, made free of units:
+
+        |L_p(replayed) - L_p(trained)| / (V * (L_p(initial) - L_p(trained)))
+
+    with `V` the share of the data that changes: the total variation distance of the mixtures under p and under 1. All
+    losses are those of the synthetic samples; neither rows nor queries nor retraining are needed. Which is also its
+    limit: anchored replay, which trains on these samples, may fit them and no longer the rows.
+
+    Args:
+        model (`FunctionalModel`): The model as a function of its parameters.
+        inputs (`InputSpace`): The space of the synthetic inputs.
+        samples (`SyntheticSamples`): The synset's samples, on the model's device.
+        sizes (`Tensor`): `(num_clusters,)`, rows of each cluster.
+        initial, final (`Tensor`): `(num_parameters,)`, the first and the last recorded state.
+    """
+
+    def __init__(
+        self,
+        model: FunctionalModel,
+        inputs: InputSpace,
+        samples: SyntheticSamples,
+        sizes: Tensor,
+        *,
+        initial: Tensor,
+        final: Tensor,
+    ) -> None:
+        self._model = model
+        self._inputs = inputs
+        self._samples = samples
+        self._shares = sizes.double() / sizes.sum()
+        self._trained = self._losses(final)
+        self._progress = self._losses(initial) - self._trained
+
+    def drifts(self, parameters: Tensor, masks: Tensor) -> Tensor:
+        """
+        Drift of each replayed model; 0 where its weights are those of the recorded run, or that run learned nothing.
+
+        Args:
+            parameters (`Tensor`): `(num_masks, num_parameters)`.
+            masks (`Tensor`): `(num_masks, num_clusters)`, the weight p of each cluster.
+
+        Returns:
+            `Tensor`: `(num_masks,)`, float64, on the CPU; at least 0, infinite where a loss is not finite.
+        """
+        weights = masks.detach().cpu().double()
+        changed = torch.stack([self._losses(vector) for vector in parameters]) - self._trained
+        mixtures = weights * self._shares
+        variation = 0.5 * (mixtures / mixtures.sum(1, keepdim=True) - self._shares).abs().sum(1)
+        scale = variation * (weights @ self._progress)
+        drifts = (weights * changed).sum(1).abs() / scale
+        return torch.where(scale > 1e-9, drifts, 0.0).nan_to_num(nan=torch.inf)
+
+    @torch.no_grad()
+    def _losses(self, vector: Tensor) -> Tensor:
+        """Loss of each cluster's samples, `(num_clusters,)`, float64, on the CPU."""
+        parameters = self._model.space.unflatten(vector.to(self._model.device))
+        num_clusters, per_cluster = self._samples.log_weights.shape[:2]
+        at_once = max(1, SAMPLES_AT_ONCE // per_cluster)
+        losses = []
+        for start in range(0, num_clusters, at_once):
+            some = self._samples[slice(start, start + at_once)].flatten()
+            logits = self._model.logits(parameters, self._inputs.to_forward(some))
+            terms = soft_cross_entropies(logits, some.targets, some.log_weights, some.target_ids)
+            losses.append(terms.unflatten(0, (-1, per_cluster)).flatten(1).sum(1).double().cpu())
+        return torch.cat(losses)

@@ -1,0 +1,281 @@
+"""Replays along one recorded run: the engine, from as far back as it can be trusted, among all processes."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hf_rgm.attribution.drift import MAX_DRIFT, DriftMeter
+from hf_rgm.attribution.linearized import LinearizedReplayEngine
+from hf_rgm.attribution.objectives import Objective, Queries
+from hf_rgm.attribution.query_gradients import QueryGradients
+from hf_rgm.attribution.replay import ReplayEngine
+from hf_rgm.attribution.training_rows import TrainingRows
+from hf_rgm.clusters import ClusterMap
+from hf_rgm.exceptions import DivergenceError
+from hf_rgm.modeling import FunctionalModel
+from hf_rgm.processes import Processes
+from hf_rgm.synset.inputs import InputSpace
+from hf_rgm.synset.samples import SyntheticSamples
+from hf_rgm.trajectory.storage import Trajectory
+
+logger = logging.getLogger(__name__)
+
+REPLAY_ENGINES = ("linearized_replay", "replay", "plain_replay")
+ENGINES = ("adjoint", *REPLAY_ENGINES)
+ENGINES_OF_ROWS = ("adjoint", "linearized_replay")
+LATER_REWINDS = (0.5, 0.75, 0.9)
+"""Fractions of training to go back to where the engine's own is too far."""
+
+NUM_PROBES = 16
+"""Masks of a question whose replays are looked at."""
+
+Engine = LinearizedReplayEngine | ReplayEngine
+
+
+def check_engine(engine: str, known: tuple[str, ...] = ENGINES) -> None:
+    """Raises a `ValueError` that names the known engines."""
+    if engine not in known:
+        raise ValueError(f"Unknown engine {engine!r}. Use one of {', '.join(known)}.")
+
+
+@dataclass(frozen=True)
+class Replayed:
+    """
+    What came of a replay.
+
+    Args:
+        values (`Tensor`): `(num_masks, ...)`, on the CPU: values of an objective, or parameters.
+        start, stride (`int`): First training step and steps per integration step of the engine.
+    """
+
+    values: Tensor
+    start: int
+    stride: int
+
+
+@dataclass(frozen=True)
+class _Attempt:
+    """Values under all masks, or why there are none; drift is the mean over the masks that are looked at."""
+
+    values: Tensor | None
+    drift: float
+    failure: str = ""
+
+
+class Replays:
+    """
+    Replays of one recorded run.
+
+    An engine goes back as far as the caller says or, where nothing is said, as far as it can be trusted: its own
+    default, or the first of [`LATER_REWINDS`] from which the replayed models drift little; see [`DriftMeter`]. Plain
+    replay, which drifts without any perturbation, always goes back as far as its default says.
+
+    Args:
+        model (`FunctionalModel`): The model as a function of its parameters.
+        inputs (`InputSpace`): The space of the synthetic inputs.
+        samples (`SyntheticSamples`): The synset's samples, on the model's device.
+        clusters (`ClusterMap`): The clusters of the training rows.
+        trajectory (`Trajectory`): The recorded run.
+        max_bytes (`int`): Memory for the engines, beside the recorded states.
+        processes (`Processes`): Among which masks are split.
+        disable_tqdm (`bool`): No progress bars.
+    """
+
+    def __init__(
+        self,
+        model: FunctionalModel,
+        inputs: InputSpace,
+        samples: SyntheticSamples,
+        clusters: ClusterMap,
+        trajectory: Trajectory,
+        *,
+        max_bytes: int,
+        processes: Processes,
+        disable_tqdm: bool,
+    ) -> None:
+        self.model = model
+        self.clusters = clusters
+        self.trajectory = trajectory
+        self.final = self._state(trajectory.num_steps)
+        self._parts = (model, inputs, samples, trajectory)
+        self._max_bytes = max_bytes
+        self._processes = processes
+        self._disable_tqdm = disable_tqdm
+
+    def engine(self, name: str, *, rows: TrainingRows | None = None, **settings: Any) -> Engine:
+        """
+        Builds a replay engine: `"linearized_replay"`, `"replay"` (anchored) or `"plain_replay"`.
+
+        Raises:
+            ValueError: If there is no such replay engine, or it cannot make use of rows.
+        """
+        check_engine(name, REPLAY_ENGINES)
+        if rows is not None and name not in ENGINES_OF_ROWS:
+            raise ValueError(f"`rows` are for engines {' and '.join(ENGINES_OF_ROWS)}, got {name!r}.")
+        own = {
+            "max_bytes": self._max_bytes,
+            "disable_tqdm": self._disable_tqdm or not self._processes.shows_progress,
+        }
+        if name != "linearized_replay":
+            return ReplayEngine(*self._parts, anchored=name == "replay", **own, **settings)
+        sample = None if rows is None else rows.sample
+        return LinearizedReplayEngine(*self._parts, rows=sample, **own, **settings)
+
+    def parameters(self, name: str, masks: Tensor, *, rows: TrainingRows | None = None, **settings: Any) -> Replayed:
+        """
+        Final parameters under cluster weights; arguments as in [`Replays.values`].
+
+        Returns:
+            [`Replayed`]: its values are `(num_masks, num_parameters)`.
+        """
+
+        def evaluate(engine: Engine, some: Tensor) -> tuple[Tensor, Tensor]:
+            parameters = engine.parameters(some)
+            return parameters, parameters
+
+        return self._trusted(name, masks, evaluate, rows, settings)
+
+    def values(
+        self,
+        name: str,
+        objective: Objective,
+        queries: Queries,
+        masks: Tensor,
+        *,
+        gradients: QueryGradients | None,
+        rows: TrainingRows | None = None,
+        **settings: Any,
+    ) -> Replayed:
+        """
+        The objective of models replayed under cluster weights.
+
+        Linearised replay is of first order in the objective too, where it has a gradient: the deviations of random
+        halves are large, and a margin far from where the deviation was computed says less than its derivative.
+
+        Args:
+            name (`str`): The engine.
+            objective (`Objective`): What to evaluate.
+            queries (`Queries`): On what.
+            masks (`Tensor`): `(num_masks, num_clusters)`, the weight p of each cluster.
+            gradients (`QueryGradients`, *optional*): Those of the objective, for linearised replay.
+            rows (`TrainingRows`, *optional*): Training rows, whose clusters' gradients are taken by all processes
+                together.
+            settings: `rewind` and `stride`, where they are given.
+
+        Returns:
+            [`Replayed`]: its values are `(num_masks, num_values)`.
+
+        Raises:
+            DivergenceError: If the replay explodes from wherever it starts.
+            ValueError: If there is no such replay engine, or it cannot make use of rows.
+        """
+        final = self.final
+
+        def evaluate(engine: Engine, some: Tensor) -> tuple[Tensor, Tensor]:
+            if gradients is not None and isinstance(engine, LinearizedReplayEngine):
+                deviations = engine.deviations(some)
+                changes = [deviations @ own.T for own in gradients.parts(range(len(gradients)))]
+                return at_end + torch.cat(changes, dim=1), final + deviations
+            models = engine.parameters(some)
+            return torch.stack([objective.values(self.model, vector, queries) for vector in models]), models
+
+        at_end = objective.values(self.model, final, queries)
+        return self._trusted(name, masks, evaluate, rows, settings)
+
+    @functools.cached_property
+    def _drift_meter(self) -> DriftMeter:
+        model, inputs, samples, trajectory = self._parts
+        sizes = torch.from_numpy(self.clusters.sizes)
+        initial = self._state(trajectory.state_steps[0])
+        return DriftMeter(model, inputs, samples, sizes, initial=initial, final=self.final)
+
+    def _state(self, step: int) -> Tensor:
+        return self.model.space.flatten(self.trajectory.state(step).parameters).to(self.model.device)
+
+    def _trusted(
+        self,
+        name: str,
+        masks: Tensor,
+        evaluate: Callable[[Engine, Tensor], tuple[Tensor, Tensor]],
+        rows: TrainingRows | None,
+        settings: dict[str, Any],
+    ) -> Replayed:
+        """Evaluates all masks by an engine that goes back as far as it is told, or as far as it can be trusted."""
+        engine = self._built(name, rows, settings)
+        free = engine.anchored and "rewind" not in settings
+        attempt = self._attempt(engine, masks, evaluate, look=free)
+        for rewind in LATER_REWINDS if free else ():
+            if attempt.drift <= MAX_DRIFT:
+                break
+            logger.info(
+                "Replays from step %d diverge or drift by %.3g, more than %.3g. Trying again from %.0f%% of training.",
+                engine.start,
+                attempt.drift,
+                MAX_DRIFT,
+                100 * rewind,
+            )
+            later = self._built(name, rows, {**settings, "rewind": rewind})
+            again = self._attempt(later, masks, evaluate, look=True)
+            if again.drift <= attempt.drift:
+                engine, attempt = later, again
+        if attempt.values is None:
+            raise DivergenceError(attempt.failure)
+        if attempt.drift > MAX_DRIFT:
+            logger.warning(
+                "Even from step %d of %d on, replays leave what training could lead to (drift %.3g; up to %.3g is "
+                "trusted): do not rely on them. Distil again with more `samples_per_cluster`, record more states, or "
+                "remove less at once.",
+                engine.start,
+                self.trajectory.num_steps,
+                attempt.drift,
+                MAX_DRIFT,
+            )
+        return Replayed(attempt.values, engine.start, engine.path.stride)
+
+    def _built(self, name: str, rows: TrainingRows | None, settings: dict[str, Any]) -> Engine:
+        engine = self.engine(name, rows=rows, **settings)
+        if rows is not None and isinstance(engine, LinearizedReplayEngine):
+            engine.cluster_gradients = rows.gradients(engine.path)
+        return engine
+
+    def _attempt(
+        self,
+        engine: Engine,
+        masks: Tensor,
+        evaluate: Callable[[Engine, Tensor], tuple[Tensor, Tensor]],
+        *,
+        look: bool,
+    ) -> _Attempt:
+        """Evaluates some masks at a time, each process its share, and all with the stride that all can take."""
+        parts = self._processes.parts(len(masks), at_most=engine.batch_size)
+        probes = np.unique(np.linspace(0, len(masks) - 1, NUM_PROBES).round().astype(int)).tolist() if look else []
+
+        def work(part: range) -> tuple[Tensor | None, int, list[float], str]:
+            some = masks[part.start : part.stop]
+            try:
+                values, parameters = evaluate(engine, some)
+            except DivergenceError as error:
+                return None, engine.path.stride, [], str(error)
+            looked_at = [probe - part.start for probe in probes if probe in part]
+            drifts = self._drift_meter.drifts(parameters[looked_at], some[looked_at]).tolist() if looked_at else []
+            return values.cpu(), engine.path.stride, drifts, ""
+
+        while True:
+            stride = engine.path.stride
+            found = self._processes.map(work, parts)
+            engine.path.stride = min(taken for _, taken, _, _ in found)
+            failures = [failure for _, _, _, failure in found if failure]
+            if failures:
+                return _Attempt(None, float("inf"), failures[0])
+            if engine.path.stride == stride:
+                drifts = [drift for _, _, some, _ in found for drift in some]
+                values = torch.cat([values for values, _, _, _ in found if values is not None])
+                return _Attempt(values, float(np.mean(drifts)) if drifts else 0.0)

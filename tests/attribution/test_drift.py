@@ -1,0 +1,124 @@
+from __future__ import annotations
+
+import dataclasses
+import logging
+
+import numpy as np
+import pytest
+import torch
+
+from hf_rgm import Attributor
+from hf_rgm.attribution.drift import MAX_DRIFT, DriftMeter
+from hf_rgm.exceptions import DivergenceError
+from hf_rgm.testing import tiny_recorded_run, tiny_synset
+
+RUN = tiny_recorded_run()
+LEAVE_ONE_OUT = 1 - torch.eye(6)
+
+
+def attributor_with(**changes):
+    """Of a synset whose samples are changed: `name=function`."""
+    synset = tiny_synset()
+    named = synset.samples.named_tensors()
+    samples = dataclasses.replace(synset.samples, **{name: change(named[name]) for name, change in changes.items()})
+    return Attributor(RUN.model, dataclasses.replace(synset, samples=samples), disable_tqdm=True)
+
+
+@pytest.fixture(scope="module")
+def attributor():
+    return attributor_with()
+
+
+@pytest.fixture(scope="module")
+def too_strong():
+    """Clusters that push eight times as hard as they should: replays go astray, the farther back the more."""
+    return attributor_with(log_weights=lambda weights: weights + np.log(8))
+
+
+def meter(attributor):
+    trajectory = attributor.synset.trajectory
+    flatten = attributor.model.space.flatten
+    return DriftMeter(
+        attributor.model,
+        attributor.inputs,
+        attributor.samples,
+        torch.from_numpy(attributor.synset.clusters.sizes),
+        initial=flatten(trajectory.state(0).parameters),
+        final=flatten(trajectory.final.parameters),
+    )
+
+
+def losses(vector, attributor):
+    """Each cluster's loss on its samples, one sample at a time: `(6,)`, float64."""
+    samples, result = attributor.samples, torch.zeros(6, dtype=torch.float64)
+    named = attributor.model.space.unflatten(vector)
+    for k in range(6):
+        for inputs, targets, weight in zip(*(tensor[k] for tensor in samples.tensors()), strict=True):
+            logits = attributor.model.logits(named, {"pixel_values": inputs[None]})[0]
+            result[k] += float(weight.exp() * torch.nn.functional.cross_entropy(logits, targets.softmax(-1)))
+    return result
+
+
+def test_drift_is_the_change_of_what_is_kept_over_its_share_of_what_was_learned(attributor):
+    trajectory, flatten = attributor.synset.trajectory, attributor.model.space.flatten
+    initial, trained = (flatten(trajectory.state(step).parameters) for step in (0, 48))
+    vectors = torch.stack([flatten(trajectory.state(step).parameters) for step in (29, 38)])
+    masks = torch.tensor([[0.0, 1, 1, 1, 1, 1], [2.0, 0, 0, 1, 1, 1]])
+    # All clusters have a sixth of the rows. Without one, a sixth moves to the others.
+    variations = [1 / 6, 0.5 * (abs(2 / 5 - 1 / 6) + 2 / 6 + 3 * abs(1 / 5 - 1 / 6))]
+    with torch.no_grad():
+        expected = [
+            abs(mask.double() @ (losses(vector, attributor) - losses(trained, attributor)))
+            / (variation * (mask.double() @ (losses(initial, attributor) - losses(trained, attributor))))
+            for vector, mask, variation in zip(vectors, masks, variations, strict=True)
+        ]
+        found = meter(attributor).drifts(vectors, masks)
+    np.testing.assert_allclose(found, torch.stack(expected), rtol=1e-4)
+
+
+def test_weights_as_they_were_do_not_count_and_what_is_no_number_is_infinite(attributor):
+    final = attributor.model.space.flatten(attributor.synset.trajectory.final.parameters)
+    masks = torch.stack([torch.ones(6), torch.full((6,), 2.0), LEAVE_ONE_OUT[0]])
+    with torch.no_grad():
+        found = meter(attributor).drifts(torch.stack([final + 1, final, torch.full_like(final, torch.nan)]), masks)
+    assert found.tolist() == [0.0, 0.0, torch.inf]
+
+
+@pytest.mark.parametrize("engine", ["linearized_replay", "replay"])
+def test_a_replay_that_drifts_begins_later(too_strong, attributor, engine):
+    default = attributor.attribute(RUN.queries, engine=engine).metadata["rewind_step"]
+    chosen = too_strong.attribute(RUN.queries, engine=engine)
+    assert default < 24 <= chosen.metadata["rewind_step"]
+    rewind = chosen.metadata["rewind_step"] / 48
+    again = too_strong.attribute(RUN.queries, engine=engine, rewind=rewind)
+    np.testing.assert_array_equal(chosen.scores, again.scores)
+    with torch.no_grad():
+        models = too_strong._runs[0].replays.parameters(engine, LEAVE_ONE_OUT).values
+        assert meter(too_strong).drifts(models, LEAVE_ONE_OUT).mean() <= MAX_DRIFT
+
+
+@pytest.mark.parametrize("engine", ["linearized_replay", "replay", "plain_replay"])
+def test_a_rewind_that_is_asked_for_is_taken(too_strong, engine):
+    assert too_strong.attribute(RUN.queries, engine=engine, rewind=0.25).metadata["rewind_step"] <= 12
+    assert too_strong.unlearn([0], engine=engine, rewind=0.25).rewind_step <= 12
+
+
+def test_the_model_without_begins_later_too(too_strong, attributor):
+    assert attributor.unlearn([0]).rewind_step < 24 <= too_strong.unlearn([0]).rewind_step
+
+
+def test_plain_replay_drifts_by_itself_and_is_left_alone(too_strong):
+    assert too_strong.attribute(RUN.queries, engine="plain_replay").metadata["rewind_step"] < 24
+
+
+def test_replays_that_cannot_be_trusted_from_anywhere_are_told(caplog):
+    lost = attributor_with(log_weights=lambda weights: weights + np.log(1e5))
+    with caplog.at_level(logging.WARNING):
+        lost.attribute(RUN.queries, engine="replay")
+    assert "do not rely on them" in caplog.text
+
+
+def test_divergence_from_everywhere_is_an_error():
+    lost = attributor_with(log_weights=lambda weights: weights + 60)
+    with pytest.raises(DivergenceError, match="diverged"):
+        lost.attribute(RUN.queries)
