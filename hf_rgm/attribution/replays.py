@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 REPLAY_ENGINES = ("linearized_replay", "replay", "plain_replay")
 ENGINES = ("adjoint", *REPLAY_ENGINES)
 ENGINES_OF_ROWS = ("adjoint", "linearized_replay")
-LATER_REWINDS = (0.5, 0.75, 0.9)
+LATER_REWINDS = (0.4, 0.6, 0.8, 0.9)
 """Fractions of training to go back to where the engine's own is too far."""
 
 NUM_PROBES = 16
@@ -54,11 +54,14 @@ class Replayed:
     Args:
         values (`Tensor`): `(num_masks, ...)`, on the CPU: values of an objective, or parameters.
         start, stride (`int`): First training step and steps per integration step of the engine.
+        drift (`float`, *optional*): Mean drift of the models that were looked at; see [`DriftMeter`]. `None` for plain
+            replay and for what is no replay.
     """
 
     values: Tensor
     start: int
     stride: int
+    drift: float | None = None
 
 
 @dataclass(frozen=True)
@@ -210,9 +213,8 @@ class Replays:
     ) -> Replayed:
         """Evaluates all masks by an engine that goes back as far as it is told, or as far as it can be trusted."""
         engine = self._built(name, rows, settings)
-        free = engine.anchored and "rewind" not in settings
-        attempt = self._attempt(engine, masks, evaluate, look=free)
-        for rewind in LATER_REWINDS if free else ():
+        attempt = self._attempt(engine, masks, evaluate)
+        for rewind in () if "rewind" in settings else LATER_REWINDS:
             if attempt.drift <= MAX_DRIFT:
                 break
             logger.info(
@@ -223,7 +225,7 @@ class Replays:
                 100 * rewind,
             )
             later = self._built(name, rows, {**settings, "rewind": rewind})
-            again = self._attempt(later, masks, evaluate, look=True)
+            again = self._attempt(later, masks, evaluate)
             if again.drift <= attempt.drift:
                 engine, attempt = later, again
         if attempt.values is None:
@@ -238,7 +240,7 @@ class Replays:
                 attempt.drift,
                 MAX_DRIFT,
             )
-        return Replayed(attempt.values, engine.start, engine.path.stride)
+        return Replayed(attempt.values, engine.start, engine.path.stride, attempt.drift if engine.anchored else None)
 
     def _built(self, name: str, rows: TrainingRows | None, settings: dict[str, Any]) -> Engine:
         engine = self.engine(name, rows=rows, **settings)
@@ -251,12 +253,14 @@ class Replays:
         engine: Engine,
         masks: Tensor,
         evaluate: Callable[[Engine, Tensor], tuple[Tensor, Tensor]],
-        *,
-        look: bool,
     ) -> _Attempt:
         """Evaluates some masks at a time, each process its share, and all with the stride that all can take."""
         parts = self._processes.parts(len(masks), at_most=engine.batch_size)
-        probes = np.unique(np.linspace(0, len(masks) - 1, NUM_PROBES).round().astype(int)).tolist() if look else []
+        probes = (
+            np.unique(np.linspace(0, len(masks) - 1, NUM_PROBES).round().astype(int)).tolist()
+            if engine.anchored
+            else []
+        )
 
         def work(part: range) -> tuple[Tensor | None, int, list[float], str]:
             some = masks[part.start : part.stop]

@@ -84,7 +84,7 @@ def answer(
     if row_scores is not None and question.engine == "adjoint":
         scores = cluster_sums(row_scores, synset.clusters)
         first = runs[0].adjoint_engine(**question.settings)
-        start, stride = first.start, first.path.stride
+        start, stride, drift = first.start, first.path.stride, None
     else:
         by_run = [
             run.scores(
@@ -99,7 +99,7 @@ def answer(
             for run in runs
         ]
         scores = torch.stack([found.values for found in by_run]).mean(0)
-        start, stride = by_run[0].start, by_run[0].stride
+        start, stride, drift = by_run[0].start, by_run[0].stride, by_run[0].drift
     if query_ids is None:
         per_query = len(values) == len(queries)
         query_ids = range(len(values)) if per_query else [f"{objective.name} {i}" for i in range(len(values))]
@@ -116,6 +116,7 @@ def answer(
         metadata={
             "rewind_step": start,
             "stride": stride,
+            "drift": drift,
             "num_steps": synset.trajectory.num_steps,
             "num_runs": len(runs),
             "num_masks": question.num_masks,

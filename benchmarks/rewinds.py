@@ -1,0 +1,125 @@
+"""
+How far back replays can go: agreement with retraining, and drift, from several points of training.
+
+    python -m benchmarks.rewinds --tasks digits fashion sentences
+
+On tuning queries, with the quick preset and no rows (`--rows`: clusters' gradients by their rows). Drift, which needs
+no retraining, is what replays without a `rewind` choose theirs by; see hf_rgm/attribution/drift.py. Writes
+benchmarks/results/rewinds.json, task by task.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+
+from benchmarks import truth as ground_truth
+from benchmarks.figures import figures
+from benchmarks.recorded import Prediction, Recorded
+from benchmarks.report import RESULTS, Report, environment, versions
+from benchmarks.run import TUNING_QUERIES
+from hf_rgm import Attributor, DistillationConfig
+from hf_rgm.attribution.objectives import Queries, resolve_objective
+from hf_rgm.attribution.perturbations import leave_one_out
+from hf_rgm.attribution.runs import RecordedRun
+from hf_rgm.attribution.training_rows import TrainingRows
+from hf_rgm.exceptions import DivergenceError
+from hf_rgm.processes import Processes
+from hf_rgm.rows import RowReader
+
+REWINDS = (0.14, 0.27, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+ENGINES = ("linearized_replay", "replay")
+MAX_BYTES = 4 * 10**9
+
+
+def measure(task_name: str, engines: list[str], *, with_rows: bool) -> dict[str, Any]:
+    """Figures and drifts by engine and rewind."""
+    task = ground_truth.load_task(task_name)
+    count = min(TUNING_QUERIES, len(task.tuning_queries))
+    truth = ground_truth.load(task, tuning=True).first(count)
+    with tempfile.TemporaryDirectory() as folder:
+        recorded = Recorded(task, Path(folder) / "trajectory")
+        synset, _ = recorded.synset(DistillationConfig.from_preset("quick"))
+    attributor = Attributor(recorded.model, synset, disable_tqdm=True)
+    model = attributor.model
+    run = RecordedRun(
+        model,
+        attributor.inputs,
+        attributor.samples,
+        synset.clusters,
+        synset.trajectory,
+        max_bytes=MAX_BYTES,
+        processes=Processes(),
+        disable_tqdm=True,
+    )
+    reader = RowReader(task.tuning_queries.select(range(count)), model, what="queries")
+    queries, objective = Queries(*reader.batch(range(count))), resolve_objective(task.objective)
+    rows = None
+    if with_rows:
+        options = {"max_bytes": MAX_BYTES, "processes": Processes()}
+        rows = TrainingRows(synset, model, attributor.row_loss, task.train, None, **options)
+    halves = task.cluster_masks()
+    halves = halves * task.clusters.sizes.sum() / (halves @ task.clusters.sizes)[:, None]
+    results: dict[str, Any] = {}
+    for engine in engines:
+        for rewind in REWINDS:
+            start = time.process_time()
+            entry: dict[str, Any] = {}
+            try:
+                with model.differentiable():
+                    values = objective.values(model, run.final, queries).cpu()
+                    alone, subsets = (
+                        run.replayed_values(
+                            engine,
+                            objective,
+                            queries,
+                            masks,
+                            rows=rows if engine == "linearized_replay" else None,
+                            rewind=rewind,
+                        )
+                        for masks in (leave_one_out(synset.num_clusters), torch.from_numpy(halves).float())
+                    )
+                scores = (values - alone.values).T.numpy()
+                found = figures(task, truth, Prediction(scores, cluster_subset_values=subsets.values.T.numpy()))
+                entry = {
+                    "leave_cluster_out": found["leave_cluster_out"],
+                    "lds_clusters": found["lds_clusters"],
+                    "drift_leave_cluster_out": alone.drift,
+                    "drift_halves": subsets.drift,
+                }
+                told = [f"{found[name]['value']:.3f}" for name in ("leave_cluster_out", "lds_clusters")]
+                told += [f"{alone.drift:.3f}", f"{subsets.drift:.3f}"]
+            except DivergenceError as error:
+                entry["error"] = str(error)
+                told = ["diverged"]
+            seconds = time.process_time() - start
+            results[f"{engine}, {rewind}"] = entry | {"cpu_seconds": seconds}
+            print(f"{task_name:12s} {engine:18s} from {rewind:.2f}: {' '.join(told)} ({seconds:.0f} s)", flush=True)
+    return results
+
+
+def main(arguments: argparse.Namespace) -> None:
+    """Measures task by task and writes."""
+    header = {"identity": {"queries": "tuning", "preset": "quick", "rewinds": list(REWINDS)}, "versions": versions()}
+    name = "{} with rows" if arguments.rows else "{}"
+    report = Report(arguments.output, header, [name.format(task) for task in arguments.tasks], anew=False)
+    for task in arguments.tasks:
+        found = measure(task, arguments.engines, with_rows=arguments.rows)
+        report.put(name.format(task), {"rewinds": found, "environment": environment()})
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tasks", nargs="+", default=["digits", "fashion", "sentences"])
+    parser.add_argument("--engines", nargs="+", choices=ENGINES, default=list(ENGINES))
+    parser.add_argument("--rows", action="store_true", help="take clusters' gradients by their rows")
+    parser.add_argument("--output", type=Path, default=RESULTS / "rewinds.json", help="another JSON file")
+    transformers.logging.set_verbosity_error()
+    main(parser.parse_args())
