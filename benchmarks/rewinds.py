@@ -16,7 +16,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import transformers
 
@@ -39,15 +38,14 @@ ENGINES = ("linearized_replay", "replay")
 MAX_BYTES = 4 * 10**9
 
 
-def measure(task_name: str, engines: list[str], *, with_rows: bool) -> dict[str, Any]:
+def measure(task_name: str, folder: Path, engines: list[str], *, with_rows: bool) -> dict[str, Any]:
     """Figures and drifts by engine and rewind."""
     task = ground_truth.load_task(task_name)
     count = min(TUNING_QUERIES, len(task.tuning_queries))
     truth = ground_truth.load(task, tuning=True).first(count)
-    with tempfile.TemporaryDirectory() as folder:
-        recorded = Recorded(task, Path(folder) / "trajectory")
-        synset, _ = recorded.synset(DistillationConfig.from_preset("quick"))
-    attributor = Attributor(recorded.model, synset, disable_tqdm=True)
+    recorded = Recorded(task, folder / "trajectory")
+    synset, _ = recorded.synset(DistillationConfig.from_preset("quick"))
+    attributor = Attributor(recorded.model, synset, disable_tqdm=True)  # type: ignore[arg-type]
     model = attributor.model
     run = RecordedRun(
         model,
@@ -111,7 +109,8 @@ def main(arguments: argparse.Namespace) -> None:
     name = "{} with rows" if arguments.rows else "{}"
     report = Report(arguments.output, header, [name.format(task) for task in arguments.tasks], anew=False)
     for task in arguments.tasks:
-        found = measure(task, arguments.engines, with_rows=arguments.rows)
+        with tempfile.TemporaryDirectory() as folder:
+            found = measure(task, Path(folder), arguments.engines, with_rows=arguments.rows)
         report.put(name.format(task), {"rewinds": found, "environment": environment()})
 
 

@@ -24,6 +24,7 @@ from hf_rgm.modeling import FunctionalModel
 from hf_rgm.processes import Processes
 from hf_rgm.synset.inputs import InputSpace
 from hf_rgm.synset.samples import SyntheticSamples
+from hf_rgm.trajectory.states import TrajectoryState
 from hf_rgm.trajectory.storage import Trajectory
 
 logger = logging.getLogger(__name__)
@@ -107,7 +108,7 @@ class Replays:
         self.model = model
         self.clusters = clusters
         self.trajectory = trajectory
-        self.final = self._state(trajectory.num_steps)
+        self.final = self._flat(trajectory.final)
         self._parts = (model, inputs, samples, trajectory)
         self._max_bytes = max_bytes
         self._processes = processes
@@ -197,11 +198,11 @@ class Replays:
     def _drift_meter(self) -> DriftMeter:
         model, inputs, samples, trajectory = self._parts
         sizes = torch.from_numpy(self.clusters.sizes)
-        initial = self._state(trajectory.state_steps[0])
+        initial = self._flat(trajectory.state(trajectory.state_steps[0]))
         return DriftMeter(model, inputs, samples, sizes, initial=initial, final=self.final)
 
-    def _state(self, step: int) -> Tensor:
-        return self.model.space.flatten(self.trajectory.state(step).parameters).to(self.model.device)
+    def _flat(self, state: TrajectoryState) -> Tensor:
+        return self.model.space.flatten(state.parameters).to(self.model.device)
 
     def _trusted(
         self,
