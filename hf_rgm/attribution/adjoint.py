@@ -26,7 +26,7 @@ MAX_ROWS_AT_ONCE = 256
 
 class AdjointEngine:
     """
-    Reverse-mode differentiation along the recorded path with the synset's curvature (METHOD: adjoint).
+    Reverse-mode differentiation along the recorded path with the synset's curvature; see docs/method.md.
 
     Args:
         model (`FunctionalModel`): The trained model.

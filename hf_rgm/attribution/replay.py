@@ -26,7 +26,7 @@ MAX_MODELS_AT_ONCE = 64
 
 class ReplayEngine:
     """
-    Trains on the synset with some clusters down-weighted, from a recorded state to the end (METHOD: replay).
+    Trains on the synset with some clusters down-weighted, from a recorded state to the end; see docs/method.md.
 
     Args:
         model (`FunctionalModel`): The trained model.

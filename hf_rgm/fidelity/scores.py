@@ -1,4 +1,4 @@
-"""Agreement between predicted and retrained effects (METHOD: ground truth and measures)."""
+"""Agreement between predicted and retrained effects."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reverse gradient matching: the loss between a synset's cluster gradients and the data's (METHOD: offline)."""
+"""Reverse gradient matching: the loss between a synset's cluster gradients and the data's."""
 
 from __future__ import annotations
 

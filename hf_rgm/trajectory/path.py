@@ -68,7 +68,7 @@ class RecordedPath:
     Integration steps over a recorded trajectory, from a rewind point to the end of training.
 
     Second moments are frozen at their recorded values and interpolated, as are the parameters, between recorded
-    states (METHOD: anchored replay, adjoint).
+    states (docs/method.md: anchored replay, adjoint).
 
     Args:
         trajectory (`Trajectory`): The recorded run.
