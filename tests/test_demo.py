@@ -8,10 +8,11 @@ from hf_rgm.attribution.attributor import Attributor
 from hf_rgm.attribution.result import AttributionResult
 from hf_rgm.demo import DemoSettings, build_trainer, inspection_order, load_data, loss_order, run_demo, share_found
 from hf_rgm.explorer.opening import open_exhibit
+from hf_rgm.explorer.views import fidelity_line
 from hf_rgm.modeling import FunctionalModel
 from hf_rgm.testing import tiny_recorded_run, tiny_synset
 
-TINY = DemoSettings(num_rows=120, num_queries=8, num_epochs=1, num_iterations=3, num_subsets=3)
+TINY = DemoSettings(num_rows=120, num_queries=8, num_epochs=1, num_iterations=3, num_subsets=5)
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +51,7 @@ def test_it_tells_what_it_does(finished):
         "first 5% inspected",
         "first 10% inspected",
         "random 10% of them found",
-        "3 retrainings",
+        "10 retrainings, each on a random half of the clusters",
         str(folder.resolve()),
     ):
         assert part in text
@@ -67,6 +68,7 @@ def test_the_report_stands_alone(finished):
 def test_the_explorer_opens_the_folder(finished):
     exhibit = open_exhibit(finished[0])
     assert exhibit.can_replay
+    assert "(LDS)" in fidelity_line(exhibit.result)
     assert exhibit.query(7).label == str(int(load_data(TINY).queries[7]["labels"]))
     assert len(exhibit.cluster_rows(0, None)) and len(exhibit.cluster_samples(0))
 

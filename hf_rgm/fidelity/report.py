@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +67,8 @@ class FidelityReport:
         rows (`bool`): Whether the attributor was given the training rows.
         samples_sha256 (`str`): The synset that was measured, see [`Synset.samples_sha256`].
         settings (`dict[str, float]`, *optional*): Settings of the engine other than its defaults.
+        points (`dict[str, tuple[np.ndarray, np.ndarray]]`, *optional*): By measure, for plots: predicted values and
+            retrained ones, mean over seeds, each `(num_values, num_subsets)`. Not kept in artefacts.
 
     Raises:
         ValueError: If there is no measure, or one is unknown.
@@ -101,6 +103,9 @@ class FidelityReport:
     rows: bool
     samples_sha256: str
     settings: dict[str, float] = field(default_factory=dict)
+    points: dict[str, tuple[NDArray[np.floating], NDArray[np.floating]]] = field(
+        default_factory=dict, compare=False, repr=False
+    )
 
     def __post_init__(self) -> None:
         if not self.agreements or not set(self.agreements) <= set(MEASURES):
@@ -233,6 +238,7 @@ class FidelityReport:
             rows=rows,
             samples_sha256=synset.samples_sha256,
             settings=settings,
+            points={name: (predicted[name], part.mean(0)) for name, part in parts.items()},
         )
 
     @property
@@ -261,7 +267,9 @@ class FidelityReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as JSON-safe values, with a `format_version`."""
-        return {"format_version": FORMAT_VERSION, **asdict(self), "seeds": list(self.seeds)}
+        content = asdict(replace(self, points={}))
+        del content["points"]
+        return {"format_version": FORMAT_VERSION, **content, "seeds": list(self.seeds)}
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> FidelityReport:
