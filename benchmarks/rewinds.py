@@ -34,7 +34,7 @@ from hf_rgm.processes import Processes
 from hf_rgm.rows import RowReader
 
 REWINDS = (0.14, 0.27, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
-ENGINES = ("linearized_replay", "replay")
+ENGINES = {"linearized_replay": "linearised", "replay": "anchored"}
 MAX_BYTES = 4 * 10**9
 
 
@@ -103,8 +103,30 @@ def measure(task_name: str, folder: Path, engines: list[str], *, with_rows: bool
     return results
 
 
+def table(methods: dict[str, Any]) -> str:
+    """Agreement and drift, a column for each task and engine."""
+    columns = {}
+    for task, entry in methods.items():
+        for key, found in entry["rewinds"].items():
+            engine, rewind = key.split(", ")
+            columns.setdefault(f"{task}, {ENGINES[engine]}", {})[float(rewind)] = found
+    lines = [f"| from | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
+    for rewind in REWINDS:
+        cells = [_cell(column[rewind]) for column in columns.values()]
+        lines.append(f"| {rewind:.0%} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _cell(found: dict[str, Any]) -> str:
+    if "error" in found:
+        return "diverged"
+    single, half = found["drift_leave_cluster_out"], found["drift_halves"]
+    values = [found[name]["value"] for name in ("leave_cluster_out", "lds_clusters")]
+    return f"{values[0]:.3f} ({single:.2f}), {values[1]:.3f} ({half:.2f})"
+
+
 def main(arguments: argparse.Namespace) -> None:
-    """Measures task by task and writes."""
+    """Measures task by task, writes, and prints the table."""
     header = {"identity": {"queries": "tuning", "preset": "quick", "rewinds": list(REWINDS)}, "versions": versions()}
     name = "{} with rows" if arguments.rows else "{}"
     report = Report(arguments.output, header, [name.format(task) for task in arguments.tasks], anew=False)
@@ -112,6 +134,7 @@ def main(arguments: argparse.Namespace) -> None:
         with tempfile.TemporaryDirectory() as folder:
             found = measure(task, Path(folder), arguments.engines, with_rows=arguments.rows)
         report.put(name.format(task), {"rewinds": found, "environment": environment()})
+    print(table(report.content["methods"]))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
 """
-Writes the tables of README.md and the whole of docs/benchmarks.md from the JSON files under benchmarks/results/.
+Writes the tables of README.md and docs/, and all of docs/benchmarks.md, from the JSON files under benchmarks/results/.
 
     python -m benchmarks.tables
 """
@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks import estimates, rewinds, token_inputs
 from benchmarks.formats import figure, markdown, ratio, size
 from benchmarks.growth_plots import growth_table
 from benchmarks.report import FORMAT_VERSION, RESULTS, ROOT
@@ -28,6 +29,13 @@ SINGLE_RUN = {
     "lds_halves": "LDS of half of the rows",
 }
 PARTS = {"leave_out": "one cluster left out", "halves": "half of the clusters"}
+
+DOCUMENTS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
+    "rewinds": ("method.md", rewinds.table),
+    "token_inputs": ("language_models.md", token_inputs.table),
+    "estimates": ("scaling.md", estimates.table),
+}
+"""Pages under docs/ that have a table of a result."""
 
 INTRODUCTION = """\
 <!-- Written by `python -m benchmarks.tables` from benchmarks/results/; do not edit. -->
@@ -284,6 +292,12 @@ def read_if_there(path: Path) -> dict[str, Any] | None:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
+def fill(text: str, name: str, table: str) -> str:
+    """A page with a table between `<!-- name -->` and `<!-- end -->`."""
+    begin, end = f"<!-- {name} -->", "<!-- end -->"
+    return re.sub(f"{begin}.*?{end}", lambda _: f"{begin}\n{table}\n{end}", text, flags=re.DOTALL)
+
+
 if __name__ == "__main__":
     found = read(RESULTS)
     readme = README.read_text(encoding="utf-8")
@@ -292,3 +306,9 @@ if __name__ == "__main__":
     README.write_text(readme, encoding="utf-8")
     PAGE.parent.mkdir(exist_ok=True)
     PAGE.write_text(page(found, read_if_there(RESULTS / "growth.json")), encoding="utf-8")
+    for name, (document, table) in DOCUMENTS.items():
+        measured = read_if_there(RESULTS / f"{name}.json")
+        if measured is not None:
+            path = PAGE.with_name(document)
+            text = fill(path.read_text(encoding="utf-8"), name, table(measured["methods"]))
+            path.write_text(text, encoding="utf-8")

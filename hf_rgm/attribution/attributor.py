@@ -139,7 +139,9 @@ class Attributor:
                 synset's, and every row by the adjoint where the objective is differentiable. For
                 `"linearized_replay"` and `"adjoint"`.
             data_collator (`Callable`, *optional*): Collates queries and rows. Defaults to `default_data_collator`.
-            rewind (`float`, *optional*): Fraction of training to go back to. Defaults to the engine's.
+            rewind (`float`, *optional*): Fraction of training to go back to. Defaults to the engine's; replays whose
+                models drift start later, see [`~hf_rgm.attribution.drift.DriftMeter`]. The result's
+                `metadata["rewind_step"]` says where they started.
             stride (`int`, *optional*): Training steps per integration step. Defaults to the engine's.
             num_masks (`int`, *optional*): For replay engines: regress on this many random halves of the clusters
                 instead of leaving each out.
@@ -232,7 +234,7 @@ class Attributor:
             engine (`str`, *optional*, defaults to `"linearized_replay"`): Or `"replay"`, `"plain_replay"`.
             rows (*optional*): The training dataset, for real cluster gradients (`"linearized_replay"` only).
             data_collator (`Callable`, *optional*): Collates queries and rows. Defaults to `default_data_collator`.
-            settings: `rewind` and `stride` of the engine.
+            settings: `rewind` and `stride`, as in [`Attributor.attribute`].
 
         Returns:
             `np.ndarray`: `(num_masks, num_values)`, float32. With several recorded runs, the mean over them; anchored
@@ -276,7 +278,7 @@ class Attributor:
                 replay uses their gradients in place of the synset's.
             queries (*optional*): Other rows to compare losses on.
             data_collator (`Callable`, *optional*): Collates rows. Defaults to `default_data_collator`.
-            rewind (`float`, *optional*): Fraction of training to go back to. Defaults to the engine's.
+            rewind (`float`, *optional*): Fraction of training to go back to. Defaults as in [`Attributor.attribute`].
 
         Returns:
             [`UnlearnedModel`]: its `model` is what [`Attributor.model_without`] gives.

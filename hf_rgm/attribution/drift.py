@@ -24,7 +24,7 @@ class DriftMeter:
     Training under weights p lowers the loss `L_p = sum_k p_k L_k` of the clusters as they are weighted. Without some
     of them it ends a little elsewhere, and that loss changes a little: to first order by its derivative along the way
     (which is not 0, as training seldom goes on to the end), and little beyond that, whatever becomes of the clusters
-    that are gone. A replay that goes back too far for its approximation does otherwise: its error grows along the path,
+    that are gone. A replay that goes back too far for its approximation does otherwise: its error grows along the way,
     and breaks what it should have kept. Drift is the change beyond first order, made free of units:
 
         |L_p(replayed) - L_p(trained) - derivative| / (V * (L_p(initial) - L_p(trained)))
