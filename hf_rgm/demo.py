@@ -55,7 +55,7 @@ class DemoSettings:
         num_queries (`int`, *optional*, defaults to `120`): Test digits to explain.
         num_epochs (`int`, *optional*, defaults to `15`): Training epochs.
         num_iterations (`int`, *optional*, defaults to `400`): Distilling iterations.
-        num_subsets (`int`, *optional*, defaults to `10`): Random halves of the clusters that the fidelity check
+        num_subsets (`int`, *optional*, defaults to `6`): Random halves of the clusters that the fidelity check
             retrains on, with two seeds each.
         flipped_share (`float`, *optional*, defaults to `0.05`): Share of the training labels that is flipped.
         seed (`int`, *optional*, defaults to `0`): Seed of everything.
@@ -65,7 +65,7 @@ class DemoSettings:
     num_queries: int = NUM_QUERIES
     num_epochs: int = 15
     num_iterations: int = 400
-    num_subsets: int = 10
+    num_subsets: int = 6
     flipped_share: float = 0.05
     seed: int = 0
 

@@ -139,6 +139,12 @@ class RowReader:
         return count / len(self)
 
     def _collated(self, items: list[Any]) -> Mapping[str, Any]:
+        strange = next((item for item in items if not isinstance(item, Mapping)), None)
+        if strange is not None:
+            raise ValueError(
+                f"Rows of `{self.what}` must be dictionaries as the Trainer gets them, such as tokenised texts with "
+                f"their labels, got a {type(strange).__name__}. Tokenise them as for training."
+            )
         try:
             return self._collate(items)
         except (ValueError, TypeError) as error:

@@ -61,7 +61,11 @@ class TrainingRows:
                 "function as `row_loss`."
             )
         self.reader = RowReader(rows, model, data_collator=data_collator)
-        synset.clusters.check_num_rows(len(self.reader))
+        if len(self.reader) != synset.clusters.num_rows:
+            raise ValueError(
+                f"`rows` has {len(self.reader)} rows, but the synset stands for {synset.clusters.num_rows}. Pass the "
+                "training dataset itself; what is to be explained goes first, as queries."
+            )
         synset.trajectory.check_dataset(rows, what="rows")
         self.clusters = synset.clusters
         self.row_loss = row_loss

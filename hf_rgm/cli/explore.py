@@ -44,7 +44,7 @@ def explore(
     """
     Look at attributions in the browser: queries, clusters, rows, and what the model would say without some of them.
 
-    Needs the extra: pip install "hf-rgm[explorer]". Everybody who can see a Space can see the rows written into it.
+    Needs the extra: pip install "hf-rgm\\[explorer]". Everybody who can see a Space can see the rows written into it.
 
     Example: hf-rgm explore hf-rgm-demo
     """

@@ -106,6 +106,8 @@ def load_rows(name: str, *, split: str | None, default_split: str, prepare: str 
         found: Any = datasets.load_dataset(TABLE_FORMATS[path.suffix], data_files=str(path), split=split or "train")
     elif (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
         found = datasets.load_from_disk(name)
+    elif path.suffix in TABLE_FORMATS:
+        raise FileNotFoundError(f"There is no file {name}. Check the path, or name a dataset repository.")
     else:
         repository, _, config = (name, "", None) if path.exists() else name.partition(":")
         found = datasets.load_dataset(repository, config or None, split=split or default_split)

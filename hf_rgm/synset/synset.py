@@ -27,7 +27,7 @@ from hf_rgm.trajectory.storage import Trajectory
 logger = logging.getLogger(__name__)
 
 
-@dataclass
+@dataclass(repr=False)
 class Synset(DatasetArtefact):
     """
     A distilled training set together with what is needed to use it: clusters and the recorded path.
@@ -144,6 +144,12 @@ class Synset(DatasetArtefact):
     def num_clusters(self) -> int:
         """Number of clusters."""
         return self.clusters.num_clusters
+
+    def __repr__(self) -> str:
+        return (
+            f"Synset({self.num_samples} samples for {self.clusters.num_rows} rows in {self.num_clusters} clusters, "
+            f"{len(self.trajectories)} recorded, matching error {self.matching_error:.3g})"
+        )
 
     @property
     def num_samples(self) -> int:

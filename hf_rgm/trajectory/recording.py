@@ -104,7 +104,7 @@ class TrajectoryRecorder:
             elif not self._overwrite:
                 raise FileExistsError(
                     f"{self.folder} holds the complete trajectory of another training run. Choose another folder, or "
-                    "pass `overwrite=True` to replace it."
+                    "pass `overwrite=True` to replace it: `TrajectoryCallback(..., overwrite=True)`."
                 )
         self._description = dict(description) | {
             "format_version": FORMAT_VERSION,
