@@ -32,7 +32,8 @@ def draw(demo: Path, target: Path) -> None:
     label, margin = int(data.queries[position]["labels"]), result.objective_values[position]
     left.suptitle(f"a {label} that the model\ngets wrong\n(log-odds {margin:+.1f})", fontsize=10)
     bars = result.plot("bars", query=query, k=4, ax=middle.subplots(), title="clusters of training digits")
-    bars.margins(x=0.15)
+    low, high = bars.get_xlim()
+    bars.set_xlim(low - 0.25 * (high - low), high)
     grid = right.subplots(2, SHOWN)
     right.suptitle("single training digits, and their labels", fontsize=10)
     for axes, largest, words in zip(grid, (True, False), ("helped", "harmed"), strict=True):

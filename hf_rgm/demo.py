@@ -1,4 +1,4 @@
-"""`hf-rgm demo`: the whole path on real handwritten digits, without network, in about two minutes."""
+"""`hf-rgm demo`: the whole path on real handwritten digits, without network, in a few minutes."""
 
 from __future__ import annotations
 
