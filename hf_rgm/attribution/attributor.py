@@ -16,7 +16,7 @@ from hf_rgm.attribution.mixture import MixtureSuggestion, check_request, maximiz
 from hf_rgm.attribution.objectives import Objective, Queries, resolve_objective
 from hf_rgm.attribution.replays import ENGINES_OF_ROWS
 from hf_rgm.attribution.result import AttributionResult
-from hf_rgm.attribution.runs import RecordedRun, check_options, warn_unless_matched
+from hf_rgm.attribution.runs import RecordedRun, check_options
 from hf_rgm.attribution.scoring import Question, answer, replayed_values
 from hf_rgm.attribution.training_rows import TrainingRows
 from hf_rgm.attribution.unlearned import (
@@ -31,7 +31,7 @@ from hf_rgm.modeling import FunctionalModel
 from hf_rgm.out_of_memory import advice_on_memory
 from hf_rgm.processes import Processes
 from hf_rgm.rows import DataCollator, RowReader
-from hf_rgm.synset.compatibility import check_samples
+from hf_rgm.synset.compatibility import check_samples, warn_unless_matched
 from hf_rgm.synset.config import memory_bytes
 from hf_rgm.synset.costs import CostEstimate
 from hf_rgm.synset.inputs import SPACES, input_space
@@ -76,7 +76,7 @@ class Attributor:
         names = tuple(self.synset.trajectory.parameter_shapes)
         self.model = FunctionalModel(model, trainable_names=names, device=device)
         self.synset.check_model(self.model, force=force)
-        warn_unless_matched(self.synset)
+        warn_unless_matched(self.synset.matched_states, self.synset.residuals)
         name = self.synset.input_name
         self.inputs = input_space(self.model, name if name in SPACES else "auto")
         if self.inputs.name != name:

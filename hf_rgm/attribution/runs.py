@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import replace
 from typing import Any
 
@@ -23,10 +22,7 @@ from hf_rgm.processes import Processes
 from hf_rgm.synset.costs import CostEstimate, PieceOfWork, measured
 from hf_rgm.synset.inputs import InputSpace
 from hf_rgm.synset.samples import SyntheticSamples
-from hf_rgm.synset.synset import Synset
 from hf_rgm.trajectory.storage import Trajectory
-
-logger = logging.getLogger(__name__)
 
 EMPTY_RESULT_BYTES = 16_000
 
@@ -40,20 +36,6 @@ def check_options(engine: str, *, rows: Any, num_masks: int | None) -> None:
         raise ValueError(f'`num_masks` = {num_masks} is for replay engines; `engine="adjoint"` needs no masks.')
     if num_masks is not None and num_masks < 2:
         raise ValueError(f"`num_masks` must be at least 2, got {num_masks}. Use several times the clusters.")
-
-
-def warn_unless_matched(synset: Synset) -> None:
-    """Warns where most clusters' synthetic gradients are no nearer to the data's than none at all would be."""
-    for matched, residuals in zip(synset.matched_states, synset.residuals, strict=True):
-        if float(residuals.median()) >= 1:
-            logger.warning(
-                "At %s the synthetic samples of most clusters match the data's gradients no better than no samples "
-                "would (relative squared error %.3g): scores will be noise. Distil again with more "
-                "`samples_per_cluster` or `num_iterations`, or record a run with a lower learning rate.",
-                matched,
-                float(residuals.median()),
-            )
-            return
 
 
 class RecordedRun:

@@ -110,7 +110,7 @@ def _synset(folder: ArtefactFolder, name: str) -> tuple[dict[str, Any], list[str
     facts = {
         "model": f"{_model(synset.trajectory)}, trained parameters with SHA-256 {synset.parameters_sha256[:16]}",
         "samples": f"{synset.num_samples} of {synset.input_name}, {synset.num_clusters} clusters, "
-        f"{len(synset.trajectories)} recorded runs",
+        f"{len(synset.trajectories)} recorded {'run' if len(synset.trajectories) == 1 else 'runs'}",
         "training rows": synset.clusters.num_rows,
         "matching error": round(synset.matching_error, 4),
         "fidelity": _fidelity(synset.fidelity),

@@ -1,13 +1,20 @@
-"""Whether a model can be asked about synthetic samples at all."""
+"""Whether a model can be asked about synthetic samples at all, and whether it is worth it."""
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Sequence
+
 import torch
+from torch import Tensor
 
 from hf_rgm.artefacts import printable
 from hf_rgm.modeling import FunctionalModel
 from hf_rgm.synset.inputs import InputSpace
 from hf_rgm.synset.samples import SyntheticSamples
+from hf_rgm.synset.states import MatchedState
+
+logger = logging.getLogger(__name__)
 
 
 def check_samples(model: FunctionalModel, inputs: InputSpace, samples: SyntheticSamples) -> None:
@@ -49,3 +56,23 @@ def check_samples(model: FunctionalModel, inputs: InputSpace, samples: Synthetic
             f"The synset's samples have {targets} labels at positions {tuple(one.log_weights.shape[1:])}, the model "
             f"gives logits of shape {tuple(logits.shape[1:])}. It is not a synset of this model."
         )
+
+
+def warn_unless_matched(matched_states: Sequence[MatchedState], matching_errors: Tensor) -> None:
+    """
+    Warns where most clusters' synthetic gradients are no nearer to the data's than none at all would be.
+
+    Args:
+        matched_states (`Sequence[MatchedState]`): The states that were matched.
+        matching_errors (`Tensor`): `(num_matched_states, num_clusters)`, relative squared errors.
+    """
+    for matched, residuals in zip(matched_states, matching_errors, strict=True):
+        if float(residuals.median()) >= 1:
+            logger.warning(
+                "At %s the synthetic samples of most clusters match the data's gradients no better than no samples "
+                "would (relative squared error %.3g): scores will be noise. Distil again with more "
+                "`samples_per_cluster` or `num_iterations`, or record a run with a lower learning rate.",
+                matched,
+                float(residuals.median()),
+            )
+            return

@@ -20,6 +20,7 @@ from hf_rgm.out_of_memory import advice_on_memory
 from hf_rgm.processes import Processes
 from hf_rgm.rows import CachedBatches, DataCollator, RowReader
 from hf_rgm.synset.blocks import BlockStore
+from hf_rgm.synset.compatibility import warn_unless_matched
 from hf_rgm.synset.config import DistillationConfig
 from hf_rgm.synset.costs import CostEstimate
 from hf_rgm.synset.initialisation import initial_samples
@@ -279,6 +280,8 @@ class ReverseGradientMatchingDistiller:
             finished |= dict(zip(pending, self._processes.map(work, pending), strict=True))
         ordered = [dict(finished[block]) for block in blocks]
         residuals = torch.cat([done.pop("residuals") for done in ordered], dim=1)
+        if self._processes.is_main:
+            warn_unless_matched(self.matched_states, residuals)
         merged = {name: torch.cat([done[name] for done in ordered]) for name in ordered[0]}
         samples = SyntheticSamples(**merged)
         tokens = self.inputs.tokens(samples.flatten().map(lambda tensor: tensor.to(self.model.device)))
