@@ -82,7 +82,8 @@ def test_quoted_messages_are_in_the_source():
 @named([path for path in WRITTEN if path.name in ("method.md", "choosing.md")])
 def test_figures_are_those_of_the_benchmarks(path):
     known = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
-    told = re.findall(r"(?<![\w.])[+-]?\d\.\d{3}(?![\d])", path.read_text(encoding="utf-8"))
+    written = re.sub(r"<!-- rewinds -->.*?<!-- end -->", "", path.read_text(encoding="utf-8"), flags=re.DOTALL)
+    told = re.findall(r"(?<![\w.])[+-]?\d\.\d{3}(?![\d])", written)
     assert told
     assert not [figure for figure in told if figure not in known]
 

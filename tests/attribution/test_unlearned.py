@@ -86,7 +86,7 @@ def test_without_rows_nothing_is_claimed(attributor, tmp_path):
 
 
 def test_foreign_rows_and_models_that_cannot_be_saved_are_refused(attributor, tmp_path):
-    with pytest.raises(ValueError, match="cover 48 rows, but the dataset has 12"):
+    with pytest.raises(ValueError, match="has 12 rows, but the synset stands for 48"):
         attributor.unlearn(NAMES, rows=RUN.queries)
     plain = UnlearnedModel(nn.Linear(2, 2), ["a"], [1], [], "replay", 1, 2, "0" * 64)
     with pytest.raises(TypeError, match="Linear has no `save_pretrained`"):
