@@ -10,7 +10,7 @@ from hf_rgm.synset.inputs import InputSpace
 from hf_rgm.synset.samples import SyntheticSamples, soft_cross_entropies
 
 MAX_DRIFT = 0.25
-"""Chosen by agreement with retraining on three tasks; where it is right and where it is not is told in docs/method.md."""
+"""Chosen by agreement with retraining on three tasks; docs/method.md tells where it is right and where not."""
 
 SAMPLES_AT_ONCE = 512
 SMALL = 0.05
