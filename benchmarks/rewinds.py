@@ -27,6 +27,7 @@ from benchmarks.run import TUNING_QUERIES
 from hf_rgm import Attributor, DistillationConfig
 from hf_rgm.attribution.objectives import Queries, resolve_objective
 from hf_rgm.attribution.perturbations import leave_one_out
+from hf_rgm.attribution.replays import Replays
 from hf_rgm.attribution.runs import RecordedRun
 from hf_rgm.attribution.training_rows import TrainingRows
 from hf_rgm.exceptions import DivergenceError
@@ -47,16 +48,9 @@ def measure(task_name: str, folder: Path, engines: list[str], *, with_rows: bool
     synset, _ = recorded.synset(DistillationConfig.from_preset("quick"))
     attributor = Attributor(recorded.model, synset, disable_tqdm=True)  # type: ignore[arg-type]
     model = attributor.model
-    run = RecordedRun(
-        model,
-        attributor.inputs,
-        attributor.samples,
-        synset.clusters,
-        synset.trajectory,
-        max_bytes=MAX_BYTES,
-        processes=Processes(),
-        disable_tqdm=True,
-    )
+    settings = {"max_bytes": MAX_BYTES, "processes": Processes(), "disable_tqdm": True}
+    parts = (model, attributor.inputs, attributor.samples, synset.clusters, synset.trajectory)
+    run = RecordedRun(Replays(*parts, **settings))
     reader = RowReader(task.tuning_queries.select(range(count)), model, what="queries")
     queries, objective = Queries(*reader.batch(range(count))), resolve_objective(task.objective)
     rows = None

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from hf_rgm.attribution.memory import DEFAULT_MEMORY, free_bytes
 from hf_rgm.attribution.mixture import MixtureSuggestion, check_request, maximized_by_default, trusted_mixture
 from hf_rgm.attribution.objectives import Objective, Queries, resolve_objective
-from hf_rgm.attribution.replays import ENGINES_OF_ROWS
+from hf_rgm.attribution.replays import ENGINES_OF_ROWS, Replays
 from hf_rgm.attribution.result import AttributionResult
 from hf_rgm.attribution.runs import RecordedRun, check_options
 from hf_rgm.attribution.scoring import Question, answer, replayed_values
@@ -97,14 +97,16 @@ class Attributor:
         self._final = self.model.space.flatten(self.model.parameters())
         self._runs = [
             RecordedRun(
-                self.model,
-                self.inputs,
-                self.samples,
-                self.synset.clusters,
-                trajectory,
-                max_bytes=self._max_bytes,
-                processes=self._processes,
-                disable_tqdm=disable_tqdm,
+                Replays(
+                    self.model,
+                    self.inputs,
+                    self.samples,
+                    self.synset.clusters,
+                    trajectory,
+                    max_bytes=self._max_bytes,
+                    processes=self._processes,
+                    disable_tqdm=disable_tqdm,
+                )
             )
             for trajectory in self.synset.trajectories
         ]

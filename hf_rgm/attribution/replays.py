@@ -109,9 +109,9 @@ class Replays:
         self.clusters = clusters
         self.trajectory = trajectory
         self.final = self._flat(trajectory.final)
-        self._parts = (model, inputs, samples, trajectory)
-        self._max_bytes = max_bytes
-        self._processes = processes
+        self.parts = (model, inputs, samples, trajectory)
+        self.max_bytes = max_bytes
+        self.processes = processes
         self._disable_tqdm = disable_tqdm
 
     def engine(self, name: str, *, rows: TrainingRows | None = None, **settings: Any) -> Engine:
@@ -125,13 +125,13 @@ class Replays:
         if rows is not None and name not in ENGINES_OF_ROWS:
             raise ValueError(f"`rows` are for engines {' and '.join(ENGINES_OF_ROWS)}, got {name!r}.")
         own = {
-            "max_bytes": self._max_bytes,
-            "disable_tqdm": self._disable_tqdm or not self._processes.shows_progress,
+            "max_bytes": self.max_bytes,
+            "disable_tqdm": self._disable_tqdm or not self.processes.shows_progress,
         }
         if name != "linearized_replay":
-            return ReplayEngine(*self._parts, anchored=name == "replay", **own, **settings)
+            return ReplayEngine(*self.parts, anchored=name == "replay", **own, **settings)
         sample = None if rows is None else rows.sample
-        return LinearizedReplayEngine(*self._parts, rows=sample, **own, **settings)
+        return LinearizedReplayEngine(*self.parts, rows=sample, **own, **settings)
 
     def parameters(self, name: str, masks: Tensor, *, rows: TrainingRows | None = None, **settings: Any) -> Replayed:
         """
@@ -196,7 +196,7 @@ class Replays:
 
     @functools.cached_property
     def _drift_meter(self) -> DriftMeter:
-        model, inputs, samples, trajectory = self._parts
+        model, inputs, samples, trajectory = self.parts
         sizes = torch.from_numpy(self.clusters.sizes)
         initial = self._flat(trajectory.state(trajectory.state_steps[0]))
         return DriftMeter(model, inputs, samples, sizes, initial=initial, final=self.final)
@@ -256,7 +256,7 @@ class Replays:
         evaluate: Callable[[Engine, Tensor], tuple[Tensor, Tensor]],
     ) -> _Attempt:
         """Evaluates some masks at a time, each process its share, and all with the stride that all can take."""
-        parts = self._processes.parts(len(masks), at_most=engine.batch_size)
+        parts = self.processes.parts(len(masks), at_most=engine.batch_size)
         probes = (
             np.unique(np.linspace(0, len(masks) - 1, NUM_PROBES).round().astype(int)).tolist()
             if engine.anchored
@@ -275,7 +275,7 @@ class Replays:
 
         while True:
             stride = engine.path.stride
-            found = self._processes.map(work, parts)
+            found = self.processes.map(work, parts)
             engine.path.stride = min(taken for _, taken, _, _ in found)
             failures = [failure for _, _, _, failure in found if failure]
             if failures:

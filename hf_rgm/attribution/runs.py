@@ -16,13 +16,7 @@ from hf_rgm.attribution.perturbations import leave_one_out, random_subsets, ridg
 from hf_rgm.attribution.query_gradients import QueryGradients
 from hf_rgm.attribution.replays import ENGINES_OF_ROWS, Replayed, Replays, check_engine
 from hf_rgm.attribution.training_rows import TrainingRows
-from hf_rgm.clusters import ClusterMap
-from hf_rgm.modeling import FunctionalModel
-from hf_rgm.processes import Processes
 from hf_rgm.synset.costs import CostEstimate, PieceOfWork, measured
-from hf_rgm.synset.inputs import InputSpace
-from hf_rgm.synset.samples import SyntheticSamples
-from hf_rgm.trajectory.storage import Trajectory
 
 EMPTY_RESULT_BYTES = 16_000
 
@@ -43,55 +37,29 @@ class RecordedRun:
     One recorded run as seen through a synset.
 
     Args:
-        model (`FunctionalModel`): The model as a function of its parameters.
-        inputs (`InputSpace`): The space of the synthetic inputs.
-        samples (`SyntheticSamples`): The synset's samples, on the model's device.
-        clusters (`ClusterMap`): The clusters of the training rows.
-        trajectory (`Trajectory`): The recorded run.
-        max_bytes (`int`): Memory for the engines, beside the recorded states.
-        processes (`Processes`): Among which masks and queries are split.
-        disable_tqdm (`bool`): No progress bars.
+        replays (`Replays`): Its replays; the adjoint shares their model, memory and processes.
     """
 
-    def __init__(
-        self,
-        model: FunctionalModel,
-        inputs: InputSpace,
-        samples: SyntheticSamples,
-        clusters: ClusterMap,
-        trajectory: Trajectory,
-        *,
-        max_bytes: int,
-        processes: Processes,
-        disable_tqdm: bool,
-    ) -> None:
-        self.model = model
-        self.clusters = clusters
-        self.trajectory = trajectory
-        self.replays = Replays(
-            model,
-            inputs,
-            samples,
-            clusters,
-            trajectory,
-            max_bytes=max_bytes,
-            processes=processes,
-            disable_tqdm=disable_tqdm,
-        )
-        self.final = self.replays.final
-        self._max_bytes = max_bytes
-        self._processes = processes
-        self._parts = (model, inputs, samples, trajectory)
+    def __init__(self, replays: Replays) -> None:
+        self.replays = replays
+        self.model = replays.model
+        self.clusters = replays.clusters
+        self.trajectory = replays.trajectory
+        self.final = replays.final
+        self._processes = replays.processes
 
     def adjoint_engine(self, rows: TrainingRows | None = None, **settings: Any) -> AdjointEngine:
         """Builds the adjoint engine."""
         return AdjointEngine(
-            *self._parts, rows=None if rows is None else rows.sample, max_bytes=self._max_bytes, **settings
+            *self.replays.parts,
+            rows=None if rows is None else rows.sample,
+            max_bytes=self.replays.max_bytes,
+            **settings,
         )
 
     def query_gradients(self, objective: Objective, queries: Queries, num_values: int) -> QueryGradients:
         """Gradients of the objective at the end of the run."""
-        shares = MemoryShares.of(self._max_bytes, with_rows=True)
+        shares = MemoryShares.of(self.replays.max_bytes, with_rows=True)
         return QueryGradients(
             self.model, objective, self.final, queries, num_values=num_values, max_bytes=shares.gradients
         )
