@@ -116,8 +116,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     synset = distiller.distill()
     synset.save_pretrained(folder / "synset")
 
-    attribute = pipeline("data-attribution", model=model, synset=synset, disable_tqdm=args.disable_tqdm)
-    result = attribute([dict(tokenizer(text)) for text in example.questions], rows=train, data_collator=collator)
+    attribute = pipeline(
+        "data-attribution", model=model, tokenizer=tokenizer, synset=synset, disable_tqdm=args.disable_tqdm
+    )
+    result = attribute(example.questions, rows=train)
     print(f"\n{len(train)} reviews, {synset.num_samples} synthetic ones, matching error {synset.matching_error:.3f}.")
     print(result.SIGN_CONVENTION)
     after = says(model, tokenizer, example.questions)

@@ -68,8 +68,8 @@ config = DistillationConfig(samples_per_cluster=16, num_iterations=num_iteration
 distiller = ReverseGradientMatchingDistiller(
     trainer.model, output / "trajectory", train, clusters, config=config, data_collator=collator
 )
-attribute = pipeline("data-attribution", model=trainer.model, synset=distiller.distill())
-result = attribute(asking, objective="mean_loss", rows=train, data_collator=collator)
+attribute = pipeline("data-attribution", model=trainer.model, tokenizer=tokenizer, synset=distiller.distill())
+result = attribute(asking, objective="mean_loss", rows=train)
 print(f"How each source changes the mean loss on reviews by {served}: {told_sources(result, result.query_ids[0])}.")
 
 # %% [markdown]
@@ -77,9 +77,7 @@ print(f"How each source changes the mean loss on reviews by {served}: {told_sour
 # Weights that lower this loss at the same amount of data, and what the synset says they will do.
 
 # %%
-mixture = attribute.suggest_mixture(
-    asking, objective="mean_loss", rows=train, data_collator=collator, min_agreement=None
-)
+mixture = attribute.suggest_mixture(asking, objective="mean_loss", rows=train, min_agreement=None)
 print(mixture.to_pandas().round(2).to_string(index=False))
 
 # %% [markdown]

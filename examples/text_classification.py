@@ -122,9 +122,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     synset = distiller.distill()
     synset.save_pretrained(Path(args.output_dir) / "synset")
 
-    attribute = pipeline("data-attribution", model=model, synset=synset, disable_tqdm=args.disable_tqdm)
-    queries = [dict(tokenizer(text)) for text in example.questions]
-    result = attribute(queries, rows=train, data_collator=collator)
+    attribute = pipeline(
+        "data-attribution", model=model, tokenizer=tokenizer, synset=synset, disable_tqdm=args.disable_tqdm
+    )
+    result = attribute(example.questions, rows=train)
     print(f"\n{len(train)} reviews, {synset.num_samples} synthetic ones, matching error {synset.matching_error:.3f}.")
     print(result.SIGN_CONVENTION)
     for number, (text, said) in enumerate(
@@ -136,7 +137,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     source = result.top(1, query=0)["cluster"].iloc[0]
     print(f"\nWithout {source}, predicted and trained again:")
-    predicted = attribute.model_without([source], rows=train, data_collator=collator)
+    predicted = attribute.model_without([source], rows=train)
     again = build_trainer(train.filter(lambda row: row["source"] != source))
     again.train()
     answers = (says(other, tokenizer, example.questions) for other in (predicted, again.model))

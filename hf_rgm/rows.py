@@ -9,12 +9,33 @@ import datasets
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import default_data_collator
+from transformers import (
+    DataCollatorForSeq2Seq,
+    DataCollatorWithPadding,
+    PreTrainedTokenizerBase,
+    default_data_collator,
+)
 
 from hf_rgm.losses import IGNORED_LABEL
 from hf_rgm.modeling import LABEL_NAMES, FunctionalModel
 
 DataCollator = Callable[[list[Any]], Mapping[str, Any]]
+
+
+def padding_collator(tokenizer: PreTrainedTokenizerBase) -> DataCollator:
+    """
+    What a `Trainer` with this tokenizer collates by; labels of tokens are padded too, with -100.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`): The model's.
+    """
+    of_rows, of_tokens = DataCollatorWithPadding(tokenizer), DataCollatorForSeq2Seq(tokenizer)
+
+    def collate(items: list[Any]) -> Mapping[str, Any]:
+        labels = next((items[0][name] for name in LABEL_NAMES if name in items[0]), 0)
+        return (of_tokens if np.ndim(labels) else of_rows)(items)
+
+    return collate
 
 
 class RowReader:

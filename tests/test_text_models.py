@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import pipeline
 
 from hf_rgm import (
     Attributor,
@@ -21,7 +22,7 @@ from hf_rgm.losses import RowLoss
 from hf_rgm.modeling import FunctionalModel
 from hf_rgm.rows import CachedBatches, RowReader
 from hf_rgm.synset.targets import cluster_gradients
-from tests.text import classifier, language_model, texts
+from tests.text import VOCABULARY, classifier, language_model, texts, word_tokenizer
 from tests.training import recorded_model
 
 CLOSE = {"atol": 1e-6, "rtol": 1e-4}
@@ -95,7 +96,7 @@ class Decoder:
         return " ".join(map(str, tokens))
 
 
-def test_synthetic_texts_can_be_read(synset):
+def test_synthetic_writtencan_be_read(synset):
     """Samples start from rows, whose tokens are 3 and up, and padding (0) never occurs in them."""
     read = synset.texts(Decoder)
     assert len(read) == 6
@@ -166,3 +167,47 @@ def test_the_model_without_a_cluster_is_one_of_its_kind(run, synset, tmp_path):
         again = PeftModel.from_pretrained(classifier("bert"), tmp_path).eval()
         with torch.no_grad():
             torch.testing.assert_close(again(**batch).logits, after, atol=0, rtol=0)
+
+
+def cut(rows):
+    """The same rows without their padding."""
+    lengths = [int(row["attention_mask"].sum()) for row in rows]
+    return [
+        {name: value[:length].tolist() if value.dim() else int(value) for name, value in row.items()}
+        for row, length in zip(rows, lengths, strict=True)
+    ]
+
+
+def test_a_pipeline_with_a_tokenizer_pads_queries_and_rows(run, synset):
+    model, _, dataset, queries = run
+    tokenizer = word_tokenizer(f"w{number}" for number in range(3, VOCABULARY))
+    settings = {"engine": "adjoint", "objective": "loss", "rewind": 0.5}
+    expected = Attributor(model, synset, disable_tqdm=True).attribute(queries, rows=dataset, **settings)
+    attribute = pipeline("data-attribution", model=model, tokenizer=tokenizer, synset=synset, disable_tqdm=True)
+    result = attribute(cut(queries), rows=dataset, **settings)
+    np.testing.assert_allclose(result.scores, expected.scores, rtol=1e-3, atol=1e-5 * np.abs(expected.scores).max())
+    assert result.row_scores.shape == (6, 24)
+    with pytest.raises(ValueError, match="Pass the `data_collator`"):
+        pipeline("data-attribution", model=model, synset=synset, disable_tqdm=True)(cut(queries))
+
+
+def test_a_pipeline_with_a_tokenizer_takes_texts(run, synset):
+    model = run[0]
+    tokenizer = word_tokenizer(f"w{number}" for number in range(3, VOCABULARY))
+    attribute = pipeline("data-attribution", model=model, tokenizer=tokenizer, synset=synset, disable_tqdm=True)
+    written = ["w3 w5 w9", "w4 w7"]
+    rows = [dict(tokenizer(text)) for text in written]
+    expected = attribute(rows, rewind=0.5).scores
+    np.testing.assert_array_equal(attribute(written, rewind=0.5).scores, expected)
+    np.testing.assert_allclose(attribute("w4 w7", rewind=0.5).scores, expected[1:], rtol=1e-3, atol=1e-6)
+
+
+def test_a_pipeline_finds_the_tokenizer_beside_the_model(tmp_path):
+    tokenizer = word_tokenizer(f"w{number}" for number in range(3, VOCABULARY))
+    dataset, clusters = texts(), ClusterMap.from_ids(np.arange(24) % 3)
+    model = recorded_model(classifier("bert"), dataset, tmp_path / "run", num_states=3, num_train_epochs=3)
+    kept = distil((model, tmp_path / "run" / "trajectory", dataset, None), clusters, num_iterations=3)
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path / "model")
+    attribute = pipeline("data-attribution", model=str(tmp_path / "model"), synset=kept, disable_tqdm=True)
+    assert attribute(["w3 w5", "w4 w9 w7"], engine="adjoint").scores.shape == (2, 3)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -27,7 +28,7 @@ MAX_FACTOR = 2.0
 NUM_PROBES = 8
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class WeightedInputs:
     """
     Samples, or rows, whose Gauss-Newton matrices add up to the clusters'.
@@ -46,6 +47,10 @@ class WeightedInputs:
         """Weights under cluster weights `(num_masks, num_clusters)`: `(num_masks, num_samples, *positions)`."""
         own = masks[:, self.clusters]
         return own.reshape(*own.shape, *[1] * (self.weights.dim() - 1)) * self.weights
+
+
+_rows_told_of: weakref.WeakSet[WeightedInputs] = weakref.WeakSet()
+"""Every replay of an attribution meets the same rows; one warning is enough."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +107,6 @@ class PathCurvature:
         self._rows = rows
         self._max_bytes = max_bytes
         self._max_row_bytes = max_row_bytes
-        self._said = False
 
     def at(self, path: RecordedPath, state: int) -> StateCurvature:
         """The curvature at a recorded step of a path."""
@@ -114,8 +118,8 @@ class PathCurvature:
         share = self._share(own, rows, path.steps(first, first + 1)[0].precondition)
         if 1 / MAX_FACTOR <= share <= MAX_FACTOR:
             return own
-        if not self._said:
-            self._said = True
+        if self._rows not in _rows_told_of:
+            _rows_told_of.add(self._rows)
             logger.warning(
                 "The synset has %.2g times the rows' curvature at recorded step %d, which would make scores too %s. "
                 "The curvature of %d rows takes its place wherever they differ by more than a factor of %g. Scores "

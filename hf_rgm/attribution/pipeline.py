@@ -24,6 +24,7 @@ from hf_rgm.attribution.result import AttributionResult
 from hf_rgm.attribution.unlearned import UnlearnedModel
 from hf_rgm.hub.artefact import CardOptions
 from hf_rgm.hub.repository import is_repo_id, link_model, model_address
+from hf_rgm.rows import padding_collator
 from hf_rgm.synset.synset import Synset
 
 TASK = "data-attribution"
@@ -47,6 +48,9 @@ class AttributionPipeline(Pipeline):
         max_memory (`str`, *optional*, defaults to `"4GB"`): Memory beside the model; see [`Attributor`].
         force (`bool`, *optional*, defaults to `False`): Accept a model whose parameters are not the synset's.
         disable_tqdm (`bool`, *optional*, defaults to `False`): No progress bars.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): For token models: queries may then be strings, and
+            queries and rows are padded by it where no `data_collator` is given. The `pipeline` factory takes it from
+            the model's folder or repository.
         kwargs: Options of [`AttributionPipeline.__call__`] that hold for every call, and what
             [`~transformers.Pipeline`] takes.
 
@@ -72,7 +76,7 @@ class AttributionPipeline(Pipeline):
     _load_image_processor = False
     _load_video_processor = False
     _load_feature_extractor = False
-    _load_tokenizer = False
+    _load_tokenizer = None  # if there is one
 
     def __init__(
         self,
@@ -107,7 +111,8 @@ class AttributionPipeline(Pipeline):
         Attributes all queries together.
 
         Args:
-            queries: A dataset, a list of dictionaries, an iterable of them, or one dictionary.
+            queries: A dataset, a list of dictionaries, an iterable of them, or one dictionary; with a tokenizer also
+                texts, a list or one, whose labels are what the model predicts.
             top_k (`int`, *optional*): Return lists of the clusters with the largest scores in place of the matrix.
             options: Those of [`Attributor.attribute`]: `engine`, `objective`, `rows`, `data_collator`, `rewind`,
                 `stride`, `num_masks`, `seed`, `query_ids`, `output_dir`. `batch_size` and `num_workers`, which
@@ -124,20 +129,20 @@ class AttributionPipeline(Pipeline):
         top_k = preset if top_k is None else top_k
         if top_k is not None and top_k < 1:
             raise ValueError(f"`top_k` must be at least 1, got {top_k}. Leave it out for the whole matrix.")
-        result = self.attributor.attribute(_as_sequence(queries), **options)
+        result = self.attributor.attribute(self._as_rows(queries), **self._padded(options))
         return result if top_k is None else result.to_list(top_k)
 
     def model_without(self, clusters: Iterable[str | int], **options: Any) -> nn.Module:
         """The model as it would be without some clusters; see [`Attributor.model_without`]."""
-        return self.attributor.model_without(clusters, **options)
+        return self.attributor.model_without(clusters, **self._padded(options))
 
     def unlearn(self, clusters: Iterable[str | int], **options: Any) -> UnlearnedModel:
         """The model without some clusters, checked and ready to be shared; see [`Attributor.unlearn`]."""
-        return self.attributor.unlearn(clusters, **options)
+        return self.attributor.unlearn(clusters, **self._padded(options))
 
     def suggest_mixture(self, queries: Any, **options: Any) -> MixtureSuggestion:
         """Which clusters to train on more, and which less; see [`Attributor.suggest_mixture`]."""
-        return self.attributor.suggest_mixture(_as_sequence(queries), **options)
+        return self.attributor.suggest_mixture(self._as_rows(queries), **self._padded(options))
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:  # type: ignore[override]
         """
@@ -226,6 +231,20 @@ class AttributionPipeline(Pipeline):
             return None
         return name if "/" in name and not Path(name).exists() and is_repo_id(name) else None
 
+    def _as_rows(self, queries: Any) -> Any:
+        if isinstance(queries, (dict, str)):
+            queries = [queries]
+        elif isinstance(queries, Iterator):
+            queries = list(queries)
+        if self.tokenizer is None or not isinstance(queries, list):
+            return queries
+        return [dict(self.tokenizer(row, truncation=True)) if isinstance(row, str) else row for row in queries]
+
+    def _padded(self, options: dict[str, Any]) -> dict[str, Any]:
+        if self.tokenizer is None or getattr(self.model, "main_input_name", None) != "input_ids":
+            return options
+        return {"data_collator": padding_collator(self.tokenizer), **options}
+
     def _sanitize_parameters(self, **options: Any) -> tuple[dict, dict, dict]:
         # Called once, by the constructor of `Pipeline`, with the options it does not know.
         self._options = options
@@ -236,17 +255,11 @@ class AttributionPipeline(Pipeline):
         return input_
 
     def _forward(self, input_tensors: Any, **options: Any) -> AttributionResult:
-        return self.attributor.attribute([input_tensors], **options)
+        return self.attributor.attribute([input_tensors], **self._padded(options))
 
     def postprocess(self, model_outputs: AttributionResult, **_: Any) -> AttributionResult:
         """Part of the interface of `Pipeline`: results are complete as they are."""
         return model_outputs
-
-
-def _as_sequence(queries: Any) -> Any:
-    if isinstance(queries, dict):
-        return [queries]
-    return list(queries) if isinstance(queries, Iterator) else queries
 
 
 def register() -> None:

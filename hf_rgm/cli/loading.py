@@ -121,7 +121,7 @@ def load_rows(name: str, *, split: str | None, default_split: str, prepare: str 
 
 def load_collator(reference: str | None, rows: Any, model_name: str, revision: str | None = None) -> Any:
     """
-    The named collator, or the one a `Trainer` would take: padding for rows of tokens, else `None`.
+    The named collator, or padding by the model's tokenizer for rows of tokens, or `None` for other rows.
 
     Raises:
         OSError: If rows have tokens and the model no tokenizer.
@@ -130,10 +130,12 @@ def load_collator(reference: str | None, rows: Any, model_name: str, revision: s
         return load_object(reference)
     if "input_ids" not in (getattr(rows, "column_names", None) or []):
         return None
-    from transformers import AutoTokenizer, DataCollatorWithPadding
+    from transformers import AutoTokenizer
+
+    from hf_rgm.rows import padding_collator
 
     try:
-        return DataCollatorWithPadding(AutoTokenizer.from_pretrained(model_name, revision=revision))
+        return padding_collator(AutoTokenizer.from_pretrained(model_name, revision=revision))
     except (OSError, ValueError) as error:
         raise OSError(
             f"Rows have input_ids, but {model_name} has no tokenizer to pad them. Save the tokenizer with the model, "
