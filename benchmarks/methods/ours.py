@@ -56,7 +56,7 @@ def replay(
 
     The clusters of a random half are weighted up so that the weights sum to the number of rows: every training of a
     task takes the same steps on whatever there is. Single clusters are left out as the library does it, without that.
-    With the training rows (`with_rows`), linearised replay uses their gradients, and the adjoint scores every row.
+    With the training rows (`with_rows`), replays use their gradients, and the adjoint scores every row.
     """
 
     def run(recorded: Recorded, queries: Dataset) -> Prediction:
@@ -109,6 +109,8 @@ METHODS: dict[str, Method] = {
     "linearised replay, synset alone, quick preset": replay(distillation=PRESETS["quick"]),
     "adjoint, quick preset": adjoint(**PRESETS["quick"]),
     "adjoint, 1 per cluster": adjoint(samples_per_cluster=1),
+    "anchored replay and adjoint": replay(engine="replay", with_rows=True),
+    "anchored replay and adjoint, 5 runs": replay(engine="replay", with_rows=True, num_runs=5),
     "anchored replay": replay(engine="replay"),
     "anchored replay, 5 runs": replay(engine="replay", num_runs=5),
     "anchored replay, quick preset": replay(engine="replay", distillation=PRESETS["quick"]),

@@ -138,8 +138,8 @@ class Attributor:
                 cost does not depend on the number of clusters), `"replay"` (anchored) or `"plain_replay"`.
             objective (`str` or `Objective`, *optional*, defaults to `"margin"`): What to explain.
             rows (*optional*): The training dataset. Clusters are then scored by their real gradients in place of the
-                synset's, and every row by the adjoint where the objective is differentiable. For
-                `"linearized_replay"` and `"adjoint"`.
+                synset's, and every row by the adjoint where the objective is differentiable. Not for
+                `"plain_replay"`.
             data_collator (`Callable`, *optional*): Collates queries and rows. Defaults to `default_data_collator`.
             rewind (`float`, *optional*): Fraction of training to go back to. Defaults to the engine's; replays whose
                 models drift start later, see [`~hf_rgm.attribution.drift.DriftMeter`]. The result's
@@ -234,7 +234,7 @@ class Attributor:
             masks (`Tensor`): `(num_masks, num_clusters)`, weights, not negative: 1 for as it was, 0 for absent.
             objective (`str` or `Objective`, *optional*, defaults to `"margin"`): What to evaluate.
             engine (`str`, *optional*, defaults to `"linearized_replay"`): Or `"replay"`, `"plain_replay"`.
-            rows (*optional*): The training dataset, for real cluster gradients (`"linearized_replay"` only).
+            rows (*optional*): The training dataset, for real cluster gradients (not for `"plain_replay"`).
             data_collator (`Callable`, *optional*): Collates queries and rows. Defaults to `default_data_collator`.
             settings: `rewind` and `stride`, as in [`Attributor.attribute`].
 
@@ -277,7 +277,7 @@ class Attributor:
                 (anchored), the nearer one where about half of the data is, or `"plain_replay"`. Defaults to the first
                 for up to a quarter of the rows, to the second for more.
             rows (*optional*): The training dataset: compares losses on the removed rows, and on the others. Linearised
-                replay uses their gradients in place of the synset's.
+                and anchored replay use their gradients in place of the synset's.
             queries (*optional*): Other rows to compare losses on.
             data_collator (`Callable`, *optional*): Collates rows. Defaults to `default_data_collator`.
             rewind (`float`, *optional*): Fraction of training to go back to. Defaults as in [`Attributor.attribute`].

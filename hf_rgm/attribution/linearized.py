@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from hf_rgm.attribution.curvature import PathCurvature, WeightedInputs
+from hf_rgm.attribution.forces import ClusterGradients, force, gradients_of_synset
 from hf_rgm.attribution.memory import MemoryShares
 from hf_rgm.attribution.perturbations import check_masks
 from hf_rgm.exceptions import DivergenceError
 from hf_rgm.modeling import FunctionalModel
 from hf_rgm.synset.costs import PieceOfWork, measured
 from hf_rgm.synset.inputs import InputSpace
-from hf_rgm.synset.matching import SynsetGradients
 from hf_rgm.synset.samples import SyntheticSamples
 from hf_rgm.trajectory.path import RecordedPath, deviation_step
 
@@ -45,9 +44,8 @@ class LinearizedReplayEngine:
         rewind (`float`, *optional*, defaults to `0.14`): Fraction of training down to which effects are followed.
         stride (`int`, *optional*): Training steps per integration step. Defaults to the smallest that needs at most
             200 integration steps; halved where the deviation explodes, which weights above 1 make more likely.
-        cluster_gradients (`Callable`, *optional*): Takes a recorded step and a range of clusters and returns the
-            data's gradients `G_k` there, `(len(clusters), num_parameters)`. Defaults to the synset's, which are an
-            approximation.
+        cluster_gradients (`ClusterGradients`, *optional*): The data's gradients `G_k`. Defaults to the synset's,
+            which are an approximation.
         rows (`WeightedInputs`, *optional*): Rows whose curvature stands in for the synset's where the two differ
             much; see [`~hf_rgm.attribution.curvature.PathCurvature`].
         max_bytes (`int`, *optional*, defaults to `2**30`): Memory, beside the recorded states; see [`MemoryShares`].
@@ -66,7 +64,7 @@ class LinearizedReplayEngine:
         *,
         rewind: float = 0.14,
         stride: int | None = None,
-        cluster_gradients: Callable[[int, range], Tensor] | None = None,
+        cluster_gradients: ClusterGradients | None = None,
         rows: WeightedInputs | None = None,
         max_bytes: int = 2**30,
         disable_tqdm: bool = False,
@@ -80,9 +78,8 @@ class LinearizedReplayEngine:
         self.disable_tqdm = disable_tqdm
         shares = MemoryShares.of(max_bytes, with_rows=rows is not None)
         self.batch_size = max(1, shares.vectors // (16 * model.num_parameters))
-        self._clusters_at_once = max(1, shares.gradients // (12 * model.num_parameters))
-        self._synset_gradients = SynsetGradients(model, inputs)
-        self.cluster_gradients = cluster_gradients or self._gradients_of_synset
+        self._max_gradient_bytes = shares.gradients
+        self.cluster_gradients = cluster_gradients or gradients_of_synset(model, inputs, samples, self.path)
         self._curvature = PathCurvature(
             model, inputs, samples, rows=rows, max_bytes=shares.jacobian, max_row_bytes=shares.row_jacobian
         )
@@ -182,12 +179,10 @@ class LinearizedReplayEngine:
 
     def force(self, state: int, masks: Tensor) -> Tensor:
         """Change of the training gradient at a recorded step under each mask: `(num_masks, num_parameters)`."""
-        result = torch.zeros(len(masks), self.model.num_parameters, device=self.model.device)
-        for start in range(0, masks.shape[1], self._clusters_at_once):
-            clusters = range(start, min(start + self._clusters_at_once, masks.shape[1]))
-            result += (masks[:, clusters.start : clusters.stop] - 1) @ self.cluster_gradients(state, clusters)
-        return result
-
-    def _gradients_of_synset(self, state: int, clusters: range) -> Tensor:
-        some = self.samples[slice(clusters.start, clusters.stop)]
-        return self._synset_gradients(self.model.space.unflatten(self.path.state(state)), some).detach()
+        return force(
+            self.cluster_gradients,
+            state,
+            masks,
+            num_parameters=self.model.num_parameters,
+            max_bytes=self._max_gradient_bytes,
+        )

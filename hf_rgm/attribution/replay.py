@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.func import grad, vmap
 from tqdm.auto import tqdm
 
+from hf_rgm.attribution.forces import ClusterGradients, force, gradients_of_synset
 from hf_rgm.attribution.memory import MemoryShares
 from hf_rgm.attribution.perturbations import check_masks
 from hf_rgm.exceptions import DivergenceError
@@ -39,6 +40,8 @@ class ReplayEngine:
         anchored (`bool`, *optional*, defaults to `True`): Follow the recorded path and integrate only the deviation
             from it, so that the unperturbed replay is the trained model exactly. Otherwise start from the recorded
             state nearest to the rewind point, the last one excepted, and replay the optimizer itself.
+        cluster_gradients (`ClusterGradients`, *optional*): The data's gradients at recorded states. Where the synset's
+            differ from them, anchored replay adds the difference: exact to first order, as it is at p = 1.
         max_bytes (`int`, *optional*, defaults to `2**30`): Memory, beside the recorded states; see [`MemoryShares`].
         disable_tqdm (`bool`, *optional*, defaults to `False`): No progress bar.
     """
@@ -55,6 +58,7 @@ class ReplayEngine:
         rewind: float = 0.27,
         stride: int | None = None,
         anchored: bool = True,
+        cluster_gradients: ClusterGradients | None = None,
         max_bytes: int = 2**30,
         disable_tqdm: bool = False,
     ) -> None:
@@ -68,9 +72,11 @@ class ReplayEngine:
         self.trajectory = trajectory
         self.path = RecordedPath(trajectory, model.space, model.device, rewind=rewind, stride=stride)
         self.anchored = anchored
+        self.cluster_gradients = cluster_gradients
         self.disable_tqdm = disable_tqdm
         # Deviation, momentum, where gradients are taken, these, and what a step makes of them.
-        vectors = MemoryShares.of(max_bytes, with_rows=False).vectors
+        shares = MemoryShares.of(max_bytes, with_rows=False)
+        self._max_gradient_bytes, vectors = shares.gradients, shares.vectors
         self.batch_size = max(1, min(MAX_MODELS_AT_ONCE, vectors // (24 * model.num_parameters)))
 
     @property
@@ -105,8 +111,14 @@ class ReplayEngine:
             )
         return result
 
-    def costs(self, num_masks: int) -> PieceOfWork:
-        """What [`ReplayEngine.parameters`] of so many masks takes, in batches, from one gradient and one step."""
+    def costs(self, num_masks: int, data_gradients: PieceOfWork | None = None) -> PieceOfWork:
+        """
+        What [`ReplayEngine.parameters`] of so many masks takes, in batches, from one gradient and one step.
+
+        Args:
+            num_masks (`int`): Masks; those that fit in memory together go together.
+            data_gradients (`PieceOfWork`, *optional*): What the data's gradients at a state take, where they are used.
+        """
         at_once = min(num_masks, self.batch_size)
         final = self.path.state(self.trajectory.num_steps)
         everything = torch.ones(1, len(self.samples.log_weights), device=self.model.device)
@@ -119,22 +131,41 @@ class ReplayEngine:
         num_gradients = num_masks + (batches if self.anchored else 0)
         # Parameters and second moments of each state; deviation, momentum, where gradients are taken, and these.
         held = 8 * len(self.trajectory.state_steps) * len(final) + 4 * vectors.nbytes
+        data = data_gradients or PieceOfWork(0.0, 0)
         # Gradients of a batch are put together once all are there, on the CPU.
         return PieceOfWork(
-            seconds=steps * (num_gradients * gradient.seconds + batches * stepping.seconds),
-            peak_bytes=held + max(gradient.peak_bytes, vectors.nbytes, stepping.peak_bytes),
+            seconds=steps * (num_gradients * gradient.seconds + batches * stepping.seconds)
+            + batches * len(self.path.segments()) * data.seconds,
+            peak_bytes=held + max(gradient.peak_bytes, vectors.nbytes, stepping.peak_bytes, data.peak_bytes),
         )
 
     def _anchored(self, masks: Tensor) -> Tensor:
         deviation = torch.zeros(len(masks), self.model.num_parameters, device=self.model.device)
         momentum = torch.zeros_like(deviation)
         everything = torch.ones(1, masks.shape[1], device=self.model.device)
+        lacking, at = None, None
         for step in self._progress(self.path.steps(), len(masks)):
+            if lacking is None or at != step.nearest_state:
+                at, lacking = step.nearest_state, self._lacking(step.nearest_state, masks)
             anchor = self.path.parameters_at(step.step)
             base = self._gradients(anchor[None], everything)
-            change = self._gradients(anchor + deviation, masks) - base
+            change = self._gradients(anchor + deviation, masks) - base + lacking
             deviation, momentum = deviation_step(step, deviation, momentum, change)
         return self.path.state(self.trajectory.num_steps) + deviation
+
+    def _lacking(self, state: int, masks: Tensor) -> Tensor:
+        """What the synset's change of the gradient at a recorded step lacks: `(num_masks, num_parameters)`, or 0."""
+        data = self.cluster_gradients
+        if data is None:
+            return torch.zeros(1, device=self.model.device)
+        own = gradients_of_synset(self.model, self.inputs, self.samples, self.path)
+        return force(
+            lambda step, clusters: data(step, clusters) - own(step, clusters),
+            state,
+            masks,
+            num_parameters=self.model.num_parameters,
+            max_bytes=self._max_gradient_bytes,
+        )
 
     def _plain(self, masks: Tensor) -> Tensor:
         start = self.start

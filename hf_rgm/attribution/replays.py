@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 REPLAY_ENGINES = ("linearized_replay", "replay", "plain_replay")
 ENGINES = ("adjoint", *REPLAY_ENGINES)
-ENGINES_OF_ROWS = ("adjoint", "linearized_replay")
+ENGINES_OF_ROWS = ("adjoint", "linearized_replay", "replay")
 LATER_REWINDS = (0.4, 0.6, 0.8, 0.9)
 """Fractions of training to go back to where the engine's own is too far."""
 
@@ -39,6 +39,13 @@ NUM_PROBES = 16
 """Masks of a question whose replays are looked at."""
 
 Engine = LinearizedReplayEngine | ReplayEngine
+
+
+def check_rows(engine: str, what: str = "`rows` are") -> None:
+    """Raises a `ValueError` unless the engine can make use of training rows."""
+    if engine not in ENGINES_OF_ROWS:
+        known = f"{', '.join(ENGINES_OF_ROWS[:-1])} and {ENGINES_OF_ROWS[-1]}"
+        raise ValueError(f"{what} for engines {known}, got {engine!r}.")
 
 
 def check_engine(engine: str, known: tuple[str, ...] = ENGINES) -> None:
@@ -122,8 +129,8 @@ class Replays:
             ValueError: If there is no such replay engine, or it cannot make use of rows.
         """
         check_engine(name, REPLAY_ENGINES)
-        if rows is not None and name not in ENGINES_OF_ROWS:
-            raise ValueError(f"`rows` are for engines {' and '.join(ENGINES_OF_ROWS)}, got {name!r}.")
+        if rows is not None:
+            check_rows(name)
         own = {
             "max_bytes": self.max_bytes,
             "disable_tqdm": self._disable_tqdm or not self.processes.shows_progress,
@@ -245,7 +252,7 @@ class Replays:
 
     def _built(self, name: str, rows: TrainingRows | None, settings: dict[str, Any]) -> Engine:
         engine = self.engine(name, rows=rows, **settings)
-        if rows is not None and isinstance(engine, LinearizedReplayEngine):
+        if rows is not None:
             engine.cluster_gradients = rows.gradients(engine.path)
         return engine
 

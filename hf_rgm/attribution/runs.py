@@ -14,7 +14,7 @@ from hf_rgm.attribution.memory import MemoryShares
 from hf_rgm.attribution.objectives import Objective, Queries
 from hf_rgm.attribution.perturbations import leave_one_out, random_subsets, ridge_scores
 from hf_rgm.attribution.query_gradients import QueryGradients
-from hf_rgm.attribution.replays import ENGINES_OF_ROWS, Replayed, Replays, check_engine
+from hf_rgm.attribution.replays import Replayed, Replays, check_engine, check_rows
 from hf_rgm.attribution.training_rows import TrainingRows
 from hf_rgm.synset.costs import CostEstimate, PieceOfWork, measured
 
@@ -24,8 +24,8 @@ EMPTY_RESULT_BYTES = 16_000
 def check_options(engine: str, *, rows: Any, num_masks: int | None) -> None:
     """Raises a `ValueError` unless an engine is known and can make use of rows and masks, where they are given."""
     check_engine(engine)
-    if rows is not None and engine not in ENGINES_OF_ROWS:
-        raise ValueError(f"`rows` are for engines {' and '.join(ENGINES_OF_ROWS)}, got {engine!r}.")
+    if rows is not None:
+        check_rows(engine)
     if num_masks is not None and engine == "adjoint":
         raise ValueError(f'`num_masks` = {num_masks} is for replay engines; `engine="adjoint"` needs no masks.')
     if num_masks is not None and num_masks < 2:
@@ -136,7 +136,8 @@ class RecordedRun:
         more, processes = num_queries / len(queries), self._processes.count
         num_values = round(count * more) if count == len(queries) else count
         stages = []
-        if engine == "adjoint" or (objective.differentiable and engine in ENGINES_OF_ROWS):
+        with_gradients = engine == "linearized_replay" or rows is not None
+        if engine == "adjoint" or (objective.differentiable and with_gradients):
             taken = measured(lambda: objective.gradients(self.model, self.final, queries))
             stages.append(PieceOfWork(more * taken.seconds, round(more * taken.peak_bytes)))
         held = 4 * num_values * self.model.num_parameters if stages else 0
@@ -154,10 +155,7 @@ class RecordedRun:
         if engine != "adjoint":
             replay = self.replays.engine(engine, rows=rows, **settings)
             masks = -(-(num_masks or self.clusters.num_clusters) // processes)
-            if isinstance(replay, LinearizedReplayEngine):
-                stages.append(replay.costs(masks, None if rows is None else rows.cost_of_gradients(self.final)))
-            else:
-                stages.append(replay.costs(masks))
+            stages.append(replay.costs(masks, None if rows is None else rows.cost_of_gradients(self.final)))
             if not (isinstance(replay, LinearizedReplayEngine) and objective.differentiable):
                 stages.append(PieceOfWork(masks * more * values.seconds, round(more * values.peak_bytes)))
             blocks = -(-masks // replay.batch_size)

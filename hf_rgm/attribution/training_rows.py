@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from hf_rgm.attribution.curvature import WeightedInputs, sample_rows
+from hf_rgm.attribution.forces import ClusterGradients
 from hf_rgm.attribution.memory import MemoryShares
 from hf_rgm.losses import RowLoss
 from hf_rgm.modeling import FunctionalModel
@@ -22,9 +22,6 @@ from hf_rgm.trajectory.path import RecordedPath
 from hf_rgm.trajectory.storage import Trajectory
 
 ROWS_AT_ONCE = 256
-
-ClusterGradients = Callable[[int, range], Tensor]
-"""Takes a recorded step and some clusters, and returns their gradients there, `(len(clusters), num_parameters)`."""
 
 
 class TrainingRows:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from hf_rgm.artefacts import printable
 from hf_rgm.attribution.attributor import Attributor
 from hf_rgm.attribution.objectives import Objective, resolve_objective
-from hf_rgm.attribution.replays import ENGINES_OF_ROWS, check_engine
+from hf_rgm.attribution.replays import check_engine, check_rows
 from hf_rgm.fidelity.budget import LDS_CLUSTERS, LDS_ROWS, LEAVE_CLUSTER_OUT, MEASURES, plan_retrainings
 from hf_rgm.fidelity.predictions import evaluation_identity, predicted_values, subset_masks
 from hf_rgm.fidelity.processes import Launch
@@ -174,8 +174,8 @@ class FidelityReport:
                 recorded one, or the engine predicts the same of every subset.
         """
         check_engine(engine)
-        if rows and engine not in ENGINES_OF_ROWS:
-            raise ValueError(f"`rows=True` is for engines {' and '.join(ENGINES_OF_ROWS)}, got {engine!r}.")
+        if rows:
+            check_rows(engine, "`rows=True` is")
         synset, objective = attributor.synset, resolve_objective(objective)
         recorded_seeds = {run.metadata.get("seeds", {}).get("seed") for run in synset.trajectories}
         plan = plan_retrainings(

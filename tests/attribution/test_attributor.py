@@ -139,9 +139,9 @@ def test_query_ids_are_kept(attributor):
     [
         ({"engine": "magic"}, ValueError, "Unknown engine 'magic'. Use one of adjoint, linearized_replay, replay"),
         (
-            {"engine": "replay", "rows": RUN.train_dataset},
+            {"engine": "plain_replay", "rows": RUN.train_dataset},
             ValueError,
-            "`rows` are for engines adjoint and linearized_replay, got 'replay'",
+            "`rows` are for engines adjoint, linearized_replay and replay, got 'plain_replay'",
         ),
         ({"engine": "adjoint", "num_masks": 5}, ValueError, "`num_masks` = 5 is for replay engines"),
         ({"engine": "replay", "num_masks": 1}, ValueError, "`num_masks` must be at least 2, got 1"),

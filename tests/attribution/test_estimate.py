@@ -106,4 +106,4 @@ def test_bad_requests_are_refused(attributor):
     with pytest.raises(ValueError, match="Unknown engine 'magic'"):
         attributor.estimate(RUN.queries, engine="magic")
     with pytest.raises(ValueError, match="`rows` are for engines"):
-        attributor.estimate(RUN.queries, engine="replay", rows=RUN.train_dataset)
+        attributor.estimate(RUN.queries, engine="plain_replay", rows=RUN.train_dataset)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from hf_rgm.attribution.attributor import Attributor
+from hf_rgm.attribution.linearized import LinearizedReplayEngine
 from hf_rgm.attribution.replay import ReplayEngine
 from hf_rgm.exceptions import DivergenceError
 from hf_rgm.testing import tiny_recorded_run, tiny_synset
@@ -30,6 +31,26 @@ def test_masks_are_replayed_independently():
     together = replay.parameters(masks)
     apart = torch.cat([replay.parameters(mask[None]) for mask in masks])
     assert torch.equal(together, apart)
+
+
+def test_the_data_s_gradients_set_it_going_as_they_do_linearised_replay():
+    """A first step from the recorded path is the same: what the synset lacks is added."""
+    gradients = torch.randn(6, engine().model.num_parameters, generator=torch.Generator().manual_seed(0))
+    settings = {
+        "rewind": 0.98,
+        "cluster_gradients": lambda step, clusters: gradients[clusters.start : clusters.stop],
+    }
+    anchored = engine(**settings)
+    assert len(anchored.path.steps()) == 1
+    linearised = LinearizedReplayEngine(
+        anchored.model, anchored.inputs, anchored.samples, RUN.trajectory, disable_tqdm=True, **settings
+    )
+    masks = torch.rand(3, 6, generator=torch.Generator().manual_seed(1))
+    final = anchored.path.state(RUN.trajectory.num_steps)
+    deviations = anchored.parameters(masks) - final
+    torch.testing.assert_close(deviations, linearised.deviations(masks), atol=1e-6, rtol=1e-4)
+    assert not torch.allclose(deviations, engine(rewind=0.98).parameters(masks) - final, rtol=0.1, atol=0)
+    assert torch.equal(engine(**settings | {"rewind": 0.3}).parameters(torch.ones(1, 6))[0], final)
 
 
 @pytest.mark.parametrize("anchored", [True, False])
