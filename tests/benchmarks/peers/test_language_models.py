@@ -130,7 +130,7 @@ def test_a_checkpoint_is_loaded_under_every_name(recorded):
     model = FunctionalModel(recorded.model)
     other = ensemble(recorded, 2)[1].parameters
     logits = Logits(recorded.model)
-    logits.load_state_dict(logits.checkpoint(other))
+    logits.load_state_dict(Logits(recorded.model).checkpoint(other))
     batch = queries_of(model, recorded.task.queries)
     known = batch.labels != -100
     actual = logits(batch.inputs["input_ids"])[known]
