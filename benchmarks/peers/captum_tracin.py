@@ -13,7 +13,7 @@ from benchmarks.peers.common import (
     as_tensors,
     load_peer,
     loader,
-    negative_margin,
+    negative_objective,
     num_bytes,
     prediction,
     summed_loss,
@@ -30,7 +30,8 @@ def tracin(num_checkpoints: int | None = None) -> Method:
     TracInCP over recorded states.
 
     captum takes a checkpoint's learning rate from what its load function returns, and 1.0 from its default one. The
-    initial state is left out: the states are ends of steps.
+    initial state is left out: the states are ends of steps. Gradients are those of linear and convolutional layers:
+    embeddings and layer norms are left out, of tied embeddings only their use as the head counts.
 
     Args:
         num_checkpoints (`int`, *optional*): States, evenly chosen, the last one always; all by default.
@@ -60,7 +61,7 @@ def tracin(num_checkpoints: int | None = None) -> Method:
             checkpoints_load_func=load_checkpoint,
             layers=model.trained_layers(),
             loss_fn=summed_loss,
-            test_loss_fn=negative_margin,
+            test_loss_fn=negative_objective(recorded.task.objective),
             sample_wise_grads_per_batch=True,
         )
         scores = peer.influence(loader(tests, BATCH_SIZE))

@@ -16,12 +16,16 @@ import torch
 from datasets import Dataset
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils import skip_init
 from torch.utils.data import DataLoader, TensorDataset
-from transformers import PreTrainedModel, default_data_collator
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from benchmarks.recorded import Prediction, Recorded
-from hf_rgm.attribution.objectives import log_odds_margin
-from hf_rgm.modeling import FunctionalModel, main_input_name
+from hf_rgm.attribution.objectives import Queries, resolve_objective
+from hf_rgm.losses import IGNORED_LABEL
+from hf_rgm.modeling import FunctionalModel
+from hf_rgm.rows import RowReader
 from hf_rgm.synset.inputs import TOKENS
 
 INSTALL = (
@@ -50,7 +54,8 @@ class Logits(nn.Module):
     A copy of a Transformers or PEFT model as a function from its main input to logits, in evaluation mode.
 
     Attention is eager: peers take derivatives of gradients, and gradients of single rows. What is not trained (all but
-    the adapters and the classifier, with LoRA) is a buffer, so that peers attribute to the trained parameters alone.
+    the adapters and the classifier, with LoRA) is a buffer, so that peers attribute to the trained parameters alone;
+    tied parameters stay tied. GPT-2's `Conv1D`, which peers do not know, is an `nn.Linear` of transposed weights.
 
     Args:
         model (`PreTrainedModel`): The model; it is not touched.
@@ -61,9 +66,12 @@ class Logits(nn.Module):
         functional = FunctionalModel(model)
         self.model = functional.module
         self.input_name = functional.main_input_name
-        for module_name, module in self.model.named_modules():
+        self.is_causal = functional.shifts_labels
+        self.transposed = _replace_conv1d(self.model)
+        trained = {id(self.model.get_parameter(name)) for name in functional.space.names}
+        for module in self.model.modules():
             for name, parameter in list(module.named_parameters(recurse=False)):
-                if f"{module_name}.{name}".removeprefix(".") in functional.space.names:
+                if id(parameter) in trained:
                     parameter.requires_grad_(True)
                 else:
                     delattr(module, name)
@@ -74,9 +82,13 @@ class Logits(nn.Module):
         if self.input_name != TOKENS:
             return self.model(**{self.input_name: inputs}).logits
         # In the form that attention adds to its scores: Transformers asks whether all of a plain mask is set, which
-        # vmap cannot answer.
-        hidden = torch.finfo(torch.float32).min * ~self.mask(inputs)
-        return self.model(input_ids=inputs, attention_mask=hidden[:, None, None, :]).logits
+        # vmap cannot answer. It takes a mask of this form for the whole, and adds no causal one.
+        visible = self.mask(inputs)[:, None, None, :]
+        if self.is_causal:
+            length = inputs.shape[1]
+            visible = visible & torch.ones(length, length, dtype=torch.bool, device=inputs.device).tril()
+        hidden = torch.finfo(torch.float32).min * ~visible
+        return self.model(input_ids=inputs, attention_mask=hidden).logits
 
     def mask(self, tokens: Tensor) -> Tensor:
         """Which tokens are not padding: bool, the shape of the tokens."""
@@ -90,23 +102,56 @@ class Logits(nn.Module):
             if isinstance(module, nn.Linear | nn.Conv2d) and list(module.parameters(recurse=False))
         ]
 
+    def own(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What belongs to parameters of the Transformers model, named and transposed as they are here."""
+        return {
+            f"model.{name}": value.T.contiguous() if name in self.transposed else value
+            for name, value in values.items()
+        }
+
     def checkpoint(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """A whole state dict of this module, with the given parameters of the Transformers model."""
-        return self.state_dict() | {f"model.{name}": value for name, value in parameters.items()}
+        """A whole state dict of this module, with the given values of all trained parameters of the model."""
+        values = self.own(parameters)
+        names = {id(parameter): name for name, parameter in self.named_parameters()}
+        # A tied parameter is loaded once for each of its names.
+        return self.state_dict() | {
+            name: values[names[id(parameter)]] for name, parameter in self.named_parameters(remove_duplicate=False)
+        }
+
+
+def _replace_conv1d(model: nn.Module) -> frozenset[str]:
+    """Puts linear layers in place of `Conv1D`, and gives the names of the parameters that are transposed thereby."""
+    replaced = {name: module for name, module in model.named_modules() if isinstance(module, Conv1D)}
+    for name, module in replaced.items():
+        layer = skip_init(nn.Linear, module.nx, module.nf)
+        layer.weight = nn.Parameter(module.weight.detach().T.contiguous(), requires_grad=False)
+        layer.bias = module.bias
+        parent, _, attribute = name.rpartition(".")
+        setattr(model.get_submodule(parent), attribute, layer)
+    return frozenset(f"{name}.weight" for name in replaced)
 
 
 def as_tensors(dataset: Dataset, model: PreTrainedModel) -> TensorDataset:
     """
-    The model's main input `(num_rows, ...)`, float32, or token ids, and labels `(num_rows,)`, int64, of all rows.
+    The main input and the labels of all rows.
+
+    Inputs are `(num_rows, ...)`, float32, or token ids; labels `(num_rows,)`, or `(num_rows, length)` for labels of
+    tokens, int64. Those of a causal language model stand where they are predicted; -100 counts for nothing.
+    """
+    functional = FunctionalModel(model)
+    inputs, labels = RowReader(dataset, functional).batch(range(len(dataset)))
+    return TensorDataset(inputs[functional.main_input_name], labels)
+
+
+def check_one_label_a_row(rows: TensorDataset, peer: str) -> None:
+    """
+    For adapters that are for classification alone.
 
     Raises:
         NotImplementedError: If rows have a label for each token.
     """
-    batch = default_data_collator([dataset[row] for row in range(len(dataset))])
-    if batch["labels"].dim() != 1:
-        raise NotImplementedError("The peers' adapters are for one label a row, not for language models.")
-    inputs = batch[main_input_name(model)]
-    return TensorDataset(inputs.float() if inputs.is_floating_point() else inputs, batch["labels"])
+    if rows.tensors[1].dim() != 1:
+        raise NotImplementedError(f"The adapter of {peer} is for one label a row, not for language models.")
 
 
 def loader(rows: TensorDataset, batch_size: int | None = None) -> DataLoader:
@@ -115,18 +160,26 @@ def loader(rows: TensorDataset, batch_size: int | None = None) -> DataLoader:
 
 
 def summed_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross entropy, summed over the batch."""
-    return F.cross_entropy(logits, labels, reduction="sum")
+    """Cross entropy, summed over all labels of the batch that are not -100."""
+    return F.cross_entropy(logits.flatten(0, -2), labels.flatten(), ignore_index=IGNORED_LABEL, reduction="sum")
 
 
-def negative_margin(logits: Tensor, labels: Tensor) -> Tensor:
+def negative_objective(name: str) -> Callable[[Tensor, Tensor], Tensor]:
     """
-    The objective of tasks of classification as a peer's "loss of the query", summed over the batch.
+    A task's objective as a peer's "loss of the query": of logits and labels, summed over the batch.
 
     Descending on a row's loss changes the objective by -<its gradient, the loss's gradient>, so that with this sign a
     peer's inner product is positive where the presence of the row raises the objective.
+
+    Args:
+        name (`str`): [`Task.objective`], one value for each query.
     """
-    return -log_odds_margin(logits, labels).sum()
+    objective = resolve_objective(name)
+
+    def negative(logits: Tensor, labels: Tensor) -> Tensor:
+        return -objective.function(lambda inputs: logits, Queries({}, labels)).sum()
+
+    return negative
 
 
 @dataclass(frozen=True)

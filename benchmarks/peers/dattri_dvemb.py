@@ -16,9 +16,10 @@ from transformers import TrainerCallback
 from benchmarks.peers.common import (
     Logits,
     as_tensors,
+    check_one_label_a_row,
     load_peer,
     loader,
-    negative_margin,
+    negative_objective,
     num_bytes,
     prediction,
     shared,
@@ -52,6 +53,8 @@ def dvemb(second_moments: str | None = None) -> Method:
         second_moments (`str`, *optional*): DVEmb takes the optimizer for SGD. With `"final"` or `"mean"` it is given
             coordinates in which Adam with those second moments (of the end, or averaged over the recorded states) is
             SGD, which is our addition; by default it is as it comes, with Adam's learning rates.
+
+    The method raises `NotImplementedError` for language models.
     """
 
     def run(recorded: Recorded, queries: Dataset) -> Prediction:
@@ -76,10 +79,11 @@ def dvemb(second_moments: str | None = None) -> Method:
 def _embed(recorded: Recorded, second_moments: str | None) -> Embeddings:
     algorithm, task_module = load_peer("dattri.algorithm.dvemb"), load_peer("dattri.task")
     trajectory = Trajectory.load(recorded.folder)
-    inputs, labels = as_tensors(recorded.task.train, recorded.model).tensors
-    model = Logits(recorded.model)
-    scales = _scales(trajectory, second_moments) if second_moments else {}
-    scales = {f"model.{name}": scale for name, scale in scales.items()}
+    train = as_tensors(recorded.task.train, recorded.model)
+    check_one_label_a_row(train, "dattri's DVEmb")
+    inputs, labels = train.tensors
+    model, negative = Logits(recorded.model), negative_objective(recorded.task.objective)
+    scales = model.own(_scales(trajectory, second_moments)) if second_moments else {}
 
     def outputs(parameters: dict[str, Tensor], rows: Tensor) -> Tensor:
         scaled = {name: value * scales.get(name, 1.0) for name, value in parameters.items()}
@@ -89,7 +93,7 @@ def _embed(recorded: Recorded, second_moments: str | None) -> Embeddings:
         return summed_loss(outputs(parameters, row[0]), row[1][None])
 
     def target(parameters: dict[str, Tensor], row: tuple[Tensor, Tensor]) -> Tensor:
-        return negative_margin(outputs(parameters, row[0]), row[1][None])
+        return negative(outputs(parameters, row[0]), row[1][None])
 
     row_task, query_task = (
         task_module.AttributionTask(loss_func=function, model=model, checkpoints=model.state_dict())
@@ -115,9 +119,9 @@ def _embed(recorded: Recorded, second_moments: str | None) -> Embeddings:
 
     def place(trained: Any) -> None:
         with torch.no_grad():
-            for name in trajectory.parameter_shapes:
-                own = f"model.{name}"
-                model.get_parameter(own).copy_(trained.get_parameter(name) / scales.get(own, 1.0))
+            values = model.own({name: trained.get_parameter(name) for name in trajectory.parameter_shapes})
+            for name, value in values.items():
+                model.get_parameter(name).copy_(value / scales.get(name, 1.0))
 
     start = time.perf_counter()
     trainer = recorded.task.build_trainer(recorded.task.train, 0, callbacks=[CacheGradients()])

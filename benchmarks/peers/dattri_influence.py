@@ -11,7 +11,16 @@ from torch.func import functional_call
 from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
-from benchmarks.peers.common import Logits, as_tensors, load_peer, loader, negative_margin, prediction, trained_bytes
+from benchmarks.peers.common import (
+    Logits,
+    as_tensors,
+    check_one_label_a_row,
+    load_peer,
+    loader,
+    negative_objective,
+    prediction,
+    trained_bytes,
+)
 from benchmarks.recorded import Method, Prediction, Recorded
 
 BATCH_SIZE = 256
@@ -30,19 +39,22 @@ def conjugate_gradients(regularization: float, *, num_iterations: int = 10, num_
         num_hessian_rows (`int`, *optional*, defaults to `2500`): Random rows that stand for the Hessian of all where
             there are more. It must be taken in one batch, as every batch is inverted on its own, so that its cost and
             memory grow with the rows.
+
+    The method raises `NotImplementedError` for language models.
     """
 
     def run(recorded: Recorded, queries: Dataset) -> Prediction:
         algorithm, task_module = load_peer("dattri.algorithm"), load_peer("dattri.task")
-        model = Logits(recorded.model)
+        train, tests = (as_tensors(part, recorded.model) for part in (recorded.task.train, queries))
+        check_one_label_a_row(train, "dattri's influence functions")
+        model, negative = Logits(recorded.model), negative_objective(recorded.task.objective)
 
         def loss(parameters: dict[str, Tensor], batch: tuple[Tensor, Tensor]) -> Tensor:
             return F.cross_entropy(functional_call(model, parameters, (batch[0],)), batch[1])
 
         def target(parameters: dict[str, Tensor], batch: tuple[Tensor, Tensor]) -> Tensor:
-            return negative_margin(functional_call(model, parameters, (batch[0],)), batch[1])
+            return negative(functional_call(model, parameters, (batch[0],)), batch[1])
 
-        train, tests = (as_tensors(part, recorded.model) for part in (recorded.task.train, queries))
         order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))[:num_hessian_rows]
         hessian_rows = TensorDataset(*train[order.sort().values])
         start = time.perf_counter()

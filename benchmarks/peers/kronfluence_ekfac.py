@@ -19,13 +19,14 @@ from benchmarks.peers.common import (
     as_tensors,
     folder_bytes,
     load_peer,
-    negative_margin,
+    negative_objective,
     prediction,
     shared,
     summed_loss,
     trained_bytes,
 )
 from benchmarks.recorded import Method, Prediction, Recorded
+from hf_rgm.losses import IGNORED_LABEL
 from hf_rgm.synset.inputs import TOKENS
 
 BATCH_SIZE = 256
@@ -44,6 +45,9 @@ def ekfac(damping_factor: float | None) -> Method:
     """
     EK-FAC with the Fisher matrix of labels drawn from the model.
 
+    Of linear and convolutional layers: embeddings and layer norms are left out, of tied embeddings only their use as
+    the head counts. For language models a label is drawn wherever a row has one.
+
     Args:
         damping_factor (`float` or `None`): What is added to the eigenvalues; `None` is kronfluence's own heuristic,
             a tenth of their mean in each layer.
@@ -51,11 +55,11 @@ def ekfac(damping_factor: float | None) -> Method:
 
     def run(recorded: Recorded, queries: Dataset) -> Prediction:
         arguments = load_peer("kronfluence.arguments")
-        factors = shared(recorded, "kronfluence", partial(_fit, recorded))
+        factors = shared(recorded, "kronfluence", partial(fit_factors, recorded))
         train, tests = (as_tensors(part, recorded.model) for part in (recorded.task.train, queries))
         start = time.perf_counter()
         factors.analyzer.compute_pairwise_scores(
-            scores_name="margin",
+            scores_name="objective",
             factors_name="ekfac",
             query_dataset=tests,
             train_dataset=train,
@@ -64,7 +68,7 @@ def ekfac(damping_factor: float | None) -> Method:
             score_args=arguments.ScoreArguments(damping_factor=damping_factor),
             overwrite_output_dir=True,
         )
-        scores = factors.analyzer.load_pairwise_scores("margin")["all_modules"]
+        scores = factors.analyzer.load_pairwise_scores("objective")["all_modules"]
         folder = Path(factors.folder.name)
         return prediction(
             recorded,
@@ -79,27 +83,30 @@ def ekfac(damping_factor: float | None) -> Method:
     return run
 
 
-def _fit(recorded: Recorded) -> Factors:
+def fit_factors(recorded: Recorded) -> Factors:
+    """Kronecker factors of the recorded model on the training rows."""
     analyzer_module, arguments, task_module = (
         load_peer(f"kronfluence.{name}") for name in ("analyzer", "arguments", "task")
     )
 
     model = Logits(recorded.model)
     layers, mask, is_text = model.trained_layers(), model.mask, model.input_name == TOKENS
+    measurement = negative_objective(recorded.task.objective)
 
-    class MarginTask(task_module.Task):
-        """Summed losses of training rows, summed negative margins of queries."""
+    class ObjectiveTask(task_module.Task):
+        """Summed losses of training rows, summed negative objectives of queries."""
 
         def compute_train_loss(self, batch: list[Tensor], model: nn.Module, sample: bool = False) -> Tensor:
             inputs, labels = batch
             logits = model(inputs)
             if sample:
-                labels = torch.multinomial(F.softmax(logits.detach(), dim=-1), 1).flatten()
+                drawn = torch.multinomial(F.softmax(logits.detach(), dim=-1).flatten(0, -2), 1).reshape(labels.shape)
+                labels = torch.where(labels == IGNORED_LABEL, labels, drawn)
             return summed_loss(logits, labels)
 
         def compute_measurement(self, batch: list[Tensor], model: nn.Module) -> Tensor:
             inputs, labels = batch
-            return negative_margin(model(inputs), labels)
+            return measurement(model(inputs), labels)
 
         def get_influence_tracked_modules(self) -> list[str]:
             return layers
@@ -109,7 +116,7 @@ def _fit(recorded: Recorded) -> Factors:
 
     folder = tempfile.TemporaryDirectory(prefix="hf-rgm-kronfluence-")
     train = as_tensors(recorded.task.train, recorded.model)
-    task = MarginTask()
+    task = ObjectiveTask()
     start = time.perf_counter()
     analyzer = analyzer_module.Analyzer(
         "peer",

@@ -27,6 +27,7 @@ from benchmarks.peers.common import (
 )
 from benchmarks.recorded import Method, Prediction, Recorded
 from hf_rgm.attribution.objectives import log_odds_margin
+from hf_rgm.losses import IGNORED_LABEL
 
 BATCH_SIZE = 100
 
@@ -34,6 +35,10 @@ BATCH_SIZE = 100
 def trak(num_models: int, *, regularization: float, projection_dimension: int = 1024) -> Method:
     """
     TRAK with the log-odds of the label as output function, Gaussian projections and float32.
+
+    For language models the output function is the sum of the log-odds of a row's tokens, as in the TRAK paper (Park et
+    al., "TRAK: Attributing Model Behavior at Scale", ICML 2023), and a row's weight is the mean over its tokens of one
+    minus the token's probability. Queries have that output function too, whatever the task's objective.
 
     Args:
         num_models (`int`): Models of the ensemble, the recorded one among them.
@@ -75,7 +80,7 @@ class _Features:
         )
         self.peer: Any = traker.TRAKer(
             model=self.model,
-            task=_margin_output(outputs),
+            task=log_odds_output(outputs),
             train_set_size=len(self.train),
             save_dir=self._folder.name,
             device="cpu",
@@ -132,9 +137,15 @@ class _Features:
         self.projector.generate_sketch_matrix(self.projector.generator_states[0])
 
 
-def _margin_output(outputs: ModuleType) -> Any:
-    class MarginOutput(outputs.AbstractModelOutput):
-        """The margin of one row, and one minus the label's probability as the row's weight."""
+def log_odds_output(outputs: ModuleType) -> Any:
+    """What TRAK predicts, as an output function of `trak.modelout_functions`."""
+
+    class LogOddsOutput(outputs.AbstractModelOutput):
+        """
+        The log-odds of one row's label, and one minus the label's probability as the row's weight.
+
+        Of the labels of tokens that are not -100, log-odds are summed and weights averaged.
+        """
 
         def __init__(self) -> None:
             pass
@@ -143,13 +154,16 @@ def _margin_output(outputs: ModuleType) -> Any:
         def get_output(
             model: nn.Module, weights: dict[str, Tensor], buffers: dict[str, Tensor], inputs: Tensor, label: Tensor
         ) -> Tensor:
-            return log_odds_margin(functional_call(model, (weights, buffers), (inputs[None],)), label[None]).sum()
+            margins = log_odds_margin(functional_call(model, (weights, buffers), (inputs[None],)), label[None])
+            return margins.masked_fill(label[None] == IGNORED_LABEL, 0.0).sum()
 
         def get_out_to_loss_grad(
             self, model: nn.Module, weights: dict[str, Tensor], buffers: dict[str, Tensor], batch: Iterable[Tensor]
         ) -> Tensor:
             inputs, labels = batch
             margins = log_odds_margin(functional_call(model, (weights, buffers), (inputs,)), labels)
-            return torch.sigmoid(-margins).detach()[:, None]
+            missed = torch.sigmoid(-margins).detach().reshape(len(labels), -1)
+            known = (labels != IGNORED_LABEL).reshape(len(labels), -1)
+            return (missed * known).sum(1, keepdim=True) / known.sum(1, keepdim=True).clamp_min(1)
 
-    return MarginOutput()
+    return LogOddsOutput()

@@ -111,8 +111,3 @@ def test_trak_with_much_regularization_is_the_inner_product(recorded):
     need("trak")
     scores = trak(1, regularization=1e8, projection_dimension=4096)(recorded, recorded.task.queries).row_scores
     assert np.corrcoef(scores.ravel(), inner_products(recorded).ravel())[0, 1] > 0.98
-
-
-def test_language_models_are_refused():
-    with pytest.raises(NotImplementedError, match="one label a row"):
-        as_tensors(text.texts(4, labels="text"), text.language_model("gpt2"))
