@@ -9,9 +9,6 @@ from hf_rgm.modeling import FunctionalModel
 from hf_rgm.synset.inputs import InputSpace
 from hf_rgm.synset.samples import SyntheticSamples, soft_cross_entropies
 
-MAX_DRIFT = 0.25
-"""Chosen by agreement with retraining on three tasks; docs/method.md tells where it is right and where not."""
-
 SAMPLES_AT_ONCE = 512
 SMALL = 0.05
 """Of the way to the replayed parameters, for a derivative by central differences."""

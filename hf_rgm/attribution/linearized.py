@@ -54,6 +54,8 @@ class LinearizedReplayEngine:
 
     name = "linearized_replay"
     anchored = True
+    max_drift = 0.25
+    """Of replays that are trusted; see [`~hf_rgm.attribution.drift.DriftMeter`] and docs/method.md."""
 
     def __init__(
         self,

@@ -34,7 +34,7 @@ class ReplayEngine:
         inputs (`InputSpace`): The space of the synthetic inputs.
         samples (`SyntheticSamples`): The synset's samples, on the model's device.
         trajectory (`Trajectory`): The recorded run.
-        rewind (`float`, *optional*, defaults to `0.27`): Fraction of training at which the replay starts.
+        rewind (`float`, *optional*, defaults to `0.14`): Fraction of training at which the replay starts.
         stride (`int`, *optional*): Training steps per integration step, 1 if not anchored. Defaults to the smallest
             that needs at most 100 integration steps.
         anchored (`bool`, *optional*, defaults to `True`): Follow the recorded path and integrate only the deviation
@@ -47,6 +47,8 @@ class ReplayEngine:
     """
 
     name = "replay"
+    max_drift = 0.75
+    """Of replays that are trusted; see [`~hf_rgm.attribution.drift.DriftMeter`] and docs/method.md."""
 
     def __init__(
         self,
@@ -55,7 +57,7 @@ class ReplayEngine:
         samples: SyntheticSamples,
         trajectory,
         *,
-        rewind: float = 0.27,
+        rewind: float = 0.14,
         stride: int | None = None,
         anchored: bool = True,
         cluster_gradients: ClusterGradients | None = None,

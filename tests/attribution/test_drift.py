@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from hf_rgm import Attributor
-from hf_rgm.attribution.drift import MAX_DRIFT, DriftMeter
+from hf_rgm.attribution.drift import DriftMeter
 from hf_rgm.exceptions import DivergenceError
 from hf_rgm.testing import tiny_recorded_run, tiny_synset
 
@@ -96,9 +96,22 @@ def test_a_replay_that_drifts_begins_later(too_strong, attributor, engine):
     rewind = chosen.metadata["rewind_step"] / 48
     again = too_strong.attribute(RUN.queries, engine=engine, rewind=rewind)
     np.testing.assert_array_equal(chosen.scores, again.scores)
+    replays = too_strong._runs[0].replays
     with torch.no_grad():
-        models = too_strong._runs[0].replays.parameters(engine, LEAVE_ONE_OUT).values
-        assert meter(too_strong).drifts(models, LEAVE_ONE_OUT).mean() <= MAX_DRIFT
+        models = replays.parameters(engine, LEAVE_ONE_OUT).values
+        assert meter(too_strong).drifts(models, LEAVE_ONE_OUT).mean() <= replays.engine(engine).max_drift
+
+
+def test_of_many_models_some_decide_where_anchored_replays_begin(too_strong):
+    """16 are looked at; the others follow from where these began, and all are in the order they were asked for."""
+    masks = torch.rand(40, 6, generator=torch.Generator().manual_seed(0)).round(decimals=1)
+    replays = too_strong._runs[0].replays
+    with torch.no_grad():
+        found = replays.parameters("replay", masks)
+        assert found.start > replays.engine("replay").start
+        again = replays.parameters("replay", masks, rewind=found.start / 48)
+    assert torch.equal(found.values, again.values)
+    assert found.drift == pytest.approx(again.drift)
 
 
 @pytest.mark.parametrize("engine", ["linearized_replay", "replay", "plain_replay"])
