@@ -2,6 +2,8 @@
 How far back replays can go: agreement with retraining, and drift, from several points of training.
 
     python -m benchmarks.rewinds --tasks digits fashion sentences
+    python -m benchmarks.rewinds --tasks fashion --engines replay --preset accurate --rows --rewinds 0.27 0.4 0.6 \\
+        --output benchmarks/results/rewinds-accurate.json
 
 On tuning queries, with the quick preset and no rows (`--rows`: clusters' gradients by their rows). Drift, which needs
 no retraining, is what replays without a `rewind` choose theirs by; see hf_rgm/attribution/drift.py. Writes
@@ -13,6 +15,7 @@ from __future__ import annotations
 import argparse
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,19 +36,22 @@ from hf_rgm.attribution.training_rows import TrainingRows
 from hf_rgm.exceptions import DivergenceError
 from hf_rgm.processes import Processes
 from hf_rgm.rows import RowReader
+from hf_rgm.synset.config import PRESETS
 
 REWINDS = (0.14, 0.27, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 ENGINES = {"linearized_replay": "linearised", "replay": "anchored"}
 MAX_BYTES = 4 * 10**9
 
 
-def measure(task_name: str, folder: Path, engines: list[str], *, with_rows: bool) -> dict[str, Any]:
+def measure(
+    task_name: str, folder: Path, engines: list[str], rewinds: Sequence[float], *, preset: str, with_rows: bool
+) -> dict[str, Any]:
     """Figures and drifts by engine and rewind."""
     task = ground_truth.load_task(task_name)
     count = min(TUNING_QUERIES, len(task.tuning_queries))
     truth = ground_truth.load(task, tuning=True).first(count)
     recorded = Recorded(task, folder / "trajectory")
-    synset, _ = recorded.synset(DistillationConfig.from_preset("quick"))
+    synset, _ = recorded.synset(DistillationConfig.from_preset(preset))
     attributor = Attributor(recorded.model, synset, disable_tqdm=True)  # type: ignore[arg-type]
     model = attributor.model
     settings = {"max_bytes": MAX_BYTES, "processes": Processes(), "disable_tqdm": True}
@@ -61,21 +67,14 @@ def measure(task_name: str, folder: Path, engines: list[str], *, with_rows: bool
     halves = halves * task.clusters.sizes.sum() / (halves @ task.clusters.sizes)[:, None]
     results: dict[str, Any] = {}
     for engine in engines:
-        for rewind in REWINDS:
+        for rewind in rewinds:
             start = time.process_time()
             entry: dict[str, Any] = {}
             try:
                 with model.differentiable():
                     values = objective.values(model, run.final, queries).cpu()
                     alone, subsets = (
-                        run.replayed_values(
-                            engine,
-                            objective,
-                            queries,
-                            masks,
-                            rows=rows if engine == "linearized_replay" else None,
-                            rewind=rewind,
-                        )
+                        run.replayed_values(engine, objective, queries, masks, rows=rows, rewind=rewind)
                         for masks in (leave_one_out(synset.num_clusters), torch.from_numpy(halves).float())
                     )
                 scores = (values - alone.values).T.numpy()
@@ -105,7 +104,7 @@ def table(methods: dict[str, Any]) -> str:
             engine, rewind = key.split(", ")
             columns.setdefault(f"{task}, {ENGINES[engine]}", {})[float(rewind)] = found
     lines = [f"| from | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
-    for rewind in REWINDS:
+    for rewind in sorted({rewind for column in columns.values() for rewind in column}):
         cells = [_cell(column[rewind]) for column in columns.values()]
         lines.append(f"| {rewind:.0%} | {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -121,12 +120,22 @@ def _cell(found: dict[str, Any]) -> str:
 
 def main(arguments: argparse.Namespace) -> None:
     """Measures task by task, writes, and prints the table."""
-    header = {"identity": {"queries": "tuning", "preset": "quick", "rewinds": list(REWINDS)}, "versions": versions()}
+    header = {
+        "identity": {"queries": "tuning", "preset": arguments.preset, "rewinds": list(arguments.rewinds)},
+        "versions": versions(),
+    }
     name = "{} with rows" if arguments.rows else "{}"
     report = Report(arguments.output, header, [name.format(task) for task in arguments.tasks], anew=False)
     for task in arguments.tasks:
         with tempfile.TemporaryDirectory() as folder:
-            found = measure(task, Path(folder), arguments.engines, with_rows=arguments.rows)
+            found = measure(
+                task,
+                Path(folder),
+                arguments.engines,
+                arguments.rewinds,
+                preset=arguments.preset,
+                with_rows=arguments.rows,
+            )
         report.put(name.format(task), {"rewinds": found, "environment": environment()})
     print(table(report.content["methods"]))
 
@@ -135,6 +144,8 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", nargs="+", default=["digits", "fashion", "sentences"])
     parser.add_argument("--engines", nargs="+", choices=ENGINES, default=list(ENGINES))
+    parser.add_argument("--rewinds", nargs="+", type=float, default=REWINDS)
+    parser.add_argument("--preset", choices=PRESETS, default="quick", help="of distilling")
     parser.add_argument("--rows", action="store_true", help="take clusters' gradients by their rows")
     parser.add_argument("--output", type=Path, default=RESULTS / "rewinds.json", help="another JSON file")
     transformers.logging.set_verbosity_error()
