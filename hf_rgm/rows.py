@@ -164,7 +164,8 @@ class RowReader:
         if strange is not None:
             raise ValueError(
                 f"Rows of `{self.what}` must be dictionaries as the Trainer gets them, such as tokenised texts with "
-                f"their labels, got a {type(strange).__name__}. Tokenise them as for training."
+                f"their labels, got a {type(strange).__name__}. Tokenise them as for training, or give the pipeline "
+                "the `tokenizer`."
             )
         try:
             return self._collate(items)

@@ -7,6 +7,7 @@ import copy
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import pipeline
 
@@ -200,6 +201,20 @@ def test_a_pipeline_with_a_tokenizer_takes_texts(run, synset):
     expected = attribute(rows, rewind=0.5).scores
     np.testing.assert_array_equal(attribute(written, rewind=0.5).scores, expected)
     np.testing.assert_allclose(attribute("w4 w7", rewind=0.5).scores, expected[1:], rtol=1e-3, atol=1e-6)
+    np.testing.assert_array_equal(attribute(Dataset.from_dict({"text": written}), rewind=0.5).scores, expected)
+
+
+def test_rows_with_a_text_keep_their_labels(run, synset):
+    if run[2].with_format(None)[0]["labels"] not in (0, 1, 2):
+        pytest.skip("its labels are those of tokens")
+    tokenizer = word_tokenizer(f"w{number}" for number in range(3, VOCABULARY))
+    attribute = pipeline("data-attribution", model=run[0], tokenizer=tokenizer, synset=synset, disable_tqdm=True)
+    settings = {"engine": "adjoint", "objective": "loss", "rewind": 0.5}
+    labels = [attribute([{"text": "w3 w5 w9", "labels": label}], **settings) for label in (0, 1)]
+    rows = [attribute([{**tokenizer("w3 w5 w9"), "labels": label}], **settings) for label in (0, 1)]
+    assert labels[0].objective_values[0] != labels[1].objective_values[0]
+    for given, expected in zip(labels, rows, strict=True):
+        np.testing.assert_array_equal(given.scores, expected.scores)
 
 
 def test_a_pipeline_finds_the_tokenizer_beside_the_model(tmp_path):
@@ -210,4 +225,19 @@ def test_a_pipeline_finds_the_tokenizer_beside_the_model(tmp_path):
     for part in (model, tokenizer):
         part.save_pretrained(tmp_path / "model")
     attribute = pipeline("data-attribution", model=str(tmp_path / "model"), synset=kept, disable_tqdm=True)
-    assert attribute(["w3 w5", "w4 w9 w7"], engine="adjoint").scores.shape == (2, 3)
+    written = ["w3 w5", "w4 w9 w7"]
+    scores = attribute(written, engine="adjoint").scores
+    attribute.save_pretrained(tmp_path / "both")
+    again = pipeline("data-attribution", model=str(tmp_path / "both"), synset=kept, disable_tqdm=True)
+    np.testing.assert_array_equal(again(written, engine="adjoint").scores, scores)
+
+
+def test_a_tokenizer_made_up_for_a_model_without_one_is_not_used(tmp_path):
+    """transformers gives one that knows special tokens alone: every text would be the same unknown word."""
+    dataset, clusters = texts(), ClusterMap.from_ids(np.arange(24) % 3)
+    model = recorded_model(classifier("bert"), dataset, tmp_path / "run", num_states=3, num_train_epochs=3)
+    kept = distil((model, tmp_path / "run" / "trajectory", dataset, None), clusters, num_iterations=3)
+    model.save_pretrained(tmp_path / "model")
+    attribute = pipeline("data-attribution", model=str(tmp_path / "model"), synset=kept, disable_tqdm=True)
+    with pytest.raises(ValueError, match="give the pipeline the `tokenizer`"):
+        attribute(["w3 w5"])

@@ -161,7 +161,11 @@ class LinearizedReplayEngine:
         moved = (path.state(path.trajectory.num_steps) - path.parameters_at(path.start)).norm()
         bound = MAX_DEVIATION * moved * (masks - 1).abs().amax(dim=1).clamp_min(1.0)
         curvature, force, at = None, None, None
-        steps = tqdm(path.steps(), desc=f"Replaying {len(masks)} models (linearised)", disable=self.disable_tqdm)
+        steps = tqdm(
+            path.steps(),
+            desc=f"Replaying {len(masks)} models from step {path.start} (linearised)",
+            disable=self.disable_tqdm,
+        )
         for step in steps:
             if curvature is None or force is None or at != step.nearest_state:
                 at, curvature = step.nearest_state, None  # what it holds goes before the next one is made

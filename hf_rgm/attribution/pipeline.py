@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, overload
@@ -50,7 +50,7 @@ class AttributionPipeline(Pipeline):
         disable_tqdm (`bool`, *optional*, defaults to `False`): No progress bars.
         tokenizer (`PreTrainedTokenizerBase`, *optional*): For token models: queries may then be strings, and
             queries and rows are padded by it where no `data_collator` is given. The `pipeline` factory takes it from
-            the model's folder or repository.
+            the model's folder or repository; one that knows no words, as made up where there is none, is left out.
         kwargs: Options of [`AttributionPipeline.__call__`] that hold for every call, and what
             [`~transformers.Pipeline`] takes.
 
@@ -89,6 +89,9 @@ class AttributionPipeline(Pipeline):
         **kwargs,
     ) -> None:
         super().__init__(model, **kwargs)
+        tokenizer: Any = self.tokenizer
+        if tokenizer is not None and not {*tokenizer.get_vocab()} - {*tokenizer.all_special_tokens}:
+            self.tokenizer = None
         self.attributor = Attributor(
             self.model, synset, device=self.device, max_memory=max_memory, force=force, disable_tqdm=disable_tqdm
         )
@@ -111,8 +114,8 @@ class AttributionPipeline(Pipeline):
         Attributes all queries together.
 
         Args:
-            queries: A dataset, a list of dictionaries, an iterable of them, or one dictionary; with a tokenizer also
-                texts, a list or one, whose labels are what the model predicts.
+            queries: A dataset, a list of dictionaries, an iterable of them, or one dictionary. With a tokenizer also
+                texts, a list or one, whose labels are what the model predicts, or rows with a `text` and their labels.
             top_k (`int`, *optional*): Return lists of the clusters with the largest scores in place of the matrix.
             options: Those of [`Attributor.attribute`]: `engine`, `objective`, `rows`, `data_collator`, `rewind`,
                 `stride`, `num_masks`, `seed`, `query_ids`, `output_dir`. `batch_size` and `num_workers`, which
@@ -146,7 +149,7 @@ class AttributionPipeline(Pipeline):
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:  # type: ignore[override]
         """
-        Writes the model to a folder and the synset to its subfolder `synset`.
+        Writes the model, with its tokenizer, to a folder and the synset to its subfolder `synset`.
 
         `pipeline("data-attribution", model=folder, synset=f"{folder}/synset")` loads them. Unlike other pipelines of
         libraries, it copies no code, so that nobody has to trust any.
@@ -156,6 +159,8 @@ class AttributionPipeline(Pipeline):
             kwargs: Those of the model's `save_pretrained`.
         """
         self.model.save_pretrained(save_directory, **kwargs)
+        if self.tokenizer is not None:
+            self.tokenizer.save_pretrained(save_directory)
         self.synset.save_pretrained(Path(save_directory) / "synset")
 
     def push_to_hub(  # type: ignore[override]
@@ -184,7 +189,7 @@ class AttributionPipeline(Pipeline):
             results_repo_id (`str`, *optional*): Their repository. Defaults to `f"{repo_id}-attributions"`.
             model_id (`str`, *optional*): The trained model's repository. Defaults to where it was loaded from, unless
                 its training started from there.
-            push_model (`bool`, *optional*, defaults to `False`): Upload the model to `model_id`.
+            push_model (`bool`, *optional*, defaults to `False`): Upload the model, and its tokenizer, to `model_id`.
             private (`bool`, *optional*): Whether repositories that are created are private.
             token (`str` or `bool`, *optional*): Defaults to that of `hf auth login`.
             revision (`str`, *optional*): Branch of each repository to commit to. Defaults to the main branch.
@@ -215,8 +220,9 @@ class AttributionPipeline(Pipeline):
         if results is not None and results_id is not None:
             addresses["attributions"] = str(results.push_to_hub(results_id, card=card, **shared).repo_url)
         if push_model and model_id is not None:
-            model: Any = self.model
-            model.push_to_hub(model_id, **shared)
+            for part in (self.model, self.tokenizer):
+                if part is not None:
+                    part.push_to_hub(model_id, **shared)  # type: ignore[union-attr]
         if model_id is not None:
             links = {"synset": repo_id, "attribution": results_id}
             known = {name: value for name, value in links.items() if value}
@@ -236,9 +242,16 @@ class AttributionPipeline(Pipeline):
             queries = [queries]
         elif isinstance(queries, Iterator):
             queries = list(queries)
-        if self.tokenizer is None or not isinstance(queries, list):
-            return queries
-        return [dict(self.tokenizer(row, truncation=True)) if isinstance(row, str) else row for row in queries]
+        names = getattr(queries, "column_names", None)
+        is_text = isinstance(queries, list) or (names is not None and "text" in names and "input_ids" not in names)
+        return [self._tokenised(row) for row in queries] if self.tokenizer is not None and is_text else queries
+
+    def _tokenised(self, row: Any) -> Any:
+        if isinstance(row, str):
+            row = {"text": row}
+        if self.tokenizer is None or not isinstance(row, Mapping) or "input_ids" in row or "text" not in row:
+            return row
+        return {**row, **self.tokenizer(row["text"], truncation=True)}
 
     def _padded(self, options: dict[str, Any]) -> dict[str, Any]:
         if self.tokenizer is None or getattr(self.model, "main_input_name", None) != "input_ids":

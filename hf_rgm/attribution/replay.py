@@ -194,7 +194,7 @@ class ReplayEngine:
         return current
 
     def _progress(self, steps, num_masks: int):
-        return tqdm(steps, desc=f"Replaying {num_masks} models", disable=self.disable_tqdm)
+        return tqdm(steps, desc=f"Replaying {num_masks} models from step {self.start}", disable=self.disable_tqdm)
 
     def _gradients(self, parameters: Tensor, masks: Tensor) -> Tensor:
         """Synset gradient at each row of `parameters` under the mask of the same row: same shape as `parameters`."""

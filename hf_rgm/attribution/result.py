@@ -158,8 +158,8 @@ class AttributionResult(DatasetArtefact):
         """
         query = printable(query) if isinstance(query, str) else query
         if query not in self.query_ids:
-            shown = ", ".join(repr(name) for name in self.query_ids[:5])
-            raise KeyError(f"No query has the id {query!r}. There are {self.num_queries}: {shown}, ...")
+            shown = ", ".join(repr(name) for name in self.query_ids[:5]) + ", ..." * (self.num_queries > 5)
+            raise KeyError(f"No query has the id {query!r}. There are {self.num_queries}: {shown}.")
         return list(self.query_ids).index(query)
 
     def to_pandas(self) -> pd.DataFrame:

@@ -154,7 +154,7 @@ class UnlearnedModel(HubArtefact):
     kind: ClassVar = "model without some of its training data"
     repo_type: ClassVar = "model"
 
-    model: nn.Module
+    model: nn.Module = field(repr=False)
     clusters: Sequence[str]
     sizes: Sequence[int]
     checks: Sequence[UnlearningCheck]

@@ -23,10 +23,12 @@ def demo(
     """
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     # The environment must be set before these are imported.
+    import torch
     import transformers
 
     from hf_rgm.demo import DemoSettings, run_demo
 
+    torch.set_num_threads(1)  # a model this small gains nothing from more, and loses much where cores are shared
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     again = f"{output_dir} holds an unfinished demo; the same command starts it again."

@@ -9,6 +9,8 @@ from typing import Any
 from huggingface_hub.errors import LocalEntryNotFoundError
 
 from hf_rgm.artefacts import ArtefactFolder, printable
+from hf_rgm.attribution.linearized import LinearizedReplayEngine
+from hf_rgm.attribution.replay import ReplayEngine
 from hf_rgm.attribution.result import AttributionResult
 from hf_rgm.fidelity.report import FidelityReport
 from hf_rgm.files import format_size
@@ -16,6 +18,10 @@ from hf_rgm.hub.repository import open_artefact
 from hf_rgm.synset.synset import Synset
 from hf_rgm.trajectory.storage import METADATA_FILE, Trajectory
 
+HIGH = 0.5
+"""A matching error of scores that mean little without the rows."""
+
+MAX_DRIFTS = {engine.name: engine.max_drift for engine in (LinearizedReplayEngine, ReplayEngine)}
 MARKERS = {METADATA_FILE: "trajectory", Synset.marker: "synset", AttributionResult.marker: "attributions"}
 
 
@@ -83,6 +89,12 @@ def _open(name_or_path: str | Path, revision: str | None, token: str | bool | No
             continue
         if folder.at_hand(marker):
             return folder
+    held = [path.parent.name for marker in MARKERS for path in Path(name_or_path).glob(f"*/{marker}")]
+    if held:
+        raise FileNotFoundError(
+            f"{str(name_or_path)!r} is no trajectory, synset or attributions itself, but holds {', '.join(held)}: "
+            f"name one, such as {Path(name_or_path) / held[0]}. `hf-rgm explore` takes the folder as it is."
+        )
     raise FileNotFoundError(
         f"{str(name_or_path)!r} is no folder or dataset repository with a trajectory, synset or attributions: none of "
         f"{', '.join(MARKERS)} is there."
@@ -115,6 +127,8 @@ def _synset(folder: ArtefactFolder, name: str) -> tuple[dict[str, Any], list[str
         "matching error": round(synset.matching_error, 4),
         "fidelity": _fidelity(synset.fidelity),
     }
+    if synset.matching_error > HIGH:
+        facts["caution"] = "the matching error is high: give the training rows, or distil again with more samples"
     uses = [
         f"attribute: hf-rgm attribute MODEL {name} QUERIES -o ATTRIBUTIONS",
         f'or: pipeline("data-attribution", model=..., synset={name!r}), whose model_without([...]) unlearns',
@@ -132,6 +146,9 @@ def _attributions(folder: ArtefactFolder, name: str) -> tuple[dict[str, Any], li
         "sign": result.SIGN_CONVENTION,
         "fidelity": _fidelity(result.metadata.get("fidelity")),
     }
+    drift = result.metadata.get("drift")
+    if isinstance(drift, float) and drift > MAX_DRIFTS.get(result.engine, float("inf")):
+        facts["caution"] = f"replays drifted by {drift:.3g}: do not rely on these scores"
     uses = [f"look: AttributionResult.from_pretrained({name!r}).top()"]
     return facts, uses if folder.is_remote else [*uses, f"share: hf-rgm push {name} NAMESPACE/NAME"]
 

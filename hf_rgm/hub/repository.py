@@ -219,14 +219,14 @@ def download(
         )
     except LocalEntryNotFoundError as error:
         raise FileNotFoundError(
-            f"{name} of the dataset repository {repo_id} is not in the local cache, and the Hub is not reached "
-            f"({str(error).splitlines()[0]}). Load it once with a connection (and without HF_HUB_OFFLINE or "
-            "`local_files_only`), or pass a local folder."
+            f"There is no folder {repo_id} here. {name} of the dataset repository {repo_id} is not in the local "
+            f"cache, and the Hub is not reached ({str(error).splitlines()[0]}). Load it once with a connection (and "
+            "without HF_HUB_OFFLINE or `local_files_only`), or pass a local folder."
         ) from error
     except EntryNotFoundError as error:
         raise FileNotFoundError(
-            f"The dataset repository {repo_id} has no {name} at revision {revision or MAIN}: it holds no such "
-            "artefact, or not a whole one."
+            f"There is no folder {repo_id} here, and the dataset repository {repo_id} has no {name} at revision "
+            f"{revision or MAIN}: it holds no such artefact, or not a whole one."
         ) from error
     return Path(path)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import shutil
 
 import pytest
 from huggingface_hub import DatasetCard, HfApi
@@ -50,6 +52,23 @@ def test_info_says_what_it_is_and_what_to_do_with_it(folders, kind, words):
         assert word in result.output
     told = json.loads(invoke("info", folders[kind], "--json").stdout)
     assert (told["kind"], told["whole"]) == (kind, True)
+
+
+def test_info_warns_of_what_cannot_be_relied_upon(tmp_path):
+    synset = dataclasses.replace(tiny_synset(), matching_error=0.9)
+    told = invoke("info", synset.save_pretrained(tmp_path / "synset")).output
+    assert "caution: the matching error is high" in told
+    result = Attributor(RUN.model, tiny_synset(), disable_tqdm=True).attribute(RUN.queries)
+    result.metadata["drift"] = 146.0
+    told = invoke("info", result.save_pretrained(tmp_path / "attributions")).output
+    assert "caution: replays drifted by 146" in told
+
+
+def test_info_names_what_a_folder_holds(folders, tmp_path):
+    shutil.copytree(folders["synset"], tmp_path / "run" / "synset")
+    told = invoke("info", tmp_path / "run")
+    assert told.exit_code == 1
+    assert "but holds synset: name one" in " ".join(told.output.split())
 
 
 def test_info_says_what_is_missing(tmp_path):

@@ -18,6 +18,7 @@ from hf_rgm import AttributionResult, Attributor, Synset
 from hf_rgm.exceptions import ParameterMismatchError
 from hf_rgm.hub import CardOptions
 from hf_rgm.testing import tiny_recorded_run, tiny_synset
+from tests.text import word_tokenizer
 from tests.vision import vit_run
 
 RUN = tiny_recorded_run()
@@ -287,6 +288,17 @@ def test_a_model_is_pushed_when_asked_and_another_is_refused(hub_in_process, res
     loaded.push_to_hub("me/changed")
     with pytest.raises(ParameterMismatchError):
         pipeline("data-attribution", model="me/changed", synset="me/synset")
+
+
+def test_a_pushed_model_brings_its_tokenizer(hub_in_process):
+    run = vit_run()
+    tokenizer = word_tokenizer(["some words"])
+    attribute = pipeline(
+        "data-attribution", model=run.model, tokenizer=tokenizer, synset=run.synset, disable_tqdm=True
+    )
+    attribute.push_to_hub("me/synset", push_model=True, model_id="me/model")
+    again = pipeline("data-attribution", model="me/model", synset="me/synset", disable_tqdm=True)
+    assert again.tokenizer.get_vocab() == tokenizer.get_vocab()
 
 
 def test_an_unlearned_model_says_what_was_removed_and_loads_like_any_other(hub_in_process):
