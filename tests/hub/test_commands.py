@@ -55,7 +55,8 @@ def test_info_says_what_it_is_and_what_to_do_with_it(folders, kind, words):
 
 
 def test_info_warns_of_what_cannot_be_relied_upon(tmp_path):
-    synset = dataclasses.replace(tiny_synset(), matching_error=0.9)
+    synset = tiny_synset()
+    synset = dataclasses.replace(synset, residuals=0 * synset.residuals + 0.9)
     told = invoke("info", synset.save_pretrained(tmp_path / "synset")).output
     assert "caution: the matching error is high" in told
     result = Attributor(RUN.model, tiny_synset(), disable_tqdm=True).attribute(RUN.queries)
