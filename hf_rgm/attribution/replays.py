@@ -41,11 +41,11 @@ NUM_PROBES = 16
 Engine = LinearizedReplayEngine | ReplayEngine
 
 
-def check_rows(engine: str, what: str = "`rows` are") -> None:
+def check_rows(engine: str) -> None:
     """Raises a `ValueError` unless the engine can make use of training rows."""
     if engine not in ENGINES_OF_ROWS:
         known = f"{', '.join(ENGINES_OF_ROWS[:-1])} and {ENGINES_OF_ROWS[-1]}"
-        raise ValueError(f"{what} for engines {known}, got {engine!r}.")
+        raise ValueError(f"`rows` are for engines {known}, got {engine!r}.")
 
 
 def check_engine(engine: str, known: tuple[str, ...] = ENGINES) -> None:

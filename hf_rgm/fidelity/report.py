@@ -175,7 +175,7 @@ class FidelityReport:
         """
         check_engine(engine)
         if rows:
-            check_rows(engine, "`rows=True` is")
+            check_rows(engine)
         synset, objective = attributor.synset, resolve_objective(objective)
         recorded_seeds = {run.metadata.get("seeds", {}).get("seed") for run in synset.trajectories}
         plan = plan_retrainings(

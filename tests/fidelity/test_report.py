@@ -146,7 +146,7 @@ def test_a_real_measurement_is_resumed_and_other_queries_are_kept_apart(attribut
     [
         ({"budget": 4}, "`budget` = 4 is too small"),
         ({"engine": "magic"}, "Unknown engine 'magic'"),
-        ({"engine": "plain_replay", "rows": True}, "`rows=True` is for engines adjoint, linearized_replay and replay"),
+        ({"engine": "plain_replay", "rows": True}, "`rows` are for engines adjoint, linearized_replay and replay"),
         ({"measures": ["lds_rows"]}, "rows are not scored"),
         ({"measures": ["lds_rows"], "rows": True, "objective": "accuracy"}, "rows are not scored"),
         ({"objective": "beauty"}, "Unknown objective 'beauty'"),
