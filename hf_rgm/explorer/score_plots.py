@@ -125,7 +125,6 @@ def plot_bars(
     lines = [*order[:k], None, *order[-k:]] if left_out else list(order)
     if ax is None:
         ax = new_axes(7.0, 1.1 + 0.27 * len(lines))
-    reach = float(np.abs(scores).max()) or 1.0
     for line, index in enumerate(lines):
         if index is None:
             ax.text(0, line, f"  {left_out} more", va="center", ha="left", fontsize=8, color=NEUTRAL, style="italic")
@@ -146,7 +145,8 @@ def plot_bars(
     ax.set_yticks(range(len(lines)), ["" if i is None else one_line(names[i], 44) for i in lines], fontsize=9)
     ax.set_ylim(len(lines) - 0.4, -0.6)
     lowest, highest = min(0.0, float(scores.min())), max(0.0, float(scores.max()))
-    ax.set_xlim(lowest - 0.16 * reach * (lowest < 0), highest + 0.16 * reach * (highest > 0 or lowest == 0))
+    room = 0.13 * ((highest - lowest) or 1.0)  # for the numbers at the ends
+    ax.set_xlim(lowest - room * (lowest < 0), highest + room * (highest > 0 or lowest == 0))
     ax.axvline(0, color=NEUTRAL, linewidth=0.8, zorder=3)
     ax.set_xlabel(SCORE_LABEL, fontsize=9)
     ax.grid(axis="x", color=GRID, zorder=0)
