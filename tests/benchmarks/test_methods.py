@@ -149,3 +149,14 @@ def test_costs(recorded):
     assert prediction.details["kept_bytes"] == again.details["kept_bytes"] > 1000
     assert prediction.model_seconds is None
     assert again.model_seconds is not None
+
+
+def test_leaving_row_scores_out_changes_nothing_else(recorded):
+    settings = {"engine": "replay", "with_rows": True, "distillation": FAST}
+    whole, clusters = (
+        replay(**settings, score_rows=score_rows)(recorded, recorded.task.queries) for score_rows in (True, False)
+    )
+    assert whole.row_scores is not None
+    assert clusters.row_scores is None
+    assert np.allclose(clusters.cluster_scores, whole.cluster_scores, atol=1e-5)
+    assert np.array_equal(clusters.cluster_subset_values, whole.cluster_subset_values)
