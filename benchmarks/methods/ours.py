@@ -125,6 +125,7 @@ METHODS: dict[str, Method] = {
     "anchored replay": replay(engine="replay"),
     "anchored replay, 5 runs": replay(engine="replay", num_runs=5),
     "anchored replay, quick preset": replay(engine="replay", distillation=PRESETS["quick"]),
+    "anchored replay by rows' gradients": replay(engine="replay", with_rows=True, score_rows=False),
     "anchored replay by rows' gradients, quick preset": replay(
         engine="replay", with_rows=True, score_rows=False, distillation=PRESETS["quick"]
     ),
