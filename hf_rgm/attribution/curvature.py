@@ -66,6 +66,7 @@ class StateCurvature:
     matrix: GaussNewton
     samples: WeightedInputs
 
+    @torch.no_grad()  # which lets a Jacobian be filled piece by piece
     def product(self, vectors: Tensor, masks: Tensor | None = None) -> Tensor:
         """`C v` for each of `(batch_size, num_parameters)`, under cluster weights `(batch_size, num_clusters)`."""
         return self.matrix.product(vectors, weights=None if masks is None else self.samples.masked(masks))
@@ -132,6 +133,7 @@ class PathCurvature:
             )
         return rows
 
+    @torch.no_grad()
     def _of(self, samples: WeightedInputs, path: RecordedPath, state: int, max_bytes: int) -> StateCurvature:
         matrix = GaussNewton(self._model, samples.inputs, samples.weights, path.state(state), max_bytes=max_bytes)
         return StateCurvature(matrix, samples)

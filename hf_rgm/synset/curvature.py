@@ -80,6 +80,7 @@ class GaussNewton:
             if explicit:
                 jacobian = self._explicit_jacobian(part)
                 result = result + self._explicit_product(vectors, jacobian, self._probabilities(part), own)
+                del jacobian  # goes before the next one is made
             else:
                 result = result + self._implicit_product(vectors, part, own, max(1, fitting // at_once))
         return result

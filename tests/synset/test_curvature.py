@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_rgm.modeling import FunctionalModel
+from hf_rgm.synset.costs import measured
 from hf_rgm.synset.curvature import GaussNewton
 from hf_rgm.synset.inputs import ContinuousInputs
 from hf_rgm.synset.samples import SyntheticSamples, soft_cross_entropy
@@ -78,6 +79,24 @@ def test_memory_changes_the_way_and_not_the_product(make, num_vectors, samples_a
             # Eager attention takes its softmax in float32 whatever the model's dtype.
             expected = plenty.product(vectors, **settings_)
             torch.testing.assert_close(tight.product(vectors, **settings_), expected, atol=2e-6, rtol=1e-6)
+
+
+def test_a_jacobian_that_is_taken_anew_goes_before_the_next_one():
+    torch.manual_seed(0)
+    model = FunctionalModel(Linear(num_features=60_000))
+    count = 64
+    max_bytes = count // 4 * 4 * 3 * model.num_parameters
+    own = GaussNewton(
+        model,
+        {"features": torch.randn(count, 60_000)},
+        torch.ones(count),
+        model.space.flatten(model.parameters()),
+        max_bytes=max_bytes,
+    )
+    vectors = torch.randn(4, model.num_parameters)
+    with torch.no_grad():
+        peak = measured(lambda: own.product(vectors)).peak_bytes
+    assert max_bytes < peak < 1.7 * max_bytes
 
 
 @settings(max_examples=10, deadline=None)
