@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -63,6 +64,27 @@ class LinearStep:
     decoupled_decay: Tensor
 
 
+class LinearSteps(Sequence[LinearStep]):
+    """
+    Integration steps that are made when they are asked for: each holds vectors as long as the parameters.
+
+    Args:
+        starts (`range`): Training steps they start at.
+        make (`Callable`): Makes the one that starts at a training step.
+    """
+
+    def __init__(self, starts: range, make: Callable[[int], LinearStep]) -> None:
+        self._starts = starts
+        self._make = make
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def __getitem__(self, index: Any) -> Any:
+        chosen = self._starts[index]
+        return LinearSteps(chosen, self._make) if isinstance(chosen, range) else self._make(chosen)
+
+
 class RecordedPath:
     """
     Integration steps over a recorded trajectory, from a rewind point to the end of training.
@@ -108,11 +130,9 @@ class RecordedPath:
         """Whether the optimizer divides by the root of a second moment."""
         return self.trajectory.optimizer.name != "sgd"
 
-    def steps(
-        self, first: int | None = None, last: int | None = None, *, stride: int | None = None
-    ) -> list[LinearStep]:
+    def steps(self, first: int | None = None, last: int | None = None, *, stride: int | None = None) -> LinearSteps:
         """
-        Integration steps in training order.
+        Integration steps in training order, each made when it is asked for.
 
         Args:
             first, last (`int`, *optional*): Training steps to cover, the last one excluded. Default to all from the
@@ -122,7 +142,7 @@ class RecordedPath:
         start = self.start if first is None else first
         end = self.trajectory.num_steps if last is None else last
         span = self.stride if stride is None else stride
-        return [self._step(t, min(span, end - t)) for t in range(start, end, span)]
+        return LinearSteps(range(start, end, span), lambda t: self._step(t, min(span, end - t)))
 
     def segments(self) -> list[tuple[int, int, int]]:
         """
