@@ -28,7 +28,7 @@ def demo(
 
     from hf_rgm.demo import DemoSettings, run_demo
 
-    torch.set_num_threads(1)  # a model this small gains nothing from more, and loses much where cores are shared
+    torch.set_num_threads(1)  # where cores are shared, more made distilling many times slower
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     again = f"{output_dir} holds an unfinished demo; the same command starts it again."
