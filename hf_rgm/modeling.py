@@ -21,6 +21,8 @@ from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from hf_rgm.sharding import is_split
+
 logger = logging.getLogger(__name__)
 
 LABEL_NAMES = ("labels", "label", "label_ids")
@@ -103,7 +105,8 @@ class FunctionalModel:
         device (`torch.device`, *optional*): Where to compute. Defaults to the model's device.
 
     Raises:
-        ValueError: If no parameter requires a gradient, or a name is not the model's.
+        ValueError: If no parameter requires a gradient, a name is not the model's, or the model is split among
+            processes.
     """
 
     def __init__(
@@ -113,6 +116,11 @@ class FunctionalModel:
         trainable_names: Sequence[str] | None = None,
         device: torch.device | str | None = None,
     ) -> None:
+        if is_split(model):
+            raise ValueError(
+                f"`model` ({type(model).__name__}) is split among processes. Save it with `trainer.save_model()`, and "
+                "pass the whole model: `from_pretrained(...)`."
+            )
         own = dict(model.named_parameters())
         if trainable_names is None:
             trainable_names = [name for name, parameter in own.items() if parameter.requires_grad]

@@ -14,11 +14,12 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_utils import SaveStrategy
 
 from hf_rgm.files import format_size
-from hf_rgm.trajectory.capture import PendingStep, as_table, capture_state, optimizer_updates, same_parameters
+from hf_rgm.trajectory.capture import PendingStep, as_table, same_parameters
 from hf_rgm.trajectory.description import loss_scaler
 from hf_rgm.trajectory.processes import FailingTogether, check_same
 from hf_rgm.trajectory.recording import TrajectoryRecorder
 from hf_rgm.trajectory.run import OngoingRun, checkpoint_step
+from hf_rgm.trajectory.states import TrajectoryState
 
 logger = logging.getLogger(__name__)
 
@@ -35,11 +36,12 @@ class TrajectoryCallback(TrainerCallback):
     resumed from a checkpoint with the same folder, also on another number of processes. Files are written by another
     thread, so that training waits for copies of the states and, before each checkpoint, for what is not written yet.
 
-    Supported are torch's SGD, Adam and AdamW on any number of processes that each have the whole model
-    (DistributedDataParallel; the main process writes); gradient accumulation and clipping; any learning rate schedule;
-    mixed precision in bf16 and fp16. With `load_best_model_at_end` the trajectory ends at the best checkpoint, so that
-    its last state is always the model that `trainer.train()` leaves. A custom loss (`compute_loss_func`, a subclassed
-    `compute_loss`) is not visible to a callback and therefore not recorded.
+    Supported are torch's SGD, Adam and AdamW on any number of processes, each with the whole model
+    (DistributedDataParallel) or a part of it (FSDP2, whose states are put together for the main process, which writes
+    them); gradient accumulation and clipping; any learning rate schedule; mixed precision in bf16 and fp16. With
+    `load_best_model_at_end` the trajectory ends at the best checkpoint, so that its last state is always the model
+    that `trainer.train()` leaves. A custom loss (`compute_loss_func`, a subclassed `compute_loss`) is not visible to a
+    callback and therefore not recorded.
 
     Args:
         folder (`str` or `Path`): Where to record: new, empty, or a trajectory folder.
@@ -54,7 +56,7 @@ class TrajectoryCallback(TrainerCallback):
         ValueError: If `num_states` or `dtype` is wrong; in `on_train_begin`, if training resumes and the folder does
             not record the steps before, or if the optimizer misses a trainable parameter.
         FileExistsError: In `on_train_begin`, if the folder holds a complete trajectory or something else.
-        NotImplementedError: In `on_train_begin`, if the optimizer, the order of rows or the parallelism (FSDP,
+        NotImplementedError: In `on_train_begin`, if the optimizer, the order of rows or the parallelism (FSDP1,
             DeepSpeed, tensor parallelism) cannot be recorded.
         OSError: When the disk is full or the folder can no longer be written. Training stops there rather than going
             on without a record, and can be resumed.
@@ -154,8 +156,7 @@ class TrajectoryCallback(TrainerCallback):
                 run = OngoingRun.prepare(args, state, num_states=self.num_states, started=started, **kwargs)
             try:
                 check_same(run.description | {"global_step": state.global_step}, args.world_size)
-                with FailingTogether(args.world_size):
-                    self._begin(run, state)
+                self._begin(run, state)
             except BaseException:
                 run.norms.remove()
                 self._active = None
@@ -163,16 +164,15 @@ class TrajectoryCallback(TrainerCallback):
 
     def _begin(self, run: OngoingRun, state: TrainerState) -> None:
         self._active = run
-        if not run.is_main:
-            return
         step = state.global_step
-        self._recorder.begin(run.description, step=step, planned=run.planned, best=run.best_step)
-        self._announce(run)
-        if step == run.best_step:
-            # The run may have been killed after it wrote this checkpoint and before `on_save`.
-            self._record_state(step, exact=True)
-        elif step in run.planned and not self._recorder.has_state(step):
-            self._record_state(step, exact=step >= state.max_steps)
+        with FailingTogether(run.num_processes):
+            if run.is_main:
+                self._recorder.begin(run.description, step=step, planned=run.planned, best=run.best_step)
+                self._announce(run)
+        with FailingTogether(run.num_processes):
+            # The run may have been killed after it wrote the best checkpoint and before `on_save`.
+            if step in {*run.planned, run.best_step}:
+                self._record_state(step, exact=step == run.best_step or step >= state.max_steps)
 
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -241,18 +241,18 @@ class TrajectoryCallback(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Records the state of the best checkpoint so far, where training is to end with it."""
-        with self._timed(), FailingTogether(args.world_size):
+        with self._timed():
             run = self._run
-            self._write_steps(wait=True)
-            if not args.load_best_model_at_end or checkpoint_step(state.best_model_checkpoint) != state.global_step:
-                return
-            if not run.is_main:
-                return
-            if run.best_step is not None and run.best_step not in {*run.planned, state.global_step}:
-                self._recorder.drop_state(run.best_step)
-            run.best_step = state.global_step
-            if not self._recorder.has_exact_state(state.global_step):
-                self._record_state(state.global_step, exact=True)
+            is_best = args.load_best_model_at_end and checkpoint_step(state.best_model_checkpoint) == state.global_step
+            with FailingTogether(args.world_size):
+                self._write_steps(wait=True)
+                outdated = run.best_step if is_best and run.is_main else None
+                if outdated is not None and outdated not in {*run.planned, state.global_step}:
+                    self._recorder.drop_state(outdated)
+            if is_best:
+                run.best_step = state.global_step
+                with FailingTogether(args.world_size):
+                    self._record_state(state.global_step, exact=True)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -260,23 +260,28 @@ class TrajectoryCallback(TrainerCallback):
         """Records the last state, closes the folder and tells what recording cost."""
         run = self._run
         run.norms.remove()
+        with FailingTogether(args.world_size), self._timed():
+            self._write_steps(wait=True)
         with FailingTogether(args.world_size):
-            if run.is_main:
-                self._finish(run, args, state)
+            with self._timed():
+                captured = run.captured(state.global_step)
+            if captured is not None:
+                self._finish(run, args, state, captured)
         self._active = None
 
-    def _finish(self, run: OngoingRun, args: TrainingArguments, state: TrainerState) -> None:
+    def _finish(
+        self, run: OngoingRun, args: TrainingArguments, state: TrainerState, captured: TrajectoryState
+    ) -> None:
         if state.global_step == 0:
             logger.warning("Training ended before its first step, so %s holds no trajectory.", self.folder)
             self._recorder.abandon()
             return
         with self._timed():
-            self._write_steps(wait=True)
             final_step = state.global_step
-            if args.load_best_model_at_end and self._ends_at_best(run, state):
+            if args.load_best_model_at_end and self._ends_at_best(state, captured):
                 final_step = checkpoint_step(state.best_model_checkpoint) or final_step
             elif not self._recorder.has_exact_state(final_step):
-                self._record_state(final_step, exact=True)
+                self._recorder.write_state(captured, exact=True)
             self._recorder.drain()
         recording, training = self._seconds + run.norms.seconds, time.perf_counter() - run.started
         self._recorder.finish(
@@ -290,13 +295,13 @@ class TrajectoryCallback(TrainerCallback):
         )
         logger.info(self._summary)
 
-    def _ends_at_best(self, run: OngoingRun, state: TrainerState) -> bool:
+    def _ends_at_best(self, state: TrainerState, captured: TrajectoryState) -> bool:
         """Whether the best checkpoint, older than the last step, was loaded into the model."""
         best = checkpoint_step(state.best_model_checkpoint)
         if best is None or best == state.global_step:
             return False
         if self._recorder.has_state(best):
-            if same_parameters(self._recorder.read_state(best), run.parameters):
+            if same_parameters(self._recorder.read_state(best), captured):
                 return True
         logger.warning(
             "The model that training leaves is not the recorded state of the best checkpoint %s. It is kept as the "
@@ -307,11 +312,12 @@ class TrajectoryCallback(TrainerCallback):
         return False
 
     def _record_state(self, step: int, *, exact: bool) -> None:
-        run = self._run
-        if not run.is_main:
+        """Records a state that is not yet there. Every process must take part."""
+        captured = self._run.captured(step)
+        if captured is None:
             return
-        optimizer_updates(run.optimizer, run.parameters)
-        self._recorder.write_state(capture_state(step, run.parameters, run.optimizer, run.rule), exact=exact)
+        if not (self._recorder.has_exact_state(step) if exact else self._recorder.has_state(step)):
+            self._recorder.write_state(captured, exact=exact)
 
     def _write_steps(self, *, wait: bool) -> None:
         run = self._run

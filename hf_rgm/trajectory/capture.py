@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hf_rgm.sharding import whole
 from hf_rgm.trajectory.optimizers import OptimizerRule
 from hf_rgm.trajectory.states import TrajectoryState
 from hf_rgm.trajectory.steps import StepTable
@@ -46,26 +47,29 @@ def capture_state(
     parameters: Mapping[str, torch.nn.Parameter],
     optimizer: torch.optim.Optimizer,
     rule: OptimizerRule,
+    *,
+    keep: bool = True,
 ) -> TrajectoryState:
     """
     The state as it is now, without copying: tensors are the live ones, in their own dtype and on their own device.
 
-    Moments that the optimizer has not initialised are absent.
+    Moments that the optimizer has not initialised are absent. Where FSDP2 has split the model, tensors are put
+    together on the CPU, one after the other: every process must call, and those that need nothing do not `keep` them.
     """
     moments: dict[str, dict[str, Tensor]] = {}
     for kind in rule.moment_names:
         for name, parameter in parameters.items():
             moment = optimizer.state.get(parameter, {}).get(kind)
             if moment is not None:
-                moments.setdefault(kind, {})[name] = moment
-    return TrajectoryState(step, dict(parameters), moments)
+                moments.setdefault(kind, {})[name] = whole(moment, keep=keep)
+    return TrajectoryState(step, {name: whole(p, keep=keep) for name, p in parameters.items()}, moments)
 
 
-def same_parameters(state: TrajectoryState, parameters: Mapping[str, torch.nn.Parameter]) -> bool:
-    """Whether a model has exactly the parameters of a recorded state."""
+def same_parameters(state: TrajectoryState, other: TrajectoryState) -> bool:
+    """Whether a model captured as it is now has exactly the parameters of a recorded state."""
     return all(
         torch.equal(state.parameters[name], parameter.detach().to(device="cpu", dtype=torch.float32))
-        for name, parameter in parameters.items()
+        for name, parameter in other.parameters.items()
     )
 
 

@@ -10,19 +10,20 @@ import torch
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import DistributedType
 from torch import nn
-from torch.distributed.tensor import DTensor
 from transformers import TrainingArguments
 
 from hf_rgm.modeling import LABEL_NAMES, forward_arguments
+from hf_rgm.sharding import is_sharded, is_split, model_class
 
-_WHOLE_MODELS = (
+_DATA_PARALLEL = (
     DistributedType.NO,
+    DistributedType.FSDP,
     DistributedType.MULTI_CPU,
     DistributedType.MULTI_GPU,
     DistributedType.MULTI_NPU,
     DistributedType.MULTI_XPU,
 )
-"""Ways to train in which every process has the whole model."""
+"""Ways to train in which every process has other rows."""
 
 
 def check_supported(args: TrainingArguments, model: nn.Module, lr_scheduler: Any) -> None:
@@ -32,9 +33,9 @@ def check_supported(args: TrainingArguments, model: nn.Module, lr_scheduler: Any
     Raises:
         NotImplementedError: Naming the setting and the way out.
     """
-    replicated = (
-        "Train with a whole model on every device to record: with `torchrun` or `accelerate launch`, but without "
-        "FSDP, DeepSpeed or tensor parallelism."
+    way_out = (
+        "Train with `torchrun` or `accelerate launch` with the whole model on every device, or with FSDP2 "
+        '(`fsdp=True, fsdp_config={"version": 2}`).'
     )
     if args.deepspeed:
         raise NotImplementedError(
@@ -42,13 +43,16 @@ def check_supported(args: TrainingArguments, model: nn.Module, lr_scheduler: Any
             "`deepspeed`."
         )
     kind = args.distributed_state.distributed_type if args.distributed_state is not None else DistributedType.NO
-    if args.fsdp or kind == DistributedType.FSDP:
-        raise NotImplementedError(f"Recording under FSDP is not supported, got fsdp={args.fsdp!r}. {replicated}")
-    is_split = any(isinstance(parameter, DTensor) for parameter in model.parameters())
-    if is_split or args.parallelism_config is not None or (getattr(model, "tp_size", None) or 1) > 1:
-        raise NotImplementedError(f"Recording a model that is split over devices is not supported. {replicated}")
-    if kind not in _WHOLE_MODELS:
-        raise NotImplementedError(f"Recording under {kind.value} is not supported. {replicated}")
+    by_fsdp = bool(args.fsdp) or kind == DistributedType.FSDP
+    if by_fsdp and not is_sharded(model):
+        raise NotImplementedError(f"Recording under FSDP1 is not supported, got fsdp={args.fsdp!r}. {way_out}")
+    otherwise_split = is_split(model) and not by_fsdp
+    if otherwise_split or args.parallelism_config is not None or (getattr(model, "tp_size", None) or 1) > 1:
+        raise NotImplementedError(
+            f"Recording a model that is split over devices by other means than FSDP2 is not supported. {way_out}"
+        )
+    if kind not in _DATA_PARALLEL:
+        raise NotImplementedError(f"Recording under {kind.value} is not supported. {way_out}")
     if args.world_size > 1 and loss_reduction(model) == "update" and not args.average_tokens_across_devices:
         raise NotImplementedError(
             f"With `average_tokens_across_devices=False`, each of the {args.world_size} processes divides its loss by "
@@ -111,7 +115,7 @@ def describe_run(args: TrainingArguments, model: nn.Module, *, batch_size: int, 
     config = getattr(model, "config", None)
     return {
         "model": {
-            "class": type(model).__name__,
+            "class": model_class(model).__name__,
             "name_or_path": getattr(config, "name_or_path", None) or None,
             # Transformers keeps the Hub commit of a loaded model nowhere else.
             "commit_hash": getattr(config, "_commit_hash", None),

@@ -11,6 +11,8 @@ from accelerate.utils import reduce
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
+from hf_rgm.sharding import whole
+
 SAMPLE_SIZE = 2**14
 """Elements of the gradient that processes average once more to tell the factor of clipping."""
 UNCLIPPED_MARGIN = 1e-5
@@ -25,25 +27,32 @@ class GradientNorms:
 
     Where several processes train together, the hooks see each process's own gradient, before DistributedDataParallel
     averages them. They keep an evenly spread sample of its elements there, whose average is what the sample of the
-    clipped gradient is compared with: clipping multiplies all elements by one factor.
+    clipped gradient is compared with: clipping multiplies all elements by one factor. Where FSDP2 splits the model,
+    the hooks see the averaged gradient, and norms are added up over the processes.
 
     Args:
         parameters (`Mapping[str, torch.nn.Parameter]`): The trainable parameters, by name.
         max_norm (`float`): What gradients are clipped to; 0 for no clipping, which needs no hook.
         num_processes (`int`, *optional*, defaults to `1`): Processes that train together. Each must call
             [`~GradientNorms.measure`] at every update.
+        is_sharded (`bool`, *optional*, defaults to `False`): Whether FSDP2 splits the parameters among them.
 
     Attributes:
         seconds (`float`): Time spent in the hooks so far.
     """
 
     def __init__(
-        self, parameters: Mapping[str, torch.nn.Parameter], *, max_norm: float, num_processes: int = 1
+        self,
+        parameters: Mapping[str, torch.nn.Parameter],
+        *,
+        max_norm: float,
+        num_processes: int = 1,
+        is_sharded: bool = False,
     ) -> None:
         self._parameters = dict(parameters)
         self._before: dict[str, Tensor] = {}
         self._max_norm = max_norm
-        self._shared = num_processes > 1
+        self._shared = num_processes > 1 and not is_sharded
         self._stride = -(-sum(p.numel() for p in self._parameters.values()) // SAMPLE_SIZE)
         self.seconds = 0.0
         self._handles: list[RemovableHandle] = []
@@ -119,4 +128,4 @@ def _norm(gradient: Tensor) -> Tensor:
 def _total(norms: list[Tensor]) -> Tensor:
     if not norms:
         return torch.zeros(())
-    return torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]))
+    return whole(torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms])))

@@ -12,12 +12,14 @@ from torch import nn
 from transformers import TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from hf_rgm.sharding import is_sharded, named_parameters
 from hf_rgm.trajectory.batches import RowSchedule
-from hf_rgm.trajectory.capture import PendingStep, optimizer_updates
+from hf_rgm.trajectory.capture import PendingStep, capture_state, optimizer_updates
 from hf_rgm.trajectory.description import check_supported, describe_run, fingerprint_columns, inner_optimizer
 from hf_rgm.trajectory.fingerprint import dataset_fingerprint
 from hf_rgm.trajectory.gradients import GradientNorms
 from hf_rgm.trajectory.optimizers import OptimizerRule
+from hf_rgm.trajectory.states import TrajectoryState
 
 
 @dataclass
@@ -37,6 +39,7 @@ class OngoingRun:
         next_step (`int`): The first step that is not written yet.
         is_main (`bool`): Whether this process writes.
         num_processes (`int`): Processes that train together.
+        is_sharded (`bool`): Whether the model is split among them.
         best_step (`int`, *optional*): Step of the best checkpoint so far, where training is to end with it.
         batches (`list[np.ndarray]`): Rows of the update under way.
         steps (`list[PendingStep]`): Steps that are not written yet.
@@ -53,6 +56,7 @@ class OngoingRun:
     next_step: int
     is_main: bool
     num_processes: int
+    is_sharded: bool
     best_step: int | None = None
     batches: list[np.ndarray] = field(default_factory=list)
     steps: list[PendingStep] = field(default_factory=list)
@@ -86,14 +90,15 @@ class OngoingRun:
         del kwargs
         check_supported(args, model, lr_scheduler)
         optimizer = inner_optimizer(optimizer)
-        rule = OptimizerRule.from_torch(optimizer, model.named_parameters())
+        named = named_parameters(model)
+        rule = OptimizerRule.from_torch(optimizer, named.items())
         schedule = RowSchedule(train_dataloader, args.gradient_accumulation_steps, global_step=state.global_step)
         if schedule.mid_epoch and args.ignore_data_skip:
             raise NotImplementedError(
                 "Training resumes in mid-epoch with `ignore_data_skip=True`, so that rows are seen twice in one "
                 "epoch. Leave `ignore_data_skip` at its default."
             )
-        parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        parameters = {name: p for name, p in named.items() if p.requires_grad}
         description = describe_run(args, model, batch_size=schedule.batch_size, sampler_seed=schedule.seed) | {
             "optimizer": rule.to_dict(),
             "parameters": {name: list(parameter.shape) for name, parameter in parameters.items()},
@@ -107,14 +112,32 @@ class OngoingRun:
             rule=rule,
             description=description,
             schedule=schedule,
-            norms=GradientNorms(parameters, max_norm=args.max_grad_norm or 0.0, num_processes=args.world_size),
+            norms=GradientNorms(
+                parameters,
+                max_norm=args.max_grad_norm or 0.0,
+                num_processes=args.world_size,
+                is_sharded=is_sharded(model),
+            ),
             planned={round(step) for step in np.linspace(0, state.max_steps, num_states)},
             started=started,
             next_step=state.global_step,
             is_main=state.is_world_process_zero,
             num_processes=args.world_size,
+            is_sharded=is_sharded(model),
             best_step=checkpoint_step(state.best_model_checkpoint) if args.load_best_model_at_end else None,
         )
+
+    def captured(self, step: int) -> TrajectoryState | None:
+        """
+        The state as it is now, on the main process.
+
+        Where the model is split, every process must ask for it.
+        """
+        if not self.is_main and not self.is_sharded:
+            return None
+        optimizer_updates(self.optimizer, self.parameters)
+        state = capture_state(step, self.parameters, self.optimizer, self.rule, keep=self.is_main)
+        return state if self.is_main else None
 
 
 def checkpoint_step(checkpoint: str | None) -> int | None:

@@ -34,7 +34,7 @@ def supported(kind=DistributedType.NO, **changes):
     [
         ({"deepspeed": "config.json"}, "DeepSpeed steps its optimizer inside the backward pass"),
         ({"fsdp": "full_shard"}, "fsdp='full_shard'"),
-        ({"kind": DistributedType.FSDP}, "under FSDP is not supported.*whole model on every device"),
+        ({"kind": DistributedType.FSDP}, "under FSDP1 is not supported.*whole model on every device, or with FSDP2"),
         ({"kind": DistributedType.MEGATRON_LM}, "under MEGATRON_LM is not supported.*whole model on every device"),
         ({"parallelism_config": object()}, "split over devices"),
         ({"n_gpu": 2}, "DataParallel on 2 GPUs.*CUDA_VISIBLE_DEVICES"),
@@ -61,12 +61,13 @@ def test_several_processes_with_whole_models_are_supported():
         check_supported(apart, UpdateModel(), None)
 
 
-def test_a_model_that_was_split_when_it_was_loaded_is_refused(tmp_path):
+def test_a_model_that_was_split_when_it_was_loaded_is_refused_unless_it_is_by_fsdp(tmp_path):
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
         model = fully_shard(MeanModel(), mesh=init_device_mesh("cpu", (1,)))
-        with pytest.raises(NotImplementedError, match="split over devices is not supported"):
+        with pytest.raises(NotImplementedError, match="split over devices by other means than FSDP2"):
             check_supported(supported(), model, None)
+        check_supported(supported(kind=DistributedType.FSDP, fsdp=True), model, None)
     finally:
         torch.distributed.destroy_process_group()
 
