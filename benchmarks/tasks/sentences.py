@@ -9,6 +9,7 @@ five k-means cells of MiniLM's own sentence embeddings (before training) for eac
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from functools import partial
 
 import numpy as np
@@ -16,7 +17,14 @@ import torch
 from datasets import Dataset
 from numpy.typing import NDArray
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer, Trainer, set_seed
+from transformers import (
+    AutoModel,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    Trainer,
+    set_seed,
+)
 
 from benchmarks.tasks import Task
 from benchmarks.tasks.texts import codes, load_sentences, token_dataset
@@ -45,19 +53,23 @@ def mini_lm_path() -> str:
         ) from error
 
 
+def mini_lm(seed: int) -> PreTrainedModel:
+    """MiniLM without dropout, with a new classifier drawn from the seed."""
+    set_seed(seed)
+    return AutoModelForSequenceClassification.from_pretrained(
+        mini_lm_path(), num_labels=len(LABEL_NAMES), hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
+    )
+
+
 def build_trainer(dataset: Dataset, seed: int, callbacks=(), **overrides) -> Trainer:
     """
     MiniLM with LoRA of rank 4 and a new classifier, AdamW at 2e-3 with linear decay, batches of 16, no clipping.
 
     `overrides` go to `TrainingArguments` and say how long to train.
     """
-    set_seed(seed)
-    model = AutoModelForSequenceClassification.from_pretrained(
-        mini_lm_path(), num_labels=len(LABEL_NAMES), hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
-    )
     lora = LoraConfig(task_type="SEQ_CLS", r=4, lora_alpha=8, target_modules=["query", "value"])
     return quiet_trainer(
-        get_peft_model(model, lora),
+        get_peft_model(mini_lm(seed), lora),
         dataset,
         seed,
         callbacks,
@@ -77,8 +89,24 @@ def sentence_embeddings(dataset: Dataset) -> NDArray[np.float32]:
     return torch.nn.functional.normalize(torch.cat(means)).numpy()
 
 
-def load() -> Task:
-    """The task with a fixed number of steps."""
+def sentences_task(
+    name: str,
+    build_trainer: Callable[..., Trainer],
+    *,
+    num_clusters_per_class: int,
+    num_cluster_masks: int,
+    num_row_masks: int,
+    seeds: tuple[int, ...],
+) -> Task:
+    """
+    The task: the first 1,200 of the shuffled sentences, queries from the rest.
+
+    Args:
+        name: Of the task.
+        build_trainer: A fresh `Trainer` of MiniLM.
+        num_clusters_per_class: Clusters for each source and label.
+        num_cluster_masks, num_row_masks, seeds: See [`Task`].
+    """
     sentences = load_sentences()
     tokenizer = AutoTokenizer.from_pretrained(mini_lm_path())
     encoded = tokenizer(
@@ -97,16 +125,32 @@ def load() -> Task:
     train = part(0, NUM_TRAIN)
     groups, names = codes([f"{sentence.source}, {LABEL_NAMES[sentence.label]}" for sentence in sentences[:NUM_TRAIN]])
     return Task(
-        name="sentences",
+        name=name,
         train=train,
         queries=part(NUM_TRAIN, NUM_QUERIES),
         tuning_queries=part(NUM_TRAIN + NUM_QUERIES, NUM_TUNING_QUERIES),
         clusters=ClusterMap.from_embeddings(
-            sentence_embeddings(train), labels=groups, label_names=names, num_clusters_per_class=5, seed=0
+            sentence_embeddings(train),
+            labels=groups,
+            label_names=names,
+            num_clusters_per_class=num_clusters_per_class,
+            seed=0,
         ),
-        build_trainer=partial(build_trainer, max_steps=75),
+        build_trainer=build_trainer,
+        num_cluster_masks=num_cluster_masks,
+        num_row_masks=num_row_masks,
+        seeds=seeds,
+        num_distances=0,
+    )
+
+
+def load() -> Task:
+    """The task with a fixed number of steps."""
+    return sentences_task(
+        "sentences",
+        partial(build_trainer, max_steps=75),
+        num_clusters_per_class=5,
         num_cluster_masks=24,
         num_row_masks=12,
         seeds=(1, 2, 3),
-        num_distances=0,
     )
