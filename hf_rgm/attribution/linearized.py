@@ -160,18 +160,18 @@ class LinearizedReplayEngine:
         momentum = torch.zeros_like(deviation)
         moved = (path.state(path.trajectory.num_steps) - path.parameters_at(path.start)).norm()
         bound = MAX_DEVIATION * moved * (masks - 1).abs().amax(dim=1).clamp_min(1.0)
-        curvature, force, at = None, None, None
+        curvature, driving, at = None, None, None
         steps = tqdm(
             path.steps(),
             desc=f"Replaying {len(masks)} models from step {path.start} (linearised)",
             disable=self.disable_tqdm,
         )
         for step in steps:
-            if curvature is None or force is None or at != step.nearest_state:
+            if curvature is None or driving is None or at != step.nearest_state:
                 at, curvature = step.nearest_state, None  # what it holds goes before the next one is made
                 curvature = self._curvature.at(path, at)
-                force = self.force(at, masks)
-            change = force + curvature.product(deviation, masks)
+                driving = self.force(at, masks)
+            change = driving + curvature.product(deviation, masks)
             deviation, momentum = deviation_step(step, deviation, momentum, change)
             norm = deviation.norm(dim=1)
             if not bool((norm <= bound).all()):

@@ -42,6 +42,7 @@ class ReplayEngine:
             state nearest to the rewind point, the last one excepted, and replay the optimizer itself.
         cluster_gradients (`ClusterGradients`, *optional*): The data's gradients at recorded states. Where the synset's
             differ from them, anchored replay adds the difference: exact to first order, as it is at p = 1.
+        with_rows (`bool`, *optional*, defaults to `False`): Whether these come of rows, which share the memory.
         max_bytes (`int`, *optional*, defaults to `2**30`): Memory, beside the recorded states; see [`MemoryShares`].
         disable_tqdm (`bool`, *optional*, defaults to `False`): No progress bar.
     """
@@ -61,6 +62,7 @@ class ReplayEngine:
         stride: int | None = None,
         anchored: bool = True,
         cluster_gradients: ClusterGradients | None = None,
+        with_rows: bool = False,
         max_bytes: int = 2**30,
         disable_tqdm: bool = False,
     ) -> None:
@@ -77,7 +79,7 @@ class ReplayEngine:
         self.cluster_gradients = cluster_gradients
         self.disable_tqdm = disable_tqdm
         # Deviation, momentum, where gradients are taken, these, and what a step makes of them.
-        shares = MemoryShares.of(max_bytes, with_rows=False)
+        shares = MemoryShares.of(max_bytes, with_rows=with_rows)
         self._max_gradient_bytes, vectors = shares.gradients, shares.vectors
         self.batch_size = max(1, min(MAX_MODELS_AT_ONCE, vectors // (24 * model.num_parameters)))
 

@@ -147,7 +147,7 @@ class Replays:
             "disable_tqdm": self._disable_tqdm or not self.processes.shows_progress,
         }
         if name != "linearized_replay":
-            return ReplayEngine(*self.parts, anchored=name == "replay", **own, **settings)
+            return ReplayEngine(*self.parts, anchored=name == "replay", with_rows=rows is not None, **own, **settings)
         sample = None if rows is None else rows.sample
         return LinearizedReplayEngine(*self.parts, rows=sample, **own, **settings)
 

@@ -1,20 +1,89 @@
-"""Whether a model can be asked about synthetic samples at all, and whether it is worth it."""
+"""Whether model, recorded runs, rows and synthetic samples belong together, and whether it is worth asking them."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from hf_rgm.artefacts import printable
-from hf_rgm.modeling import FunctionalModel
+from hf_rgm.modeling import FunctionalModel, parameters_sha256
 from hf_rgm.synset.inputs import InputSpace
 from hf_rgm.synset.samples import SyntheticSamples
 from hf_rgm.synset.states import MatchedState
+from hf_rgm.trajectory.storage import Trajectory
 
 logger = logging.getLogger(__name__)
+
+CROSS_ENTROPY_TYPE = "nll"
+"""TRL's name for the cross entropy; the plain `Trainer` records none."""
+
+
+def check_runs(model: FunctionalModel, trajectories: Sequence[Trajectory], train_dataset: Any) -> None:
+    """
+    Checks recorded runs against the model that the first of them trained, and the dataset that all were trained on.
+
+    Args:
+        model (`FunctionalModel`): The trained model.
+        trajectories (`Sequence[Trajectory]`): The recorded runs.
+        train_dataset: What they were trained on.
+
+    Raises:
+        ValueError: If parameters have other shapes, the model is not what the first run ended with, two runs are the
+            same, or the dataset is another.
+    """
+    space = model.space
+    found = {n: tuple(s) for n, s in zip(space.names, space.shapes, strict=True)}
+    for run, trajectory in enumerate(trajectories):
+        what = f"Run {run}: the" if run else "The"
+        expected = {name: tuple(shape) for name, shape in trajectory.parameter_shapes.items()}
+        if expected != found:
+            different = sorted(set(expected.items()) ^ set(found.items()))
+            raise ValueError(
+                f"{what} model's parameters have other shapes than the recorded ones; first difference: "
+                f"{different[0]}. Pass the model that was trained."
+            )
+        trajectory.check_dataset(train_dataset)
+    final, own = trajectories[0].final.parameters, model.parameters()
+    for name in space.names:
+        if not torch.equal(final[name], own[name].cpu()):
+            raise ValueError(
+                f"The model's `{name}` is not what the recorded run ended with. Pass the model as the Trainer "
+                "left it (not a later fine-tune, not the initial checkpoint)."
+            )
+    ends: dict[str, int] = {}
+    for run, trajectory in enumerate(trajectories):
+        twin = ends.setdefault(parameters_sha256(trajectory.final.parameters), run)
+        if twin != run:
+            raise ValueError(
+                f"Runs {twin} and {run} end at the same parameters: they are the same run. Train each with a seed "
+                "of its own."
+            )
+
+
+def recorded_loss(trajectories: Sequence[Trajectory]) -> tuple[str, float]:
+    """
+    The `loss_type` and the `label_smoothing_factor` that all runs were trained with.
+
+    Raises:
+        ValueError: If they differ.
+    """
+    losses = [
+        (str(told.get("loss_type") or CROSS_ENTROPY_TYPE), float(told.get("label_smoothing_factor") or 0.0))
+        for told in (trajectory.metadata for trajectory in trajectories)
+    ]
+    for run, loss in enumerate(losses):
+        for name, own, first in zip(("loss_type", "label_smoothing_factor"), loss, losses[0], strict=True):
+            if own != first:
+                raise ValueError(
+                    f"Run {run} was trained with `{name}={own!r}`, run 0 with `{name}={first!r}`: one synset "
+                    "stands for one loss. Distil a synset for each, or train all with the same settings but the "
+                    "seed."
+                )
+    return losses[0]
 
 
 def check_samples(model: FunctionalModel, inputs: InputSpace, samples: SyntheticSamples) -> None:

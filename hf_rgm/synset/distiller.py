@@ -20,7 +20,7 @@ from hf_rgm.out_of_memory import advice_on_memory
 from hf_rgm.processes import Processes
 from hf_rgm.rows import CachedBatches, DataCollator, RowReader
 from hf_rgm.synset.blocks import BlockStore
-from hf_rgm.synset.compatibility import warn_unless_matched
+from hf_rgm.synset.compatibility import CROSS_ENTROPY_TYPE, check_runs, recorded_loss, warn_unless_matched
 from hf_rgm.synset.config import DistillationConfig
 from hf_rgm.synset.costs import CostEstimate
 from hf_rgm.synset.initialisation import initial_samples
@@ -41,9 +41,6 @@ logger = logging.getLogger(__name__)
 
 CACHE_BYTES = 2**30
 """Memory for rows that are collated once and kept."""
-
-CROSS_ENTROPY_TYPE = "nll"
-"""TRL's name for the cross entropy; the plain `Trainer` records none."""
 
 
 class ReverseGradientMatchingDistiller:
@@ -120,8 +117,9 @@ class ReverseGradientMatchingDistiller:
         self.reader = RowReader(
             train_dataset, self.model, data_collator=data_collator, remove_unused_columns=remove_unused_columns
         )
-        self._check_belong_together(train_dataset)
-        loss_type, label_smoothing = self._recorded_loss()
+        check_runs(self.model, self.trajectories, train_dataset)
+        clusters.check_num_rows(len(self.reader))
+        loss_type, label_smoothing = recorded_loss(self.trajectories)
         if row_loss is None and loss_type != CROSS_ENTROPY_TYPE:
             raise ValueError(
                 f"The recorded run was trained with `loss_type={loss_type!r}`, which is not the cross entropy. Pass "
@@ -139,52 +137,6 @@ class ReverseGradientMatchingDistiller:
         # Measured, so the first process's counts: all must agree on the blocks.
         self._plan = self._processes.gather(self._plan_memory)[0]
         self._store = BlockStore(output_dir, self._identity()) if output_dir is not None else None
-
-    def _check_belong_together(self, train_dataset: Any) -> None:
-        space = self.model.space
-        found = {n: tuple(s) for n, s in zip(space.names, space.shapes, strict=True)}
-        for run, trajectory in enumerate(self.trajectories):
-            what = f"Run {run}: the" if run else "The"
-            expected = {name: tuple(shape) for name, shape in trajectory.parameter_shapes.items()}
-            if expected != found:
-                different = sorted(set(expected.items()) ^ set(found.items()))
-                raise ValueError(
-                    f"{what} model's parameters have other shapes than the recorded ones; first difference: "
-                    f"{different[0]}. Pass the model that was trained."
-                )
-            trajectory.check_dataset(train_dataset)
-        self.clusters.check_num_rows(len(self.reader))
-        final, own = self.trajectories[0].final.parameters, self.model.parameters()
-        for name in space.names:
-            if not torch.equal(final[name], own[name].cpu()):
-                raise ValueError(
-                    f"The model's `{name}` is not what the recorded run ended with. Pass the model as the Trainer "
-                    "left it (not a later fine-tune, not the initial checkpoint)."
-                )
-        ends: dict[str, int] = {}
-        for run, trajectory in enumerate(self.trajectories):
-            twin = ends.setdefault(parameters_sha256(trajectory.final.parameters), run)
-            if twin != run:
-                raise ValueError(
-                    f"Runs {twin} and {run} end at the same parameters: they are the same run. Train each with a seed "
-                    "of its own."
-                )
-
-    def _recorded_loss(self) -> tuple[str, float]:
-        """The `loss_type` and the `label_smoothing_factor` that all runs were trained with."""
-        losses = [
-            (str(told.get("loss_type") or CROSS_ENTROPY_TYPE), float(told.get("label_smoothing_factor") or 0.0))
-            for told in (trajectory.metadata for trajectory in self.trajectories)
-        ]
-        for run, loss in enumerate(losses):
-            for name, own, first in zip(("loss_type", "label_smoothing_factor"), loss, losses[0], strict=True):
-                if own != first:
-                    raise ValueError(
-                        f"Run {run} was trained with `{name}={own!r}`, run 0 with `{name}={first!r}`: one synset "
-                        "stands for one loss. Distil a synset for each, or train all with the same settings but the "
-                        "seed."
-                    )
-        return losses[0]
 
     def _identity(self) -> dict[str, Any]:
         """What two runs must share for one to continue the other's blocks."""
