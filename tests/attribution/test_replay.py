@@ -18,12 +18,12 @@ def engine(**settings):
     return ReplayEngine(a.model, a.inputs, a.samples, RUN.trajectory, disable_tqdm=True, **settings)
 
 
-@pytest.mark.parametrize("settings", [{}, {"rewind": 0.0}, {"rewind": 0.9}, {"stride": 5}], ids=str)
 def test_rows_leave_less_memory_for_models():
     budget = 24 * 171 * 16  # four models without rows, three with them
     assert [engine(max_bytes=budget, with_rows=rows).batch_size for rows in (False, True)] == [4, 3]
 
 
+@pytest.mark.parametrize("settings", [{}, {"rewind": 0.0}, {"rewind": 0.9}, {"stride": 5}], ids=str)
 def test_everything_present_is_the_trained_model_exactly(settings):
     replay = engine(**settings)
     trained = replay.model.space.flatten(replay.model.parameters())
