@@ -12,7 +12,15 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
-from hf_rgm.cli.common import AS_JSON, QUIET, clear_errors, hide_bars, interruptible
+from hf_rgm.cli.common import (
+    AS_JSON,
+    OVERWRITE,
+    QUIET,
+    check_output_folder,
+    clear_errors,
+    hide_bars,
+    interruptible,
+)
 from hf_rgm.cli.loading import (
     DATA_COLLATOR,
     MODEL_CLASS,
@@ -97,6 +105,7 @@ def distill(
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the model.")] = None,
     prepare: PREPARE = None,
     data_collator: DATA_COLLATOR = None,
+    overwrite: OVERWRITE = False,
     estimate: Annotated[
         bool, typer.Option("--estimate", help="Only tell what memory, disk and time it needs.")
     ] = False,
@@ -113,7 +122,6 @@ def distill(
     Example: hf-rgm distill trajectory my-model train.parquet -o my-synset --cluster-column source --preset quick
     """
     from hf_rgm import ReverseGradientMatchingDistiller
-    from hf_rgm.files import check_replaceable
     from hf_rgm.hub.description import describe
     from hf_rgm.processes import Processes
     from hf_rgm.synset.storage import CONFIG_FILE
@@ -124,7 +132,7 @@ def distill(
     with interruptible(go_on), clear_errors():
         chosen = {name: value for name, value in settings.items() if value is not None}
         config = DistillationConfig.from_preset(preset, **chosen)
-        check_replaceable(output_dir.resolve(), CONFIG_FILE)
+        check_output_folder(output_dir, CONFIG_FILE, overwrite=overwrite or estimate)
         rows = load_rows(dataset, split=split, default_split="train", prepare=prepare)
         clusters = load_clusters(
             rows,

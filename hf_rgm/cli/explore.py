@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from hf_rgm.cli.common import QUIET, REVISION, clear_errors, hide_bars
+from hf_rgm.cli.common import OVERWRITE, QUIET, REVISION, check_output_folder, clear_errors, hide_bars
 from hf_rgm.cli.loading import DATA_COLLATOR, MODEL_CLASS, PREPARE, load_collator, load_model, load_rows
 
 
@@ -39,6 +39,7 @@ def explore(
     space: Annotated[
         Path | None, typer.Option(help="Write a folder to push as a Space instead of serving the page.")
     ] = None,
+    overwrite: OVERWRITE = False,
     quiet: QUIET = False,
 ) -> None:
     """
@@ -56,8 +57,9 @@ def explore(
         training = None if rows is None else load_rows(rows, split=rows_split, default_split="train", prepare=prepare)
         given: dict[str, Any] = {"synset": synset, "rows": training, "queries": asked, "title": title}
         if space is not None:
-            from hf_rgm.explorer.space import write_space
+            from hf_rgm.explorer.space import MARKER, write_space
 
+            check_output_folder(space, MARKER, overwrite=overwrite)
             written = write_space(space, attributions, model=model, **given)
             typer.echo(f"Written to {written}. Look at it: python {written}/app.py")
             typer.echo(f"Share it: hf upload NAMESPACE/NAME {written} --repo-type space")

@@ -32,6 +32,25 @@ def test_the_scores_are_those_of_the_library(told, files, tmp_path):
     assert "<html" in (tmp_path / "report.html").read_text()
 
 
+def test_finished_attributions_are_replaced_only_if_so_asked(invoke, files, tmp_path):
+    output, report = tmp_path / "scores", tmp_path / "report.html"
+    command = ("attribute", files.model, files.synset, files.queries, "-o", output, "--num-queries", 1)
+    assert invoke(*command).exit_code == 0
+    before = (output / "attribution.json").read_bytes()
+    refused = invoke(*command, "--engine", "adjoint")
+    assert refused.exit_code == 1
+    assert f"{output} holds finished work already (attribution.json)" in refused.stderr
+    assert "or replace it by `--overwrite`" in refused.stderr
+    assert (output / "attribution.json").read_bytes() == before
+    assert invoke(*command, "--engine", "adjoint", "--overwrite").exit_code == 0
+    assert AttributionResult.from_pretrained(output).engine == "adjoint"
+    report.write_text("mine")
+    refused = invoke(*command[:-4], "-o", tmp_path / "other", "--html", report)
+    assert refused.exit_code == 1
+    assert f"{report} exists already" in refused.stderr
+    assert report.read_text() == "mine" and not (tmp_path / "other").exists()
+
+
 def test_it_tells_the_top_clusters(invoke, files, script, tmp_path):
     output = tmp_path / "scores"
     result = invoke(
