@@ -24,7 +24,7 @@ from hf_rgm.attribution.result import AttributionResult
 from hf_rgm.attribution.unlearned import UnlearnedModel
 from hf_rgm.hub.artefact import CardOptions
 from hf_rgm.hub.repository import is_repo_id, link_model, model_address
-from hf_rgm.rows import padding_collator
+from hf_rgm.rows import knows_words, padding_collator
 from hf_rgm.synset.synset import Synset
 
 TASK = "data-attribution"
@@ -89,8 +89,7 @@ class AttributionPipeline(Pipeline):
         **kwargs,
     ) -> None:
         super().__init__(model, **kwargs)
-        tokenizer: Any = self.tokenizer
-        if tokenizer is not None and not {*tokenizer.get_vocab()} - {*tokenizer.all_special_tokens}:
+        if self.tokenizer is not None and not knows_words(self.tokenizer):
             self.tokenizer = None
         self.attributor = Attributor(
             self.model, synset, device=self.device, max_memory=max_memory, force=force, disable_tqdm=disable_tqdm
@@ -133,6 +132,7 @@ class AttributionPipeline(Pipeline):
         if top_k is not None and top_k < 1:
             raise ValueError(f"`top_k` must be at least 1, got {top_k}. Leave it out for the whole matrix.")
         result = self.attributor.attribute(self._as_rows(queries), **self._padded(options))
+        result.tokenizer = self.tokenizer  # type: ignore[assignment]
         return result if top_k is None else result.to_list(top_k)
 
     def model_without(self, clusters: Iterable[str | int], **options: Any) -> nn.Module:
@@ -161,7 +161,7 @@ class AttributionPipeline(Pipeline):
         self.model.save_pretrained(save_directory, **kwargs)
         if self.tokenizer is not None:
             self.tokenizer.save_pretrained(save_directory)
-        self.synset.save_pretrained(Path(save_directory) / "synset")
+        self.synset.save_pretrained(Path(save_directory) / "synset", **self._reader_of_samples())
 
     def push_to_hub(  # type: ignore[override]
         self,
@@ -216,6 +216,7 @@ class AttributionPipeline(Pipeline):
             card or CardOptions(), model_id=model_id, synset_id=repo_id, attribution_id=results_id, repo_id=None
         )
         shared: dict[str, Any] = {"private": private, "token": token, "revision": revision, "create_pr": create_pr}
+        options = {**self._reader_of_samples(), **options}
         addresses = {"synset": str(self.synset.push_to_hub(repo_id, card=card, **shared, **options).repo_url)}
         if results is not None and results_id is not None:
             addresses["attributions"] = str(results.push_to_hub(results_id, card=card, **shared).repo_url)
@@ -229,6 +230,10 @@ class AttributionPipeline(Pipeline):
             if link_model(model_id, known, token=token, revision=revision, create_pr=create_pr):
                 addresses["model"] = model_address(model_id)
         return addresses
+
+    def _reader_of_samples(self) -> dict[str, Any]:
+        """Where samples are texts, their table is written in words."""
+        return {"tokenizer": self.tokenizer} if self.synset.metadata.get("tokens") is not None else {}
 
     def _loaded_from(self) -> str | None:
         """The repository the trained model was loaded from, if it was. Its training may have begun with another."""

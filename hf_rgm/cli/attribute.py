@@ -18,7 +18,15 @@ from hf_rgm.cli.common import (
     hide_bars,
     interruptible,
 )
-from hf_rgm.cli.loading import DATA_COLLATOR, MODEL_CLASS, PREPARE, load_collator, load_model, load_rows
+from hf_rgm.cli.loading import (
+    DATA_COLLATOR,
+    MODEL_CLASS,
+    PREPARE,
+    find_tokenizer,
+    load_collator,
+    load_model,
+    load_rows,
+)
 
 if TYPE_CHECKING:
     from hf_rgm import AttributionResult
@@ -89,7 +97,8 @@ def attribute(
         )
         result.save_pretrained(output_dir)
         if html is not None:
-            result.to_html(html, queries=asked, rows=training, synset=pipeline.synset)
+            tokenizer = find_tokenizer(pipeline.model, model, revision)
+            result.to_html(html, queries=asked, rows=training, synset=pipeline.synset, tokenizer=tokenizer)
         typer.echo(
             json.dumps(_told(result, top, output_dir), indent=2) if as_json else _words(result, top, output_dir)
         )

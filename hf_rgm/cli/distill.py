@@ -25,6 +25,7 @@ from hf_rgm.cli.loading import (
     DATA_COLLATOR,
     MODEL_CLASS,
     PREPARE,
+    find_tokenizer,
     load_clusters,
     load_collator,
     load_model,
@@ -144,8 +145,9 @@ def distill(
             label_column=label_column,
             seed=config.seed,
         )
+        trained = load_model(model, model_class=model_class, revision=revision)
         distiller = ReverseGradientMatchingDistiller(
-            load_model(model, model_class=model_class, revision=revision),
+            trained,
             [trajectory, *(other_run or [])],
             rows,
             clusters,
@@ -161,7 +163,8 @@ def distill(
         synset = distiller.distill()
         if not Processes().is_main:
             return
-        synset.save_pretrained(output_dir)
+        of_texts = synset.metadata.get("tokens") is not None
+        synset.save_pretrained(output_dir, tokenizer=find_tokenizer(trained, model, revision) if of_texts else None)
         if work_dir is None:
             shutil.rmtree(blocks)
         description = describe(output_dir)

@@ -143,6 +143,28 @@ def load_collator(reference: str | None, rows: Any, model_name: str, revision: s
         ) from error
 
 
+def find_tokenizer(model: Any, name: str, revision: str | None = None) -> Any:
+    """
+    The tokenizer beside a model of tokens, or `None`: it is what shows tokens in words, and nothing else needs it.
+
+    Args:
+        model (`PreTrainedModel`): The loaded model.
+        name (`str`): The folder or repository it was loaded from.
+        revision (`str`, *optional*): Branch, tag or commit of the repository.
+    """
+    if getattr(model, "main_input_name", None) != "input_ids":
+        return None
+    from transformers import AutoTokenizer
+
+    from hf_rgm.rows import knows_words
+
+    try:
+        found = AutoTokenizer.from_pretrained(name, revision=revision)
+    except (OSError, ValueError):
+        return None
+    return found if knows_words(found) else None
+
+
 def load_clusters(
     rows: Any,
     *,

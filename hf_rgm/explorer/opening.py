@@ -43,7 +43,8 @@ def open_exhibit(
             the synset.
         rows (*optional*): The training dataset, or a folder of its `save_to_disk`.
         queries (*optional*): The dataset of the queries in the order of the result, or a folder of its `save_to_disk`.
-        tokenizer (`PreTrainedTokenizerBase`, `str` or `Path`, *optional*): Reads tokens where a dataset has no texts.
+        tokenizer (`PreTrainedTokenizerBase`, `str` or `Path`, *optional*): Reads synthetic texts, and tokens where a
+            dataset has no texts. Defaults to the one beside a model that is named, or the result's.
         data_collator (`Callable`, *optional*): Collates queries. Defaults to `default_data_collator`.
         revision (`str`, *optional*): Branch, tag or commit of the repository of the attributions.
         token (`str` or `bool`, *optional*): Defaults to that of `hf auth login`.
@@ -64,13 +65,16 @@ def open_exhibit(
         attributions = AttributionResult.from_pretrained(attributions, revision=revision, token=token)
     if synset is not None and not isinstance(synset, Synset):
         synset = Synset.from_pretrained(synset, token=token)
+    attributor, beside = (None, None) if given[MODEL] is None else _attributor(given[MODEL], synset, token)
+    if _named(tokenizer):
+        tokenizer = AutoTokenizer.from_pretrained(str(tokenizer), token=token)
     return Exhibit(
         attributions,
         synset=synset,
         rows=_dataset(given[ROWS]),
         queries=_dataset(given[QUERIES]),
-        attributor=None if given[MODEL] is None else _attributor(given[MODEL], synset, token),
-        tokenizer=AutoTokenizer.from_pretrained(str(tokenizer), token=token) if _named(tokenizer) else tokenizer,
+        attributor=attributor,
+        tokenizer=tokenizer or beside,
         data_collator=data_collator,
     )
 
@@ -104,10 +108,12 @@ def _dataset(given: Any) -> Any:
     return loaded
 
 
-def _attributor(model: Any, synset: Synset | None, token: str | bool | None) -> Attributor:
+def _attributor(model: Any, synset: Synset | None, token: str | bool | None) -> tuple[Attributor, Any]:
+    """What asks the model, and the tokenizer beside it, if it is named and there is one."""
     if synset is None:
         raise ValueError("A model needs its synset to be asked what it would be without clusters. Pass `synset`.")
     if not _named(model):
-        return Attributor(model, synset, disable_tqdm=True)
+        return Attributor(model, synset, disable_tqdm=True), None
     build: Any = pipeline  # its overloads know the tasks of transformers only
-    return build("data-attribution", model=str(model), synset=synset, token=token, disable_tqdm=True).attributor
+    built = build("data-attribution", model=str(model), synset=synset, token=token, disable_tqdm=True)
+    return built.attributor, built.tokenizer
