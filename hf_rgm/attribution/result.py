@@ -227,7 +227,8 @@ class AttributionResult(DatasetArtefact):
         Args:
             k (`int`, *optional*, defaults to `5`): How many.
             query (`str` or `int`, *optional*): Id of a query. Defaults to the mean over queries.
-            rows (`bool`, *optional*, defaults to `False`): Rows in place of clusters.
+            rows (`bool`, *optional*, defaults to `False`): Rows in place of clusters. Take them as a
+                group: neighbours in rank do not differ in a meaningful way.
             largest (`bool`, *optional*, defaults to `True`): Highest first; otherwise lowest first.
 
         Returns:
