@@ -16,10 +16,12 @@ from transformers import (
     Pipeline,
 )
 from transformers.pipelines import PIPELINE_REGISTRY
+from typing_extensions import Unpack
 
 from hf_rgm.attribution.attributor import Attributor
 from hf_rgm.attribution.memory import DEFAULT_MEMORY
 from hf_rgm.attribution.mixture import MixtureSuggestion
+from hf_rgm.attribution.options import CallOptions, MixtureOptions, UnlearningOptions, keywords_of, passes_options_to
 from hf_rgm.attribution.result import AttributionResult
 from hf_rgm.attribution.unlearned import UnlearnedModel
 from hf_rgm.hub.artefact import CardOptions
@@ -56,6 +58,7 @@ class AttributionPipeline(Pipeline):
 
     Raises:
         ParameterMismatchError: If model and synset do not belong together.
+        TypeError: If there is no such option.
 
     Example:
 
@@ -101,11 +104,12 @@ class AttributionPipeline(Pipeline):
         return self.attributor.synset
 
     @overload
-    def __call__(self, queries: Any, *, top_k: None = None, **options: Any) -> AttributionResult: ...
+    def __call__(self, queries: Any, *, top_k: None = None, **options: Unpack[CallOptions]) -> AttributionResult: ...
 
     @overload
-    def __call__(self, queries: Any, *, top_k: int, **options: Any) -> list[list[dict[str, Any]]]: ...
+    def __call__(self, queries: Any, *, top_k: int, **options: Unpack[CallOptions]) -> list[list[dict[str, Any]]]: ...
 
+    @passes_options_to(Attributor.attribute)
     def __call__(
         self, queries: Any, *, top_k: int | None = None, **options: Any
     ) -> AttributionResult | list[list[dict[str, Any]]]:
@@ -116,9 +120,8 @@ class AttributionPipeline(Pipeline):
             queries: A dataset, a list of dictionaries, an iterable of them, or one dictionary. With a tokenizer also
                 texts, a list or one, whose labels are what the model predicts, or rows with a `text` and their labels.
             top_k (`int`, *optional*): Return lists of the clusters with the largest scores in place of the matrix.
-            options: Those of [`Attributor.attribute`]: `engine`, `objective`, `rows`, `data_collator`, `rewind`,
-                `stride`, `num_masks`, `seed`, `query_ids`, `output_dir`. `batch_size` and `num_workers`, which
-                pipelines take, do not change the result and are ignored.
+            options: Those of [`Attributor.attribute`]. `batch_size` and `num_workers`, which pipelines take, do not
+                change the result and are ignored.
 
         Returns:
             `AttributionResult`: one row of scores per query. With `top_k`, a list for each query instead; see
@@ -135,15 +138,18 @@ class AttributionPipeline(Pipeline):
         result.tokenizer = self.tokenizer  # type: ignore[assignment]
         return result if top_k is None else result.to_list(top_k)
 
-    def model_without(self, clusters: Iterable[str | int], **options: Any) -> nn.Module:
+    @passes_options_to(Attributor.unlearn)
+    def model_without(self, clusters: Iterable[str | int], **options: Unpack[UnlearningOptions]) -> nn.Module:
         """The model as it would be without some clusters; see [`Attributor.model_without`]."""
         return self.attributor.model_without(clusters, **self._padded(options))
 
-    def unlearn(self, clusters: Iterable[str | int], **options: Any) -> UnlearnedModel:
+    @passes_options_to(Attributor.unlearn)
+    def unlearn(self, clusters: Iterable[str | int], **options: Unpack[UnlearningOptions]) -> UnlearnedModel:
         """The model without some clusters, checked and ready to be shared; see [`Attributor.unlearn`]."""
         return self.attributor.unlearn(clusters, **self._padded(options))
 
-    def suggest_mixture(self, queries: Any, **options: Any) -> MixtureSuggestion:
+    @passes_options_to(Attributor.suggest_mixture)
+    def suggest_mixture(self, queries: Any, **options: Unpack[MixtureOptions]) -> MixtureSuggestion:
         """Which clusters to train on more, and which less; see [`Attributor.suggest_mixture`]."""
         return self.attributor.suggest_mixture(self._as_rows(queries), **self._padded(options))
 
@@ -258,13 +264,18 @@ class AttributionPipeline(Pipeline):
             return row
         return {**row, **self.tokenizer(row["text"], truncation=True)}
 
-    def _padded(self, options: dict[str, Any]) -> dict[str, Any]:
+    def _padded(self, options: Mapping[str, Any]) -> dict[str, Any]:
         if self.tokenizer is None or getattr(self.model, "main_input_name", None) != "input_ids":
-            return options
+            return {**options}
         return {"data_collator": padding_collator(self.tokenizer), **options}
 
     def _sanitize_parameters(self, **options: Any) -> tuple[dict, dict, dict]:
         # Called once, by the constructor of `Pipeline`, with the options it does not know.
+        known = {"top_k", *keywords_of(Attributor.attribute)}
+        if unknown := sorted(set(options) - known):
+            raise TypeError(
+                f"Unknown options: {', '.join(unknown)}. Those of every call are {', '.join(sorted(known))}."
+            )
         self._options = options
         return {}, options, {}
 
