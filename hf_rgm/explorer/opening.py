@@ -12,6 +12,7 @@ from hf_rgm.attribution.attributor import Attributor
 from hf_rgm.attribution.result import AttributionResult
 from hf_rgm.attribution.storage import CONFIG_FILE
 from hf_rgm.explorer.exhibit import Exhibit
+from hf_rgm.hub.repository import folder_or_repository
 from hf_rgm.rows import DataCollator
 from hf_rgm.synset.synset import Synset
 
@@ -53,7 +54,7 @@ def open_exhibit(
         [`~hf_rgm.explorer.exhibit.Exhibit`]
 
     Raises:
-        FileNotFoundError: If there is no such folder or repository.
+        FileNotFoundError, OSError: If there is no such folder or repository.
         ParameterMismatchError: If model and synset do not belong together.
         ValueError: If something is damaged, or does not belong to the result.
     """
@@ -67,7 +68,8 @@ def open_exhibit(
         synset = Synset.from_pretrained(synset, token=token)
     attributor, beside = (None, None) if given[MODEL] is None else _attributor(given[MODEL], synset, token)
     if _named(tokenizer):
-        tokenizer = AutoTokenizer.from_pretrained(str(tokenizer), token=token)
+        with folder_or_repository(tokenizer):
+            tokenizer = AutoTokenizer.from_pretrained(str(tokenizer), token=token)
     return Exhibit(
         attributions,
         synset=synset,
@@ -115,5 +117,6 @@ def _attributor(model: Any, synset: Synset | None, token: str | bool | None) -> 
     if not _named(model):
         return Attributor(model, synset, disable_tqdm=True), None
     build: Any = pipeline  # its overloads know the tasks of transformers only
-    built = build("data-attribution", model=str(model), synset=synset, token=token, disable_tqdm=True)
+    with folder_or_repository(model):
+        built = build("data-attribution", model=str(model), synset=synset, token=token, disable_tqdm=True)
     return built.attributor, built.tokenizer

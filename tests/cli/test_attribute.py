@@ -71,7 +71,12 @@ def test_it_tells_the_top_clusters(invoke, files, script, tmp_path):
 @pytest.mark.parametrize(
     ("changed", "words"),
     [
-        ({"model": "/nowhere/at-all"}, "Error: "),
+        ({"model": "/nowhere/at-all"}, "There is no folder /nowhere/at-all here. Check the path"),
+        ({"model": "./modle"}, "There is no folder ./modle here. Check the path; a repository on the Hub is named"),
+        (
+            {"model": "runs/modle"},
+            "There is no folder runs/modle here, and no repository of this name on the Hub",
+        ),
         ({"synset": "no such synset"}, "is no folder that exists"),
         ({"queries": "rows.txt"}, "its name must end in .parquet, .json, .jsonl, .csv"),
         ({"options": ("--engine", "guess")}, "guess"),
