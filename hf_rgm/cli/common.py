@@ -59,7 +59,10 @@ def clear_errors() -> Iterator[None]:
             raise
         # The text of a KeyError is its argument in quotes.
         message = error.args[0] if isinstance(error, KeyError) and error.args else error
-        typer.echo(f"Error: {' '.join(str(message).split()) or type(error).__name__}", err=True)
+        text = " ".join(str(message).split()) or type(error).__name__
+        if isinstance(error, HfHubHTTPError) and error.response.status_code == 401:
+            text += " Log in with `hf auth login`, or set HF_TOKEN, and check the name."
+        typer.echo(f"Error: {text}", err=True)
         raise typer.Exit(1) from error
 
 

@@ -189,4 +189,8 @@ def test_what_goes_wrong_is_one_line(hub_in_process, folders, tmp_path, monkeypa
     monkeypatch.setenv("HF_TOKEN", hub_in_process.read_token)
     refused = invoke("push", folders["synset"], "me/x")
     assert refused.exit_code == 1
-    assert "403" in refused.output
+    assert "403" in refused.output and "hf auth login" not in refused.output
+    monkeypatch.setenv("HF_TOKEN", "hf_of_nobody")
+    unknown = invoke("push", folders["synset"], "me/x")
+    assert unknown.exit_code == 1
+    assert "401" in unknown.output and "Log in with `hf auth login`, or set HF_TOKEN" in unknown.output
