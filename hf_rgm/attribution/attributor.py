@@ -342,8 +342,8 @@ class Attributor:
         Which clusters to train on more, and which less, at the same amount of data.
 
         The objective is a function of the cluster weights p; the adjoint gives its gradient at p = 1, anchored replay
-        its value at the suggested p. Weights follow the score per row; see [`mixture_weights`]. [`AttributionResult.top`] may
-        rank otherwise, as it leaves clusters out whole: go by it to drop clusters, by this to train on more or less.
+        its value at the suggested p. Weights follow the score per row; see [`mixture_weights`]. By default
+        [`AttributionResult.top`] leaves out whole clusters and may rank otherwise: use it to drop, this to reweight.
 
         Args:
             queries: Rows to do better on; the objective is the mean over them. Keep others to verify the result on.
