@@ -43,6 +43,7 @@ logger = logging.getLogger(__name__)
 NUM_TRAIN, NUM_QUERIES = 1200, 120
 CELLS_PER_CLASS = 3
 MARKER = ".hf-rgm-demo"
+REPORT = "report.html"
 INSPECTED_SHARES = (0.05, 0.1)
 
 
@@ -171,6 +172,7 @@ def run_demo(
     *,
     say: Callable[[str], object],
     settings: DemoSettings | None = None,
+    overwrite: bool = False,
     disable_tqdm: bool = False,
 ) -> Path:
     """
@@ -181,13 +183,15 @@ def run_demo(
             `report.html`; the explorer opens it.
         say (`Callable`): Receives each line of text.
         settings (`DemoSettings`, *optional*): Sizes.
+        overwrite (`bool`, *optional*, defaults to `False`): Replace a finished demo; one that was cut short begins
+            again in any case.
         disable_tqdm (`bool`, *optional*, defaults to `False`): No progress bars.
 
     Returns:
         `Path`: the folder.
 
     Raises:
-        FileExistsError: If the folder holds anything but an earlier demo.
+        FileExistsError: If the folder holds a finished demo that is not to be replaced, or anything else.
         ValueError: If no label would be flipped.
     """
     settings = settings or DemoSettings()
@@ -200,7 +204,13 @@ def run_demo(
     folder = Path(output_dir)
     if folder.exists() and not (folder.is_dir() and ((folder / MARKER).is_file() or not any(folder.iterdir()))):
         raise FileExistsError(f"{folder} holds something else than an earlier demo and is left alone. Choose another.")
+    if (folder / REPORT).exists() and not overwrite:
+        raise FileExistsError(
+            f"{folder} holds a finished demo. Choose another folder, or replace it: `overwrite=True`, on the command "
+            "line `--overwrite`."
+        )
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / REPORT).unlink(missing_ok=True)  # it is written last: without it the demo is unfinished
     (folder / MARKER).write_text("Written by `hf-rgm demo`, which may replace this folder's content.\n")
     say(f"1. Training a small ViT on {len(data.train)} digits, {num_flipped} of them with a flipped label ...")
     callback = TrajectoryCallback(folder / "trajectory", overwrite=True)
@@ -365,4 +375,4 @@ def _write_report(
     samples = report.section("The synset")
     samples.figure(drawings["synset"])
     samples.figure(drawings["matching_error"])
-    report.save(folder / "report.html")
+    report.save(folder / REPORT)

@@ -22,6 +22,11 @@ from hf_rgm.modeling import LABEL_NAMES, FunctionalModel
 DataCollator = Callable[[list[Any]], Mapping[str, Any]]
 
 
+def knows_words(tokenizer: Any) -> bool:
+    """Whether a tokenizer has any but special tokens: transformers makes one up for a model that was saved alone."""
+    return bool({*tokenizer.get_vocab()} - {*tokenizer.all_special_tokens})
+
+
 def padding_collator(tokenizer: PreTrainedTokenizerBase) -> DataCollator:
     """
     What a `Trainer` with this tokenizer collates by; labels of tokens are padded too, with -100.

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -134,6 +136,22 @@ def test_other_folders_are_left_alone(tmp_path):
         run_demo(tmp_path, say=str, settings=TINY, disable_tqdm=True)
     assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
     assert (tmp_path / "report.html").read_text() == "mine"
+
+
+def test_a_finished_demo_is_replaced_only_if_so_asked(finished, tmp_path):
+    folder = shutil.copytree(finished[0], tmp_path / "out")
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    with pytest.raises(FileExistsError, match=r"out holds a finished demo.*overwrite=True.*--overwrite"):
+        run_demo(folder, say=str, settings=TINY, disable_tqdm=True)
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+    def stop(line):
+        raise KeyboardInterrupt
+
+    for overwrite in (True, False):  # what was cut short begins again unasked
+        with pytest.raises(KeyboardInterrupt):
+            run_demo(folder, say=stop, settings=TINY, overwrite=overwrite, disable_tqdm=True)
+        assert not (folder / "report.html").exists()
 
 
 def test_a_demo_without_flipped_labels_is_refused(tmp_path):

@@ -10,10 +10,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
 from hf_rgm.attribution.memory import DEFAULT_MEMORY, free_bytes
 from hf_rgm.attribution.mixture import MixtureSuggestion, check_request, maximized_by_default, trusted_mixture
 from hf_rgm.attribution.objectives import Objective, Queries, resolve_objective
+from hf_rgm.attribution.options import UnlearningOptions, given, passes_options_to
 from hf_rgm.attribution.replays import ENGINES_OF_ROWS, Replays
 from hf_rgm.attribution.result import AttributionResult
 from hf_rgm.attribution.runs import RecordedRun, check_options
@@ -93,21 +95,12 @@ class Attributor:
         )
         self.disable_tqdm = disable_tqdm
         self._processes = Processes()
-        self._max_bytes = free_bytes(max_bytes, max_memory, self.synset.trajectories, self.model.num_parameters)
+        free = free_bytes(max_bytes, max_memory, self.synset.trajectories, self.model.num_parameters)
+        self._means: dict[str, Any] = {"max_bytes": free, "processes": self._processes}
         self._final = self.model.space.flatten(self.model.parameters())
+        parts = (self.model, self.inputs, self.samples, self.synset.clusters)
         self._runs = [
-            RecordedRun(
-                Replays(
-                    self.model,
-                    self.inputs,
-                    self.samples,
-                    self.synset.clusters,
-                    trajectory,
-                    max_bytes=self._max_bytes,
-                    processes=self._processes,
-                    disable_tqdm=disable_tqdm,
-                )
-            )
+            RecordedRun(Replays(*parts, trajectory, **self._means, disable_tqdm=disable_tqdm))
             for trajectory in self.synset.trajectories
         ]
 
@@ -170,7 +163,6 @@ class Attributor:
             raise ValueError(
                 "`output_dir` is for the scores of rows. Pass the training dataset as `rows`, or leave it out."
             )
-        given = {"rewind": rewind, "stride": stride}
         question = Question(
             engine,
             resolve_objective(objective),
@@ -178,7 +170,7 @@ class Attributor:
             self._training_rows(rows, data_collator),
             num_masks,
             seed,
-            {name: value for name, value in given.items() if value is not None},
+            given(rewind=rewind, stride=stride),
         )
         with self.model.differentiable():
             return answer(
@@ -192,27 +184,42 @@ class Attributor:
                 disable_tqdm=self.disable_tqdm,
             )
 
-    def estimate(self, queries: Any, *, num_queries: int | None = None, **settings: Any) -> CostEstimate:
+    def estimate(
+        self,
+        queries: Any,
+        *,
+        num_queries: int | None = None,
+        engine: str = "linearized_replay",
+        objective: str | Objective = "margin",
+        rows: Any = None,
+        data_collator: DataCollator | None = None,
+        rewind: float | None = None,
+        stride: int | None = None,
+        num_masks: int | None = None,
+    ) -> CostEstimate:
         """
         What [`Attributor.attribute`] will need, from a little of each part of the work on the first recorded run.
 
         Args:
             queries: Rows to explain, or a few of them.
             num_queries (`int`, *optional*): How many there will be. Defaults to those given.
-            settings: As in [`Attributor.attribute`], but for `seed` and `query_ids`.
+            engine, objective, rows, data_collator, rewind, stride, num_masks: As in [`Attributor.attribute`].
 
         Returns:
             [`~hf_rgm.synset.costs.CostEstimate`]: its disk is that of the saved result.
         """
-        given = {name: value for name, value in settings.items() if value is not None}
-        options = {"engine": "linearized_replay", "num_masks": None, "rows": None, **given}
-        check_options(options["engine"], rows=options["rows"], num_masks=options["num_masks"])
-        objective, collator = resolve_objective(options.pop("objective", "margin")), options.pop("data_collator", None)
-        batch, rows = self._queries(queries, collator), options.pop("rows")
-        options |= {"objective": objective, "queries": batch, "num_queries": num_queries or len(batch)}
-        options["rows"] = self._training_rows(rows, collator)
+        check_options(engine, rows=rows, num_masks=num_masks)
+        batch = self._queries(queries, data_collator)
         with self.model.differentiable():
-            first = self._runs[0].estimate(**options)
+            first = self._runs[0].estimate(
+                engine,
+                resolve_objective(objective),
+                batch,
+                num_queries=num_queries or len(batch),
+                rows=self._training_rows(rows, data_collator),
+                num_masks=num_masks,
+                **given(rewind=rewind, stride=stride),
+            )
         return replace(first, seconds=len(self._runs) * first.seconds)
 
     def replayed_values(
@@ -224,7 +231,8 @@ class Attributor:
         engine: str = "linearized_replay",
         rows: Any = None,
         data_collator: DataCollator | None = None,
-        **settings: Any,
+        rewind: float | None = None,
+        stride: int | None = None,
     ) -> np.ndarray:
         """
         The objective of models replayed under given cluster weights.
@@ -236,7 +244,7 @@ class Attributor:
             engine (`str`, *optional*, defaults to `"linearized_replay"`): Or `"replay"`, `"plain_replay"`.
             rows (*optional*): The training dataset, for real cluster gradients (not for `"plain_replay"`).
             data_collator (`Callable`, *optional*): Collates queries and rows. Defaults to `default_data_collator`.
-            settings: `rewind` and `stride`, as in [`Attributor.attribute`].
+            rewind, stride (*optional*): As in [`Attributor.attribute`].
 
         Returns:
             `np.ndarray`: `(num_masks, num_values)`, float32. With several recorded runs, the mean over them; anchored
@@ -245,18 +253,9 @@ class Attributor:
         objective = resolve_objective(objective)
         batch = self._queries(queries, data_collator)
         training_rows = self._training_rows(rows, data_collator)
+        settings = given(rewind=rewind, stride=stride)
         with self.model.differentiable():
             return replayed_values(self.model, self._runs, engine, objective, batch, masks, training_rows, settings)
-
-    def model_without(self, clusters: Iterable[str | int], **settings: Any) -> nn.Module:
-        """
-        The model had these clusters never been trained on: a copy of the same class, in evaluation mode.
-
-        Args:
-            clusters (`Iterable[str | int]`): Names or indices of the clusters to remove.
-            settings: As in [`Attributor.unlearn`], which also raises the same.
-        """
-        return self.unlearn(clusters, **settings).model
 
     def unlearn(
         self,
@@ -294,13 +293,12 @@ class Attributor:
         training_rows = self._training_rows(rows, data_collator)
         reader = None if queries is None else self._reader(queries, data_collator)
         groups = groups_to_compare(chosen, self.synset.clusters, training_rows and training_rows.reader, reader)
-        settings: dict[str, Any] = {} if rewind is None else {"rewind": rewind}
         engine = engine or engine_without(chosen, self.synset.clusters)
         mask = torch.ones(1, self.synset.num_clusters)
         mask[0, chosen] = 0
         with self.model.differentiable():
             replayed = self._runs[0].replays.parameters(
-                engine, mask, rows=training_rows if engine in ENGINES_OF_ROWS else None, **settings
+                engine, mask, rows=training_rows if engine in ENGINES_OF_ROWS else None, **given(rewind=rewind)
             )
             vector = replayed.values[0].to(self.model.device)
             checks = [compare_losses(self.model, self._final, vector, *group) for group in groups]
@@ -316,6 +314,17 @@ class Attributor:
             model_name=self.synset.model_description.get("name_or_path"),
             fidelity=self.synset.fidelity,
         )
+
+    @passes_options_to(unlearn)
+    def model_without(self, clusters: Iterable[str | int], **options: Unpack[UnlearningOptions]) -> nn.Module:
+        """
+        The model had these clusters never been trained on: a copy of the same class, in evaluation mode.
+
+        Args:
+            clusters (`Iterable[str | int]`): Names or indices of the clusters to remove.
+            options: As in [`Attributor.unlearn`], which also raises the same.
+        """
+        return self.unlearn(clusters, **options).model
 
     def suggest_mixture(
         self,
@@ -333,7 +342,8 @@ class Attributor:
         Which clusters to train on more, and which less, at the same amount of data.
 
         The objective is a function of the cluster weights p; the adjoint gives its gradient at p = 1, anchored replay
-        its value at the suggested p. Weights follow the score per row; see [`mixture_weights`].
+        its value at the suggested p. Weights follow the score per row; see [`mixture_weights`]. By default
+        [`AttributionResult.top`] leaves out whole clusters and may rank otherwise: use it to drop, this to reweight.
 
         Args:
             queries: Rows to do better on; the objective is the mean over them. Keep others to verify the result on.
@@ -357,9 +367,7 @@ class Attributor:
         objective = resolve_objective(objective)
         clusters = self.synset.clusters
         check_request(objective, clusters.num_clusters, max_change, min_agreement)
-        options: dict[str, Any] = {"objective": objective, "data_collator": data_collator}
-        if rewind is not None:
-            options["rewind"] = rewind
+        options: dict[str, Any] = {"objective": objective, "data_collator": data_collator, "rewind": rewind}
         result = self.attribute(queries, engine="adjoint", rows=rows, **options)
         value = float(result.objective_values.mean())
 
@@ -389,12 +397,4 @@ class Attributor:
     def _training_rows(self, rows: Any, data_collator: DataCollator | None) -> TrainingRows | None:
         if rows is None:
             return None
-        return TrainingRows(
-            self.synset,
-            self.model,
-            self.row_loss,
-            rows,
-            data_collator,
-            max_bytes=self._max_bytes,
-            processes=self._processes,
-        )
+        return TrainingRows(self.synset, self.model, self.row_loss, rows, data_collator, **self._means)

@@ -16,15 +16,17 @@ from transformers import (
     Pipeline,
 )
 from transformers.pipelines import PIPELINE_REGISTRY
+from typing_extensions import Unpack
 
 from hf_rgm.attribution.attributor import Attributor
 from hf_rgm.attribution.memory import DEFAULT_MEMORY
 from hf_rgm.attribution.mixture import MixtureSuggestion
+from hf_rgm.attribution.options import CallOptions, MixtureOptions, UnlearningOptions, keywords_of, passes_options_to
 from hf_rgm.attribution.result import AttributionResult
 from hf_rgm.attribution.unlearned import UnlearnedModel
 from hf_rgm.hub.artefact import CardOptions
 from hf_rgm.hub.repository import is_repo_id, link_model, model_address
-from hf_rgm.rows import padding_collator
+from hf_rgm.rows import knows_words, padding_collator
 from hf_rgm.synset.synset import Synset
 
 TASK = "data-attribution"
@@ -56,6 +58,7 @@ class AttributionPipeline(Pipeline):
 
     Raises:
         ParameterMismatchError: If model and synset do not belong together.
+        TypeError: If there is no such option.
 
     Example:
 
@@ -89,8 +92,7 @@ class AttributionPipeline(Pipeline):
         **kwargs,
     ) -> None:
         super().__init__(model, **kwargs)
-        tokenizer: Any = self.tokenizer
-        if tokenizer is not None and not {*tokenizer.get_vocab()} - {*tokenizer.all_special_tokens}:
+        if self.tokenizer is not None and not knows_words(self.tokenizer):
             self.tokenizer = None
         self.attributor = Attributor(
             self.model, synset, device=self.device, max_memory=max_memory, force=force, disable_tqdm=disable_tqdm
@@ -102,11 +104,12 @@ class AttributionPipeline(Pipeline):
         return self.attributor.synset
 
     @overload
-    def __call__(self, queries: Any, *, top_k: None = None, **options: Any) -> AttributionResult: ...
+    def __call__(self, queries: Any, *, top_k: None = None, **options: Unpack[CallOptions]) -> AttributionResult: ...
 
     @overload
-    def __call__(self, queries: Any, *, top_k: int, **options: Any) -> list[list[dict[str, Any]]]: ...
+    def __call__(self, queries: Any, *, top_k: int, **options: Unpack[CallOptions]) -> list[list[dict[str, Any]]]: ...
 
+    @passes_options_to(Attributor.attribute)
     def __call__(
         self, queries: Any, *, top_k: int | None = None, **options: Any
     ) -> AttributionResult | list[list[dict[str, Any]]]:
@@ -117,9 +120,8 @@ class AttributionPipeline(Pipeline):
             queries: A dataset, a list of dictionaries, an iterable of them, or one dictionary. With a tokenizer also
                 texts, a list or one, whose labels are what the model predicts, or rows with a `text` and their labels.
             top_k (`int`, *optional*): Return lists of the clusters with the largest scores in place of the matrix.
-            options: Those of [`Attributor.attribute`]: `engine`, `objective`, `rows`, `data_collator`, `rewind`,
-                `stride`, `num_masks`, `seed`, `query_ids`, `output_dir`. `batch_size` and `num_workers`, which
-                pipelines take, do not change the result and are ignored.
+            options: Those of [`Attributor.attribute`]. `batch_size` and `num_workers`, which pipelines take, do not
+                change the result and are ignored.
 
         Returns:
             `AttributionResult`: one row of scores per query. With `top_k`, a list for each query instead; see
@@ -133,17 +135,21 @@ class AttributionPipeline(Pipeline):
         if top_k is not None and top_k < 1:
             raise ValueError(f"`top_k` must be at least 1, got {top_k}. Leave it out for the whole matrix.")
         result = self.attributor.attribute(self._as_rows(queries), **self._padded(options))
+        result.tokenizer = self.tokenizer  # type: ignore[assignment]
         return result if top_k is None else result.to_list(top_k)
 
-    def model_without(self, clusters: Iterable[str | int], **options: Any) -> nn.Module:
+    @passes_options_to(Attributor.unlearn)
+    def model_without(self, clusters: Iterable[str | int], **options: Unpack[UnlearningOptions]) -> nn.Module:
         """The model as it would be without some clusters; see [`Attributor.model_without`]."""
         return self.attributor.model_without(clusters, **self._padded(options))
 
-    def unlearn(self, clusters: Iterable[str | int], **options: Any) -> UnlearnedModel:
+    @passes_options_to(Attributor.unlearn)
+    def unlearn(self, clusters: Iterable[str | int], **options: Unpack[UnlearningOptions]) -> UnlearnedModel:
         """The model without some clusters, checked and ready to be shared; see [`Attributor.unlearn`]."""
         return self.attributor.unlearn(clusters, **self._padded(options))
 
-    def suggest_mixture(self, queries: Any, **options: Any) -> MixtureSuggestion:
+    @passes_options_to(Attributor.suggest_mixture)
+    def suggest_mixture(self, queries: Any, **options: Unpack[MixtureOptions]) -> MixtureSuggestion:
         """Which clusters to train on more, and which less; see [`Attributor.suggest_mixture`]."""
         return self.attributor.suggest_mixture(self._as_rows(queries), **self._padded(options))
 
@@ -161,7 +167,7 @@ class AttributionPipeline(Pipeline):
         self.model.save_pretrained(save_directory, **kwargs)
         if self.tokenizer is not None:
             self.tokenizer.save_pretrained(save_directory)
-        self.synset.save_pretrained(Path(save_directory) / "synset")
+        self.synset.save_pretrained(Path(save_directory) / "synset", **self._reader_of_samples())
 
     def push_to_hub(  # type: ignore[override]
         self,
@@ -216,6 +222,7 @@ class AttributionPipeline(Pipeline):
             card or CardOptions(), model_id=model_id, synset_id=repo_id, attribution_id=results_id, repo_id=None
         )
         shared: dict[str, Any] = {"private": private, "token": token, "revision": revision, "create_pr": create_pr}
+        options = {**self._reader_of_samples(), **options}
         addresses = {"synset": str(self.synset.push_to_hub(repo_id, card=card, **shared, **options).repo_url)}
         if results is not None and results_id is not None:
             addresses["attributions"] = str(results.push_to_hub(results_id, card=card, **shared).repo_url)
@@ -229,6 +236,10 @@ class AttributionPipeline(Pipeline):
             if link_model(model_id, known, token=token, revision=revision, create_pr=create_pr):
                 addresses["model"] = model_address(model_id)
         return addresses
+
+    def _reader_of_samples(self) -> dict[str, Any]:
+        """Where samples are texts, their table is written in words."""
+        return {"tokenizer": self.tokenizer} if self.synset.metadata.get("tokens") is not None else {}
 
     def _loaded_from(self) -> str | None:
         """The repository the trained model was loaded from, if it was. Its training may have begun with another."""
@@ -253,13 +264,18 @@ class AttributionPipeline(Pipeline):
             return row
         return {**row, **self.tokenizer(row["text"], truncation=True)}
 
-    def _padded(self, options: dict[str, Any]) -> dict[str, Any]:
+    def _padded(self, options: Mapping[str, Any]) -> dict[str, Any]:
         if self.tokenizer is None or getattr(self.model, "main_input_name", None) != "input_ids":
-            return options
+            return {**options}
         return {"data_collator": padding_collator(self.tokenizer), **options}
 
     def _sanitize_parameters(self, **options: Any) -> tuple[dict, dict, dict]:
         # Called once, by the constructor of `Pipeline`, with the options it does not know.
+        known = {"top_k", *keywords_of(Attributor.attribute)}
+        if unknown := sorted(set(options) - known):
+            raise TypeError(
+                f"Unknown options: {', '.join(unknown)}. Those of every call are {', '.join(sorted(known))}."
+            )
         self._options = options
         return {}, options, {}
 

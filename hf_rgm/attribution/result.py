@@ -90,6 +90,8 @@ class AttributionResult(DatasetArtefact):
     row_scores: np.ndarray | None = None
     cluster_ids: np.ndarray | None = None
     metadata: dict[str, Any] = field(default_factory=dict)
+    tokenizer: PreTrainedTokenizerBase | None = field(default=None, init=False, repr=False, compare=False)
+    """The pipeline's, which reads tokens where the result is looked at; it is not saved."""
 
     def __post_init__(self) -> None:
         self.cluster_names = _distinct([printable(str(name)) for name in self.cluster_names], "cluster_names")
@@ -225,7 +227,8 @@ class AttributionResult(DatasetArtefact):
         Args:
             k (`int`, *optional*, defaults to `5`): How many.
             query (`str` or `int`, *optional*): Id of a query. Defaults to the mean over queries.
-            rows (`bool`, *optional*, defaults to `False`): Rows in place of clusters.
+            rows (`bool`, *optional*, defaults to `False`): Rows in place of clusters. Take them as a
+                group: neighbours in rank do not differ in a meaningful way.
             largest (`bool`, *optional*, defaults to `True`): Highest first; otherwise lowest first.
 
         Returns:
@@ -318,7 +321,8 @@ class AttributionResult(DatasetArtefact):
             queries (*optional*): The dataset of the queries, in the order of the result: shows what they look like.
             rows (*optional*): The training dataset: shows what rows look like.
             synset (`Synset`, *optional*): Shows synthetic samples beside real rows.
-            tokenizer (`PreTrainedTokenizerBase`, *optional*): Reads tokens where a dataset has no texts.
+            tokenizer (`PreTrainedTokenizerBase`, *optional*): Reads synthetic texts, and tokens where a dataset has no
+                texts. Defaults to that of the pipeline that computed the result.
 
         Returns:
             `Path`: the file.

@@ -8,8 +8,25 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hf_rgm.cli.common import AS_JSON, QUIET, clear_errors, hide_bars, interruptible
-from hf_rgm.cli.loading import DATA_COLLATOR, MODEL_CLASS, PREPARE, load_collator, load_model, load_rows
+from hf_rgm.cli.common import (
+    AS_JSON,
+    OVERWRITE,
+    QUIET,
+    check_output_file,
+    check_output_folder,
+    clear_errors,
+    hide_bars,
+    interruptible,
+)
+from hf_rgm.cli.loading import (
+    DATA_COLLATOR,
+    MODEL_CLASS,
+    PREPARE,
+    find_tokenizer,
+    load_collator,
+    load_model,
+    load_rows,
+)
 
 if TYPE_CHECKING:
     from hf_rgm import AttributionResult
@@ -44,6 +61,7 @@ def attribute(
     synset_revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the synset.")] = None,
     prepare: PREPARE = None,
     data_collator: DATA_COLLATOR = None,
+    overwrite: OVERWRITE = False,
     quiet: QUIET = False,
     as_json: AS_JSON = False,
 ) -> None:
@@ -55,11 +73,11 @@ def attribute(
     from hf_rgm import AttributionPipeline, Synset
     from hf_rgm.attribution.storage import CONFIG_FILE
     from hf_rgm.cli.loading import load_object
-    from hf_rgm.files import check_replaceable
 
     disable_tqdm = hide_bars(quiet)
     with interruptible("Nothing was written; the same command starts again."), clear_errors():
-        check_replaceable(output_dir.resolve(), CONFIG_FILE)
+        check_output_folder(output_dir, CONFIG_FILE, overwrite=overwrite)
+        check_output_file(html, overwrite=overwrite)
         asked = load_rows(queries, split=split, default_split="test", prepare=prepare)
         if num_queries is not None:
             asked = asked.select(range(min(num_queries, len(asked))))
@@ -79,7 +97,8 @@ def attribute(
         )
         result.save_pretrained(output_dir)
         if html is not None:
-            result.to_html(html, queries=asked, rows=training, synset=pipeline.synset)
+            tokenizer = find_tokenizer(pipeline.model, model, revision)
+            result.to_html(html, queries=asked, rows=training, synset=pipeline.synset, tokenizer=tokenizer)
         typer.echo(
             json.dumps(_told(result, top, output_dir), indent=2) if as_json else _words(result, top, output_dir)
         )

@@ -6,6 +6,7 @@ import contextlib
 import os
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -13,6 +14,7 @@ import typer
 REVISION = Annotated[str | None, typer.Option(help="Branch, tag or commit of the repository.")]
 AS_JSON = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
 QUIET = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")]
+OVERWRITE = Annotated[bool, typer.Option("--overwrite", help="Replace what is finished there.")]
 
 INTERRUPTED = 130
 """Exit status after Ctrl-C, as shells have it: 128 and the number of the signal."""
@@ -57,8 +59,46 @@ def clear_errors() -> Iterator[None]:
             raise
         # The text of a KeyError is its argument in quotes.
         message = error.args[0] if isinstance(error, KeyError) and error.args else error
-        typer.echo(f"Error: {' '.join(str(message).split()) or type(error).__name__}", err=True)
+        text = " ".join(str(message).split()) or type(error).__name__
+        if isinstance(error, HfHubHTTPError) and error.response.status_code == 401:
+            text += " Log in with `hf auth login`, or set HF_TOKEN, and check the name."
+        typer.echo(f"Error: {text}", err=True)
         raise typer.Exit(1) from error
+
+
+def check_output_folder(folder: Path, marker: str, *, overwrite: bool) -> None:
+    """
+    Checks, before the work, that a folder may be written: nothing finished is replaced unless that is asked for.
+
+    Args:
+        folder (`Path`): The folder to write.
+        marker (`str`): Name of the file that a finished one has.
+        overwrite (`bool`): Whether it may be replaced.
+
+    Raises:
+        FileExistsError: If it holds something finished that is not to be replaced, or something else.
+        OSError: If it is a mount point.
+    """
+    from hf_rgm.files import check_replaceable, finish_replacement
+
+    target = folder.resolve()
+    finish_replacement(target)
+    check_replaceable(target, marker)
+    if not overwrite and (target / marker).is_file():
+        raise FileExistsError(
+            f"{folder} holds finished work already ({marker}). Choose another folder, or replace it by `--overwrite`."
+        )
+
+
+def check_output_file(path: Path | None, *, overwrite: bool) -> None:
+    """
+    The same of a file, if one is to be written.
+
+    Raises:
+        FileExistsError: If there is one that is not to be replaced.
+    """
+    if path is not None and path.exists() and not overwrite:
+        raise FileExistsError(f"{path} exists already. Choose another file, or replace it by `--overwrite`.")
 
 
 @contextlib.contextmanager

@@ -8,12 +8,13 @@ from typing import Annotated
 
 import typer
 
-from hf_rgm.cli.common import QUIET, hide_bars, interruptible
+from hf_rgm.cli.common import OVERWRITE, QUIET, hide_bars, interruptible
 
 
 def demo(
     output_dir: Annotated[Path, typer.Option("--output-dir", "-o", help="Folder to write to.")] = Path("hf-rgm-demo"),
     seed: Annotated[int, typer.Option(help="Seed of data split, training and distilling.")] = 0,
+    overwrite: OVERWRITE = False,
     quiet: QUIET = False,
 ) -> None:
     """
@@ -34,6 +35,12 @@ def demo(
     again = f"{output_dir} holds an unfinished demo; the same command starts it again."
     try:
         with interruptible(again):
-            run_demo(output_dir, settings=DemoSettings(seed=seed), disable_tqdm=hide_bars(quiet), say=typer.echo)
+            run_demo(
+                output_dir,
+                settings=DemoSettings(seed=seed),
+                overwrite=overwrite,
+                disable_tqdm=hide_bars(quiet),
+                say=typer.echo,
+            )
     except FileExistsError as error:
         raise typer.BadParameter(str(error), param_hint="--output-dir") from error

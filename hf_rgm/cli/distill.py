@@ -12,11 +12,20 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
-from hf_rgm.cli.common import AS_JSON, QUIET, clear_errors, hide_bars, interruptible
+from hf_rgm.cli.common import (
+    AS_JSON,
+    OVERWRITE,
+    QUIET,
+    check_output_folder,
+    clear_errors,
+    hide_bars,
+    interruptible,
+)
 from hf_rgm.cli.loading import (
     DATA_COLLATOR,
     MODEL_CLASS,
     PREPARE,
+    find_tokenizer,
     load_clusters,
     load_collator,
     load_model,
@@ -97,6 +106,7 @@ def distill(
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the model.")] = None,
     prepare: PREPARE = None,
     data_collator: DATA_COLLATOR = None,
+    overwrite: OVERWRITE = False,
     estimate: Annotated[
         bool, typer.Option("--estimate", help="Only tell what memory, disk and time it needs.")
     ] = False,
@@ -113,7 +123,6 @@ def distill(
     Example: hf-rgm distill trajectory my-model train.parquet -o my-synset --cluster-column source --preset quick
     """
     from hf_rgm import ReverseGradientMatchingDistiller
-    from hf_rgm.files import check_replaceable
     from hf_rgm.hub.description import describe
     from hf_rgm.processes import Processes
     from hf_rgm.synset.storage import CONFIG_FILE
@@ -124,7 +133,7 @@ def distill(
     with interruptible(go_on), clear_errors():
         chosen = {name: value for name, value in settings.items() if value is not None}
         config = DistillationConfig.from_preset(preset, **chosen)
-        check_replaceable(output_dir.resolve(), CONFIG_FILE)
+        check_output_folder(output_dir, CONFIG_FILE, overwrite=overwrite or estimate)
         rows = load_rows(dataset, split=split, default_split="train", prepare=prepare)
         clusters = load_clusters(
             rows,
@@ -136,8 +145,9 @@ def distill(
             label_column=label_column,
             seed=config.seed,
         )
+        trained = load_model(model, model_class=model_class, revision=revision)
         distiller = ReverseGradientMatchingDistiller(
-            load_model(model, model_class=model_class, revision=revision),
+            trained,
             [trajectory, *(other_run or [])],
             rows,
             clusters,
@@ -153,7 +163,8 @@ def distill(
         synset = distiller.distill()
         if not Processes().is_main:
             return
-        synset.save_pretrained(output_dir)
+        of_texts = synset.metadata.get("tokens") is not None
+        synset.save_pretrained(output_dir, tokenizer=find_tokenizer(trained, model, revision) if of_texts else None)
         if work_dir is None:
             shutil.rmtree(blocks)
         description = describe(output_dir)

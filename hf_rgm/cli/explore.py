@@ -7,8 +7,16 @@ from typing import Annotated, Any
 
 import typer
 
-from hf_rgm.cli.common import QUIET, REVISION, clear_errors, hide_bars
-from hf_rgm.cli.loading import DATA_COLLATOR, MODEL_CLASS, PREPARE, load_collator, load_model, load_rows
+from hf_rgm.cli.common import OVERWRITE, QUIET, REVISION, check_output_folder, clear_errors, hide_bars
+from hf_rgm.cli.loading import (
+    DATA_COLLATOR,
+    MODEL_CLASS,
+    PREPARE,
+    find_tokenizer,
+    load_collator,
+    load_model,
+    load_rows,
+)
 
 
 def explore(
@@ -27,7 +35,9 @@ def explore(
     num_queries: Annotated[int | None, typer.Option(min=1, help="Only the first so many queries.")] = None,
     rows: Annotated[str | None, typer.Option(help="The training rows, named as queries are.")] = None,
     rows_split: Annotated[str | None, typer.Option(help="Split of the training rows.", show_default="train")] = None,
-    tokenizer: Annotated[str | None, typer.Option(help="Folder or repository; reads rows that are tokens.")] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="Folder or repository; reads tokens.", show_default="the model's")
+    ] = None,
     model_class: MODEL_CLASS = None,
     revision: REVISION = None,
     prepare: PREPARE = None,
@@ -39,6 +49,7 @@ def explore(
     space: Annotated[
         Path | None, typer.Option(help="Write a folder to push as a Space instead of serving the page.")
     ] = None,
+    overwrite: OVERWRITE = False,
     quiet: QUIET = False,
 ) -> None:
     """
@@ -56,19 +67,21 @@ def explore(
         training = None if rows is None else load_rows(rows, split=rows_split, default_split="train", prepare=prepare)
         given: dict[str, Any] = {"synset": synset, "rows": training, "queries": asked, "title": title}
         if space is not None:
-            from hf_rgm.explorer.space import write_space
+            from hf_rgm.explorer.space import MARKER, write_space
 
-            written = write_space(space, attributions, model=model, **given)
+            check_output_folder(space, MARKER, overwrite=overwrite)
+            written = write_space(space, attributions, model=model, tokenizer=tokenizer, **given)
             typer.echo(f"Written to {written}. Look at it: python {written}/app.py")
             typer.echo(f"Share it: hf upload NAMESPACE/NAME {written} --repo-type space")
             return
         from hf_rgm.explorer.app import explore as build
         from hf_rgm.explorer.app import launch_settings
 
+        loaded = None if model is None else load_model(model, model_class=model_class)
         app = build(
             attributions,
-            model=None if model is None else load_model(model, model_class=model_class),
-            tokenizer=tokenizer,
+            model=loaded,
+            tokenizer=tokenizer or (model and find_tokenizer(loaded, model)),
             data_collator=None if model is None else load_collator(data_collator, asked, model),
             revision=revision,
             launch=False,

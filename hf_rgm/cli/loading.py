@@ -62,18 +62,23 @@ def load_model(name: str, *, model_class: str | None = None, revision: str | Non
         revision (`str`, *optional*): Branch, tag or commit of the repository.
 
     Raises:
+        OSError: If there is no such folder, and no repository that loads.
         ValueError: If its config names no class of transformers, or it is an adapter without its base.
     """
     import transformers
 
+    from hf_rgm.hub.repository import folder_or_repository
+
     if model_class is not None:
-        return load_object(model_class).from_pretrained(name, revision=revision or "main").eval()
+        with folder_or_repository(name):
+            return load_object(model_class).from_pretrained(name, revision=revision or "main").eval()
     if (Path(name) / "adapter_config.json").is_file():
         raise ValueError(
             f"{name} is a PEFT adapter, whose base has to be made first. Pass `--model-class FILE.py:NAME`, an object "
             "whose `from_pretrained(name, revision=...)` returns the adapter on its base."
         )
-    config = transformers.AutoConfig.from_pretrained(name, revision=revision)
+    with folder_or_repository(name):
+        config = transformers.AutoConfig.from_pretrained(name, revision=revision)
     architectures = [entry for entry in config.architectures or [] if hasattr(transformers, entry)]
     if not architectures:
         raise ValueError(
@@ -141,6 +146,28 @@ def load_collator(reference: str | None, rows: Any, model_name: str, revision: s
             f"Rows have input_ids, but {model_name} has no tokenizer to pad them. Save the tokenizer with the model, "
             "or pass `--data-collator MODULE:OBJECT`."
         ) from error
+
+
+def find_tokenizer(model: Any, name: str, revision: str | None = None) -> Any:
+    """
+    The tokenizer beside a model of tokens, or `None`: it is what shows tokens in words, and nothing else needs it.
+
+    Args:
+        model (`PreTrainedModel`): The loaded model.
+        name (`str`): The folder or repository it was loaded from.
+        revision (`str`, *optional*): Branch, tag or commit of the repository.
+    """
+    if getattr(model, "main_input_name", None) != "input_ids":
+        return None
+    from transformers import AutoTokenizer
+
+    from hf_rgm.rows import knows_words
+
+    try:
+        found = AutoTokenizer.from_pretrained(name, revision=revision)
+    except (OSError, ValueError):
+        return None
+    return found if knows_words(found) else None
 
 
 def load_clusters(

@@ -8,7 +8,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from hf_rgm.cli.common import AS_JSON, QUIET, REVISION, clear_errors, hide_bars, interruptible
+from hf_rgm.cli.common import (
+    AS_JSON,
+    OVERWRITE,
+    QUIET,
+    REVISION,
+    check_output_folder,
+    clear_errors,
+    hide_bars,
+    interruptible,
+)
 
 if TYPE_CHECKING:
     from hf_rgm.hub.artefact import DatasetArtefact
@@ -62,6 +71,7 @@ def pull(
     repo_id: Annotated[str, typer.Argument(help="NAMESPACE/NAME of the dataset repository.")],
     output_dir: Annotated[Path, typer.Argument(help="Folder to write to.")],
     revision: REVISION = None,
+    overwrite: OVERWRITE = False,
     quiet: QUIET = False,
 ) -> None:
     """
@@ -76,6 +86,7 @@ def pull(
     hide_bars(quiet)
     with interruptible("What was downloaded is in the Hub's cache; the same command goes on."), clear_errors():
         kind = _kind(repo_id, revision)
+        check_output_folder(output_dir, kind.marker, overwrite=overwrite)
         folder = open_artefact(repo_id, kind.marker, revision=revision)
         if not isinstance(folder, HubFolder):
             raise FileExistsError(f"{repo_id} is a folder here. Run this elsewhere, or copy the folder.")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from hf_rgm.cli.common import AS_JSON, QUIET, clear_errors, hide_bars, interruptible
+from hf_rgm.cli.common import AS_JSON, OVERWRITE, QUIET, clear_errors, hide_bars, interruptible
 from hf_rgm.cli.loading import (
     DATA_COLLATOR,
     MODEL_CLASS,
@@ -57,6 +57,7 @@ def validate(
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the model.")] = None,
     prepare: PREPARE = None,
     data_collator: DATA_COLLATOR = None,
+    overwrite: OVERWRITE = False,
     quiet: QUIET = False,
     as_json: AS_JSON = False,
 ) -> None:
@@ -74,9 +75,14 @@ def validate(
     go_on = f"Finished retrainings are kept in {folder}; the same command goes on from there."
     disable_tqdm = hide_bars(quiet)
     with interruptible(go_on), clear_errors():
+        measured = Synset.from_pretrained(synset)
+        if measured.fidelity is not None and not overwrite:
+            raise FileExistsError(
+                f"{synset} keeps figures that were measured already (`hf-rgm info {synset}` tells them). Pass "
+                f"`--overwrite` to replace them; retrainings kept in {folder} are not done again."
+            )
         asked = load_rows(queries, split=split, default_split="test", prepare=prepare)
         rows = load_rows(dataset, split=rows_split, default_split="train", prepare=prepare)
-        measured = Synset.from_pretrained(synset)
         pipeline = AttributionPipeline(
             load_model(model, model_class=model_class, revision=revision), synset=measured, disable_tqdm=disable_tqdm
         )

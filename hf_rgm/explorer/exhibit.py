@@ -32,7 +32,7 @@ class Exhibit:
         rows (*optional*): The training dataset, for pictures or texts of training rows.
         queries (*optional*): The queries in the order of the result, for their pictures or texts.
         attributor ([`Attributor`], *optional*): With the queries, predicts what the model would be without clusters.
-        tokenizer (`PreTrainedTokenizerBase`, *optional*): Reads tokens.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): Reads tokens. Defaults to the result's.
         data_collator (`Callable`, *optional*): Collates queries for the attributor.
 
     Raises:
@@ -67,6 +67,7 @@ class Exhibit:
 
     def __post_init__(self) -> None:
         result = self.result
+        self.tokenizer = self.tokenizer or result.tokenizer
         if self.synset is None and self.attributor is not None:
             self.synset = self.attributor.synset
         if self.synset is not None:
@@ -163,14 +164,16 @@ class Exhibit:
         weights = self.synset.samples.log_weights[cluster].exp()
         cards = []
         for number in range(min(per_cluster, count)):
-            picture, text = None, f"{self.synset.input_name} of shape {tuple(inputs.shape[1:])}"
+            picture, text, read = None, f"{self.synset.input_name} of shape {tuple(inputs.shape[1:])}", False
             if inputs.dim() == 4 and inputs.shape[1] in (1, 3):
                 picture, text = png_of(inputs[number]), ""
             elif tokens is not None:
                 ids = tokens[cluster * per_cluster + number]
+                read = self.tokenizer is not None
                 text = str(self.tokenizer.decode(ids)) if self.tokenizer else f"tokens {', '.join(map(str, ids))}"
             item = Item(picture, shortened(text), self._soft_label(cluster, number))
-            cards.append(card_of(item, "synthetic", [f"weight {float(weights[number].sum()):.3g}"]))
+            notes = [f"weight {float(weights[number].sum()):.3g}"] + ["read as its nearest tokens"] * read
+            cards.append(card_of(item, "synthetic", notes))
         return cards
 
     def _soft_label(self, cluster: int, number: int) -> str | None:

@@ -12,6 +12,7 @@ from hf_rgm.attribution.attributor import Attributor
 from hf_rgm.attribution.result import AttributionResult
 from hf_rgm.attribution.storage import CONFIG_FILE
 from hf_rgm.explorer.exhibit import Exhibit
+from hf_rgm.hub.repository import folder_or_repository
 from hf_rgm.rows import DataCollator
 from hf_rgm.synset.synset import Synset
 
@@ -43,7 +44,8 @@ def open_exhibit(
             the synset.
         rows (*optional*): The training dataset, or a folder of its `save_to_disk`.
         queries (*optional*): The dataset of the queries in the order of the result, or a folder of its `save_to_disk`.
-        tokenizer (`PreTrainedTokenizerBase`, `str` or `Path`, *optional*): Reads tokens where a dataset has no texts.
+        tokenizer (`PreTrainedTokenizerBase`, `str` or `Path`, *optional*): Reads synthetic texts, and tokens where a
+            dataset has no texts. Defaults to the one beside a model that is named, or the result's.
         data_collator (`Callable`, *optional*): Collates queries. Defaults to `default_data_collator`.
         revision (`str`, *optional*): Branch, tag or commit of the repository of the attributions.
         token (`str` or `bool`, *optional*): Defaults to that of `hf auth login`.
@@ -52,7 +54,7 @@ def open_exhibit(
         [`~hf_rgm.explorer.exhibit.Exhibit`]
 
     Raises:
-        FileNotFoundError: If there is no such folder or repository.
+        FileNotFoundError, OSError: If there is no such folder or repository.
         ParameterMismatchError: If model and synset do not belong together.
         ValueError: If something is damaged, or does not belong to the result.
     """
@@ -64,13 +66,17 @@ def open_exhibit(
         attributions = AttributionResult.from_pretrained(attributions, revision=revision, token=token)
     if synset is not None and not isinstance(synset, Synset):
         synset = Synset.from_pretrained(synset, token=token)
+    attributor, beside = (None, None) if given[MODEL] is None else _attributor(given[MODEL], synset, token)
+    if _named(tokenizer):
+        with folder_or_repository(tokenizer):
+            tokenizer = AutoTokenizer.from_pretrained(str(tokenizer), token=token)
     return Exhibit(
         attributions,
         synset=synset,
         rows=_dataset(given[ROWS]),
         queries=_dataset(given[QUERIES]),
-        attributor=None if given[MODEL] is None else _attributor(given[MODEL], synset, token),
-        tokenizer=AutoTokenizer.from_pretrained(str(tokenizer), token=token) if _named(tokenizer) else tokenizer,
+        attributor=attributor,
+        tokenizer=tokenizer or beside,
         data_collator=data_collator,
     )
 
@@ -104,10 +110,13 @@ def _dataset(given: Any) -> Any:
     return loaded
 
 
-def _attributor(model: Any, synset: Synset | None, token: str | bool | None) -> Attributor:
+def _attributor(model: Any, synset: Synset | None, token: str | bool | None) -> tuple[Attributor, Any]:
+    """What asks the model, and the tokenizer beside it, if it is named and there is one."""
     if synset is None:
         raise ValueError("A model needs its synset to be asked what it would be without clusters. Pass `synset`.")
     if not _named(model):
-        return Attributor(model, synset, disable_tqdm=True)
+        return Attributor(model, synset, disable_tqdm=True), None
     build: Any = pipeline  # its overloads know the tasks of transformers only
-    return build("data-attribution", model=str(model), synset=synset, token=token, disable_tqdm=True).attributor
+    with folder_or_repository(model):
+        built = build("data-attribution", model=str(model), synset=synset, token=token, disable_tqdm=True)
+    return built.attributor, built.tokenizer

@@ -53,6 +53,7 @@ def write_space(
     rows: datasets.Dataset | str | Path | None = None,
     queries: datasets.Dataset | str | Path | None = None,
     title: str = TITLE,
+    tokenizer: str | Path | None = None,
     requirement: str = f"hf-rgm[explorer]=={__version__}",
 ) -> Path:
     """
@@ -66,6 +67,7 @@ def write_space(
         rows, queries (`datasets.Dataset`, `str` or `Path`, *optional*): Datasets, or folders of their `save_to_disk`.
             Everybody who can see the Space can see them.
         title (`str`, *optional*): Title of the page.
+        tokenizer (`str` or `Path`, *optional*): Folder or repository. Defaults to the one beside the model.
         requirement (`str`, *optional*): What pip installs there. Defaults to this release.
 
     Returns:
@@ -82,7 +84,7 @@ def write_space(
     given = {SYNSET: synset, MODEL: model, ROWS: rows, QUERIES: queries}
     attributions, given = with_neighbours(attributions, given)
     AttributionResult.from_pretrained(attributions)
-    sources = {ATTRIBUTIONS: attributions, **given}
+    sources = {ATTRIBUTIONS: attributions, **given, "tokenizer": tokenizer}
     with staged_folder(space_dir, MARKER) as folder:
         lines = []
         for name, source in sources.items():

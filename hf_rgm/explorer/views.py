@@ -17,6 +17,13 @@ SHOWN_ROWS = 6
 SHOWN_LINES = 40
 NOT_MEASURED = "not measured: how well these scores agree with retraining is not known."
 
+ROWS_IN_GROUPS = (
+    "Take these rows together: on the digits benchmark a query's gap to the next class fell by 0.334 ± 0.051 without "
+    "the 3 rows that score highest for it, by 0.012 ± 0.043 without 3 random rows. What one row does was not "
+    "measured: its score says where to look, and differences between neighbours in rank are not meaningful."
+)
+"""What a single row's score is good for; figures from docs/benchmarks.md."""
+
 
 def banner(result: AttributionResult, fidelity: str | None = None) -> list[str]:
     """
@@ -114,6 +121,7 @@ def rows_section(exhibit: Exhibit, position: int | None, *, k: int = SHOWN_ROWS)
         section.text("Rows were not scored: attribute with the training rows (`rows=...`) for that.")
         return section
     query = None if position is None else result.query_ids[position]
+    section.text(ROWS_IN_GROUPS)
     best, worst = (result.top(k, query, rows=True, largest=largest) for largest in (True, False))
     if exhibit.rows is None:
         for frame, what in ((best, "Rows that raise it most"), (worst, "Rows that lower it most")):

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 import logging
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from huggingface_hub import (
@@ -42,6 +43,29 @@ def is_repo_id(name: str) -> bool:
     except HFValidationError:
         return False
     return True
+
+
+@contextlib.contextmanager
+def folder_or_repository(name: str | Path) -> Iterator[None]:
+    """
+    Says of a model or tokenizer that does not load that no such folder exists: `transformers` tells of repositories.
+
+    Raises:
+        OSError: If there is no such folder, and no repository that loads.
+    """
+    if not Path(name).is_dir() and not is_repo_id(str(name)):
+        raise FileNotFoundError(
+            f"There is no folder {name} here. Check the path; a repository on the Hub is named `namespace/name`."
+        )
+    try:
+        yield
+    except OSError as error:
+        if Path(name).is_dir():
+            raise
+        raise OSError(
+            f"There is no folder {name} here, and no repository of this name on the Hub loads: "
+            f"{str(error).splitlines()[0]}"
+        ) from error
 
 
 def model_address(repo_id: str) -> str:

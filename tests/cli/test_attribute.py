@@ -32,6 +32,25 @@ def test_the_scores_are_those_of_the_library(told, files, tmp_path):
     assert "<html" in (tmp_path / "report.html").read_text()
 
 
+def test_finished_attributions_are_replaced_only_if_so_asked(invoke, files, tmp_path):
+    output, report = tmp_path / "scores", tmp_path / "report.html"
+    command = ("attribute", files.model, files.synset, files.queries, "-o", output, "--num-queries", 1)
+    assert invoke(*command).exit_code == 0
+    before = (output / "attribution.json").read_bytes()
+    refused = invoke(*command, "--engine", "adjoint")
+    assert refused.exit_code == 1
+    assert f"{output} holds finished work already (attribution.json)" in refused.stderr
+    assert "or replace it by `--overwrite`" in refused.stderr
+    assert (output / "attribution.json").read_bytes() == before
+    assert invoke(*command, "--engine", "adjoint", "--overwrite").exit_code == 0
+    assert AttributionResult.from_pretrained(output).engine == "adjoint"
+    report.write_text("mine")
+    refused = invoke(*command[:-4], "-o", tmp_path / "other", "--html", report)
+    assert refused.exit_code == 1
+    assert f"{report} exists already" in refused.stderr
+    assert report.read_text() == "mine" and not (tmp_path / "other").exists()
+
+
 def test_it_tells_the_top_clusters(invoke, files, script, tmp_path):
     output = tmp_path / "scores"
     result = invoke(
@@ -52,7 +71,12 @@ def test_it_tells_the_top_clusters(invoke, files, script, tmp_path):
 @pytest.mark.parametrize(
     ("changed", "words"),
     [
-        ({"model": "/nowhere/at-all"}, "Error: "),
+        ({"model": "/nowhere/at-all"}, "There is no folder /nowhere/at-all here. Check the path"),
+        ({"model": "./modle"}, "There is no folder ./modle here. Check the path; a repository on the Hub is named"),
+        (
+            {"model": "runs/modle"},
+            "There is no folder runs/modle here, and no repository of this name on the Hub",
+        ),
         ({"synset": "no such synset"}, "is no folder that exists"),
         ({"queries": "rows.txt"}, "its name must end in .parquet, .json, .jsonl, .csv"),
         ({"options": ("--engine", "guess")}, "guess"),

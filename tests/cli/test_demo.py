@@ -36,15 +36,17 @@ def test_defaults(calls):
     ((output_dir, options),) = calls
     assert output_dir == Path("hf-rgm-demo")
     assert options["settings"].seed == 0
+    assert options["overwrite"] is False
     assert options["disable_tqdm"] is True  # standard error is no terminal here
     assert result.output == "hello from the demo\n"
 
 
 def test_options(calls, tmp_path):
-    result = invoke("demo", "-o", str(tmp_path / "x"), "--seed", "7", "-q")
+    result = invoke("demo", "-o", str(tmp_path / "x"), "--seed", "7", "-q", "--overwrite")
     assert result.exit_code == 0, result.output
     ((output_dir, options),) = calls
     assert (output_dir, options["settings"].seed, options["disable_tqdm"]) == (tmp_path / "x", 7, True)
+    assert options["overwrite"] is True
 
 
 @pytest.mark.parametrize("arguments", [("demo", "--seed", "x"), ("demo", "--no-such-option"), ("explain",)])

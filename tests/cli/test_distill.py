@@ -115,6 +115,13 @@ def test_after_ctrl_c_it_goes_on(invoke, files, tmp_path, monkeypatch):
         patch.setattr(ReverseGradientMatchingDistiller, "_distill_block", counted)
         assert distil(invoke, files, tmp_path / "synset", *options).exit_code == 0
     assert [block.start for block in blocks] == [0, 1, 2]
+    before = (tmp_path / "synset" / "synset.json").read_bytes()
+    refused = distil(invoke, files, tmp_path / "synset", *options)
+    assert refused.exit_code == 1
+    assert f"{tmp_path / 'synset'} holds finished work already (synset.json)" in refused.stderr
+    assert (tmp_path / "synset" / "synset.json").read_bytes() == before
+    assert distil(invoke, files, tmp_path / "synset", *options, "--estimate").exit_code == 0
+    assert distil(invoke, files, tmp_path / "synset", *options, "--overwrite").exit_code == 0
     assert not (tmp_path / "synset-unfinished").exists()
     assert distil(invoke, files, tmp_path / "whole", *options, "--work-dir", tmp_path / "work").exit_code == 0
     assert len(list((tmp_path / "work").glob("block-*"))) == 3

@@ -61,7 +61,15 @@ def test_it_writes_a_space(invoke, files, attributions, served, tmp_path):
     assert f"python {tmp_path / 'space'}/app.py" in result.stdout and served == []
     kept = load_from_disk(tmp_path / "space" / "queries")
     np.testing.assert_array_equal(kept["labels"], vit_run().queries["labels"])
-    assert "model='me/model'" in (tmp_path / "space" / "app.py").read_text()
+    app = tmp_path / "space" / "app.py"
+    assert "model='me/model'" in app.read_text()
+    app.write_text("edited")
+    again = ("explore", attributions, "--space", tmp_path / "space")
+    refused = invoke(*again)
+    assert refused.exit_code == 1 and f"{tmp_path / 'space'} holds finished work already" in refused.stderr
+    assert app.read_text() == "edited"
+    assert invoke(*again, "--overwrite").exit_code == 0
+    assert "explore(" in app.read_text()
 
 
 def test_what_is_missing_is_said(invoke, files, attributions, served):

@@ -42,7 +42,12 @@ def test_the_synset_keeps_the_figures(invoke, told, arguments, tmp_path, monkeyp
 
     monkeypatch.setattr(Trainer, "train", lambda self: pytest.fail("trained again"))
     (synset / "README.md").write_text((synset / "README.md").read_text() + "\nMy own notes.\n")
-    again = invoke(*arguments)
+    figures = (synset / "synset.json").read_bytes()
+    refused = invoke(*arguments, "--engine", "adjoint")
+    assert refused.exit_code == 1
+    assert f"{synset} keeps figures that were measured already" in refused.stderr and "--overwrite" in refused.stderr
+    assert (synset / "synset.json").read_bytes() == figures
+    again = invoke(*arguments, "--overwrite")
     assert again.exit_code == 0, again.output
     assert str(report) in again.stdout
     assert "but not on its card, which was edited" in again.stdout

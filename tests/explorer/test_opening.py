@@ -39,6 +39,12 @@ def test_a_model_is_put_together_with_its_synset(demo):
         open_exhibit(demo, model=tiny_recorded_run(1).model)
 
 
+def test_a_mistyped_folder_is_named(demo):
+    for given in ({"model": "./modle"}, {"tokenizer": "./modle"}, {"model": "runs/modle"}):
+        with pytest.raises(OSError, match=f"There is no folder {next(iter(given.values()))} here"):
+            open_exhibit(demo, **given)
+
+
 def test_a_dataset_with_splits_is_refused(demo, tmp_path):
     DatasetDict({"train": tiny_exhibit().rows}).save_to_disk(tmp_path / "rows")
     with pytest.raises(ValueError, match="holds the splits train"):

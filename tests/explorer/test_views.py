@@ -1,5 +1,7 @@
 import dataclasses
+import html
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ from hf_rgm.explorer.exhibit import Exhibit
 from hf_rgm.explorer.items import png_of
 from hf_rgm.explorer.views import (
     NOT_MEASURED,
+    ROWS_IN_GROUPS,
     banner,
     cluster_section,
     clusters_section,
@@ -18,6 +21,8 @@ from hf_rgm.explorer.views import (
 )
 from hf_rgm.testing import tiny_recorded_run, tiny_synset
 from tests.explorer.tiny import tiny_exhibit
+
+BENCHMARKS = (Path(__file__).parents[2] / "docs" / "benchmarks.md").read_text(encoding="utf-8")
 
 
 def cards(html):
@@ -55,6 +60,17 @@ def test_the_banner_tells_sign_and_fidelity(exhibit):
     result = dataclasses.replace(exhibit.result, metadata={"fidelity": measured})
     assert "0.500 [0.400, 0.600], random halves of the clusters (LDS), 9 retrained subsets" in banner(result)[1]
     assert "Agreement of the adjoint engine" in facts_section(result).to_html()
+
+
+def test_rows_are_shown_with_what_was_measured_of_them(exhibit, alone):
+    fell, by_chance = re.findall(r"\d\.\d{3} ± \d\.\d{3}", ROWS_IN_GROUPS)
+    assert (
+        f"\n| adjoint | 3 | 0% | {fell} |" in BENCHMARKS and f"\n| random rows | 3 | 0% | {by_chance} |" in BENCHMARKS
+    )
+    for scored in (exhibit, alone):
+        assert html.escape(ROWS_IN_GROUPS) in rows_section(scored, 0).to_html()
+    unscored = dataclasses.replace(exhibit.result, row_scores=None)
+    assert html.escape(ROWS_IN_GROUPS) not in rows_section(Exhibit(unscored), 0).to_html()
 
 
 def test_bars_are_the_scores_of_the_query(exhibit):

@@ -105,7 +105,12 @@ def test_pull_leaves_nothing_of_an_older_one(hub_in_process, folders, tmp_path):
     tiny_synset(2).save_pretrained(copy)
     assert (copy / "trajectories" / "1").is_dir()
     assert invoke("push", folders["synset"], "me/synset").exit_code == 0
-    assert invoke("pull", "me/synset", copy).exit_code == 0
+    before = {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()}
+    refused = invoke("pull", "me/synset", copy)
+    assert refused.exit_code == 1
+    assert f"{copy} holds finished work already (synset.json)" in refused.stderr and "--overwrite" in refused.stderr
+    assert {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()} == before
+    assert invoke("pull", "me/synset", copy, "--overwrite").exit_code == 0
     names = {path.relative_to(copy).as_posix() for path in copy.rglob("*") if path.is_file()}
     assert names == set(hub_in_process.files("me/synset", "dataset")) - {".gitattributes"}
     assert len(Synset.from_pretrained(copy).trajectories) == 1
@@ -116,13 +121,13 @@ def test_pull_keeps_what_is_there_where_the_repository_is_not_whole(hub_in_proce
     before = {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()}
     assert invoke("push", folders["synset"], "me/synset").exit_code == 0
     HfApi().delete_file("synset.safetensors", "me/synset", repo_type="dataset")
-    result = invoke("pull", "me/synset", copy)
+    result = invoke("pull", "me/synset", copy, "--overwrite")
     assert result.exit_code == 1
     assert "is not whole" in result.stderr
     assert {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()} == before
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("mine")
-    assert invoke("pull", "me/synset", tmp_path / "mine").exit_code == 1
+    assert invoke("pull", "me/synset", tmp_path / "mine", "--overwrite").exit_code == 1
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["notes.txt"]
 
 
@@ -184,4 +189,8 @@ def test_what_goes_wrong_is_one_line(hub_in_process, folders, tmp_path, monkeypa
     monkeypatch.setenv("HF_TOKEN", hub_in_process.read_token)
     refused = invoke("push", folders["synset"], "me/x")
     assert refused.exit_code == 1
-    assert "403" in refused.output
+    assert "403" in refused.output and "hf auth login" not in refused.output
+    monkeypatch.setenv("HF_TOKEN", "hf_of_nobody")
+    unknown = invoke("push", folders["synset"], "me/x")
+    assert unknown.exit_code == 1
+    assert "401" in unknown.output and "Log in with `hf auth login`, or set HF_TOKEN" in unknown.output

@@ -8,15 +8,32 @@ from pathlib import Path
 import pytest
 from datasets import load_dataset
 from transformers import pipeline
+from typer.testing import CliRunner
 
-from hf_rgm import ClusterMap
-from hf_rgm.testing import tiny_dataset
+from hf_rgm import ClusterMap, Synset
+from hf_rgm.cli import app
+from hf_rgm.testing import tiny_dataset, tiny_synset
 from tests.vision import distilled_run, vit
 
 README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
 NUMBER = re.compile(r"-?\d+\.\d+(?:e-?\d+)?|(?<=-> )\d+\.?\d*")
 TOLERANCE = 0.02
 """Of printed numbers: other machines add in another order."""
+
+
+def test_push_and_pull_on_the_command_line(hub_in_process, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    synset = tiny_synset()
+    synset.save_pretrained("my-synset")
+    block = re.search(r"<!-- push -->\n```bash\n(.*?)```", README, flags=re.DOTALL)
+    assert block is not None
+    for line in block[1].splitlines():
+        program, *arguments = line.split()
+        assert program == "hf-rgm"
+        done = CliRunner().invoke(app, arguments)
+        assert done.exit_code == 0, done.output
+    assert hub_in_process.repository("me/my-synset", "dataset").private
+    assert Synset.from_pretrained("copy-of-my-synset").samples_sha256 == synset.samples_sha256
 
 
 def test_share_it(hub_in_process, capsys):
