@@ -7,7 +7,7 @@ import logging
 import torch
 from torch import Tensor
 
-from hf_rgm.attribution.curvature import PathCurvature, WeightedInputs
+from hf_rgm.attribution.curvature import PathCurvature, RowSample
 from hf_rgm.attribution.memory import MemoryShares
 from hf_rgm.losses import CROSS_ENTROPY, RowLoss
 from hf_rgm.modeling import FunctionalModel
@@ -36,7 +36,7 @@ class AdjointEngine:
         rewind (`float`, *optional*, defaults to `0.07`): Fraction of training down to which effects are followed.
         stride (`int`, *optional*): Training steps per integration step. Defaults to the smallest that needs at most
             100 integration steps.
-        rows (`WeightedInputs`, *optional*): Rows whose curvature stands in for the synset's where the two differ
+        rows (`RowSample`, *optional*): Rows whose curvature stands in for the synset's where the two differ
             much; see [`~hf_rgm.attribution.curvature.PathCurvature`].
         max_bytes (`int`, *optional*, defaults to `2**30`): Memory, beside the recorded states; see [`MemoryShares`].
     """
@@ -52,7 +52,7 @@ class AdjointEngine:
         *,
         rewind: float = 0.07,
         stride: int | None = None,
-        rows: WeightedInputs | None = None,
+        rows: RowSample | None = None,
         max_bytes: int = 2**30,
     ) -> None:
         self.model = model

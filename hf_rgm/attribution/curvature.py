@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import logging
-import weakref
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -19,6 +18,7 @@ from hf_rgm.synset.curvature import GaussNewton
 from hf_rgm.synset.inputs import InputSpace
 from hf_rgm.synset.samples import SyntheticSamples
 from hf_rgm.trajectory.path import RecordedPath
+from hf_rgm.trajectory.storage import Trajectory
 
 logger = logging.getLogger(__name__)
 
@@ -49,8 +49,34 @@ class WeightedInputs:
         return own.reshape(*own.shape, *[1] * (self.weights.dim() - 1)) * self.weights
 
 
-_rows_told_of: weakref.WeakSet[WeightedInputs] = weakref.WeakSet()
-"""Every replay of an attribution meets the same rows; one warning is enough."""
+@dataclass(frozen=True, eq=False)
+class RowSample:
+    """
+    Rows that stand for all of every cluster; every replay of an attribution meets the same.
+
+    Args:
+        inputs (`WeightedInputs`): The rows.
+        shares (`dict`, *optional*): What was found of the synset's curvature in units of theirs, by run, recorded step
+            and the step whose second moments were taken.
+    """
+
+    inputs: WeightedInputs
+    shares: dict[tuple[Trajectory, int, int], float] = field(default_factory=dict)
+
+    def found(self, key: tuple[Trajectory, int, int], share: float) -> None:
+        """Keeps a share, and says so once where it is too far from 1."""
+        if not _is_close(share) and all(map(_is_close, self.shares.values())):
+            logger.warning(
+                "The synset has %.2g times the rows' curvature at recorded step %d, which would make scores too %s. "
+                "The curvature of %d rows takes its place wherever they differ by more than a factor of %g. Scores "
+                "without `rows` need a synset with more samples or iterations.",
+                share,
+                key[1],
+                "large" if share < 1 else "small",
+                len(self.inputs.clusters),
+                MAX_FACTOR,
+            )
+        self.shares[key] = share
 
 
 @dataclass(frozen=True)
@@ -85,7 +111,7 @@ class PathCurvature:
         model (`FunctionalModel`): The trained model.
         inputs (`InputSpace`): The space of the synthetic inputs.
         samples (`SyntheticSamples`): The synset's samples, on the model's device.
-        rows (`WeightedInputs`, *optional*): What [`sample_rows`] drew.
+        rows (`RowSample`, *optional*): What [`sample_rows`] drew.
         max_bytes (`int`, *optional*, defaults to `2**30`): Memory for the samples' Jacobian at a state.
         max_row_bytes (`int`, *optional*, defaults to `2**29`): Memory for that of the rows.
     """
@@ -96,7 +122,7 @@ class PathCurvature:
         inputs: InputSpace,
         samples: SyntheticSamples,
         *,
-        rows: WeightedInputs | None = None,
+        rows: RowSample | None = None,
         max_bytes: int = 2**30,
         max_row_bytes: int = 2**29,
     ) -> None:
@@ -111,27 +137,23 @@ class PathCurvature:
 
     def at(self, path: RecordedPath, state: int) -> StateCurvature:
         """The curvature at a recorded step of a path."""
-        own = self._of(self._samples, path, state, self._max_bytes)
         if self._rows is None:
-            return own
-        rows = self._of(self._rows, path, state, self._max_row_bytes)
+            return self._of_samples(path, state)
         first = {used: first for used, first, _ in path.segments()}.get(state, path.start)
+        key = (path.trajectory, state, first)
+        known = self._rows.shares.get(key)
+        if known is not None:
+            return self._of_samples(path, state) if _is_close(known) else self._of_rows(self._rows, path, state)
+        own, rows = self._of_samples(path, state), self._of_rows(self._rows, path, state)
         share = self._share(own, rows, path.steps(first, first + 1)[0].precondition)
-        if 1 / MAX_FACTOR <= share <= MAX_FACTOR:
-            return own
-        if self._rows not in _rows_told_of:
-            _rows_told_of.add(self._rows)
-            logger.warning(
-                "The synset has %.2g times the rows' curvature at recorded step %d, which would make scores too %s. "
-                "The curvature of %d rows takes its place wherever they differ by more than a factor of %g. Scores "
-                "without `rows` need a synset with more samples or iterations.",
-                share,
-                state,
-                "large" if share < 1 else "small",
-                len(self._rows.clusters),
-                MAX_FACTOR,
-            )
-        return rows
+        self._rows.found(key, share)
+        return own if _is_close(share) else rows
+
+    def _of_samples(self, path: RecordedPath, state: int) -> StateCurvature:
+        return self._of(self._samples, path, state, self._max_bytes)
+
+    def _of_rows(self, rows: RowSample, path: RecordedPath, state: int) -> StateCurvature:
+        return self._of(rows.inputs, path, state, self._max_row_bytes)
 
     @torch.no_grad()
     def _of(self, samples: WeightedInputs, path: RecordedPath, state: int, max_bytes: int) -> StateCurvature:
@@ -147,6 +169,10 @@ class PathCurvature:
         return traces[0] / traces[1] if traces[1] > 0 else 1.0
 
 
+def _is_close(share: float) -> bool:
+    return 1 / MAX_FACTOR <= share <= MAX_FACTOR
+
+
 def sample_rows(
     model: FunctionalModel,
     reader: RowReader,
@@ -156,7 +182,7 @@ def sample_rows(
     at_least: int,
     max_bytes: int = 2**29,
     seed: int = 0,
-) -> WeightedInputs:
+) -> RowSample:
     """
     Rows of every cluster that stand for all of it.
 
@@ -170,7 +196,7 @@ def sample_rows(
         seed (`int`, *optional*, defaults to `0`): Draws them.
 
     Returns:
-        `WeightedInputs`
+        `RowSample`
     """
     with torch.no_grad():
         outputs = model.logits(model.parameters(), reader.batch([0])[0]).numel()
@@ -182,4 +208,4 @@ def sample_rows(
     stands_for = torch.tensor([size / len(rows) for size, rows in zip(clusters.sizes, drawn, strict=True)])
     own = stands_for.float().to(labels.device)[ids] / (len(reader) * row_loss.labels_per_row)
     weights = (labels != IGNORED_LABEL) * own.reshape(-1, *[1] * (labels.dim() - 1))
-    return WeightedInputs(inputs, weights, ids)
+    return RowSample(WeightedInputs(inputs, weights, ids))

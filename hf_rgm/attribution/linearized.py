@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from hf_rgm.attribution.curvature import PathCurvature, WeightedInputs
+from hf_rgm.attribution.curvature import PathCurvature, RowSample
 from hf_rgm.attribution.forces import ClusterGradients, force, gradients_of_synset
 from hf_rgm.attribution.memory import MemoryShares
 from hf_rgm.attribution.perturbations import check_masks
@@ -46,7 +46,7 @@ class LinearizedReplayEngine:
             200 integration steps; halved where the deviation explodes, which weights above 1 make more likely.
         cluster_gradients (`ClusterGradients`, *optional*): The data's gradients `G_k`. Defaults to the synset's,
             which are an approximation.
-        rows (`WeightedInputs`, *optional*): Rows whose curvature stands in for the synset's where the two differ
+        rows (`RowSample`, *optional*): Rows whose curvature stands in for the synset's where the two differ
             much; see [`~hf_rgm.attribution.curvature.PathCurvature`].
         max_bytes (`int`, *optional*, defaults to `2**30`): Memory, beside the recorded states; see [`MemoryShares`].
         disable_tqdm (`bool`, *optional*, defaults to `False`): No progress bar.
@@ -67,7 +67,7 @@ class LinearizedReplayEngine:
         rewind: float = 0.14,
         stride: int | None = None,
         cluster_gradients: ClusterGradients | None = None,
-        rows: WeightedInputs | None = None,
+        rows: RowSample | None = None,
         max_bytes: int = 2**30,
         disable_tqdm: bool = False,
     ) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_rgm.attribution.curvature import WeightedInputs, sample_rows
+from hf_rgm.attribution.curvature import RowSample, sample_rows
 from hf_rgm.attribution.forces import ClusterGradients
 from hf_rgm.attribution.memory import MemoryShares
 from hf_rgm.losses import RowLoss
@@ -73,7 +73,7 @@ class TrainingRows:
         self._kept: tuple[Trajectory, list[int], Tensor] | None = None
 
     @functools.cached_property
-    def sample(self) -> WeightedInputs:
+    def sample(self) -> RowSample:
         """Some rows of every cluster, whose curvature is compared with the synset's."""
         return sample_rows(
             self._model,

@@ -95,21 +95,50 @@ def test_the_adjoint_takes_the_rows_curvature_too(parts):
     assert (scores[2] - scores[0]).norm() > 0.02 * scores[0].norm()
 
 
+def test_rows_are_compared_once_at_a_state(parts, monkeypatch):
+    run, model, inputs, samples, reader = parts
+    rows = sample_rows(model, reader, CLUSTERS, RowLoss(), at_least=1)
+    looked_at = []
+    original = PathCurvature.at
+
+    def at(self, path, state):
+        before = len(rows.shares)
+        result = original(self, path, state)
+        looked_at.append(len(rows.shares) - before)
+        return result
+
+    monkeypatch.setattr(PathCurvature, "at", at)
+    weak = faded(samples, 0.01)
+    replays = [
+        LinearizedReplayEngine(model, inputs, weak, run.trajectory, rewind=rewind, rows=rows, disable_tqdm=True)
+        for rewind in (0, 0, 0.5)
+    ]
+    first, again, later = (replay.parameters(MASKS) for replay in replays)
+    segments = [len(replay.path.segments()) for replay in replays]
+    assert torch.equal(first, again)
+    assert looked_at[: segments[0]] == [1] * segments[0]
+    assert looked_at[segments[0] : 2 * segments[0]] == [0] * segments[0]
+    assert sum(looked_at[2 * segments[0] :]) <= 1 < segments[2]  # the first one's second moments may be others
+    alone = sample_rows(model, reader, CLUSTERS, RowLoss(), at_least=1)
+    fresh = LinearizedReplayEngine(model, inputs, weak, run.trajectory, rewind=0.5, rows=alone, disable_tqdm=True)
+    assert torch.equal(fresh.parameters(MASKS), later)
+
+
 class TestRows:
     def test_few_stand_for_all_of_their_cluster(self, parts):
         _, model, _, _, reader = parts
         clusters = ClusterMap.from_ids([0] * 9 + [1] * 3)
-        rows = sample_rows(model, reader, clusters, RowLoss(), at_least=3, max_bytes=0)
+        rows = sample_rows(model, reader, clusters, RowLoss(), at_least=3, max_bytes=0).inputs
         assert rows.clusters.tolist() == [0] * 3 + [1] * 3
         assert rows.weights.tolist() == pytest.approx([3 / 12] * 3 + [1 / 12] * 3)
-        assert len(sample_rows(model, reader, clusters, RowLoss(), at_least=1).clusters) == 12
+        assert len(sample_rows(model, reader, clusters, RowLoss(), at_least=1).inputs.clusters) == 12
 
     def test_tokens_without_a_label_weigh_nothing(self):
         model = FunctionalModel(language_model("gpt2"))
         reader = RowReader(texts(6, labels="text"), model)
         clusters = ClusterMap.from_ids([0, 0, 0, 1, 1, 1])
         row_loss = RowLoss(labels_per_row=reader.labels_per_row())
-        rows = sample_rows(model, reader, clusters, row_loss, at_least=3)
+        rows = sample_rows(model, reader, clusters, row_loss, at_least=3).inputs
         assert rows.weights.shape == rows.inputs["input_ids"].shape
         assert float(rows.weights.sum()) == pytest.approx(1)
         masks = torch.tensor([[1.0, 0.0]])
