@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from benchmarks import truth as ground_truth
-from benchmarks.tasks import digits, digits_epochs, lm, sentences, texts
+from benchmarks.tasks import digits, digits_epochs, lm, sentences, sentences_full, texts
 from hf_rgm import ClusterMap
 from hf_rgm.fidelity.retraining import retrain
 from tests.benchmarks import tiny
@@ -165,6 +165,16 @@ class TestSentences:
         trainer.train()
         assert all((before[name] != parameter).any() for name, parameter in trained.items() if "lora_A" not in name)
         assert (frozen == trainer.model.get_input_embeddings().weight).all()
+
+    def test_full_fine_tuning_differs_in_what_is_trained_and_how_fine_clusters_are(self, small_sentences):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sentences, "NUM_TRAIN", 120)
+            full = sentences_full.load()
+        assert full.clusters.num_clusters == 12
+        assert (full.train[:]["input_ids"] == small_sentences.train[:]["input_ids"]).all()
+        model = full.build_trainer(full.train, 1).model
+        assert all(parameter.requires_grad for parameter in model.parameters())
+        assert sum(parameter.numel() for parameter in model.parameters()) == 22_713_986
 
     def test_seeds_draw_adapters_and_classifier(self, small_sentences):
         first, again, other = (
