@@ -140,4 +140,7 @@ ABLATIONS: dict[str, Method] = {
         if count != 1 or settings
     },
     "adjoint, stride 1": adjoint(attribution={"stride": 1}),
+    "anchored replay by rows' gradients, 100 iterations": replay(
+        engine="replay", with_rows=True, score_rows=False, distillation={**PRESETS["quick"], "num_iterations": 100}
+    ),
 }
