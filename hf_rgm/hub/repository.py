@@ -285,7 +285,7 @@ def open_artefact(
         return ArtefactFolder(name_or_path)
     if isinstance(name_or_path, Path):
         raise FileNotFoundError(f"There is no folder {name_or_path}. Pass a string to mean a repository on the Hub.")
-    if not is_repo_id(name_or_path):
+    if "/" not in name_or_path or not is_repo_id(name_or_path):
         raise FileNotFoundError(
             f"{name_or_path!r} is no folder that exists, and is not the id of a repository either (`namespace/name`)."
         )

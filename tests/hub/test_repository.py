@@ -201,6 +201,10 @@ def test_what_is_no_synset_is_said_so(hub_in_process, tmp_path):
         Synset.from_pretrained(tmp_path / "missing")
     with pytest.raises(FileNotFoundError, match="no folder that exists"):
         Synset.from_pretrained("a/b/c")
+    asked = len(hub_in_process.requests)
+    with pytest.raises(FileNotFoundError, match="'snyset' is no folder that exists"):
+        Synset.from_pretrained("snyset")
+    assert len(hub_in_process.requests) == asked
 
 
 def test_results_come_back_and_all_their_tables_load(hub_in_process, result):
