@@ -30,6 +30,21 @@ SINGLE_RUN = {
 }
 PARTS = {"leave_out": "one cluster left out", "halves": "half of the clusters"}
 
+QUICK = ", quick preset"
+ONLY_IN_DETAIL = (
+    "adjoint, 5 runs",
+    "adjoint, 1 per cluster",
+    "anchored replay",
+    "anchored replay, 5 runs",
+    "plain replay",
+    "random",
+    "adjoint on real rows, 1 per cluster",
+    "adjoint on real rows, 5 per cluster",
+    "dattri DVEmb, preconditioned by us",
+    "TRAK, 1 model",
+)
+"""Methods that README.md leaves to docs/benchmarks.md: variants of a line that it shows, and checks."""
+
 DOCUMENTS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "rewinds": ("method.md", rewinds.table),
     "token_inputs": ("language_models.md", token_inputs.table),
@@ -65,12 +80,20 @@ between the last two.
 Row = tuple[str, dict[str, Any]]
 
 
-def scored(report: dict[str, Any], *, ablations: bool = True) -> list[Row]:
+def scored(report: dict[str, Any]) -> list[Row]:
     """Names and entries of the methods that have figures."""
+    return [(name, entry) for name, entry in report["methods"].items() if "error" not in entry]
+
+
+def main_lines(report: dict[str, Any]) -> list[Row]:
+    """Those of README.md: no ablations and variants, and no quick preset where the accurate one was measured."""
+    rows = dict(scored(report))
     return [
         (name, entry)
-        for name, entry in report["methods"].items()
-        if "error" not in entry and (ablations or entry["family"] != "ablations")
+        for name, entry in rows.items()
+        if name not in ONLY_IN_DETAIL
+        and entry["family"] != "ablations"
+        and not (name.endswith(QUICK) and name.removesuffix(QUICK) in rows)
     ]
 
 
@@ -80,18 +103,18 @@ def label(report: dict[str, Any], name: str, entry: dict[str, Any]) -> str:
     return name if count == report["identity"]["num_queries"] else f"{name} ({count} queries)"
 
 
-def fidelity(report: dict[str, Any], columns: dict[str, str], *, costs: bool, ablations: bool) -> str:
-    """The table of agreement with retraining, the ceiling first."""
+def fidelity(report: dict[str, Any], methods: Sequence[Row], columns: dict[str, str], *, costs: bool) -> str:
+    """The table of some methods' agreement with retraining, the ceiling first."""
     titles = [f"{report['identity']['task']}, {report['identity']['num_queries']} queries", *columns.values()]
     ceiling = ["*noise ceiling*", *(figure(report["noise_ceiling"], key) for key in columns)]
     rows = [
         [label(report, name, entry), *(figure(entry["figures"], key) for key in columns)]
-        for name, entry in scored(report, ablations=ablations)
+        for name, entry in methods
     ]
     if costs:
         titles += ["offline / training", "online / retraining"]
         ceiling += ["", ""]
-        for row, (_, entry) in zip(rows, scored(report, ablations=ablations), strict=True):
+        for row, (_, entry) in zip(rows, methods, strict=True):
             row += [ratio(entry["costs"][key]) for key in ("offline_over_training", "online_over_retraining")]
     return markdown(titles, [ceiling, *rows])
 
@@ -250,14 +273,14 @@ def page(reports: Sequence[dict[str, Any]], growth: dict[str, Any] | None = None
 
 
 def _all_methods(report: dict[str, Any]) -> str:
-    return fidelity(report, ALL_COLUMNS, costs=False, ablations=True)
+    return fidelity(report, scored(report), ALL_COLUMNS, costs=False)
 
 
 def insert(text: str, report: dict[str, Any]) -> str:
     """The README with the task's table between its markers, if it has them."""
     task = report["identity"]["task"]
     begin, end = f"<!-- {task}:begin -->", f"<!-- {task}:end -->"
-    table = fidelity(report, COLUMNS, costs=True, ablations=False)
+    table = fidelity(report, main_lines(report), COLUMNS, costs=True)
     return re.sub(f"{begin}.*?{end}", lambda _: f"{begin}\n{table}\n{end}", text, flags=re.DOTALL)
 
 

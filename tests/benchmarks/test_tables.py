@@ -97,6 +97,13 @@ def test_readme_table(report):
     assert insert(expected, report) == expected
 
 
+def test_readme_leaves_variants_to_the_page(report):
+    report["methods"] |= {"replay, quick preset": entry(0.5), "other, quick preset": entry(0.4), "random": entry(0.0)}
+    table = insert("<!-- digits:begin --><!-- digits:end -->", report)
+    assert "replay, quick" not in table and "random" not in table and "| other, quick preset |" in table
+    assert "| replay, quick preset |" in page([report]) and "| random |" in page([report])
+
+
 def test_page_holds_everything(report):
     text = page([report])
     assert "| *another seed's retraining* | 0.500" in text
