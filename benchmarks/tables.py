@@ -108,8 +108,7 @@ def fidelity(report: dict[str, Any], methods: Sequence[Row], columns: dict[str, 
     titles = [f"{report['identity']['task']}, {report['identity']['num_queries']} queries", *columns.values()]
     ceiling = ["*noise ceiling*", *(figure(report["noise_ceiling"], key) for key in columns)]
     rows = [
-        [label(report, name, entry), *(figure(entry["figures"], key) for key in columns)]
-        for name, entry in methods
+        [label(report, name, entry), *(figure(entry["figures"], key) for key in columns)] for name, entry in methods
     ]
     if costs:
         titles += ["offline / training", "online / retraining"]

@@ -57,7 +57,7 @@ class RowReader:
 
     Raises:
         TypeError: If the dataset has no length.
-        ValueError: If it is empty, or none of its columns is the model's.
+        ValueError: If it is empty, or none of its columns is an input of the model.
     """
 
     def __init__(
@@ -80,11 +80,11 @@ class RowReader:
         keep = {*model.forward_arguments, *LABEL_NAMES}
         if remove_unused_columns and isinstance(dataset, datasets.Dataset):
             columns = [name for name in dataset.column_names if name in keep]
-            if not columns:
+            if not {*columns} - {*LABEL_NAMES}:
                 raise ValueError(
                     f"`{what}` has the columns {', '.join(dataset.column_names)}; the model's forward takes none of "
-                    f"them ({', '.join(model.forward_arguments)}). Rename them, or pass `remove_unused_columns=False` "
-                    "with a `data_collator`."
+                    f"them as input ({', '.join(model.forward_arguments)}). Rename them, or pass "
+                    "`remove_unused_columns=False` with a `data_collator`."
                 )
             dataset = dataset.select_columns(columns)
         self.dataset = dataset

@@ -104,8 +104,13 @@ def test_missing_labels_are_refused(model):
 
 
 def test_a_dataset_without_any_known_column_is_refused(model):
-    with pytest.raises(ValueError, match=r"columns x; .* takes none of them \(pixel_values, labels\)"):
+    with pytest.raises(ValueError, match=r"columns x; .* takes none of them as input \(pixel_values, labels\)"):
         RowReader(Dataset.from_dict({"x": [1, 2]}), model).batch([0])
+
+
+def test_a_dataset_with_labels_alone_is_refused(model):
+    with pytest.raises(ValueError, match="columns x, labels; .* takes none of them as input"):
+        RowReader(Dataset.from_dict({"x": [1, 2], "labels": [0, 1]}), model)
 
 
 def test_missing_labels_are_predicted_on_demand(model):

@@ -78,7 +78,13 @@ def load_model(name: str, *, model_class: str | None = None, revision: str | Non
             "whose `from_pretrained(name, revision=...)` returns the adapter on its base."
         )
     with folder_or_repository(name):
-        config = transformers.AutoConfig.from_pretrained(name, revision=revision)
+        try:
+            config = transformers.AutoConfig.from_pretrained(name, revision=revision)
+        except ValueError as error:
+            raise ValueError(
+                f"transformers knows no model of the type that the config of {name} names. If the class is your own, "
+                f"name it: `--model-class MODULE:CLASS`. transformers says: {str(error).splitlines()[0]}"
+            ) from error
     architectures = [entry for entry in config.architectures or [] if hasattr(transformers, entry)]
     if not architectures:
         raise ValueError(

@@ -149,7 +149,7 @@ def _attributions(folder: ArtefactFolder, name: str) -> tuple[dict[str, Any], li
     drift = result.metadata.get("drift")
     if isinstance(drift, float) and drift > MAX_DRIFTS.get(result.engine, float("inf")):
         facts["caution"] = f"replays drifted by {drift:.3g}: do not rely on these scores"
-    uses = [f"look: AttributionResult.from_pretrained({name!r}).top()"]
+    uses = [f"look: hf-rgm explore {name}", f"or: AttributionResult.from_pretrained({name!r}).top()"]
     return facts, uses if folder.is_remote else [*uses, f"share: hf-rgm push {name} NAMESPACE/NAME"]
 
 

@@ -122,6 +122,9 @@ def test_a_model_whose_class_is_not_known_can_be_named(files, tmp_path):
         load_model(str(tmp_path))
     loaded = load_model(files.model, model_class="transformers:ViTForImageClassification")
     assert type(loaded) is type(vit_run().model)
+    (tmp_path / "config.json").write_text('{"model_type": "mine"}')
+    with pytest.raises(ValueError, match="name it: `--model-class MODULE:CLASS`. transformers says: .*`mine`"):
+        load_model(str(tmp_path))
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(ValueError, match="is a PEFT adapter, whose base has to be made first"):
         load_model(str(tmp_path))
