@@ -308,8 +308,10 @@ class ClusterMap:
         if isinstance(cluster, str):
             cluster = printable(cluster)
             if cluster not in self._index:
-                close = difflib.get_close_matches(cluster, self.names, n=5, cutoff=0.5) or self.names[:5]
-                raise KeyError(f"No cluster is named '{cluster}'. Names like it: {', '.join(close)}.")
+                holding = [name for name in self.names if cluster.lower() in name.lower()]
+                alike = holding or difflib.get_close_matches(cluster, self.names, n=5, cutoff=0.5) or self.names
+                listed = ", ".join(f"'{name}'" for name in alike[:5]) + (", ..." if len(alike) > 5 else "")
+                raise KeyError(f"No cluster is named '{cluster}'. Names like it: {listed}.")
             return self._index[cluster]
         position = operator.index(cluster)
         if not 0 <= position < self.num_clusters:

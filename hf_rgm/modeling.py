@@ -353,9 +353,20 @@ def _prepare(module: nn.Module) -> nn.Module:
 
 
 def main_input_name(model: nn.Module) -> str:
-    """Name of the forward argument that holds the data (`pixel_values`, `input_ids`, ...)."""
-    name = getattr(model, "main_input_name", None)
-    return name if isinstance(name, str) else next(iter(inspect.signature(model.forward).parameters))
+    """
+    Name of the forward argument that holds the data (`pixel_values`, `input_ids`, ...).
+
+    It is what the model declares, if its forward takes that: a `PreTrainedModel` that declares nothing inherits
+    `"input_ids"`. Otherwise it is the forward's first argument.
+    """
+    declared = getattr(model, "main_input_name", None)
+    arguments = inspect.signature(_base_model(model).forward).parameters.values()
+    named = [
+        a.name for a in arguments if a.kind not in (a.VAR_POSITIONAL, a.VAR_KEYWORD) and a.name not in LABEL_NAMES
+    ]
+    if isinstance(declared, str) and (declared in named or not named):
+        return declared
+    return named[0]
 
 
 def forward_arguments(model: nn.Module) -> tuple[str, ...]:

@@ -176,8 +176,13 @@ def test_rows_and_index():
     assert clusters.rows("news").tolist() == [0, 2, 3]
     assert clusters.rows(0).tolist() == [1]
     assert clusters.index("news") == clusters.index(np.int64(1)) == 1
-    with pytest.raises(KeyError, match="No cluster is named 'review'. Names like it: reviews"):
+    with pytest.raises(KeyError, match="No cluster is named 'review'. Names like it: 'reviews'"):
         clusters.index("review")
+    several = ClusterMap.from_ids(range(7), [f"source={name}, labels=0" for name in "abcdefg"])
+    with pytest.raises(KeyError, match=r"Names like it: 'source=c, labels=0'\."):
+        several.index("Source=C")
+    with pytest.raises(KeyError, match=r"Names like it: 'source=a, labels=0', .*'source=e, labels=0', \.\.\."):
+        several.index("source")
     with pytest.raises(IndexError, match="2 is out of range"):
         clusters.index(2)
     with pytest.raises(IndexError, match="-1 is out of range"):

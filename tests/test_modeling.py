@@ -5,11 +5,13 @@ import functools
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import PreTrainedModel
 
 from hf_rgm.attribution.attributor import Attributor
-from hf_rgm.modeling import FunctionalModel, ParameterSpace, parameters_sha256
+from hf_rgm.modeling import FunctionalModel, ParameterSpace, main_input_name, parameters_sha256
 from hf_rgm.testing import TinyConfig, TinyModel, tiny_dataset
 from tests.recorded import TinyNet
 from tests.text import classifier
@@ -222,6 +224,25 @@ def test_a_bfloat16_model_is_recorded_distilled_saved_and_attributed(tmp_path):
     again = Attributor(loaded, tmp_path / "synset", disable_tqdm=True)
     assert (again.attribute(run.queries).scores == scores).all()
     assert next(again.model_without([0]).parameters()).dtype == torch.bfloat16
+
+
+def test_the_main_input_is_the_declared_one_that_the_forward_takes():
+    class Undeclared(PreTrainedModel):
+        config_class = TinyConfig
+
+        def forward(self, labels=None, features=None, **more):
+            return None
+
+    class Anything(Undeclared):
+        def forward(self, *args, **more):
+            return None
+
+    assert Undeclared.main_input_name == "input_ids"
+    assert main_input_name(Undeclared(TinyConfig())) == "features"
+    assert main_input_name(Anything(TinyConfig())) == "input_ids"
+    assert main_input_name(TinyModel(TinyConfig())) == "pixel_values"
+    assert main_input_name(TinyNet()) == "features"
+    assert main_input_name(get_peft_model(classifier("bert"), LoraConfig(target_modules=["query"]))) == "input_ids"
 
 
 def test_a_frozen_model_is_refused():

@@ -26,6 +26,7 @@ from hf_rgm.attribution.result import AttributionResult
 from hf_rgm.attribution.unlearned import UnlearnedModel
 from hf_rgm.hub.artefact import CardOptions
 from hf_rgm.hub.repository import is_repo_id, link_model, model_address
+from hf_rgm.modeling import main_input_name
 from hf_rgm.rows import knows_words, padding_collator
 from hf_rgm.synset.synset import Synset
 
@@ -265,7 +266,7 @@ class AttributionPipeline(Pipeline):
         return {**row, **self.tokenizer(row["text"], truncation=True)}
 
     def _padded(self, options: Mapping[str, Any]) -> dict[str, Any]:
-        if self.tokenizer is None or getattr(self.model, "main_input_name", None) != "input_ids":
+        if self.tokenizer is None or main_input_name(self.model) != "input_ids":
             return {**options}
         return {"data_collator": padding_collator(self.tokenizer), **options}
 

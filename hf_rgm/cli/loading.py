@@ -163,11 +163,13 @@ def find_tokenizer(model: Any, name: str, revision: str | None = None) -> Any:
         name (`str`): The folder or repository it was loaded from.
         revision (`str`, *optional*): Branch, tag or commit of the repository.
     """
-    if getattr(model, "main_input_name", None) != "input_ids":
-        return None
     from transformers import AutoTokenizer
 
+    from hf_rgm.modeling import main_input_name
     from hf_rgm.rows import knows_words
+
+    if main_input_name(model) != "input_ids":
+        return None
 
     try:
         found = AutoTokenizer.from_pretrained(name, revision=revision)

@@ -148,7 +148,7 @@ class Synset(DatasetArtefact):
     def __repr__(self) -> str:
         return (
             f"Synset({self.num_samples} samples for {self.clusters.num_rows} rows in {self.num_clusters} clusters, "
-            f"{len(self.trajectories)} recorded, matching error {self.matching_error:.3g})"
+            f"{len(self.trajectories)} recorded run(s), matching error {self.matching_error:.3g})"
         )
 
     @property
