@@ -114,8 +114,8 @@ class Continuation:
 def measure(name: str, folder: Path) -> dict[str, Any]:
     """LDS of clusters by recorded step and kind of second moments, and the noise ceiling on the same masks."""
     task = ground_truth.load_task(name)
-    count = min(NUM_QUERIES, len(task.tuning_queries))
-    truth = ground_truth.load(task, tuning=True).first(count).cluster_subsets[:, :, :NUM_MASKS]
+    truth = ground_truth.first_halves(task, NUM_MASKS, NUM_QUERIES)
+    count = truth.shape[1]
     recorded = Recorded(task, folder)
     model, trajectory = FunctionalModel(recorded.model), Trajectory.load(folder)
     size = trajectory.metadata["per_device_train_batch_size"]

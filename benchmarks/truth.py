@@ -136,6 +136,26 @@ def load(task: Task, *, tuning: bool = False) -> Truth:
     return Truth(leave_out[:, :, :1] - leave_out[:, :, 1:], cluster_subsets, row_subsets, outputs)
 
 
+def first_halves(task: Task, num_masks: int, num_queries: int) -> np.ndarray:
+    """
+    Objectives of retrainings on the first half-masks of the clusters alone, from the cache or anew.
+
+    Returns:
+        `np.ndarray`: `(num_seeds, num_queries, num_masks)`, on the first tuning queries (fewer if there are fewer).
+    """
+    values = retrain(
+        task.build_trainer,
+        task.train,
+        kept_rows(task.cluster_masks()[:num_masks], task.clusters),
+        concatenate_datasets([task.queries, task.tuning_queries]).with_format("torch"),
+        seeds=task.seeds,
+        objective=task.objective,
+        output_dir=CACHE / task.name,
+        disable_tqdm=True,
+    )
+    return values.transpose(1, 2, 0)[:, len(task.queries) :][:, :num_queries]
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", required=True)

@@ -39,6 +39,11 @@ def test_reported_and_tuning_queries_are_told_apart(task, both):
         assert np.allclose(truth.cluster_subsets[1, :, 1], alone[0, 0], atol=1e-6)
 
 
+def test_the_first_halves_are_those_of_the_whole_truth(task, both):
+    found = ground_truth.first_halves(task, 1, 3)
+    np.testing.assert_array_equal(found, both[1].cluster_subsets[:, :3, :1])
+
+
 def test_outputs_and_margins_are_of_the_same_models(task, both):
     for truth, queries in zip(both, (task.queries, task.tuning_queries), strict=True):
         labels = torch.stack([row["labels"] for row in queries])
