@@ -209,6 +209,8 @@ def run_demo(
             f"{folder} holds a finished demo. Choose another folder, or replace it: `overwrite=True`, on the command "
             "line `--overwrite`."
         )
+    if (folder / MARKER).is_file() and not (folder / REPORT).exists():
+        say(f"{folder} holds a demo that was cut short, which begins again.")
     folder.mkdir(parents=True, exist_ok=True)
     (folder / REPORT).unlink(missing_ok=True)  # it is written last: without it the demo is unfinished
     (folder / MARKER).write_text("Written by `hf-rgm demo`, which may replace this folder's content.\n")

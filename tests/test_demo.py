@@ -145,13 +145,18 @@ def test_a_finished_demo_is_replaced_only_if_so_asked(finished, tmp_path):
         run_demo(folder, say=str, settings=TINY, disable_tqdm=True)
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 
+    told = []
+
     def stop(line):
-        raise KeyboardInterrupt
+        told.append(line)
+        if line.startswith("1. "):
+            raise KeyboardInterrupt
 
     for overwrite in (True, False):  # what was cut short begins again unasked
         with pytest.raises(KeyboardInterrupt):
             run_demo(folder, say=stop, settings=TINY, overwrite=overwrite, disable_tqdm=True)
         assert not (folder / "report.html").exists()
+    assert [line[:2] for line in told] == ["1.", told[1][:2], "1."] and "cut short, which begins again" in told[1]
 
 
 def test_a_demo_without_flipped_labels_is_refused(tmp_path):
