@@ -286,7 +286,8 @@ def run_demo(
     )
     say(
         "   This is about order. In size, predicted differences between the halves are "
-        f"{relative_size(*fidelity.points[LDS_CLUSTERS]):.0%} of those that retraining finds."
+        f"{relative_size(*fidelity.points[LDS_CLUSTERS]):.0%} of those that retraining finds; docs/method.md "
+        "tells why (How far back)."
     )
     synset.fidelity = result.metadata["fidelity"] = fidelity.to_dict()
     synset.save_pretrained(folder / "synset")
