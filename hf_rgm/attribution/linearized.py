@@ -164,6 +164,7 @@ class LinearizedReplayEngine:
         steps = tqdm(
             path.steps(),
             desc=f"Replaying {len(masks)} models from step {path.start} (linearised)",
+            leave=False,
             disable=self.disable_tqdm,
         )
         for step in steps:

@@ -196,7 +196,8 @@ class ReplayEngine:
         return current
 
     def _progress(self, steps, num_masks: int):
-        return tqdm(steps, desc=f"Replaying {num_masks} models from step {self.start}", disable=self.disable_tqdm)
+        said = f"Replaying {num_masks} models from step {self.start}"
+        return tqdm(steps, desc=said, leave=False, disable=self.disable_tqdm)
 
     def _gradients(self, parameters: Tensor, masks: Tensor) -> Tensor:
         """Synset gradient at each row of `parameters` under the mask of the same row: same shape as `parameters`."""

@@ -257,14 +257,16 @@ class Replays:
             more = self._attempt(engine, masks[rest], [], evaluate).complete()
             values = torch.cat([values, more])[torch.tensor([*first, *rest]).argsort()]
         if attempt.drift > engine.max_drift:
+            instead = "pass the training rows as `rows`, " if rows is None and name in ENGINES_OF_ROWS else ""
             logger.warning(
-                "Even from step %d of %d on, replays leave what training could lead to (drift %.3g; up to %.3g is "
-                "trusted): do not rely on them. Distil again with more `samples_per_cluster`, record more states, or "
-                "remove less at once.",
+                "Replays leave what training could lead to (drift %.3g from step %d of %d on, the least of what was "
+                "tried; up to %.3g is trusted): do not rely on them, but %sdistil again with more "
+                "`samples_per_cluster`, record more states, or remove less at once.",
+                attempt.drift,
                 engine.start,
                 self.trajectory.num_steps,
-                attempt.drift,
                 engine.max_drift,
+                instead,
             )
         return Replayed(values, engine.start, engine.path.stride, attempt.drift if engine.anchored else None)
 

@@ -12,8 +12,8 @@ def main() -> None:
     """
     Training-data attribution for Hugging Face models.
 
-    Exit status: 0 if all went well, 1 if not, 2 if options are wrong, 130 if Ctrl-C cut it short (it is how `explore`
-    ends: 0). HF_RGM_DEBUG=1 in the environment shows where an error comes from.
+    Exit status: 0 if all went well, 1 if not, 2 if the command line is not understood, 130 if Ctrl-C cut it short (it
+    is how `explore` ends: 0). HF_RGM_DEBUG=1 in the environment shows where an error comes from.
     """
 
 

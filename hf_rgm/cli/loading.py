@@ -121,7 +121,13 @@ def load_rows(name: str, *, split: str | None, default_split: str, prepare: str 
         raise FileNotFoundError(f"There is no file {name}. Check the path, or name a dataset repository.")
     else:
         repository, _, config = (name, "", None) if path.exists() else name.partition(":")
-        found = datasets.load_dataset(repository, config or None, split=split or default_split)
+        try:
+            found = datasets.load_dataset(repository, config or None, split=split or default_split)
+        except (ConnectionError, FileNotFoundError) as error:
+            raise FileNotFoundError(
+                f"There is no file or folder {name} here, and no dataset repository of this name loads: "
+                f"{str(error).splitlines()[0]}"
+            ) from error
     if isinstance(found, datasets.DatasetDict):
         part = split or default_split
         if part not in found:

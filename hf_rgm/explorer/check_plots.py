@@ -112,7 +112,8 @@ def plot_predicted_against_actual(
     ax.set_aspect("equal")
     ax.set_xlabel(one_line(f"actual {unit} (retrained)", 60))
     ax.set_ylabel(one_line(f"predicted {unit}", 60))
-    ax.text(0.03, 0.97, agreement, transform=ax.transAxes, va="top", fontsize=9)
+    behind = {"facecolor": "white", "alpha": 0.85, "edgecolor": "none", "pad": 2.0}
+    ax.text(0.03, 0.97, agreement, transform=ax.transAxes, va="top", fontsize=9, bbox=behind)
     ax.legend(loc="lower right", frameon=False, fontsize=8)
     return titled(bare(ax, keep=("bottom", "left")), title)
 

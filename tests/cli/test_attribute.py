@@ -112,7 +112,7 @@ def test_datasets_are_read_from_files_and_folders(files, script, tmp_path):
     assert len(load_rows(parts, split=None, default_split="test", prepare=f"{script}:first_half")) == 2
     with pytest.raises(ValueError, match="no split 'dev'. It has: test, other"):
         load_rows(parts, split="dev", default_split="test")
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(FileNotFoundError, match="no file or folder .*nothing here, and no dataset repository"):
         load_rows(str(tmp_path / "nothing"), split=None, default_split="test")
 
 
