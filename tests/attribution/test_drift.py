@@ -132,7 +132,10 @@ def test_replays_that_cannot_be_trusted_from_anywhere_are_told(caplog):
     lost = attributor_with(log_weights=lambda weights: weights + np.log(1e5))
     with caplog.at_level(logging.WARNING):
         lost.attribute(RUN.queries, engine="replay")
-    assert "do not rely on them" in caplog.text
+        assert "do not rely on them, but pass the training rows as `rows`, distil again" in caplog.text
+        caplog.clear()
+        lost.attribute(RUN.queries, engine="replay", rows=RUN.train_dataset)
+    assert "do not rely on them, but distil again" in caplog.text
 
 
 def test_divergence_from_everywhere_is_an_error():
