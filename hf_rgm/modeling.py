@@ -220,9 +220,11 @@ class FunctionalModel:
             return output
         if hasattr(output, "logits"):
             return output.logits
+        if isinstance(output, Mapping) and "logits" in output:
+            return output["logits"]
         raise TypeError(
             f"The forward of {type(self.module).__name__} returned {type(output).__name__}. It must return a tensor "
-            "of logits or an output with a `.logits` attribute."
+            "of logits, or an output or dictionary with `logits`."
         )
 
     def mix_tokens(self, parameters: Mapping[str, Tensor], ids: Tensor, logits: Tensor) -> Tensor:

@@ -261,8 +261,19 @@ def test_an_output_without_logits_is_refused():
             return [features]
 
     functional = FunctionalModel(Odd())
-    with pytest.raises(TypeError, match="forward of Odd returned list.*`.logits`"):
+    with pytest.raises(TypeError, match="forward of Odd returned list.*with `logits`"):
         functional.logits(functional.parameters(), {"features": torch.zeros(1, 5)})
+
+
+def test_a_dictionary_of_outputs_is_read():
+    class Spoken(TinyNet):
+        def forward(self, features):
+            return {"loss": None, "logits": super().forward(features)}
+
+    torch.manual_seed(0)
+    functional, features = FunctionalModel(Spoken()), torch.ones(2, 5)
+    found = functional.logits(functional.parameters(), {"features": features})
+    torch.testing.assert_close(found, functional.module(features)["logits"])
 
 
 def test_batch_normalisation_is_warned_of(caplog):

@@ -59,7 +59,7 @@ class AttributionPipeline(Pipeline):
 
     Raises:
         ParameterMismatchError: If model and synset do not belong together.
-        TypeError: If there is no such option.
+        TypeError: If there is no such option, or the model is a plain module: [`Attributor`] takes those.
 
     Example:
 
@@ -92,6 +92,12 @@ class AttributionPipeline(Pipeline):
         disable_tqdm: bool = False,
         **kwargs,
     ) -> None:
+        if not hasattr(model, "device"):
+            raise TypeError(
+                f"`pipeline` takes models of transformers and PEFT, and {type(model).__name__} is a plain module. Use "
+                "`hf_rgm.Attributor(model, synset)`: its `attribute`, `suggest_mixture`, `model_without` and "
+                "`unlearn` do the same."
+            )
         super().__init__(model, **kwargs)
         if self.tokenizer is not None and not knows_words(self.tokenizer):
             self.tokenizer = None

@@ -133,6 +133,8 @@ def _synset(folder: ArtefactFolder, name: str) -> tuple[dict[str, Any], list[str
         f"attribute: hf-rgm attribute MODEL {name} QUERIES -o ATTRIBUTIONS",
         f'or: pipeline("data-attribution", model=..., synset={name!r}), whose model_without([...]) unlearns',
     ]
+    if synset.fidelity is None:
+        uses.append(f"measure: hf-rgm validate MODEL {name} QUERIES DATASET --build-trainer FILE.py:NAME")
     return facts, uses if folder.is_remote else [*uses, f"share: hf-rgm push {name} NAMESPACE/NAME"]
 
 

@@ -100,6 +100,11 @@ def test_another_model_is_refused(tmp_path):
         pipeline("data-attribution", model=str(tmp_path), synset=vit_run().synset)
 
 
+def test_a_plain_module_is_refused_with_the_way_out():
+    with pytest.raises(TypeError, match=r"Linear is a plain module. Use `hf_rgm.Attributor\(model, synset\)`"):
+        pipeline(TASK, model=torch.nn.Linear(2, 2), synset=tiny_synset())
+
+
 def test_streaming_queries_are_refused_with_the_way_out(attribute):
     stream = IterableDataset.from_generator(lambda: iter(list(RUN.queries)))
     with pytest.raises(TypeError, match="`queries` must be a map-style dataset.*from_list"):

@@ -1,11 +1,13 @@
 """`python -m tests.hub_server`: the local Hub by hand, until Ctrl-C."""
 
+import argparse
 import signal
 import sys
 
 from . import LocalHub
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(prog="python -m tests.hub_server", description=__doc__).parse_args()
     # Ctrl-C is the way out, also where a shell starts this in the background and has it ignored.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     with LocalHub() as hub:
