@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import estimates, rewinds, token_inputs
+from benchmarks import estimates, path_states, rewinds, token_inputs
 from benchmarks.formats import figure, markdown, ratio, size
 from benchmarks.growth_plots import growth_table
 from benchmarks.report import FORMAT_VERSION, RESULTS, ROOT
@@ -46,6 +46,7 @@ ONLY_IN_DETAIL = (
 """Methods that README.md leaves to docs/benchmarks.md: variants of a line that it shows, and checks."""
 
 DOCUMENTS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
+    "path_states": ("method.md", path_states.table),
     "rewinds": ("method.md", rewinds.table),
     "token_inputs": ("language_models.md", token_inputs.table),
     "estimates": ("scaling.md", estimates.table),
