@@ -368,7 +368,7 @@ def main_input_name(model: nn.Module) -> str:
     ]
     if isinstance(declared, str) and (declared in named or not named):
         return declared
-    return named[0]
+    return named[0] if named else next(a.name for a in arguments)
 
 
 def forward_arguments(model: nn.Module) -> tuple[str, ...]:

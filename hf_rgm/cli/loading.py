@@ -124,6 +124,8 @@ def load_rows(name: str, *, split: str | None, default_split: str, prepare: str 
         try:
             found = datasets.load_dataset(repository, config or None, split=split or default_split)
         except (ConnectionError, FileNotFoundError) as error:
+            if path.exists():
+                raise
             raise FileNotFoundError(
                 f"There is no file or folder {name} here, and no dataset repository of this name loads: "
                 f"{str(error).splitlines()[0]}"
