@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +64,7 @@ class Recorded:
 
         The first run is the recorded one, the others have the seeds 100, 101, ...: neither its own nor the truth's.
         """
+        config = replace(config, max_memory=self.task.max_memory)
         others = range(FIRST_OTHER_SEED, FIRST_OTHER_SEED + num_runs - 1)
         seconds = sum(self._record_other(seed) for seed in others)
         key = (config, num_runs)

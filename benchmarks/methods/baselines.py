@@ -17,6 +17,8 @@ from hf_rgm.rows import RowReader
 from hf_rgm.synset.targets import row_gradients
 
 BATCH_SIZE = 256
+GRADIENT_BYTES = 2 * 10**9
+"""Of queries or rows whose gradients are held at once."""
 RANDOM_SEED = 11
 
 
@@ -39,14 +41,19 @@ def gradient_cosine(recorded: Recorded, queries: Dataset) -> Prediction:
     trained = model.parameters()
     reader = RowReader(queries, model, what="queries")
     objective = resolve_objective(recorded.task.objective)
-    gradients = objective.gradients(model, model.space.flatten(trained), Queries(*reader.batch(range(len(reader)))))
-    gradients = torch.nn.functional.normalize(gradients)
     rows = RowReader(recorded.task.train, model)
-    scores = []
-    for first in range(0, len(rows), BATCH_SIZE):
-        inputs, labels = rows.batch(range(first, min(first + BATCH_SIZE, len(rows))))
-        scores.append(-gradients @ torch.nn.functional.normalize(row_gradients(model, trained, inputs, labels)).T)
-    row_scores = torch.cat(scores, dim=1).numpy()
+    at_once = max(1, min(BATCH_SIZE, GRADIENT_BYTES // (4 * model.num_parameters)))
+
+    def groups(count: int) -> list[range]:
+        return [range(first, min(first + at_once, count)) for first in range(0, count, at_once)]
+
+    row_scores = np.empty((len(reader), len(rows)), dtype=np.float32)
+    for some in groups(len(reader)):
+        gradients = objective.gradients(model, model.space.flatten(trained), Queries(*reader.batch(some)))
+        gradients = torch.nn.functional.normalize(gradients)
+        for group in groups(len(rows)):
+            others = torch.nn.functional.normalize(row_gradients(model, trained, *rows.batch(group)))
+            row_scores[some.start : some.stop, group.start : group.stop] = -(gradients @ others.T).numpy()
     return Prediction(
         sum_by_cluster(recorded, row_scores),
         row_scores,
@@ -91,4 +98,13 @@ METHODS: dict[str, Method | dict[str, Method]] = {
         }
         for count in (1, 5)
     },
+}
+
+ABLATIONS: dict[str, Method] = {
+    "anchored replay by rows' gradients, 5 real rows per cluster": replay(
+        engine="replay",
+        with_rows=True,
+        score_rows=False,
+        distillation={"samples_per_cluster": 5, "num_tokens": 24, **real_rows("random")},
+    ),
 }

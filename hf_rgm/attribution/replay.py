@@ -79,7 +79,7 @@ class ReplayEngine:
         self.cluster_gradients = cluster_gradients
         self.disable_tqdm = disable_tqdm
         # Deviation, momentum, where gradients are taken, these, and what a step makes of them.
-        shares = MemoryShares.of(max_bytes, with_rows=with_rows)
+        shares = MemoryShares.of(max_bytes, with_rows=with_rows, with_jacobians=False)
         self._max_gradient_bytes, vectors = shares.gradients, shares.vectors
         self.batch_size = max(1, min(MAX_MODELS_AT_ONCE, vectors // (24 * model.num_parameters)))
 

@@ -28,6 +28,10 @@ def test_no_more_is_given_out_than_there_is(with_rows):
     assert sum(vars(shares).values()) == 1_600
     assert (shares.row_jacobian > 0) == (shares.kept > 0) == with_rows
     assert shares.jacobian == max(vars(shares).values())
+    without = MemoryShares.of(1_600, with_rows=with_rows, with_jacobians=False)
+    assert sum(vars(without).values()) == 1_600
+    assert without.vectors == shares.vectors + shares.jacobian + shares.row_jacobian
+    assert without.jacobian == without.row_jacobian == 0
 
 
 @pytest.mark.parametrize(
@@ -44,7 +48,7 @@ def test_no_more_is_given_out_than_there_is(with_rows):
 def test_little_memory_gives_the_same_scores(options):
     """Other parts go together, so sums are in another order: float32 tolerance, times some hundred steps."""
     plenty, most = attributed("1GB", **options)
-    tight, least = attributed("50KB", **options)
+    tight, least = attributed("30KB", **options)
     np.testing.assert_allclose(tight.scores, plenty.scores, rtol=2e-4, atol=2e-6)
     if plenty.row_scores is not None:
         np.testing.assert_allclose(tight.row_scores, plenty.row_scores, rtol=2e-4, atol=2e-6)

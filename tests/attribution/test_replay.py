@@ -19,8 +19,8 @@ def engine(**settings):
 
 
 def test_rows_leave_less_memory_for_models():
-    budget = 24 * 171 * 16  # four models without rows, three with them
-    assert [engine(max_bytes=budget, with_rows=rows).batch_size for rows in (False, True)] == [4, 3]
+    budget = 24 * 171 * 16  # fourteen models without rows, eleven with them
+    assert [engine(max_bytes=budget, with_rows=rows).batch_size for rows in (False, True)] == [14, 11]
 
 
 @pytest.mark.parametrize("settings", [{}, {"rewind": 0.0}, {"rewind": 0.9}, {"stride": 5}], ids=str)
