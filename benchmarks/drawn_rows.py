@@ -1,0 +1,176 @@
+"""
+What anchored replay of random halves of the clusters lacks: is it that a few samples stand for each cluster?
+
+    python -m benchmarks.drawn_rows --task fashion
+
+Anchored replay with real rows in place of synthetic samples, five of each cluster: the same ones in every step, or
+others, drawn anew. Along paths of 8 and 64 recorded states of the same training, from 27% of it, in steps of one, two
+or four training steps. Agreement with retraining (LDS of clusters) is that on the first half-masks, by the tuning
+queries, which are never reported. Writes benchmarks/results/drawn-rows.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+
+from benchmarks import truth as ground_truth
+from benchmarks.recorded import RECORDED_SEED
+from benchmarks.report import RESULTS, Report, environment, versions
+from hf_rgm import ClusterMap, TrajectoryCallback
+from hf_rgm.attribution.objectives import Queries, resolve_objective
+from hf_rgm.attribution.replay import ReplayEngine
+from hf_rgm.fidelity.scores import linear_datamodeling_score, noise_ceiling
+from hf_rgm.modeling import FunctionalModel
+from hf_rgm.rows import RowReader
+from hf_rgm.synset.inputs import InputSpace, input_space
+from hf_rgm.synset.samples import SyntheticSamples, smoothed_one_hot
+from hf_rgm.trajectory import Trajectory
+
+NUM_MASKS = 12
+NUM_QUERIES = 60
+REWIND = 0.27
+ROWS_PER_CLUSTER = 5
+SMOOTHING = 1e-6
+
+
+@dataclass(frozen=True)
+class Setting:
+    """
+    One way to replay.
+
+    Args:
+        num_states (`int`): Recorded states of the path.
+        stride (`int`): Training steps per integration step.
+        anew (`bool`): Whether every step has rows of its own.
+    """
+
+    num_states: int
+    stride: int
+    anew: bool
+
+    def __str__(self) -> str:
+        return f"{self.num_states} states, stride {self.stride}, rows {'anew' if self.anew else 'once'}"
+
+
+SETTINGS = (
+    Setting(8, 4, anew=True),
+    Setting(64, 4, anew=True),
+    Setting(64, 2, anew=True),
+    Setting(64, 1, anew=True),
+    Setting(64, 2, anew=False),
+)
+
+
+class DrawnRows:
+    """
+    Real rows as samples that stand for their clusters.
+
+    Args:
+        reader (`RowReader`): The training rows, one label each.
+        clusters (`ClusterMap`): Their clusters.
+        inputs (`InputSpace`): The space of the samples' inputs.
+        num_labels (`int`): Length of the model's logits.
+    """
+
+    def __init__(self, reader: RowReader, clusters: ClusterMap, inputs: InputSpace, num_labels: int) -> None:
+        self._inputs, self._labels = inputs.read(*reader.batch(range(len(reader))))
+        self._rows = [clusters.rows(k) for k in range(clusters.num_clusters)]
+        self._shares = torch.from_numpy(clusters.sizes / clusters.sizes.sum()).float()
+        self._num_labels = num_labels
+
+    def draw(self, count: int, generator: np.random.Generator) -> SyntheticSamples:
+        """`count` rows of every cluster, each for an equal part of it; some more than once in clusters of fewer."""
+        drawn = np.stack([generator.choice(rows, count, replace=len(rows) < count) for rows in self._rows])
+        weights = (self._shares / count).log()[:, None].expand(-1, count)
+        return SyntheticSamples(
+            inputs=self._inputs[drawn],
+            targets=smoothed_one_hot(self._labels[drawn], self._num_labels, SMOOTHING),
+            log_weights=weights.contiguous(),
+        )
+
+
+class DrawnReplay(ReplayEngine):
+    """Anchored replay by rows that every step draws anew."""
+
+    def __init__(self, *parts: Any, rows: DrawnRows, **settings: Any) -> None:
+        self._rows = rows
+        self._generator = np.random.default_rng(0)
+        super().__init__(*parts, **settings)
+
+    def _progress(self, steps: Any, num_masks: int) -> Iterator[Any]:
+        for step in super()._progress(steps, num_masks):
+            self.samples = self._rows.draw(ROWS_PER_CLUSTER, self._generator)
+            yield step
+
+
+def measure(name: str, folder: Path) -> dict[str, Any]:
+    """LDS of clusters by setting, and the noise ceiling on the same masks."""
+    task = ground_truth.load_task(name)
+    truth = ground_truth.first_halves(task, NUM_MASKS, NUM_QUERIES)
+    folders = {count: folder / str(count) for count in sorted({setting.num_states for setting in SETTINGS})}
+    callbacks = [TrajectoryCallback(path, num_states=count) for count, path in folders.items()]
+    trainer = task.build_trainer(task.train, RECORDED_SEED, callbacks=callbacks)
+    trainer.train()
+    model = FunctionalModel(trainer.model)  # type: ignore[arg-type]
+    inputs = input_space(model)
+    reader = RowReader(task.tuning_queries.select(range(truth.shape[1])), model, what="queries")
+    queries, objective = Queries(*reader.batch(range(len(reader)))), resolve_objective(task.objective)
+    final = model.space.flatten(model.parameters())
+    with torch.no_grad():
+        num_labels = model.logits(model.parameters(), queries.inputs).shape[-1]
+    rows = DrawnRows(RowReader(task.train, model), task.clusters, inputs, num_labels)
+    masks = task.cluster_masks()[:NUM_MASKS]
+    weights = torch.from_numpy(masks * task.clusters.sizes.sum() / (masks @ task.clusters.sizes)[:, None]).float()
+    results: dict[str, Any] = {"noise_ceiling": vars(noise_ceiling(truth, linear_datamodeling_score))}
+    for setting in SETTINGS:
+        start = time.process_time()
+        trajectory = Trajectory.load(folders[setting.num_states])
+        samples = rows.draw(ROWS_PER_CLUSTER, np.random.default_rng(0))
+        options = {"rewind": REWIND, "stride": setting.stride, "disable_tqdm": True}
+        if setting.anew:
+            engine = DrawnReplay(model, inputs, samples, trajectory, rows=rows, **options)
+        else:
+            engine = ReplayEngine(model, inputs, samples, trajectory, **options)
+        with model.differentiable():
+            ends = engine.parameters(weights)
+            values = torch.stack([objective.values(model, end, queries) for end in ends])
+        found = linear_datamodeling_score(values.T.numpy(), truth.mean(0))
+        moved = float((ends - final).norm(dim=1).mean())
+        results[str(setting)] = {
+            "lds_clusters": vars(found),
+            "mean_deviation": moved,
+            "cpu_seconds": time.process_time() - start,
+        }
+        print(f"{name}, {setting}: {found.value:.3f}, deviation {moved:.2f}", flush=True)
+    return results
+
+
+def main(arguments: argparse.Namespace) -> None:
+    """Measures, and writes."""
+    identity = {"queries": "tuning", "num_masks": NUM_MASKS, "settings": [str(setting) for setting in SETTINGS]}
+    report = Report(
+        arguments.output, {"identity": identity, "versions": versions()}, ["digits", "fashion"], anew=False
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        found = measure(arguments.task, Path(folder))
+    report.put(arguments.task, {"results": found, "environment": environment()})
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--task", default="fashion", choices=("digits", "fashion"))
+    parser.add_argument("--output", type=Path, default=RESULTS / "drawn-rows.json", help="another JSON file")
+    given = parser.parse_args()
+    transformers.logging.set_verbosity_error()
+    torch.set_num_threads(1)
+    main(given)
