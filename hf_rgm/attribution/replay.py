@@ -153,7 +153,7 @@ class ReplayEngine:
                 at, lacking = step.nearest_state, self._lacking(step.nearest_state, masks)
             anchor = self.path.parameters_at(step.step)
             base = self._gradients(anchor[None], everything)
-            change = self._gradients(anchor + deviation, masks) - base + lacking
+            change = self._gradients(anchor + deviation, masks).sub_(base).add_(lacking)
             deviation, momentum = deviation_step(step, deviation, momentum, change)
         return self.path.state(self.trajectory.num_steps) + deviation
 

@@ -310,10 +310,11 @@ def deviation_step(step: LinearStep, deviation: Tensor, momentum: Tensor, gradie
     Returns:
         `tuple[Tensor, Tensor]`: the next deviation and momentum.
     """
-    gradient = step.gradient_scale * gradient + step.coupled_decay * deviation
-    direction = step.momentum_share * momentum + step.gradient_share * gradient
-    deviation = (1 - step.decoupled_decay) * deviation - step.precondition * direction
-    return deviation, step.momentum * momentum + step.gain * gradient
+    # In place where it is our own: every vector is as large as all models that are replayed together.
+    gradient = (step.gradient_scale * gradient).addcmul_(step.coupled_decay, deviation)
+    direction = (step.momentum_share * momentum).add_(gradient, alpha=step.gradient_share)
+    deviation = ((1 - step.decoupled_decay) * deviation).addcmul_(step.precondition, direction, value=-1)
+    return deviation, torch.mul(momentum, step.momentum, out=direction).add_(gradient, alpha=step.gain)
 
 
 def adjoint_step(step: LinearStep, sensitivity: Tensor, momentum: Tensor) -> tuple[Tensor, Tensor]:
