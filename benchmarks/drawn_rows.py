@@ -64,6 +64,7 @@ class Setting:
 
 SETTINGS = (
     Setting(8, 4, anew=True),
+    Setting(8, 1, anew=True),
     Setting(64, 4, anew=True),
     Setting(64, 2, anew=True),
     Setting(64, 1, anew=True),
