@@ -6,7 +6,7 @@ What anchored replay of random halves of the clusters lacks: is it that a few sa
 Anchored replay with real rows in place of synthetic samples, five of each cluster: the same ones in every step, or
 others, drawn anew. Along paths of 8 and 64 recorded states of the same training, from 27% of it, in steps of one, two
 or four training steps. Agreement with retraining (LDS of clusters) is that on the first half-masks, by the tuning
-queries, which are never reported. Writes benchmarks/results/drawn-rows.json.
+queries, which are never reported. Writes benchmarks/results/drawn_rows.json.
 """
 
 from __future__ import annotations
@@ -156,6 +156,18 @@ def measure(name: str, folder: Path) -> dict[str, Any]:
     return results
 
 
+def table(methods: dict[str, Any]) -> str:
+    """Agreement, and how far the models are from the trained one, a row for each task and setting."""
+    lines = ["| rows of a step | recorded states | stride | LDS of clusters | deviation |", "|---" * 5 + "|"]
+    for task, entry in methods.items():
+        for setting in SETTINGS:
+            found = entry["results"][str(setting)]
+            drawn = f"{task}, {'others each time' if setting.anew else 'always the same'}"
+            cells = [drawn, setting.num_states, setting.stride, f"{found['lds_clusters']['value']:.3f}"]
+            lines.append(f"| {' | '.join(map(str, cells))} | {found['mean_deviation']:.1f} |")
+    return "\n".join(lines)
+
+
 def main(arguments: argparse.Namespace) -> None:
     """Measures, and writes."""
     identity = {"queries": "tuning", "num_masks": NUM_MASKS, "settings": [str(setting) for setting in SETTINGS]}
@@ -170,7 +182,7 @@ def main(arguments: argparse.Namespace) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", default="fashion", choices=("digits", "fashion"))
-    parser.add_argument("--output", type=Path, default=RESULTS / "drawn-rows.json", help="another JSON file")
+    parser.add_argument("--output", type=Path, default=RESULTS / "drawn_rows.json", help="another JSON file")
     given = parser.parse_args()
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(1)

@@ -26,4 +26,4 @@ METHODS: dict[str, Entrant] = {
     **_family("peers", PEERS),
 }
 
-ABLATIONS: dict[str, Entrant] = _family("ablations", {**ours.ABLATIONS, **baselines.ABLATIONS})
+ABLATIONS: dict[str, Entrant] = _family("ablations", ours.ABLATIONS)

@@ -99,12 +99,3 @@ METHODS: dict[str, Method | dict[str, Method]] = {
         for count in (1, 5)
     },
 }
-
-ABLATIONS: dict[str, Method] = {
-    "anchored replay by rows' gradients, 5 real rows per cluster": replay(
-        engine="replay",
-        with_rows=True,
-        score_rows=False,
-        distillation={"samples_per_cluster": 5, "num_tokens": 24, **real_rows("random")},
-    ),
-}

@@ -72,3 +72,6 @@ def test_every_setting_is_measured(tmp_path, monkeypatch):
     found = drawn_rows.measure("tiny", tmp_path / "runs")
     assert list(found) == ["noise_ceiling", "2 states, stride 1, rows anew", "4 states, stride 2, rows once"]
     assert all(found[str(setting)]["mean_deviation"] > 0 for setting in settings)
+    one = found[str(settings[0])]
+    expected = f"| tiny, others each time | 2 | 1 | {one['lds_clusters']['value']:.3f} | {one['mean_deviation']:.1f} |"
+    assert drawn_rows.table({"tiny": {"results": found}}).splitlines()[2] == expected
