@@ -12,9 +12,10 @@ queries, which are never reported. Writes benchmarks/results/drawn_rows.json.
 from __future__ import annotations
 
 import argparse
+import functools
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,18 +24,13 @@ import numpy as np
 import torch
 import transformers
 
-from benchmarks import truth as ground_truth
-from benchmarks.recorded import RECORDED_SEED
+from benchmarks.halves import RecordedHalves
 from benchmarks.report import RESULTS, Report, environment, versions
-from hf_rgm import ClusterMap, TrajectoryCallback
-from hf_rgm.attribution.objectives import Queries, resolve_objective
+from hf_rgm import ClusterMap
 from hf_rgm.attribution.replay import ReplayEngine
-from hf_rgm.fidelity.scores import linear_datamodeling_score, noise_ceiling
-from hf_rgm.modeling import FunctionalModel
 from hf_rgm.rows import RowReader
 from hf_rgm.synset.inputs import InputSpace, input_space
 from hf_rgm.synset.samples import SyntheticSamples, smoothed_one_hot
-from hf_rgm.trajectory import Trajectory
 
 NUM_MASKS = 12
 NUM_QUERIES = 60
@@ -101,58 +97,41 @@ class DrawnRows:
 
 
 class DrawnReplay(ReplayEngine):
-    """Anchored replay by rows that every step draws anew."""
+    """Anchored replay by samples that every step draws anew."""
 
-    def __init__(self, *parts: Any, rows: DrawnRows, **settings: Any) -> None:
-        self._rows = rows
+    def __init__(self, *parts: Any, draw: Callable[[np.random.Generator], SyntheticSamples], **settings: Any) -> None:
+        self._draw = draw
         self._generator = np.random.default_rng(0)
         super().__init__(*parts, **settings)
 
     def _progress(self, steps: Any, num_masks: int) -> Iterator[Any]:
         for step in super()._progress(steps, num_masks):
-            self.samples = self._rows.draw(ROWS_PER_CLUSTER, self._generator)
+            self.samples = self._draw(self._generator)
             yield step
 
 
 def measure(name: str, folder: Path) -> dict[str, Any]:
     """LDS of clusters by setting, and the noise ceiling on the same masks."""
-    task = ground_truth.load_task(name)
-    truth = ground_truth.first_halves(task, NUM_MASKS, NUM_QUERIES)
-    folders = {count: folder / str(count) for count in sorted({setting.num_states for setting in SETTINGS})}
-    callbacks = [TrajectoryCallback(path, num_states=count) for count, path in folders.items()]
-    trainer = task.build_trainer(task.train, RECORDED_SEED, callbacks=callbacks)
-    trainer.train()
-    model = FunctionalModel(trainer.model)  # type: ignore[arg-type]
-    inputs = input_space(model)
-    reader = RowReader(task.tuning_queries.select(range(truth.shape[1])), model, what="queries")
-    queries, objective = Queries(*reader.batch(range(len(reader)))), resolve_objective(task.objective)
-    final = model.space.flatten(model.parameters())
+    num_states = {setting.num_states for setting in SETTINGS}
+    halves = RecordedHalves(name, folder, num_states, num_masks=NUM_MASKS, num_queries=NUM_QUERIES)
+    task, model, inputs = halves.task, halves.model, input_space(halves.model)
     with torch.no_grad():
-        num_labels = model.logits(model.parameters(), queries.inputs).shape[-1]
+        num_labels = model.logits(model.parameters(), halves.queries.inputs).shape[-1]
     rows = DrawnRows(RowReader(task.train, model), task.clusters, inputs, num_labels)
-    masks = task.cluster_masks()[:NUM_MASKS]
-    weights = torch.from_numpy(masks * task.clusters.sizes.sum() / (masks @ task.clusters.sizes)[:, None]).float()
-    results: dict[str, Any] = {"noise_ceiling": vars(noise_ceiling(truth, linear_datamodeling_score))}
+    results: dict[str, Any] = {"noise_ceiling": halves.noise_ceiling()}
     for setting in SETTINGS:
         start = time.process_time()
-        trajectory = Trajectory.load(folders[setting.num_states])
-        samples = rows.draw(ROWS_PER_CLUSTER, np.random.default_rng(0))
+        parts = (model, inputs, rows.draw(ROWS_PER_CLUSTER, np.random.default_rng(0)))
         options = {"rewind": REWIND, "stride": setting.stride, "disable_tqdm": True}
         if setting.anew:
-            engine = DrawnReplay(model, inputs, samples, trajectory, rows=rows, **options)
+            draw = functools.partial(rows.draw, ROWS_PER_CLUSTER)
+            engine = DrawnReplay(*parts, halves.trajectories[setting.num_states], draw=draw, **options)
         else:
-            engine = ReplayEngine(model, inputs, samples, trajectory, **options)
+            engine = ReplayEngine(*parts, halves.trajectories[setting.num_states], **options)
         with model.differentiable():
-            ends = engine.parameters(weights)
-            values = torch.stack([objective.values(model, end, queries) for end in ends])
-        found = linear_datamodeling_score(values.T.numpy(), truth.mean(0))
-        moved = float((ends - final).norm(dim=1).mean())
-        results[str(setting)] = {
-            "lds_clusters": vars(found),
-            "mean_deviation": moved,
-            "cpu_seconds": time.process_time() - start,
-        }
-        print(f"{name}, {setting}: {found.value:.3f}, deviation {moved:.2f}", flush=True)
+            found = halves.models(engine.parameters(halves.weights))
+        results[str(setting)] = found | {"cpu_seconds": time.process_time() - start}
+        print(f"{name}, {setting}: {found['lds_clusters']['value']:.3f}, deviation {found['mean_deviation']:.2f}")
     return results
 
 

@@ -20,17 +20,12 @@ from typing import Any
 import torch
 import transformers
 
-from benchmarks import truth as ground_truth
-from benchmarks.recorded import RECORDED_SEED
+from benchmarks.halves import RecordedHalves
 from benchmarks.report import RESULTS, Report, environment, versions
-from hf_rgm import Attributor, DistillationConfig, ReverseGradientMatchingDistiller, TrajectoryCallback
-from hf_rgm.attribution.objectives import Queries, resolve_objective
+from hf_rgm import Attributor, DistillationConfig, ReverseGradientMatchingDistiller
 from hf_rgm.attribution.replays import Replays
 from hf_rgm.exceptions import DivergenceError
-from hf_rgm.fidelity.scores import linear_datamodeling_score, noise_ceiling
 from hf_rgm.processes import Processes
-from hf_rgm.rows import RowReader
-from hf_rgm.trajectory import Trajectory
 
 NUM_STATES = (8, 16, 64)
 REWINDS = (0.14, 0.27, 0.4)
@@ -41,38 +36,30 @@ MAX_BYTES = 4 * 10**9
 
 def measure(name: str, folder: Path) -> dict[str, Any]:
     """LDS of clusters and drift by number of states and rewind, and the noise ceiling on the same masks."""
-    task = ground_truth.load_task(name)
-    truth = ground_truth.first_halves(task, NUM_MASKS, NUM_QUERIES)
-    folders = {count: folder / str(count) for count in NUM_STATES}
-    callbacks = [TrajectoryCallback(path, num_states=count) for count, path in folders.items()]
-    trainer = task.build_trainer(task.train, RECORDED_SEED, callbacks=callbacks)
-    trainer.train()
+    halves = RecordedHalves(name, folder, NUM_STATES, num_masks=NUM_MASKS, num_queries=NUM_QUERIES)
+    task, model = halves.task, halves.model
     distiller = ReverseGradientMatchingDistiller(
-        trainer.model,  # type: ignore[arg-type]
-        folders[min(NUM_STATES)],
+        halves.trainer_model,
+        halves.trajectories[min(NUM_STATES)],
         task.train,
         task.clusters,
         config=DistillationConfig(),
         disable_tqdm=True,
     )
-    attributor = Attributor(trainer.model, distiller.distill(), disable_tqdm=True)  # type: ignore[arg-type]
-    model = attributor.model
-    reader = RowReader(task.tuning_queries.select(range(truth.shape[1])), model, what="queries")
-    queries, objective = Queries(*reader.batch(range(len(reader)))), resolve_objective(task.objective)
-    masks = task.cluster_masks()[:NUM_MASKS]
-    weights = torch.from_numpy(masks * task.clusters.sizes.sum() / (masks @ task.clusters.sizes)[:, None]).float()
-    results: dict[str, Any] = {"noise_ceiling": vars(noise_ceiling(truth, linear_datamodeling_score))}
-    for count, path in folders.items():
-        parts = (model, attributor.inputs, attributor.samples, task.clusters, Trajectory.load(path))
+    attributor = Attributor(halves.trainer_model, distiller.distill(), disable_tqdm=True)
+    results: dict[str, Any] = {"noise_ceiling": halves.noise_ceiling()}
+    for count, trajectory in halves.trajectories.items():
+        parts = (model, attributor.inputs, attributor.samples, task.clusters, trajectory)
         replays = Replays(*parts, max_bytes=MAX_BYTES, processes=Processes(), disable_tqdm=True)
         for rewind in REWINDS:
             start = time.process_time()
             try:
                 with model.differentiable():
-                    found = replays.values("replay", objective, queries, weights, gradients=None, rewind=rewind)
-                agreement = linear_datamodeling_score(found.values.T.numpy(), truth.mean(0))
-                entry = {"lds_clusters": vars(agreement), "drift": found.drift}
-                told = f"{agreement.value:.3f}, drift {found.drift:.2f}"
+                    found = replays.values(
+                        "replay", halves.objective, halves.queries, halves.weights, gradients=None, rewind=rewind
+                    )
+                entry = {"lds_clusters": halves.agreement(found.values), "drift": found.drift}
+                told = f"{entry['lds_clusters']['value']:.3f}, drift {found.drift:.2f}"
             except DivergenceError as error:
                 entry, told = {"error": str(error)}, "diverged"
             results[f"{count} states, {rewind}"] = entry | {"cpu_seconds": time.process_time() - start}

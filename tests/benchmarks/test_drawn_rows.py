@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -53,7 +55,7 @@ def test_every_step_has_rows_of_its_own_and_all_present_is_the_trained_model(par
     start = rows.draw(5, np.random.default_rng(0))
     settings = {"rewind": 0.27, "disable_tqdm": True}
     once = ReplayEngine(model, inputs, start, RUN.trajectory, **settings)
-    anew = DrawnReplay(model, inputs, start, RUN.trajectory, rows=rows, **settings)
+    anew = DrawnReplay(model, inputs, start, RUN.trajectory, draw=partial(rows.draw, 5), **settings)
     everything = torch.ones(1, RUN.clusters.num_clusters)
     without = everything.clone()
     without[0, 0] = 0
