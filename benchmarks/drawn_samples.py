@@ -109,18 +109,6 @@ def measure(name: str, folder: Path) -> dict[str, Any]:
     return results
 
 
-def table(methods: dict[str, Any]) -> str:
-    """Agreement, and how far the models are from the trained one, a row for each task and setting."""
-    lines = ["| samples of a step | recorded states | stride | LDS of clusters | deviation |", "|---" * 5 + "|"]
-    for task, entry in methods.items():
-        for setting in SETTINGS:
-            found = entry["results"][str(setting)]
-            drawn = f"{task}, {setting.drawn} of {SAMPLES_PER_CLUSTER}"
-            cells = [drawn, setting.num_states, setting.stride, f"{found['lds_clusters']['value']:.3f}"]
-            lines.append(f"| {' | '.join(map(str, cells))} | {found['mean_deviation']:.1f} |")
-    return "\n".join(lines)
-
-
 def main(arguments: argparse.Namespace) -> None:
     """Measures, and writes."""
     identity = {"queries": "tuning", "num_masks": NUM_MASKS, "settings": [str(setting) for setting in SETTINGS]}

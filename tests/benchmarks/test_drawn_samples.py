@@ -44,7 +44,5 @@ def test_every_setting_is_measured(tmp_path, monkeypatch):
     monkeypatch.setattr(drawn_samples, "NUM_ITERATIONS", 3)
     found = drawn_samples.measure("tiny", tmp_path / "runs")
     assert list(found)[-2:] == ["1 of 2, 2 states, stride 1", "2 of 2, 4 states, stride 2"]
-    one = found["1 of 2, 2 states, stride 1"]
-    assert one["mean_deviation"] > 0
-    expected = f"| tiny, 1 of 2 | 2 | 1 | {one['lds_clusters']['value']:.3f} | {one['mean_deviation']:.1f} |"
-    assert drawn_samples.table({"tiny": {"results": found}}).splitlines()[2] == expected
+    assert found["1 of 2, 2 states, stride 1"]["mean_deviation"] > 0
+    assert found["matching_error"] > 0
