@@ -226,13 +226,7 @@ class RecordedPath:
         momentum, gain, momentum_share, gradient_share = self._momentum(updates, weights / weights.sum())
         precondition = self.space.expand_groups(lengths.sum(0).tolist(), rule.group_of, self.device)
         if self.is_adaptive:
-            made = trajectory.update_numbers
-            # Before the first update, which loss scaling may have skipped, there is no second moment.
-            recorded = [s for s in trajectory.state_steps if s > 0 and made[s - 1] > 0]
-            moment = self._interpolate(start + (span + 1) / 2, recorded, self._flat_second_moment)
-            # An element without a second moment never received a gradient (the embedding of a token that no row has),
-            # and no row moves it; synthetic samples must not either, at a step of 1 / eps.
-            precondition = (precondition / (moment.sqrt() + rule.groups[0].eps)).where(moment > 0, zero)
+            precondition = precondition * self.inverse_root_moment(start + (span + 1) / 2)
         decay = self.space.expand_groups([g.weight_decay for g in rule.groups], rule.group_of, self.device)
         decoupled = rule.name == "adamw"
         rates = self.space.expand_groups(learning_rates.sum(0).tolist(), rule.group_of, self.device)
@@ -248,6 +242,23 @@ class RecordedPath:
             coupled_decay=zero if decoupled else decay,
             decoupled_decay=rates * decay if decoupled else zero,
         )
+
+    def momentum_of(self, update: int) -> tuple[float, float, float, float]:
+        """Momentum, gain and the shares of momentum and gradient in the direction, of one update of this number."""
+        return self._momentum(np.array([update]), np.ones(1))
+
+    def inverse_root_moment(self, step: float) -> Tensor:
+        """
+        Adam's `1 / (sqrt(v) + eps)` after a training step, interpolated: `(num_parameters,)`, float32.
+
+        0 where there is no second moment: such an element never received a gradient (the embedding of a token that no
+        row has), and no row moves it; synthetic samples must not either, at a step of 1 / eps.
+        """
+        made = self.trajectory.update_numbers
+        # Before the first update, which loss scaling may have skipped, there is no second moment.
+        recorded = [s for s in self.trajectory.state_steps if s > 0 and made[s - 1] > 0]
+        moment = self._interpolate(step, recorded, self._flat_second_moment)
+        return (1 / (moment.sqrt() + self.trajectory.optimizer.groups[0].eps)).where(moment > 0, 0.0)
 
     def _momentum(self, updates: np.ndarray, weights: np.ndarray) -> tuple[float, float, float, float]:
         """Momentum, gain and the two shares of updates of these numbers, whose directions count by `weights`."""

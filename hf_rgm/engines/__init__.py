@@ -1,0 +1,1 @@
+"""Engines: from a recorded run to its models, or the effects of its rows, under other cluster weights."""

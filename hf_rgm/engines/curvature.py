@@ -1,0 +1,176 @@
+"""Curvature of the training loss at a recorded state, as rows `B` with `C = B' B`, each owned by a cluster."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.func import grad
+
+from hf_rgm.modeling import FunctionalModel
+from hf_rgm.vectorize import map_rows
+
+MAX_EXACT_OUTPUTS = 64
+"""Labels of a sample up to which the eigenvectors of its softmax covariance are taken; beyond, random signs are."""
+
+SAMPLES_AT_ONCE = 256
+"""Samples in one forward pass."""
+
+CHUNK_BYTES = {True: 2**24, False: 2**28}
+"""Of gradients taken in one call, on the CPU and elsewhere: on the CPU, what stays in its caches is fastest."""
+
+
+@dataclass(frozen=True, eq=False)
+class WeightedInputs:
+    """
+    Samples, or rows, whose Gauss-Newton matrices add up to the clusters'.
+
+    Args:
+        inputs (`dict[str, Tensor]`): The forward's keyword arguments, first dimension `num_samples`.
+        weights (`Tensor`): `(num_samples, *positions)`, float32, the weight of each output in the training loss.
+        clusters (`Tensor`): `(num_samples,)`, int64, the cluster of each.
+    """
+
+    inputs: Mapping[str, Tensor]
+    weights: Tensor
+    clusters: Tensor
+
+    def __len__(self) -> int:
+        return len(self.clusters)
+
+    def __getitem__(self, chosen: slice | Tensor) -> WeightedInputs:
+        inputs = {name: value[chosen] for name, value in self.inputs.items()}
+        return WeightedInputs(inputs, self.weights[chosen], self.clusters[chosen])
+
+
+@dataclass(frozen=True, eq=False)
+class CurvatureRows:
+    """
+    Args:
+        rows (`Tensor`): B, `(rank, num_parameters)`, float32; `B' B` is the Gauss-Newton matrix, or its expectation.
+        clusters (`Tensor`): `(rank,)`, int64, the cluster that each row is of.
+        trace_share (`float`): Share of the trace of the softmax covariances that the rows were chosen from with
+            certainty; the rest is represented by a random choice of it.
+    """
+
+    rows: Tensor
+    clusters: Tensor
+    trace_share: float
+
+
+@torch.no_grad()
+def curvature_rows(
+    model: FunctionalModel, samples: WeightedInputs, parameters: Tensor, *, rank: int, seed: int
+) -> CurvatureRows:
+    """
+    Rows of the square root of `C = sum over outputs o of w_o J_o' (diag p_o - p_o p_o') J_o`.
+
+    The covariance of each output's softmax p is split into rank-one terms `c c'`; a term's row is `c' J`, one backward
+    pass. Terms are its eigenvectors where there are few labels. Else, and where a sample has several outputs, one
+    term stands for all of a sample: `c = sqrt(w) (sqrt(p) e - p (sqrt(p)' e))` with random signs e, whose second moment
+    is the covariance and whose length hardly varies (that of a drawn label's gradient varies much where the model is
+    sure). Of more terms than `rank`, the largest are taken and the others drawn in proportion to their trace
+    (systematic sampling), scaled so that the expectation stays.
+
+    Args:
+        model (`FunctionalModel`): The model, within its `differentiable()`.
+        samples (`WeightedInputs`): Of all clusters, those of a cluster next to each other.
+        parameters (`Tensor`): `(num_parameters,)`, the recorded state.
+        rank (`int`): The most rows.
+        seed (`int`): Of signs and draws.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    named = model.space.unflatten(parameters)
+    probabilities = torch.cat(
+        [
+            model.logits(named, samples[slice(start, start + SAMPLES_AT_ONCE)].inputs).float().softmax(-1)
+            for start in range(0, len(samples), SAMPLES_AT_ONCE)
+        ]
+    )
+    exact = probabilities.dim() == 2 and probabilities.shape[-1] <= MAX_EXACT_OUTPUTS
+    owners, terms = (_eigenvectors if exact else _random_signs)(probabilities, samples.weights, rank, generator)
+    traces = terms.flatten(1).square().sum(1)
+    chosen, factors, certain = choose_terms(traces.double().cpu().numpy(), rank, generator)
+    index = torch.from_numpy(chosen).to(terms.device)
+    scale = torch.from_numpy(factors).to(terms).sqrt()
+    terms = terms[index] * scale.reshape(-1, *[1] * (terms.dim() - 1))
+    owners = owners[index]
+
+    def row(inputs: dict[str, Tensor], term: Tensor) -> Tensor:
+        def along(p: dict[str, Tensor]) -> Tensor:
+            logits = model.logits(p, {name: value[None] for name, value in inputs.items()})[0]
+            return (logits * term).sum()
+
+        return model.space.flatten(grad(along)(named))
+
+    rows = torch.zeros(len(owners), model.num_parameters, device=model.device)
+    at_once = max(1, CHUNK_BYTES[model.device.type == "cpu"] // (4 * model.num_parameters))
+    for start in range(0, len(owners), at_once):
+        part = slice(start, start + at_once)
+        rows[part] = map_rows(row, samples[owners[part]].inputs, terms[part])
+    return CurvatureRows(rows, samples.clusters[owners], certain)
+
+
+def _eigenvectors(
+    probabilities: Tensor, weights: Tensor, rank: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    del rank, generator
+    covariance = torch.diag_embed(probabilities) - probabilities[:, :, None] * probabilities[:, None]
+    values, vectors = torch.linalg.eigh(covariance)
+    lengths = (values.clamp_min(0) * weights[:, None]).sqrt()
+    owners = torch.arange(len(weights), device=weights.device).repeat_interleave(values.shape[1])
+    return owners, (vectors * lengths[:, None]).transpose(1, 2).flatten(0, 1)
+
+
+def _random_signs(
+    probabilities: Tensor, weights: Tensor, rank: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    draws = max(1, rank // len(weights))
+    roots, scale = probabilities.sqrt(), (weights / draws).sqrt()[..., None]
+    terms = []
+    for _ in range(draws):
+        signs = (torch.randint(2, roots.shape, generator=generator) * 2.0 - 1).to(roots)
+        terms.append(scale * (roots * signs - probabilities * (roots * signs).sum(-1, keepdim=True)))
+    owners = torch.arange(len(weights), device=weights.device).repeat_interleave(draws)
+    return owners, torch.stack(terms, dim=1).flatten(0, 1)
+
+
+def choose_terms(
+    traces: NDArray[np.float64], count: int, generator: torch.Generator
+) -> tuple[NDArray[np.int64], NDArray[np.float64], float]:
+    """
+    Chooses terms of a sum so that the expectation of what is chosen, with its factors, is the sum.
+
+    Args:
+        traces (`np.ndarray`): `(num_terms,)`, how large each is.
+        count (`int`): How many.
+        generator (`torch.Generator`): Draws.
+
+    Returns:
+        `tuple[np.ndarray, np.ndarray, float]`: positions, ascending, the factor of each (1 for those that are certain)
+        and the share of the trace that was certain.
+    """
+    positive = np.flatnonzero(traces > 0)
+    if len(positive) <= count:
+        return positive, np.ones(len(positive)), 1.0
+    order = positive[np.argsort(-traces[positive], kind="stable")]
+    rest = traces[order][::-1].cumsum()[::-1]  # what is left when those before are certain
+    left = count - np.arange(count)
+    uncertain = np.flatnonzero(traces[order[:count]] * left < rest[:count])
+    num_certain = int(uncertain[0]) if len(uncertain) else count
+    certain, drawn = order[:num_certain], np.sort(order[num_certain:])
+    total, places = traces.sum(), count - num_certain
+    if not places:
+        return np.sort(certain), np.ones(num_certain), float(traces[certain].sum() / total)
+    edges = traces[drawn].cumsum()
+    interval = edges[-1] / places
+    offset = float(torch.rand((), generator=generator, dtype=torch.float64))
+    picked = np.searchsorted(edges, (np.arange(places) + offset) * interval, side="right").clip(max=len(drawn) - 1)
+    chosen = np.concatenate([certain, drawn[picked]])
+    factors = np.concatenate([np.ones(num_certain), interval / traces[drawn[picked]]])
+    by_position = np.argsort(chosen, kind="stable")
+    return chosen[by_position], factors[by_position], float(traces[certain].sum() / total)
