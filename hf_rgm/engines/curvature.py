@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -85,58 +86,70 @@ def curvature_rows(
     """
     generator = torch.Generator().manual_seed(seed)
     named = model.space.unflatten(parameters)
-    probabilities = torch.cat(
-        [
-            model.logits(named, samples[slice(start, start + SAMPLES_AT_ONCE)].inputs).float().softmax(-1)
-            for start in range(0, len(samples), SAMPLES_AT_ONCE)
-        ]
-    )
-    exact = probabilities.dim() == 2 and probabilities.shape[-1] <= MAX_EXACT_OUTPUTS
-    owners, terms = (_eigenvectors if exact else _random_signs)(probabilities, samples.weights, rank, generator)
-    traces = terms.flatten(1).square().sum(1)
-    chosen, factors, certain = choose_terms(traces.double().cpu().numpy(), rank, generator)
-    index = torch.from_numpy(chosen).to(terms.device)
-    scale = torch.from_numpy(factors).to(terms).sqrt()
-    terms = terms[index] * scale.reshape(-1, *[1] * (terms.dim() - 1))
-    owners = owners[index]
-
-    def row(inputs: dict[str, Tensor], term: Tensor) -> Tensor:
-        def along(p: dict[str, Tensor]) -> Tensor:
-            logits = model.logits(p, {name: value[None] for name, value in inputs.items()})[0]
-            return (logits * term).sum()
-
-        return model.space.flatten(grad(along)(named))
-
-    rows = torch.zeros(len(owners), model.num_parameters, device=model.device)
+    traces, draws, outputs = _traces(model, samples, named, rank)
+    chosen, factors, certain = choose_terms(traces.flatten().double().cpu().numpy(), rank, generator)
+    owners = torch.from_numpy(chosen // draws).to(model.device)
+    scales = torch.from_numpy(factors).to(model.device, torch.float32).sqrt()
+    is_exact = outputs is not None
+    result = torch.zeros(len(owners), model.num_parameters, device=model.device)
     at_once = max(1, CHUNK_BYTES[model.device.type == "cpu"] // (4 * model.num_parameters))
     for start in range(0, len(owners), at_once):
         part = slice(start, start + at_once)
-        rows[part] = map_rows(row, samples[owners[part]].inputs, terms[part])
-    return CurvatureRows(rows, samples.clusters[owners], certain)
+        some = samples[owners[part]]
+        if outputs is not None:  # the eigenvectors of some outputs, one for each chosen term
+            own = torch.from_numpy(chosen[part] % draws).to(model.device)
+            terms = scales[part, None] * outputs[owners[part], own]
+        else:
+            shape = some.weights.shape
+            signs = torch.randint(2, (*shape, _num_labels(model, named, some)), generator=generator) * 2.0 - 1
+            own = (some.weights / draws).sqrt() * scales[part].reshape(-1, *[1] * (len(shape) - 1))
+            terms = signs.to(own) * own[..., None]
+        result[part] = map_rows(functools.partial(_row, model, named, is_exact), some.inputs, terms)
+    return CurvatureRows(result, samples.clusters[owners], certain)
 
 
-def _eigenvectors(
-    probabilities: Tensor, weights: Tensor, rank: int, generator: torch.Generator
-) -> tuple[Tensor, Tensor]:
-    del rank, generator
-    covariance = torch.diag_embed(probabilities) - probabilities[:, :, None] * probabilities[:, None]
-    values, vectors = torch.linalg.eigh(covariance)
-    lengths = (values.clamp_min(0) * weights[:, None]).sqrt()
-    owners = torch.arange(len(weights), device=weights.device).repeat_interleave(values.shape[1])
-    return owners, (vectors * lengths[:, None]).transpose(1, 2).flatten(0, 1)
+def _traces(
+    model: FunctionalModel, samples: WeightedInputs, named: dict[str, Tensor], rank: int
+) -> tuple[Tensor, int, Tensor | None]:
+    """
+    The trace of every term, `(num_samples, terms_per_sample)`, how many a sample has and, where they are eigenvectors,
+    these scaled by the root of their eigenvalue, `(num_samples, terms_per_sample, num_labels)`.
+    """
+    traces, vectors = [], []
+    draws = max(1, rank // len(samples))
+    for start in range(0, len(samples), SAMPLES_AT_ONCE):
+        some = samples[slice(start, start + SAMPLES_AT_ONCE)]
+        p = model.logits(named, some.inputs).softmax(-1)
+        if p.dim() == 2 and p.shape[-1] <= MAX_EXACT_OUTPUTS:
+            values, basis = torch.linalg.eigh(torch.diag_embed(p) - p[:, :, None] * p[:, None])
+            values = values.clamp_min(0) * some.weights[:, None]
+            traces.append(values)
+            vectors.append((basis * values.sqrt()[:, None]).transpose(1, 2))
+        else:
+            own = (some.weights * (1 - p.square().sum(-1))).flatten(1).sum(1) if p.dim() > 2 else None
+            own = some.weights * (1 - p.square().sum(-1)) if own is None else own
+            traces.append(own[:, None].expand(-1, draws) / draws)
+    return torch.cat(traces), traces[0].shape[1], torch.cat(vectors) if vectors else None
 
 
-def _random_signs(
-    probabilities: Tensor, weights: Tensor, rank: int, generator: torch.Generator
-) -> tuple[Tensor, Tensor]:
-    draws = max(1, rank // len(weights))
-    roots, scale = probabilities.sqrt(), (weights / draws).sqrt()[..., None]
-    terms = []
-    for _ in range(draws):
-        signs = (torch.randint(2, roots.shape, generator=generator) * 2.0 - 1).to(roots)
-        terms.append(scale * (roots * signs - probabilities * (roots * signs).sum(-1, keepdim=True)))
-    owners = torch.arange(len(weights), device=weights.device).repeat_interleave(draws)
-    return owners, torch.stack(terms, dim=1).flatten(0, 1)
+def _row(
+    model: FunctionalModel, named: dict[str, Tensor], is_exact: bool, inputs: dict[str, Tensor], term: Tensor
+) -> Tensor:
+    """The gradient of one sample's logits along a term, or along the term that scaled signs make."""
+
+    def along(p: dict[str, Tensor]) -> Tensor:
+        logits = model.logits(p, {name: value[None] for name, value in inputs.items()})[0]
+        if is_exact:
+            return (logits * term).sum()
+        probabilities = logits.detach().softmax(-1)
+        signed = probabilities.sqrt() * term
+        return (logits * (signed - probabilities * signed.sum(-1, keepdim=True))).sum()
+
+    return model.space.flatten(grad(along)(named))
+
+
+def _num_labels(model: FunctionalModel, named: dict[str, Tensor], samples: WeightedInputs) -> int:
+    return model.logits(named, samples[:1].inputs).shape[-1]
 
 
 def choose_terms(
