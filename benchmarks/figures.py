@@ -12,7 +12,7 @@ from datasets import Dataset
 from benchmarks.recorded import Prediction, Recorded
 from benchmarks.tasks import Task
 from benchmarks.truth import LOGITS, Truth
-from hf_rgm.attribution.objectives import Queries
+from hf_rgm.engines.objectives import Queries
 from hf_rgm.fidelity.scores import (
     Estimate,
     average_distance,

@@ -13,7 +13,7 @@ from torch import Tensor
 from benchmarks import truth as ground_truth
 from benchmarks.recorded import RECORDED_SEED
 from hf_rgm import TrajectoryCallback
-from hf_rgm.attribution.objectives import Queries, resolve_objective
+from hf_rgm.engines.objectives import Queries, resolve_objective
 from hf_rgm.fidelity.scores import linear_datamodeling_score, noise_ceiling
 from hf_rgm.modeling import FunctionalModel
 from hf_rgm.rows import RowReader

@@ -28,8 +28,8 @@ from benchmarks.recorded import Prediction, Recorded
 from benchmarks.report import RESULTS, Report, environment, versions
 from benchmarks.run import TUNING_QUERIES
 from hf_rgm import Attributor, DistillationConfig
-from hf_rgm.attribution.objectives import Queries, resolve_objective
-from hf_rgm.attribution.perturbations import leave_one_out
+from hf_rgm.engines.objectives import Queries, resolve_objective
+from hf_rgm.engines.perturbations import leave_one_out
 from hf_rgm.attribution.replays import Replays
 from hf_rgm.attribution.runs import RecordedRun
 from hf_rgm.attribution.training_rows import TrainingRows

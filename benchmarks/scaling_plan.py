@@ -18,7 +18,7 @@ from typing import Any
 from benchmarks.formats import markdown
 from benchmarks.report import RESULTS
 from hf_rgm import DistillationConfig
-from hf_rgm.attribution.memory import MemoryShares
+from hf_rgm.engines.memory import MemoryShares
 from hf_rgm.files import format_size as size
 from hf_rgm.trajectory.path import MAX_INTEGRATION_STEPS
 

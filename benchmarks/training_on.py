@@ -28,7 +28,7 @@ from torch import Tensor
 from benchmarks import truth as ground_truth
 from benchmarks.recorded import Recorded
 from benchmarks.report import RESULTS, Report, environment, versions
-from hf_rgm.attribution.objectives import Queries, resolve_objective
+from hf_rgm.engines.objectives import Queries, resolve_objective
 from hf_rgm.fidelity.scores import linear_datamodeling_score, noise_ceiling
 from hf_rgm.losses import RowLoss
 from hf_rgm.modeling import FunctionalModel

@@ -16,7 +16,7 @@ import torch
 from transformers import pipeline
 
 from hf_rgm import ClusterMap, DistillationConfig, ReverseGradientMatchingDistiller, TrajectoryCallback
-from hf_rgm.attribution.objectives import log_odds_margin
+from hf_rgm.engines.objectives import log_odds_margin
 from hf_rgm.demo import DemoSettings, build_trainer, load_data
 
 TINY = bool(os.environ.get("HF_RGM_TINY"))  # for the tests, which look at what happens, not at how well

@@ -1,10 +1,10 @@
 """Training-data attribution for Hugging Face users: distilled datamodels with reverse gradient matching."""
 
 from hf_rgm.attribution.attributor import Attributor
-from hf_rgm.attribution.objectives import Objective
 from hf_rgm.attribution.pipeline import AttributionPipeline, register
 from hf_rgm.attribution.result import AttributionResult
 from hf_rgm.clusters import ClusterMap
+from hf_rgm.engines.objectives import Objective
 from hf_rgm.fidelity.report import FidelityReport
 from hf_rgm.synset.config import DistillationConfig
 from hf_rgm.synset.distiller import ReverseGradientMatchingDistiller

@@ -13,7 +13,7 @@ import pytest
 
 from hf_rgm import Attributor, DistillationConfig, ReverseGradientMatchingDistiller
 from hf_rgm.attribution import row_scores
-from hf_rgm.attribution.row_scores import ScoreFolder
+from hf_rgm.engines.row_scores import ScoreFolder
 from hf_rgm.processes import Processes
 from hf_rgm.synset.blocks import BlockStore
 from hf_rgm.testing import tiny_recorded_run, tiny_synset

@@ -11,7 +11,7 @@ from datasets import Dataset
 
 from benchmarks.methods.ours import adjoint, replay
 from benchmarks.recorded import Method, Prediction, Recorded
-from hf_rgm.attribution.objectives import Queries, resolve_objective
+from hf_rgm.engines.objectives import Queries, resolve_objective
 from hf_rgm.modeling import FunctionalModel
 from hf_rgm.rows import RowReader
 from hf_rgm.synset.targets import row_gradients

@@ -19,8 +19,8 @@ from benchmarks.methods.ours import replay
 from benchmarks.recorded import Method, Prediction, Recorded
 from benchmarks.truth import LOGITS
 from hf_rgm import Attributor, DistillationConfig
-from hf_rgm.attribution.objectives import Objective, Queries, resolve_objective
-from hf_rgm.attribution.perturbations import leave_one_out
+from hf_rgm.engines.objectives import Objective, Queries, resolve_objective
+from hf_rgm.engines.perturbations import leave_one_out
 from hf_rgm.rows import RowReader
 from hf_rgm.synset.samples import soft_cross_entropy
 

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from benchmarks.recorded import Prediction, Recorded
-from hf_rgm.attribution.objectives import Queries, resolve_objective
+from hf_rgm.engines.objectives import Queries, resolve_objective
 from hf_rgm.losses import IGNORED_LABEL
 from hf_rgm.modeling import FunctionalModel
 from hf_rgm.rows import RowReader

@@ -26,7 +26,7 @@ from benchmarks.peers.common import (
     trained_bytes,
 )
 from benchmarks.recorded import Method, Prediction, Recorded
-from hf_rgm.attribution.objectives import log_odds_margin
+from hf_rgm.engines.objectives import log_odds_margin
 from hf_rgm.losses import IGNORED_LABEL
 
 BATCH_SIZE = 100

@@ -10,7 +10,7 @@ from datasets import Dataset
 from transformers import Trainer
 
 from hf_rgm import ClusterMap
-from hf_rgm.attribution.memory import DEFAULT_MEMORY
+from hf_rgm.engines.memory import DEFAULT_MEMORY
 from hf_rgm.fidelity.subsets import kept_rows, leave_one_out_masks, random_masks
 
 CLUSTER_MASK_SEED = 7

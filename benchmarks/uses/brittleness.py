@@ -16,7 +16,7 @@ from benchmarks.recorded import RECORDED_SEED, Recorded
 from benchmarks.single_run import REMOVED_SHARE, chosen_method, numbered, single_run_trainer
 from benchmarks.tasks import Task
 from hf_rgm import Objective
-from hf_rgm.attribution.objectives import Forward, Queries
+from hf_rgm.engines.objectives import Forward, Queries
 from hf_rgm.fidelity.retraining import retrain
 from hf_rgm.modeling import FunctionalModel
 from hf_rgm.rows import RowReader

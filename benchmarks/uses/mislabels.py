@@ -25,7 +25,7 @@ from benchmarks.recorded import Recorded
 from benchmarks.single_run import chosen_method
 from benchmarks.tasks import Task
 from hf_rgm import Attributor, ClusterMap, DistillationConfig, Trajectory
-from hf_rgm.attribution.objectives import Queries, resolve_objective
+from hf_rgm.engines.objectives import Queries, resolve_objective
 from hf_rgm.modeling import FunctionalModel
 from hf_rgm.rows import RowReader
 from hf_rgm.synset.targets import row_gradients

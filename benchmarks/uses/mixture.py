@@ -16,7 +16,7 @@ from benchmarks.recorded import Recorded
 from benchmarks.tasks import Task
 from hf_rgm import Attributor, DistillationConfig, Objective
 from hf_rgm.attribution.mixture import MixtureSuggestion, mixture_weights
-from hf_rgm.attribution.objectives import Forward, Queries, log_odds_margin
+from hf_rgm.engines.objectives import Forward, Queries, log_odds_margin
 from hf_rgm.fidelity.retraining import retrain
 
 SEEDS = (1, 2, 3, 4, 5)

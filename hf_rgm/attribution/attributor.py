@@ -1,9 +1,8 @@
-"""Questions to a synset: scores of clusters and rows, and the model without some clusters."""
+"""Questions about a model's training data: scores of clusters and rows, and the model without some clusters."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +11,11 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from hf_rgm.attribution.memory import DEFAULT_MEMORY, free_bytes
+from hf_rgm.attribution.estimates import estimate
 from hf_rgm.attribution.mixture import MixtureSuggestion, check_request, maximized_by_default, trusted_mixture
-from hf_rgm.attribution.objectives import Objective, Queries, resolve_objective
-from hf_rgm.attribution.options import UnlearningOptions, given, passes_options_to
-from hf_rgm.attribution.replays import ENGINES_OF_ROWS, Replays
+from hf_rgm.attribution.options import UnlearningOptions, passes_options_to
 from hf_rgm.attribution.result import AttributionResult
-from hf_rgm.attribution.runs import RecordedRun, check_options
-from hf_rgm.attribution.scoring import Question, answer, replayed_values
-from hf_rgm.attribution.training_rows import TrainingRows
+from hf_rgm.attribution.subject import Subject, recorded_trajectories, row_loss_of_runs, row_loss_of_synset
 from hf_rgm.attribution.unlearned import (
     UnlearnedModel,
     chosen_clusters,
@@ -28,7 +23,16 @@ from hf_rgm.attribution.unlearned import (
     engine_without,
     groups_to_compare,
 )
-from hf_rgm.losses import LossFunction, RowLoss
+from hf_rgm.clusters import ClusterMap
+from hf_rgm.engines.engine import Engine, Outcome
+from hf_rgm.engines.memory import DEFAULT_MEMORY, MemoryShares, free_bytes
+from hf_rgm.engines.objectives import Objective, Queries, resolve_objective
+from hf_rgm.engines.registry import check_engine, default_engine
+from hf_rgm.engines.request import Evaluation, Request
+from hf_rgm.engines.row_scores import RowScorer, ScoreFolder, cluster_sums, scores_identity
+from hf_rgm.engines.run import RecordedRun
+from hf_rgm.engines.sources import RowSource, SampleSource, training_rows
+from hf_rgm.losses import LossFunction
 from hf_rgm.modeling import FunctionalModel
 from hf_rgm.out_of_memory import advice_on_memory
 from hf_rgm.processes import Processes
@@ -38,34 +42,63 @@ from hf_rgm.synset.config import memory_bytes
 from hf_rgm.synset.costs import CostEstimate
 from hf_rgm.synset.inputs import SPACES, input_space
 from hf_rgm.synset.synset import Synset
+from hf_rgm.trajectory.storage import Trajectory
 
 
 class Attributor:
     """
     Answers attribution questions about one trained model, without retraining.
 
+    It needs the recorded run, with the training rows and their clusters; or a synset, which stands for all three.
+
     Args:
-        model (`nn.Module`): The trained model the synset was distilled for.
-        synset (`Synset`, `str` or `Path`): The synset, or its folder.
+        model (`nn.Module`): The trained model.
+        synset (`Synset`, `str` or `Path`, *optional*): A synset that was distilled for it, or its folder.
+        trajectory (`str`, `Path`, `Trajectory` or a list of them, *optional*): Without a synset: what
+            `TrajectoryCallback` recorded. Of several runs that differ in their seed only, the first is the model's;
+            scores are means over the runs.
+        rows (*optional*): The training dataset, same rows in the same order. With a synset it can be given at each
+            call instead, or not at all.
+        clusters (`ClusterMap`, *optional*): Without a synset: which row belongs to which cluster.
+        data_collator (`Callable`, *optional*): Collates `rows`. Defaults to `default_data_collator`.
         device (`torch.device`, *optional*): Where to compute. Defaults to the model's device.
-        row_loss (`Callable`, *optional*): The one the synset was distilled with, where it was; needed to score rows.
+        row_loss (`Callable`, *optional*): Takes logits and labels and returns the loss of each row: needed where the
+            Trainer had a `compute_loss` of its own.
         max_memory (`str`, *optional*, defaults to `"4GB"`): Memory beside the model, the queries and the result. With
-            less, more is done in parts: curvature is taken anew at every step, fewer models, queries or rows go
-            together.
-        force (`bool`, *optional*, defaults to `False`): Accept a model whose parameters are not the synset's.
+            less, more is done in parts: fewer models, queries or rows go together, and less of the curvature is taken.
+        force (`bool`, *optional*, defaults to `False`): Accept a model whose parameters are not those recorded.
         disable_tqdm (`bool`, *optional*, defaults to `False`): No progress bars.
 
     Raises:
         ParameterMismatchError: If model and synset do not belong together.
-        ValueError: If the model does not take the synset's samples, or `max_memory` does not even hold the recorded
-            states.
+        ValueError: If neither a synset nor run, rows and clusters are given, these do not belong together, the model
+            does not take the synset's samples, or `max_memory` is too little.
+
+    Example:
+
+    ```python
+    >>> from hf_rgm import Attributor
+    >>> from hf_rgm.testing import tiny_recorded_run
+    >>> run = tiny_recorded_run()
+    >>> attributor = Attributor(
+    ...     run.model, trajectory=run.trajectory, rows=run.train_dataset, clusters=run.clusters, disable_tqdm=True
+    ... )
+    >>> result = attributor.attribute(run.queries)
+    >>> result.scores.shape, result.row_scores.shape
+    ((12, 6), (12, 48))
+
+    ```
     """
 
     def __init__(
         self,
         model: nn.Module,
-        synset: Synset | str | Path,
+        synset: Synset | str | Path | None = None,
         *,
+        trajectory: str | Path | Trajectory | Sequence[str | Path | Trajectory] | None = None,
+        rows: Any = None,
+        clusters: ClusterMap | None = None,
+        data_collator: DataCollator | None = None,
         device: torch.device | str | None = None,
         row_loss: LossFunction | None = None,
         max_memory: str = DEFAULT_MEMORY,
@@ -73,48 +106,58 @@ class Attributor:
         disable_tqdm: bool = False,
     ) -> None:
         max_bytes = memory_bytes(max_memory)
-        self.synset = synset if isinstance(synset, Synset) else Synset.from_pretrained(synset)
         self._original = model
-        names = tuple(self.synset.trajectory.parameter_shapes)
-        self.model = FunctionalModel(model, trainable_names=names, device=device)
-        self.synset.check_model(self.model, force=force)
-        warn_unless_matched(self.synset.matched_states, self.synset.residuals)
-        name = self.synset.input_name
-        self.inputs = input_space(self.model, name if name in SPACES else "auto")
-        if self.inputs.name != name:
-            raise ValueError(
-                f"The synset's samples are `{name}`, the model takes `{self.inputs.name}`. Pass the "
-                "model that was recorded."
-            )
-        check_samples(self.model, self.inputs, self.synset.samples)
-        self.samples = self.synset.samples.map(lambda tensor: tensor.to(self.model.device))
-        self.row_loss = RowLoss(
-            labels_per_row=float(self.synset.metadata.get("labels_per_row", 1.0)),
-            label_smoothing=float(self.synset.metadata.get("label_smoothing_factor", 0.0)),
-            function=row_loss,
-        )
-        self.disable_tqdm = disable_tqdm
         self._processes = Processes()
-        free = free_bytes(max_bytes, max_memory, self.synset.trajectories, self.model.num_parameters)
-        self._means: dict[str, Any] = {"max_bytes": free, "processes": self._processes}
-        self._final = self.model.space.flatten(self.model.parameters())
-        parts = (self.model, self.inputs, self.samples, self.synset.clusters)
-        self._runs = [
-            RecordedRun(Replays(*parts, trajectory, **self._means, disable_tqdm=disable_tqdm))
-            for trajectory in self.synset.trajectories
-        ]
+        self.disable_tqdm = disable_tqdm
+        self.synset: Synset | None = None
+        self._samples: SampleSource | None = None
+        if synset is None:
+            trajectories, clusters = recorded_trajectories(trajectory, rows=rows, clusters=clusters)
+            self.model = FunctionalModel(model, trainable_names=tuple(trajectories[0].parameter_shapes), device=device)
+            reader = training_rows(rows, self.model, clusters, data_collator)
+            self.row_loss = row_loss_of_runs(self.model, trajectories, rows, reader, row_loss, force=force)
+            self.subject = Subject.of_runs(self.model, trajectories, clusters)
+        elif trajectory is not None or clusters is not None:
+            raise ValueError(
+                "The synset knows its recorded run and its clusters. Pass either `synset=`, or `trajectory=`, `rows=` "
+                "and `clusters=`."
+            )
+        else:
+            self.synset = synset if isinstance(synset, Synset) else Synset.from_pretrained(synset)
+            names = tuple(self.synset.trajectory.parameter_shapes)
+            self.model = FunctionalModel(model, trainable_names=names, device=device)
+            self._samples = self._checked_samples(self.synset, force=force)
+            self.row_loss = row_loss_of_synset(self.synset, row_loss)
+            self.subject = Subject.of_synset(self.synset)
+        self._max_bytes = free_bytes(max_bytes, max_memory, self.subject.trajectories, self.model.num_parameters)
+        self.rows, self._collator = rows, data_collator
+        self._known: tuple[Any, Any, list[RecordedRun]] | None = None
+        if rows is not None:
+            self._runs(None, None)  # rows that do not fit are seen now
+
+    def _checked_samples(self, synset: Synset, *, force: bool) -> SampleSource:
+        synset.check_model(self.model, force=force)
+        warn_unless_matched(synset.matched_states, synset.residuals)
+        name = synset.input_name
+        inputs = input_space(self.model, name if name in SPACES else "auto")
+        if inputs.name != name:
+            raise ValueError(
+                f"The synset's samples are `{name}`, the model takes `{inputs.name}`. Pass the model that was "
+                "recorded."
+            )
+        check_samples(self.model, inputs, synset.samples)
+        return SampleSource(self.model, inputs, synset.samples.map(lambda tensor: tensor.to(self.model.device)))
 
     @advice_on_memory("Attributing", "Lower `Attributor(max_memory=...)`, or pass fewer queries at once.")
     def attribute(
         self,
         queries: Any,
         *,
-        engine: str = "linearized_replay",
+        engine: str | None = None,
         objective: str | Objective = "margin",
         rows: Any = None,
         data_collator: DataCollator | None = None,
         rewind: float | None = None,
-        stride: int | None = None,
         num_masks: int | None = None,
         seed: int = 0,
         query_ids: Sequence[Any] | None = None,
@@ -126,18 +169,18 @@ class Attributor:
         Args:
             queries: Rows to explain: a dataset, or a list of dictionaries. Without labels, the model's own predictions
                 are explained.
-            engine (`str`, *optional*, defaults to `"linearized_replay"`): What scores the clusters:
-                `"linearized_replay"` (each left out, to first order in the parameters), `"adjoint"` (derivatives; its
-                cost does not depend on the number of clusters), `"replay"` (anchored) or `"plain_replay"`.
+            engine (`str`, *optional*): What scores the clusters: `"linearized_replay"` (each left out, to first order
+                in the parameters), `"adjoint"` (derivatives; its cost does not depend on the number of clusters),
+                `"responses"` (what the synset's author computed with the rows), `"replay"` (anchored, by the synset),
+                `"plain_replay"` or `"training_on"` (from a recorded state, on the rows that are kept). Defaults to
+                the synset's responses where it has them and no rows are given, else to the first.
             objective (`str` or `Objective`, *optional*, defaults to `"margin"`): What to explain.
-            rows (*optional*): The training dataset. Clusters are then scored by their real gradients in place of the
-                synset's, and every row by the adjoint where the objective is differentiable. Not for
-                `"plain_replay"`.
-            data_collator (`Callable`, *optional*): Collates queries and rows. Defaults to `default_data_collator`.
+            rows (*optional*): The training dataset, if the attributor has none. Gradients and curvature are then
+                theirs in place of the synset's, and every row is scored where the objective is differentiable.
+            data_collator (`Callable`, *optional*): Collates queries and rows. Defaults to the attributor's.
             rewind (`float`, *optional*): Fraction of training to go back to. Defaults to the engine's; replays whose
-                models drift start later, see [`~hf_rgm.attribution.drift.DriftMeter`]. The result's
+                models drift start later, see [`~hf_rgm.engines.drift.DriftMeter`]. The result's
                 `metadata["rewind_step"]` says where they started.
-            stride (`int`, *optional*): Training steps per integration step. Defaults to the engine's.
             num_masks (`int`, *optional*): For replay engines: regress on this many random halves of the clusters
                 instead of leaving each out.
             seed (`int`, *optional*, defaults to `0`): Seed of the random masks.
@@ -158,43 +201,69 @@ class Attributor:
             ValueError: If engine, objective, queries or rows do not fit each other, or the adjoint is asked for an
                 objective without gradient.
         """
-        check_options(engine, rows=rows, num_masks=num_masks)
-        if output_dir is not None and rows is None:
+        chosen = self.engine(engine, rows=rows, num_masks=num_masks)
+        if output_dir is not None and not self._has_rows(rows):
             raise ValueError(
                 "`output_dir` is for the scores of rows. Pass the training dataset as `rows`, or leave it out."
             )
-        question = Question(
-            engine,
-            resolve_objective(objective),
-            self._queries(queries, data_collator),
-            self._training_rows(rows, data_collator),
-            num_masks,
-            seed,
-            given(rewind=rewind, stride=stride),
-        )
+        objective = resolve_objective(objective)
+        request = Request(objective, self._queries(queries, data_collator), rewind, num_masks, seed)
+        runs = self._runs(rows, data_collator)
+        evaluations = [Evaluation(run, request) for run in runs]
         with self.model.differentiable():
-            return answer(
-                question,
-                self.synset,
-                self.model,
-                self._runs,
-                self._processes,
-                query_ids=query_ids,
-                output_dir=output_dir,
-                disable_tqdm=self.disable_tqdm,
-            )
+            values = evaluations[0].values
+            row_scores = None
+            if self._has_rows(rows) and (objective.differentiable or chosen.name == "adjoint"):
+                scorer = RowScorer(evaluations, disable_tqdm=self.disable_tqdm)
+                folder = None
+                if output_dir is not None:
+                    folder = ScoreFolder(output_dir, scores_identity(evaluations, self.subject.samples_sha256))
+                row_scores = scorer.scores(folder)
+            if row_scores is not None and chosen.name == "adjoint":
+                first = chosen(runs[0])
+                start = first.start(first.rewind if rewind is None else rewind)
+                outcome = Outcome(cluster_sums(row_scores, self.subject.clusters), start)
+            else:
+                outcomes = [chosen(run).scores(own) for run, own in zip(runs, evaluations, strict=True)]
+                mean = torch.stack([outcome.values for outcome in outcomes]).mean(0)
+                outcome = Outcome(mean, outcomes[0].start, outcomes[0].drift)
+        if query_ids is None:
+            per_query = len(values) == len(request.queries)
+            query_ids = range(len(values)) if per_query else [f"{objective.name} {i}" for i in range(len(values))]
+        clusters = self.subject.clusters
+        return AttributionResult(
+            scores=outcome.values.numpy(),
+            row_scores=row_scores,
+            cluster_names=clusters.names,
+            cluster_sizes=clusters.sizes,
+            cluster_ids=clusters.cluster_ids,
+            query_ids=list(query_ids),
+            objective=objective.name,
+            objective_values=values.cpu().numpy(),
+            engine=chosen.name,
+            metadata={
+                "rewind_step": outcome.start,
+                "drift": outcome.drift,
+                "num_steps": self.subject.trajectory.num_steps,
+                "num_runs": len(runs),
+                "num_masks": num_masks,
+                "used_rows": self._has_rows(rows),
+                "model": self.subject.model_description,
+                "fidelity": self.subject.fidelity,
+                "parameters_sha256": self.subject.parameters_sha256,
+            },
+        )
 
     def estimate(
         self,
         queries: Any,
         *,
         num_queries: int | None = None,
-        engine: str = "linearized_replay",
+        engine: str | None = None,
         objective: str | Objective = "margin",
         rows: Any = None,
         data_collator: DataCollator | None = None,
         rewind: float | None = None,
-        stride: int | None = None,
         num_masks: int | None = None,
     ) -> CostEstimate:
         """
@@ -203,24 +272,16 @@ class Attributor:
         Args:
             queries: Rows to explain, or a few of them.
             num_queries (`int`, *optional*): How many there will be. Defaults to those given.
-            engine, objective, rows, data_collator, rewind, stride, num_masks: As in [`Attributor.attribute`].
+            engine, objective, rows, data_collator, rewind, num_masks: As in [`Attributor.attribute`].
 
         Returns:
             [`~hf_rgm.synset.costs.CostEstimate`]: its disk is that of the saved result.
         """
-        check_options(engine, rows=rows, num_masks=num_masks)
-        batch = self._queries(queries, data_collator)
+        chosen = self.engine(engine, rows=rows, num_masks=num_masks)
+        request = Request(resolve_objective(objective), self._queries(queries, data_collator), rewind, num_masks)
+        runs = self._runs(rows, data_collator)
         with self.model.differentiable():
-            first = self._runs[0].estimate(
-                engine,
-                resolve_objective(objective),
-                batch,
-                num_queries=num_queries or len(batch),
-                rows=self._training_rows(rows, data_collator),
-                num_masks=num_masks,
-                **given(rewind=rewind, stride=stride),
-            )
-        return replace(first, seconds=len(self._runs) * first.seconds)
+            return estimate(chosen, Evaluation(runs[0], request), num_queries=num_queries, num_runs=len(runs))
 
     def replayed_values(
         self,
@@ -228,11 +289,10 @@ class Attributor:
         masks: Tensor,
         *,
         objective: str | Objective = "margin",
-        engine: str = "linearized_replay",
+        engine: str | None = None,
         rows: Any = None,
         data_collator: DataCollator | None = None,
         rewind: float | None = None,
-        stride: int | None = None,
     ) -> np.ndarray:
         """
         The objective of models replayed under given cluster weights.
@@ -241,21 +301,28 @@ class Attributor:
             queries: Rows to evaluate.
             masks (`Tensor`): `(num_masks, num_clusters)`, weights, not negative: 1 for as it was, 0 for absent.
             objective (`str` or `Objective`, *optional*, defaults to `"margin"`): What to evaluate.
-            engine (`str`, *optional*, defaults to `"linearized_replay"`): Or `"replay"`, `"plain_replay"`.
-            rows (*optional*): The training dataset, for real cluster gradients (not for `"plain_replay"`).
-            data_collator (`Callable`, *optional*): Collates queries and rows. Defaults to `default_data_collator`.
-            rewind, stride (*optional*): As in [`Attributor.attribute`].
+            engine (`str`, *optional*): As in [`Attributor.attribute`], but for `"adjoint"`.
+            rows (*optional*): The training dataset, if the attributor has none.
+            data_collator (`Callable`, *optional*): Collates queries and rows. Defaults to the attributor's.
+            rewind (*optional*): As in [`Attributor.attribute`].
 
         Returns:
             `np.ndarray`: `(num_masks, num_values)`, float32. With several recorded runs, the mean over them; anchored
             engines add the mean change to the value of the model itself.
         """
-        objective = resolve_objective(objective)
-        batch = self._queries(queries, data_collator)
-        training_rows = self._training_rows(rows, data_collator)
-        settings = given(rewind=rewind, stride=stride)
+        chosen = self.engine(engine, rows=rows, replays=True)
+        request = Request(resolve_objective(objective), self._queries(queries, data_collator), rewind)
+        by_run, own = [], None
         with self.model.differentiable():
-            return replayed_values(self.model, self._runs, engine, objective, batch, masks, training_rows, settings)
+            for run in self._runs(rows, data_collator):
+                evaluation = Evaluation(run, request)
+                values = chosen(run).values(evaluation, masks).values
+                if own is None:
+                    own = evaluation.values.cpu()
+                elif chosen.name != "plain_replay":
+                    values = own + values - evaluation.values.cpu()
+                by_run.append(values)
+        return torch.stack(by_run).mean(0).numpy()
 
     def unlearn(
         self,
@@ -272,11 +339,11 @@ class Attributor:
 
         Args:
             clusters (`Iterable[str | int]`): Names or indices of the clusters to remove.
-            engine (`str`, *optional*): `"linearized_replay"`, the nearer one where little is removed, `"replay"`
-                (anchored), the nearer one where about half of the data is, or `"plain_replay"`. Defaults to the first
-                for up to a quarter of the rows, to the second for more.
-            rows (*optional*): The training dataset: compares losses on the removed rows, and on the others. Linearised
-                and anchored replay use their gradients in place of the synset's.
+            engine (`str`, *optional*): As in [`Attributor.replayed_values`]. Defaults to `"linearized_replay"` (or
+                the synset's responses, without rows) for up to a quarter of the rows; for more to `"training_on"` with
+                rows, to `"replay"` without.
+            rows (*optional*): The training dataset, if the attributor has none: compares losses on the removed rows,
+                and on the others.
             queries (*optional*): Other rows to compare losses on.
             data_collator (`Callable`, *optional*): Collates rows. Defaults to `default_data_collator`.
             rewind (`float`, *optional*): Fraction of training to go back to. Defaults as in [`Attributor.attribute`].
@@ -289,30 +356,29 @@ class Attributor:
             KeyError, IndexError: If there is no cluster of a name or index.
             ValueError: If none or all are named, there is no such engine, or the rows are not the training set.
         """
-        chosen = chosen_clusters(clusters, self.synset.clusters)
-        training_rows = self._training_rows(rows, data_collator)
+        known = self.subject.clusters
+        removed = chosen_clusters(clusters, known)
+        run = self._runs(rows, data_collator)[0]
         reader = None if queries is None else self._reader(queries, data_collator)
-        groups = groups_to_compare(chosen, self.synset.clusters, training_rows and training_rows.reader, reader)
-        engine = engine or engine_without(chosen, self.synset.clusters)
-        mask = torch.ones(1, self.synset.num_clusters)
-        mask[0, chosen] = 0
+        groups = groups_to_compare(removed, known, run.rows and run.rows.reader, reader)
+        chosen = self.engine(engine or engine_without(removed, known, self._available(rows)), replays=True)
+        mask = torch.ones(1, known.num_clusters)
+        mask[0, removed] = 0
         with self.model.differentiable():
-            replayed = self._runs[0].replays.parameters(
-                engine, mask, rows=training_rows if engine in ENGINES_OF_ROWS else None, **given(rewind=rewind)
-            )
-            vector = replayed.values[0].to(self.model.device)
-            checks = [compare_losses(self.model, self._final, vector, *group) for group in groups]
+            outcome = chosen(run).parameters(mask, rewind)
+            vector = outcome.values[0].to(self.model.device)
+            checks = [compare_losses(self.model, run.final, vector, *group) for group in groups]
         return UnlearnedModel(
             model=self.model.module_with(self.model.space.unflatten(vector), like=self._original).eval(),
-            clusters=[self.synset.clusters.names[k] for k in chosen],
-            sizes=[int(self.synset.clusters.sizes[k]) for k in chosen],
+            clusters=[known.names[k] for k in removed],
+            sizes=[int(known.sizes[k]) for k in removed],
             checks=checks,
-            engine=engine,
-            rewind_step=replayed.start,
-            num_steps=self.synset.trajectory.num_steps,
-            parameters_sha256=self.synset.parameters_sha256,
-            model_name=self.synset.model_description.get("name_or_path"),
-            fidelity=self.synset.fidelity,
+            engine=chosen.name,
+            rewind_step=outcome.start,
+            num_steps=self.subject.trajectory.num_steps,
+            parameters_sha256=self.subject.parameters_sha256,
+            model_name=self.subject.model_description.get("name_or_path"),
+            fidelity=self.subject.fidelity,
         )
 
     @passes_options_to(unlearn)
@@ -341,7 +407,7 @@ class Attributor:
         """
         Which clusters to train on more, and which less, at the same amount of data.
 
-        The objective is a function of the cluster weights p; the adjoint gives its gradient at p = 1, anchored replay
+        The objective is a function of the cluster weights p; the adjoint gives its gradient at p = 1, a replay
         its value at the suggested p. Weights follow the score per row; see [`mixture_weights`]. By default
         [`AttributionResult.top`] leaves out whole clusters and may rank otherwise: use it to drop, this to reweight.
 
@@ -365,15 +431,16 @@ class Attributor:
                 all score alike, or no replay agrees with the first-order prediction.
         """
         objective = resolve_objective(objective)
-        clusters = self.synset.clusters
+        clusters = self.subject.clusters
         check_request(objective, clusters.num_clusters, max_change, min_agreement)
         options: dict[str, Any] = {"objective": objective, "data_collator": data_collator, "rewind": rewind}
         result = self.attribute(queries, engine="adjoint", rows=rows, **options)
         value = float(result.objective_values.mean())
+        checking = "linearized_replay" if self.synset is None else "replay"
 
         def replayed_change(weights: np.ndarray) -> float:
             masks = torch.from_numpy(weights[None]).float()
-            replayed = self.replayed_values(queries, masks, engine="replay", **options)
+            replayed = self.replayed_values(queries, masks, engine=checking, **options)
             return float(replayed.mean()) - value
 
         return trusted_mixture(
@@ -387,14 +454,83 @@ class Attributor:
             replayed_change=replayed_change,
         )
 
+    def engine(
+        self, name: str | None, *, rows: Any = None, num_masks: int | None = None, replays: bool = False
+    ) -> type[Engine]:
+        """
+        The engine of a name, or the default, once it is seen to be able to do what is asked.
+
+        Args:
+            name (`str`, *optional*): As in [`Attributor.attribute`].
+            rows (*optional*): The training dataset, if it comes with the question.
+            num_masks (`int`, *optional*): Random halves that are asked for.
+            replays (`bool`, *optional*, defaults to `False`): Whether models under cluster weights are asked for.
+
+        Raises:
+            ValueError: If there is no such engine, or it cannot.
+        """
+        available = self._available(rows)
+        return check_engine(
+            name or default_engine(available),
+            available=available,
+            num_masks=num_masks,
+            rows_given=rows is not None,
+            replays=replays,
+        )
+
     def _queries(self, queries: Any, data_collator: DataCollator | None) -> Queries:
         reader = self._reader(queries, data_collator, predict_labels=True)
         return Queries(*reader.batch(range(len(reader))))
 
     def _reader(self, queries: Any, data_collator: DataCollator | None, **options: bool) -> RowReader:
-        return RowReader(queries, self.model, data_collator=data_collator, what="queries", **options)
+        collator = data_collator or self._collator
+        return RowReader(queries, self.model, data_collator=collator, what="queries", **options)
 
-    def _training_rows(self, rows: Any, data_collator: DataCollator | None) -> TrainingRows | None:
-        if rows is None:
-            return None
-        return TrainingRows(self.synset, self.model, self.row_loss, rows, data_collator, **self._means)
+    def _has_rows(self, rows: Any) -> bool:
+        return rows is not None or self.rows is not None
+
+    def _available(self, rows: Any) -> dict[str, bool]:
+        responses = getattr(self.synset, "responses", None) is not None
+        return {"rows": self._has_rows(rows), "samples": self.synset is not None, "responses": responses}
+
+    def _runs(self, rows: Any, data_collator: DataCollator | None) -> list[RecordedRun]:
+        """The recorded runs with these rows: those of the last call, with all they know, if it had the same."""
+        rows = self.rows if rows is None else rows
+        collator = data_collator or self._collator
+        if self._known is not None and self._known[0] is rows and (rows is None or self._known[1] is collator):
+            return self._known[2]
+        reader = None
+        if rows is not None:
+            if self.synset is not None and self.synset.metadata.get("custom_row_loss") and not self.row_loss.function:
+                raise ValueError(
+                    "The synset was distilled with a `row_loss` of its own, which rows are scored by. Pass the same "
+                    "function as `row_loss`."
+                )
+            reader = training_rows(rows, self.model, self.subject.clusters, collator)
+            self.subject.trajectory.check_dataset(rows, what="rows")
+        runs = [self._run(trajectory, reader) for trajectory in self.subject.trajectories]
+        self._known = rows, collator, runs
+        return runs
+
+    def _run(self, trajectory: Trajectory, reader: RowReader | None) -> RecordedRun:
+        source = None
+        if reader is not None:
+            source = RowSource(
+                self.model,
+                reader,
+                self.subject.clusters,
+                self.row_loss,
+                max_bytes=MemoryShares.of(self._max_bytes, with_rows=True).kept // len(self.subject.trajectories),
+                processes=self._processes,
+            )
+        return RecordedRun(
+            self.model,
+            trajectory,
+            self.subject.clusters,
+            samples=self._samples,
+            rows=source,
+            responses=getattr(self.synset, "responses", None),
+            max_bytes=self._max_bytes // len(self.subject.trajectories),
+            processes=self._processes,
+            disable_tqdm=self.disable_tqdm,
+        )

@@ -12,8 +12,8 @@ import pandas as pd
 from numpy.typing import NDArray
 from scipy.optimize import root_scalar
 
-from hf_rgm.attribution.objectives import OBJECTIVES, Objective
 from hf_rgm.clusters import ClusterMap
+from hf_rgm.engines.objectives import OBJECTIVES, Objective
 from hf_rgm.exceptions import DivergenceError
 
 logger = logging.getLogger(__name__)

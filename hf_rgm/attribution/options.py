@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypedDict, TypeVar
 
-from hf_rgm.attribution.objectives import Objective
+from hf_rgm.engines.objectives import Objective
 from hf_rgm.rows import DataCollator
 
 Method = TypeVar("Method", bound=Callable[..., Any])
@@ -16,12 +16,11 @@ Method = TypeVar("Method", bound=Callable[..., Any])
 class AttributionOptions(TypedDict, total=False):
     """Those of [`Attributor.attribute`]."""
 
-    engine: str
+    engine: str | None
     objective: str | Objective
     rows: Any
     data_collator: DataCollator | None
     rewind: float | None
-    stride: int | None
     num_masks: int | None
     seed: int
     query_ids: Sequence[Any] | None
@@ -55,11 +54,6 @@ class MixtureOptions(TypedDict, total=False):
     rows: Any
     data_collator: DataCollator | None
     rewind: float | None
-
-
-def given(**settings: Any) -> dict[str, Any]:
-    """The settings that are not `None`: for the others what takes them has defaults of its own."""
-    return {name: value for name, value in settings.items() if value is not None}
 
 
 def keywords_of(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:

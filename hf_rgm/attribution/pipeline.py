@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import functools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, overload
@@ -19,16 +20,19 @@ from transformers.pipelines import PIPELINE_REGISTRY
 from typing_extensions import Unpack
 
 from hf_rgm.attribution.attributor import Attributor
-from hf_rgm.attribution.memory import DEFAULT_MEMORY
 from hf_rgm.attribution.mixture import MixtureSuggestion
 from hf_rgm.attribution.options import CallOptions, MixtureOptions, UnlearningOptions, keywords_of, passes_options_to
 from hf_rgm.attribution.result import AttributionResult
 from hf_rgm.attribution.unlearned import UnlearnedModel
+from hf_rgm.clusters import ClusterMap
+from hf_rgm.engines.memory import DEFAULT_MEMORY
 from hf_rgm.hub.artefact import CardOptions
 from hf_rgm.hub.repository import is_repo_id, link_model, model_address
+from hf_rgm.losses import LossFunction
 from hf_rgm.modeling import main_input_name
-from hf_rgm.rows import knows_words, padding_collator
+from hf_rgm.rows import DataCollator, knows_words, padding_collator
 from hf_rgm.synset.synset import Synset
+from hf_rgm.trajectory.storage import Trajectory
 
 TASK = "data-attribution"
 MODEL_CLASSES: tuple[Any, ...] = (
@@ -41,13 +45,18 @@ MODEL_CLASSES: tuple[Any, ...] = (
 
 class AttributionPipeline(Pipeline):
     """
-    Which training data made the model do this: `pipeline("data-attribution", model=..., synset=...)`.
+    Which training data made the model do this.
+
+    `pipeline("data-attribution", model=..., trajectory=..., rows=..., clusters=...)` where the training data is at
+    hand, `pipeline("data-attribution", model=..., synset=...)` where a synset stands for it.
 
     Args:
         model (`PreTrainedModel`): The trained model (the `pipeline` factory also takes a folder or id).
-        synset (`Synset`, `str` or `Path`): The synset, its folder, or its repository on the Hub. Pass
+        synset (`Synset`, `str` or `Path`, *optional*): The synset, its folder, or its repository on the Hub. Pass
             `Synset.from_pretrained(repo_id, revision=..., token=...)` for another revision or token than the default;
             those given to `pipeline` are the model's.
+        trajectory, rows, clusters, row_loss (*optional*): The recorded run, the training dataset and its clusters; see
+            [`Attributor`].
         max_memory (`str`, *optional*, defaults to `"4GB"`): Memory beside the model; see [`Attributor`].
         force (`bool`, *optional*, defaults to `False`): Accept a model whose parameters are not the synset's.
         disable_tqdm (`bool`, *optional*, defaults to `False`): No progress bars.
@@ -86,7 +95,11 @@ class AttributionPipeline(Pipeline):
         self,
         model,
         *,
-        synset: Synset | str | Path,
+        synset: Synset | str | Path | None = None,
+        trajectory: str | Path | Trajectory | Sequence[str | Path | Trajectory] | None = None,
+        rows: Any = None,
+        clusters: ClusterMap | None = None,
+        row_loss: LossFunction | None = None,
         max_memory: str = DEFAULT_MEMORY,
         force: bool = False,
         disable_tqdm: bool = False,
@@ -95,19 +108,39 @@ class AttributionPipeline(Pipeline):
         if not hasattr(model, "device"):
             raise TypeError(
                 f"`pipeline` takes models of transformers and PEFT, and {type(model).__name__} is a plain module. Use "
-                "`hf_rgm.Attributor(model, synset)`: its `attribute`, `suggest_mixture`, `model_without` and "
+                "`hf_rgm.Attributor(model, ...)`: its `attribute`, `suggest_mixture`, `model_without` and "
                 "`unlearn` do the same."
             )
         super().__init__(model, **kwargs)
         if self.tokenizer is not None and not knows_words(self.tokenizer):
             self.tokenizer = None
         self.attributor = Attributor(
-            self.model, synset, device=self.device, max_memory=max_memory, force=force, disable_tqdm=disable_tqdm
+            self.model,
+            synset,
+            trajectory=trajectory,
+            rows=rows,
+            clusters=clusters,
+            row_loss=row_loss,
+            device=self.device,
+            max_memory=max_memory,
+            force=force,
+            disable_tqdm=disable_tqdm,
+            **self._padded({name: self._options[name] for name in ("data_collator",) if name in self._options}),
         )
 
     @property
     def synset(self) -> Synset:
-        """The synset in use."""
+        """
+        The synset in use.
+
+        Raises:
+            ValueError: If the pipeline works by the training rows, without one.
+        """
+        if self.attributor.synset is None:
+            raise ValueError(
+                "This pipeline works by the training rows, without a synset. To share what it does, distil one with "
+                "`ReverseGradientMatchingDistiller`, or save its results."
+            )
         return self.attributor.synset
 
     @overload
@@ -274,7 +307,11 @@ class AttributionPipeline(Pipeline):
     def _padded(self, options: Mapping[str, Any]) -> dict[str, Any]:
         if self.tokenizer is None or main_input_name(self.model) != "input_ids":
             return {**options}
-        return {"data_collator": padding_collator(self.tokenizer), **options}
+        return {"data_collator": self._padding, **options}
+
+    @functools.cached_property
+    def _padding(self) -> DataCollator:
+        return padding_collator(self.tokenizer)  # type: ignore[arg-type]
 
     def _sanitize_parameters(self, **options: Any) -> tuple[dict, dict, dict]:
         # Called once, by the constructor of `Pipeline`, with the options it does not know.

@@ -10,8 +10,11 @@ from typing import Any, ClassVar
 import numpy as np
 from torch import Tensor, nn
 
-from hf_rgm.attribution.objectives import Queries, resolve_objective
 from hf_rgm.clusters import ClusterMap
+from hf_rgm.engines.anchored_replay import AnchoredReplayEngine
+from hf_rgm.engines.objectives import Queries, resolve_objective
+from hf_rgm.engines.registry import default_engine
+from hf_rgm.engines.training_on import TrainingOnEngine
 from hf_rgm.files import staged_folder, write_json
 from hf_rgm.hub.artefact import CardOptions, HubArtefact
 from hf_rgm.modeling import FunctionalModel
@@ -65,19 +68,23 @@ def chosen_clusters(clusters: Iterable[str | int], known: ClusterMap) -> list[in
     return chosen
 
 
-def engine_without(chosen: list[int], clusters: ClusterMap) -> str:
+def engine_without(chosen: list[int], clusters: ClusterMap, available: dict[str, bool]) -> str:
     """
-    The replay that comes nearest to retraining without some clusters.
+    The engine that comes nearest to retraining without some clusters.
 
     Measured with 2% of the data removed, where linearised replay is nearer and anchored replay may be farther off than
-    the trained model itself, and with half of it, where it is the other way round.
+    the trained model itself, and with half of it, where it is the other way round, and training on from a recorded
+    state is nearer still.
 
     Args:
         chosen (`list[int]`): Indices of the clusters that are removed.
         clusters (`ClusterMap`): All clusters.
+        available (`dict[str, bool]`): Whether there are `"rows"`, `"samples"` and `"responses"`.
     """
     share = clusters.sizes[chosen].sum() / clusters.num_rows
-    return "linearized_replay" if share <= MAX_LINEAR_SHARE else "replay"
+    if share <= MAX_LINEAR_SHARE:
+        return default_engine(available)
+    return TrainingOnEngine.name if available["rows"] else AnchoredReplayEngine.name
 
 
 def groups_to_compare(

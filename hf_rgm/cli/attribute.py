@@ -19,10 +19,17 @@ from hf_rgm.cli.common import (
     interruptible,
 )
 from hf_rgm.cli.loading import (
+    CLUSTER_COLUMN,
+    CLUSTER_EMBEDDINGS,
+    CLUSTER_IDS,
     DATA_COLLATOR,
+    LABEL_COLUMN,
     MODEL_CLASS,
+    NUM_CLUSTERS,
+    NUM_CLUSTERS_PER_CLASS,
     PREPARE,
     find_tokenizer,
+    load_clusters,
     load_collator,
     load_model,
     load_rows,
@@ -31,10 +38,18 @@ from hf_rgm.cli.loading import (
 if TYPE_CHECKING:
     from hf_rgm import AttributionResult
 
+ENGINE_NAMES = ("linearized_replay", "adjoint", "responses", "training_on", "replay", "plain_replay")
+
 
 def attribute(
     model: Annotated[str, typer.Argument(help="The trained model: a folder, or a repository on the Hub.")],
-    synset: Annotated[str, typer.Argument(help="Its synset: a folder, or a dataset repository on the Hub.")],
+    source: Annotated[
+        str,
+        typer.Argument(
+            help="Its synset, a folder or a dataset repository on the Hub; or the folder that TrajectoryCallback "
+            "recorded, with --rows and their clusters."
+        ),
+    ],
     queries: Annotated[
         str,
         typer.Argument(help="Rows to explain: a parquet, JSON or CSV file, a saved folder, or REPOSITORY[:CONFIG]."),
@@ -47,9 +62,16 @@ def attribute(
         typer.Option(help="The training rows, named as queries are: more exact, and every row is scored too."),
     ] = None,
     rows_split: Annotated[str | None, typer.Option(help="Split of the training rows.", show_default="train")] = None,
+    cluster_column: CLUSTER_COLUMN = None,
+    cluster_ids: CLUSTER_IDS = None,
+    cluster_embeddings: CLUSTER_EMBEDDINGS = None,
+    num_clusters: NUM_CLUSTERS = None,
+    num_clusters_per_class: NUM_CLUSTERS_PER_CLASS = None,
+    label_column: LABEL_COLUMN = None,
     engine: Annotated[
-        str, typer.Option(help="linearized_replay, adjoint, replay or plain_replay; see docs/choosing.md.")
-    ] = "linearized_replay",
+        str | None,
+        typer.Option(help=f"One of {', '.join(ENGINE_NAMES)}; see docs/choosing.md.", show_default="what fits best"),
+    ] = None,
     objective: Annotated[
         str, typer.Option(help="margin, loss, log_probability, mean_loss, accuracy, or MODULE:OBJECT of your own.")
     ] = "margin",
@@ -68,9 +90,13 @@ def attribute(
     """
     Score the clusters of the training data for some queries, and tell which help and harm most.
 
-    Example: hf-rgm attribute my-model my-synset test.parquet -o my-attributions --html report.html
+    Examples:
+
+    hf-rgm attribute my-model my-synset test.parquet -o my-attributions --html report.html
+
+    hf-rgm attribute my-model trajectory test.parquet -o my-attributions --rows train.parquet --cluster-column vendor
     """
-    from hf_rgm import AttributionPipeline, Synset
+    from hf_rgm import AttributionPipeline
     from hf_rgm.attribution.storage import CONFIG_FILE
     from hf_rgm.cli.loading import load_object
 
@@ -81,27 +107,54 @@ def attribute(
         asked = load_rows(queries, split=split, default_split="test", prepare=prepare)
         if num_queries is not None:
             asked = asked.select(range(min(num_queries, len(asked))))
+        training = None if rows is None else load_rows(rows, split=rows_split, default_split="train", prepare=prepare)
+        of_clusters = {
+            "columns": cluster_column or [],
+            "ids": cluster_ids,
+            "embeddings": cluster_embeddings,
+            "num_clusters": num_clusters,
+            "num_clusters_per_class": num_clusters_per_class,
+            "label_column": label_column,
+        }
+        known = _known(source, synset_revision, training, of_clusters)
+        synset = known.get("synset")
         pipeline = AttributionPipeline(
             load_model(model, model_class=model_class, revision=revision),
-            synset=Synset.from_pretrained(synset, revision=synset_revision),
+            **known,
+            data_collator=load_collator(data_collator, asked, model, revision),
             disable_tqdm=disable_tqdm,
         )
-        training = None if rows is None else load_rows(rows, split=rows_split, default_split="train", prepare=prepare)
         result = pipeline(
             asked,
-            rows=training,
+            rows=training if synset is not None else None,
             engine=engine,
             objective=load_object(objective) if ":" in objective else objective,
             rewind=rewind,
-            data_collator=load_collator(data_collator, asked, model, revision),
         )
         result.save_pretrained(output_dir)
         if html is not None:
             tokenizer = find_tokenizer(pipeline.model, model, revision)
-            result.to_html(html, queries=asked, rows=training, synset=pipeline.synset, tokenizer=tokenizer)
+            result.to_html(html, queries=asked, rows=training, synset=synset, tokenizer=tokenizer)
         typer.echo(
             json.dumps(_told(result, top, output_dir), indent=2) if as_json else _words(result, top, output_dir)
         )
+
+
+def _known(source: str, revision: str | None, rows: Any, of_clusters: dict[str, Any]) -> dict[str, Any]:
+    """The synset; or recorded run, rows and clusters, where the folder is that of a recorded run."""
+    from hf_rgm import Synset
+    from hf_rgm.trajectory.storage import METADATA_FILE
+
+    if not (Path(source) / METADATA_FILE).is_file():
+        if any(of_clusters.values()):
+            raise ValueError(f"{source} is a synset, which knows its clusters. Leave the options of clusters out.")
+        return {"synset": Synset.from_pretrained(source, revision=revision)}
+    if rows is None:
+        raise ValueError(
+            f"{source} is a recorded run: scores by it need the training rows. Pass them as `--rows`, and their "
+            "clusters, for example by `--cluster-column`."
+        )
+    return {"trajectory": source, "rows": rows, "clusters": load_clusters(rows, **of_clusters, seed=0)}
 
 
 def _told(result: AttributionResult, top: int, folder: Path) -> dict[str, Any]:

@@ -22,8 +22,14 @@ from hf_rgm.cli.common import (
     interruptible,
 )
 from hf_rgm.cli.loading import (
+    CLUSTER_COLUMN,
+    CLUSTER_EMBEDDINGS,
+    CLUSTER_IDS,
     DATA_COLLATOR,
+    LABEL_COLUMN,
     MODEL_CLASS,
+    NUM_CLUSTERS,
+    NUM_CLUSTERS_PER_CLASS,
     PREPARE,
     find_tokenizer,
     load_clusters,
@@ -33,7 +39,7 @@ from hf_rgm.cli.loading import (
 )
 from hf_rgm.synset.config import PRESETS, DistillationConfig
 
-CLUSTERS, SETTINGS = "Which row belongs to which cluster (one of them)", "Settings of the distiller"
+SETTINGS = "Settings of the distiller"
 
 
 def with_fields(config_class: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -69,29 +75,12 @@ def distill(
     ],
     output_dir: Annotated[Path, typer.Option("--output-dir", "-o", help="Folder of the synset.")],
     split: Annotated[str | None, typer.Option(help="Split of the dataset.", show_default="train")] = None,
-    cluster_column: Annotated[
-        list[str] | None,
-        typer.Option(help="Column that names the cluster; may be repeated.", rich_help_panel=CLUSTERS),
-    ] = None,
-    cluster_ids: Annotated[
-        str | None,
-        typer.Option(
-            help="File with an integer a row (.npy or text), or a saved ClusterMap.", rich_help_panel=CLUSTERS
-        ),
-    ] = None,
-    cluster_embeddings: Annotated[
-        str | None,
-        typer.Option(help="Column or .npy file of vectors, divided by k-means.", rich_help_panel=CLUSTERS),
-    ] = None,
-    num_clusters: Annotated[
-        int | None, typer.Option(help="With embeddings: how many clusters.", rich_help_panel=CLUSTERS)
-    ] = None,
-    num_clusters_per_class: Annotated[
-        int | None, typer.Option(help="With embeddings and labels: how many of each class.", rich_help_panel=CLUSTERS)
-    ] = None,
-    label_column: Annotated[
-        str | None, typer.Option(help="With embeddings: no cluster mixes its values.", rich_help_panel=CLUSTERS)
-    ] = None,
+    cluster_column: CLUSTER_COLUMN = None,
+    cluster_ids: CLUSTER_IDS = None,
+    cluster_embeddings: CLUSTER_EMBEDDINGS = None,
+    num_clusters: NUM_CLUSTERS = None,
+    num_clusters_per_class: NUM_CLUSTERS_PER_CLASS = None,
+    label_column: LABEL_COLUMN = None,
     other_run: Annotated[
         list[Path] | None,
         typer.Option(help="Folder of another recorded run that differs in its seed; may be repeated."),

@@ -33,6 +33,29 @@ DATA_COLLATOR = Annotated[
     ),
 ]
 
+CLUSTERS = "Which row belongs to which cluster (one of them)"
+CLUSTER_COLUMN = Annotated[
+    list[str] | None,
+    typer.Option(help="Column that names the cluster; may be repeated.", rich_help_panel=CLUSTERS),
+]
+CLUSTER_IDS = Annotated[
+    str | None,
+    typer.Option(help="File with an integer a row (.npy or text), or a saved ClusterMap.", rich_help_panel=CLUSTERS),
+]
+CLUSTER_EMBEDDINGS = Annotated[
+    str | None,
+    typer.Option(help="Column or .npy file of vectors, divided by k-means.", rich_help_panel=CLUSTERS),
+]
+NUM_CLUSTERS = Annotated[
+    int | None, typer.Option(help="With embeddings: how many clusters.", rich_help_panel=CLUSTERS)
+]
+NUM_CLUSTERS_PER_CLASS = Annotated[
+    int | None, typer.Option(help="With embeddings and labels: how many of each class.", rich_help_panel=CLUSTERS)
+]
+LABEL_COLUMN = Annotated[
+    str | None, typer.Option(help="With embeddings: no cluster mixes its values.", rich_help_panel=CLUSTERS)
+]
+
 
 def load_object(reference: str) -> Any:
     """

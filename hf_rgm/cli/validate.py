@@ -45,7 +45,7 @@ def validate(
     with_rows: Annotated[
         bool, typer.Option("--with-rows", help="Measure scores that use the training rows, not the synset alone.")
     ] = False,
-    engine: Annotated[str, typer.Option(help="As in `hf-rgm attribute`.")] = "linearized_replay",
+    engine: Annotated[str | None, typer.Option(help="As in `hf-rgm attribute`.")] = None,
     objective: Annotated[str, typer.Option(help="As in `hf-rgm attribute`.")] = "margin",
     split: Annotated[str | None, typer.Option(help="Split of the queries.", show_default="test")] = None,
     rows_split: Annotated[str | None, typer.Option(help="Split of the training rows.", show_default="train")] = None,

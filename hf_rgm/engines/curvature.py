@@ -70,11 +70,11 @@ def curvature_rows(
     """
     Rows of the square root of `C = sum over outputs o of w_o J_o' (diag p_o - p_o p_o') J_o`.
 
-    The covariance of each output's softmax p is split into rank-one terms `c c'`; a term's row is `c' J`, one backward
-    pass. Terms are its eigenvectors where there are few labels. Else, and where a sample has several outputs, one
-    term stands for all of a sample: `c = sqrt(w) (sqrt(p) e - p (sqrt(p)' e))` with random signs e, whose second moment
-    is the covariance and whose length hardly varies (that of a drawn label's gradient varies much where the model is
-    sure). Of more terms than `rank`, the largest are taken and the others drawn in proportion to their trace
+    The covariance of each output's softmax p is split into rank-one terms `c c'`; a term's row is `c' J`, one
+    backward pass. Terms are its eigenvectors where there are few labels. Else, and where a sample has several outputs,
+    one term stands for all of a sample: `c = sqrt(w) (sqrt(p) e - p (sqrt(p)' e))` with random signs e. Its second
+    moment is the covariance, and its length hardly varies (that of a drawn label's gradient varies much where the
+    model is sure). Of more terms than `rank`, the largest are taken and the others drawn in proportion to their trace
     (systematic sampling), scaled so that the expectation stays.
 
     Args:

@@ -1,141 +1,135 @@
-"""The recorded path, linearised, in the space of the curvature's rows."""
+"""The linear engine: the recorded path to first order in the parameters, forwards and backwards."""
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
-
-import numpy as np
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 
-from hf_rgm.engines.curvature import CurvatureRows
-from hf_rgm.engines.segments import Segment
-
-EIGENVALUE_FLOOR = 1e-7
-"""Of the largest: below it an eigenvalue is rounding, and its response is that of the floor."""
-
-Force = Callable[[int], Tensor]
-"""Takes a recorded step and returns `sum_k (p_k - 1) G_k` there, `(num_masks, num_parameters)`."""
+from hf_rgm.engines.engine import Engine
+from hf_rgm.engines.request import Evaluation
+from hf_rgm.engines.sources import ClusterGradients, force
+from hf_rgm.exceptions import DivergenceError
+from hf_rgm.synset.costs import PieceOfWork, measured
 
 
-class SegmentMap:
+class LinearEngine(Engine):
     """
-    One segment's recursion in the space of its curvature's rows.
+    Linearised replay, exact at every training step (docs/method.md, the linear engine).
 
-    With `C = B' B` a deviation stays in the span of what it began with and of B's rows: `delta = a delta_0 + b D m_0 +
-    c D f + D B' s`, and as much for the momentum. A training step costs `rank^2` for each model, and parameters are
-    touched at the ends of the segment only.
-
-    Args:
-        segment (`Segment`): Preconditioner and constants of its steps.
-        curvature (`CurvatureRows`): B, at the segment's state.
+    Under cluster weights p the gradient at `theta_t + delta` is taken to be `sum_k p_k (G_k + C_k delta)`, with each
+    cluster's gradient `G_k` and Gauss-Newton matrix `C_k` at the nearest recorded state. Exact in p: an absent cluster
+    takes its curvature with it. All weights go together.
     """
 
-    def __init__(self, segment: Segment, curvature: CurvatureRows) -> None:
-        self._segment = segment
-        self._clusters = curvature.clusters
-        self._precondition = segment.precondition
-        moving = self._precondition > 0
-        # What does not move neither bends nor is bent.
-        self._rows = curvature.rows if bool(moving.all()) else curvature.rows * moving
-        self._gram = (self._rows * self._precondition) @ self._rows.T
+    name = "linearized_replay"
+    rewind = 0.14
+    max_drift = 0.25
+    is_dear = False
 
-    @functools.cached_property
-    def _spectrum(self) -> tuple[np.ndarray, Tensor]:
-        values, vectors = torch.linalg.eigh(self._gram)
-        largest = float(values[-1]) if len(values) else 0.0
-        return values.double().cpu().numpy().clip(min=max(EIGENVALUE_FLOOR * largest, 1e-30)), vectors
+    @property
+    def batch_size(self) -> int:
+        """Models whose deviation, momentum, force and what a segment makes of them fit in memory."""
+        return max(1, self.run.shares.vectors // (28 * self.run.model.num_parameters))
 
-    def forward(self, deviation: Tensor, momentum: Tensor, force: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
-        """
-        Deviation and momentum at the end of the segment.
+    def gradients(self, rewind: float) -> ClusterGradients:
+        """The clusters' gradients along the path."""
+        return self.run.source.gradients(self.run.path(rewind))
 
-        Args:
-            deviation, momentum, force (`Tensor`): `(num_masks, num_parameters)`, at its start.
-            masks (`Tensor`): `(num_masks, num_clusters)`: an absent cluster takes its curvature along.
-        """
-        segment = self._segment
-        if segment.outer_decay is not None:
-            deviation = segment.outer_decay * deviation
-        if segment.frozen_decay is not None:
-            scale = np.mean([step.scale for step in segment.steps] or [1.0])
-            force = force + segment.frozen_decay / float(scale or 1.0) * deviation
-        rows, gram = self._stable(float(masks.max()))
-        weights = masks[:, self._clusters]
-        # Projections of delta_0, D m_0 and D f; then the same three numbers, and s and q, for delta and momentum.
-        bent = rows * self._precondition
-        projected = torch.stack([deviation @ rows.T, momentum @ bent.T, force @ bent.T])
-        own, along = np.eye(2, 3), [torch.zeros_like(projected[0]), torch.zeros_like(projected[0])]
-        for step in segment.steps:
-            change = along[0] @ gram + torch.tensordot(projected.new_tensor(own[0]), projected, dims=1)
-            gradient = step.coupled * own[0] + step.scale * np.eye(3)[2]
-            pull = torch.add(step.coupled * along[0], weights * change, alpha=step.scale)
-            turned = step.momentum_share * along[1] + step.gradient_share * pull
-            along = [
-                torch.sub((1 - step.decay) * along[0], turned, alpha=step.rate),
-                torch.add(step.momentum * along[1], pull, alpha=step.gain),
-            ]
-            direction = step.momentum_share * own[1] + step.gradient_share * gradient
-            own = np.stack(
-                [(1 - step.decay) * own[0] - step.rate * direction, step.momentum * own[1] + step.gain * gradient]
+    def replay(self, masks: Tensor, rewind: float) -> Tensor:
+        """Final parameters under each row of `masks`; for p = 1 exactly those of the trained model."""
+        return self.run.final + self.deviations(masks, rewind)
+
+    def deviations(self, masks: Tensor, rewind: float) -> Tensor:
+        """Changes of the final parameters under each row of `masks`, `(num_masks, num_parameters)`."""
+        run, path, gradients = self.run, self.run.path(rewind), self.gradients(rewind)
+        deviation = torch.zeros(len(masks), run.model.num_parameters, device=run.model.device)
+        momentum = torch.zeros_like(deviation)
+        segments = tqdm(
+            run.segments(rewind),
+            desc=f"Replaying {len(masks)} models from step {path.start} (linearised)",
+            leave=False,
+            disable=run.disable_tqdm,
+        )
+        at, driving = None, torch.zeros_like(deviation)
+        for segment in segments:
+            if not segment.steps:
+                continue
+            if at != segment.state:
+                at, driving = segment.state, self._force(gradients, segment.state, masks)
+            deviation, momentum = run.map_of(path, segment).forward(deviation, momentum, driving, masks)
+        bad = torch.nonzero(~torch.isfinite(deviation).all(1)).flatten().tolist()
+        if bad:
+            raise DivergenceError(
+                f"The linearised replay of masks {bad[:5]} gave NaN or infinite parameters. Check the recorded "
+                "gradients and states, or rewind less far."
             )
-        (a, b, c), (d, e, f) = own.tolist()
-        ahead = a * deviation + self._precondition * (b * momentum + c * force + along[0] @ rows)
-        left = e * momentum + f * force + along[1] @ rows
-        if d:  # a coupled decay, whose preconditioner is one number
-            left += d * deviation / self._precondition
-        if segment.outer_decay is not None:
-            ahead = segment.outer_decay * ahead
-        return ahead, left
+        return deviation
 
-    def backward(self, sensitivity: Tensor, momentum: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def evaluate(self, evaluation: Evaluation, parameters: Tensor) -> Tensor:
+        """To first order in the objective too, where it has a gradient."""
+        return evaluation.to_first_order(parameters - self.run.final)
+
+    def directions(self, gradients: Tensor, rewind: float) -> dict[int, Tensor]:
         """
-        The transpose of [`SegmentMap.forward`] with all clusters present, in closed form along the eigenvectors.
+        Sensitivity of objectives to the training gradient, summed over the steps nearest to each recorded state.
 
         Args:
-            sensitivity, momentum (`Tensor`): `(num_values, num_parameters)`, of objectives to the deviation and the
-                momentum at the segment's end.
+            gradients (`Tensor`): `(num_values, num_parameters)`, of the objectives at the final parameters.
+            rewind (`float`): Fraction of training down to which effects are followed.
 
         Returns:
-            `tuple[Tensor, Tensor, Tensor]`: to both at its start, and to the force.
+            `dict[int, Tensor]`: recorded step to `(num_values, num_parameters)`: adding `eps * g` to the training
+            gradient there raises objective i by `eps * <direction_i, g>`.
+
+        Raises:
+            ValueError: If a gradient is NaN or infinite.
         """
-        segment, precondition = self._segment, self._precondition
-        if segment.outer_decay is not None:
-            sensitivity = segment.outer_decay * sensitivity
-        values, vectors = self._spectrum
-        stable = values.clip(max=segment.stable_curvature)
-        phi, gamma = segment.responses(stable)
-        rest_phi, rest_gamma = (response[..., 0] for response in segment.responses(np.zeros(1)))
-        rows = self._rows
-        bent = precondition * sensitivity
-        inside = torch.stack([bent @ rows.T, momentum @ rows.T]) @ vectors
+        bad = torch.nonzero(~torch.isfinite(gradients).all(1)).flatten().tolist()
+        if bad:
+            raise ValueError(
+                f"The gradient of objective values {bad[:5]} is NaN or infinite. Check the queries and the objective."
+            )
+        path = self.run.path(rewind)
+        sensitivity, momentum = gradients, torch.zeros_like(gradients)
+        result: dict[int, Tensor] = {}
+        for segment in reversed(self.run.segments(rewind)):
+            if not segment.steps:
+                continue
+            sensitivity, momentum, own = self.run.map_of(path, segment).backward(sensitivity, momentum)
+            result[segment.state] = result[segment.state] + own if segment.state in result else own
+        return result
 
-        def beyond(to_delta: np.ndarray, to_momentum: np.ndarray, rest: np.ndarray) -> Tensor:
-            """What the curvature adds to the response without any."""
-            factors = torch.from_numpy(np.stack([to_delta - rest[0], to_momentum - rest[1]]) / values).to(inside)
-            return (inside * factors[:, None]).sum(0) @ vectors.T @ rows
+    def costs(self, num_masks: int, rewind: float | None) -> PieceOfWork:
+        """From the rows of curvature at one state, and one segment."""
+        run, rewind = self.run, self.rewind if rewind is None else rewind
+        path, segments = run.path(rewind), run.segments(rewind)
+        at_once = min(num_masks, self.batch_size)
+        vectors = torch.zeros(at_once, run.model.num_parameters, device=run.model.device)
+        masks = torch.ones(at_once, run.clusters.num_clusters, device=run.model.device)
+        preparing = measured(lambda: run.map_of(path, segments[-1]))
+        segment_map = run.map_of(path, segments[-1])
+        stepping = measured(lambda: segment_map.forward(vectors, vectors, vectors, masks))
+        gradients = run.source.cost_of_gradients(run.final)
+        batches = -(-num_masks // at_once)
+        return PieceOfWork(
+            seconds=len(segments) * (preparing.seconds + gradients.seconds + batches * stepping.seconds),
+            peak_bytes=self.states_bytes
+            + 3 * vectors.nbytes
+            + max(gradients.peak_bytes, preparing.peak_bytes)
+            + stepping.peak_bytes,
+        )
 
-        before = rest_phi[0, 0] * sensitivity + beyond(phi[0, 0], phi[1, 0], rest_phi[:, 0])
-        if rest_phi[1, 0]:
-            before += rest_phi[1, 0] * momentum / precondition
-        carried = rest_phi[0, 1] * bent + rest_phi[1, 1] * momentum
-        carried += precondition * beyond(phi[0, 1], phi[1, 1], rest_phi[:, 1])
-        force = rest_gamma[0] * bent + rest_gamma[1] * momentum
-        force += precondition * beyond(gamma[0], gamma[1], rest_gamma)
-        if segment.frozen_decay is not None:
-            scale = np.mean([step.scale for step in segment.steps] or [1.0])
-            before = before + segment.frozen_decay / float(scale or 1.0) * force
-        if segment.outer_decay is not None:
-            before = segment.outer_decay * before
-        return before, carried, force
+    @property
+    def states_bytes(self) -> int:
+        """Recorded parameters and second moments in use."""
+        return 8 * len(self.run.trajectory.state_steps) * self.run.model.num_parameters
 
-    def _stable(self, largest_weight: float) -> tuple[Tensor, Tensor]:
-        """Rows and Gram matrix without what would make the recursion itself explode under such cluster weights."""
-        limit = self._segment.stable_curvature / max(1.0, largest_weight)
-        if float(torch.linalg.matrix_norm(self._gram)) <= limit or self._spectrum[0][-1] <= limit:
-            return self._rows, self._gram
-        values, vectors = self._spectrum
-        kept = torch.from_numpy(values.clip(max=limit)).to(vectors)
-        root = (kept / torch.from_numpy(values).to(vectors)).sqrt()
-        return (vectors * root) @ (vectors.T @ self._rows), (vectors * kept) @ vectors.T
+    def _force(self, gradients: ClusterGradients, state: int, masks: Tensor) -> Tensor:
+        return force(
+            gradients,
+            state,
+            masks,
+            num_parameters=self.run.model.num_parameters,
+            max_bytes=self.run.shares.gradients,
+        )

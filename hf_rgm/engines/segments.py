@@ -16,8 +16,8 @@ SECOND_MOMENTS_LOOKED_AT = 4
 """Steps of a segment whose second moments its preconditioner is the mean of."""
 
 MAX_FROZEN_DECAY, MAX_PIECES = 0.1, 16
-"""A coupled decay that differs between elements is held at a segment's start, and segments are cut for that: no element
-loses more than this in a piece, if so many pieces are enough."""
+"""A coupled decay that differs between elements is held at a segment's start. Segments are cut for that, so that no
+element loses more than this in a piece, if so many pieces are enough."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,7 @@ class Segment:
 
     Args:
         state (`int`): The recorded step whose gradients and curvature stand for the segment.
+        first, last (`int`): Its training steps, the last one excluded.
         precondition (`Tensor`): D, `(num_parameters,)` or `(1,)`, float32: learning rates over Adam's root of the
             second moment, summed over the steps.
         steps (`tuple[StepConstants, ...]`): Those that were not skipped.
@@ -56,6 +57,8 @@ class Segment:
     """
 
     state: int
+    first: int
+    last: int
     precondition: Tensor
     steps: tuple[StepConstants, ...]
     outer_decay: Tensor | None = None
@@ -138,7 +141,7 @@ def _segment(path: RecordedPath, state: int, first: int, last: int) -> Segment:
     table, covered = trajectory.steps, slice(first, last)
     active = ~table.skipped[covered]
     if not active.any():
-        return Segment(state, torch.zeros(1, device=path.device), ())
+        return Segment(state, first, last, torch.zeros(1, device=path.device), ())
     learning_rates = table.learning_rates[covered][active]  # (num_steps, num_groups)
     updates = trajectory.update_numbers[covered][active]
     lengths = learning_rates
@@ -184,4 +187,4 @@ def _segment(path: RecordedPath, state: int, first: int, last: int) -> Segment:
             rates, table.clip_factor[covered][active], constants, decays, couplings, strict=True
         )
     )
-    return Segment(state, precondition, steps, outer, frozen)
+    return Segment(state, first, last, precondition, steps, outer, frozen)

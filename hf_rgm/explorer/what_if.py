@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hf_rgm.attribution.objectives import OBJECTIVES, Forward, Objective, Queries
-from hf_rgm.attribution.replays import REPLAY_ENGINES
 from hf_rgm.attribution.result import AttributionResult
+from hf_rgm.engines.objectives import OBJECTIVES, Forward, Objective, Queries
+from hf_rgm.engines.registry import ENGINES
 from hf_rgm.explorer.exhibit import Exhibit
 from hf_rgm.explorer.html import Section, signed
 from hf_rgm.explorer.items import shortened
@@ -99,9 +99,11 @@ def engine_of(result: AttributionResult) -> str:
     """
     The engine that replays: that of the scores, so that both say the same.
 
-    Scores of the adjoint are derivatives; linearised replay is what integrates them.
+    Scores of the adjoint are derivatives; linearised replay is what integrates them. Training on takes the rows, and
+    too long to wait for.
     """
-    return result.engine if result.engine in REPLAY_ENGINES else "linearized_replay"
+    engine = ENGINES.get(result.engine)
+    return result.engine if engine and engine.replays and engine.needs != "rows" else "linearized_replay"
 
 
 def what_if_section(exhibit: Exhibit, replayed: Replayed, clusters: Iterable[int], position: int | None) -> Section:

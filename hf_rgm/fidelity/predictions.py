@@ -10,8 +10,8 @@ import torch
 from numpy.typing import NDArray
 
 from hf_rgm.attribution.attributor import Attributor
-from hf_rgm.attribution.objectives import Objective
 from hf_rgm.clusters import ClusterMap
+from hf_rgm.engines.objectives import Objective
 from hf_rgm.fidelity.budget import LDS_CLUSTERS, LDS_ROWS, LEAVE_CLUSTER_OUT
 from hf_rgm.fidelity.subsets import leave_one_out_masks, random_masks
 from hf_rgm.modeling import FunctionalModel

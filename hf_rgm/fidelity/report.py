@@ -14,8 +14,7 @@ from numpy.typing import NDArray
 
 from hf_rgm.artefacts import printable
 from hf_rgm.attribution.attributor import Attributor
-from hf_rgm.attribution.objectives import Objective, resolve_objective
-from hf_rgm.attribution.replays import check_engine, check_rows
+from hf_rgm.engines.objectives import Objective, resolve_objective
 from hf_rgm.fidelity.budget import LDS_CLUSTERS, LDS_ROWS, LEAVE_CLUSTER_OUT, MEASURES, plan_retrainings
 from hf_rgm.fidelity.predictions import evaluation_identity, predicted_values, subset_masks
 from hf_rgm.fidelity.processes import Launch
@@ -65,7 +64,7 @@ class FidelityReport:
         num_queries (`int`): Values the correlations are averaged over: queries, or one for objectives over a set.
         seeds (`tuple[int, ...]`): Seeds of the retrainings.
         rows (`bool`): Whether the attributor was given the training rows.
-        samples_sha256 (`str`): The synset that was measured, see [`Synset.samples_sha256`].
+        samples_sha256 (`str`): The synset that was measured, see [`Synset.samples_sha256`]; empty without a synset.
         settings (`dict[str, float]`, *optional*): Settings of the engine other than its defaults.
         points (`dict[str, tuple[np.ndarray, np.ndarray]]`, *optional*): By measure, for plots: predicted values and
             retrained ones, mean over seeds, each `(num_values, num_subsets)`. Not kept in artefacts.
@@ -124,11 +123,10 @@ class FidelityReport:
         budget: int = 24,
         measures: Sequence[str] | None = None,
         seeds: Sequence[int] | None = None,
-        engine: str = "linearized_replay",
+        engine: str | None = None,
         rows: bool = False,
         objective: str | Objective = "margin",
         rewind: float | None = None,
-        stride: int | None = None,
         data_collator: DataCollator | None = None,
         output_dir: str | Path | None = None,
         seed: int = 0,
@@ -154,12 +152,12 @@ class FidelityReport:
                 (with `rows=True`); they share the budget. Defaults to what the budget allows.
             seeds (`Sequence[int]`, *optional*): Seeds of the retrainings; each subset is trained with each. Defaults
                 to one or two, by the budget, other than the recorded runs'.
-            engine (`str`, *optional*, defaults to `"linearized_replay"`): As in [`Attributor.attribute`].
-            rows (`bool`, *optional*, defaults to `False`): Whether the attributor is given the training rows, as in
-                [`Attributor.attribute`], so that clusters are scored by their real gradients, and rows too. Else the
-                synset alone is measured, which is all that those have with whom it is shared.
+            engine (`str`, *optional*): As in [`Attributor.attribute`].
+            rows (`bool`, *optional*, defaults to `False`): Whether an attributor that has no rows is given them, so
+                that clusters are scored by their real gradients, and rows too. Else the synset alone is measured,
+                which is all that those have who are given it.
             objective (`str` or `Objective`, *optional*, defaults to `"margin"`): What is predicted.
-            rewind, stride (*optional*): As in [`Attributor.attribute`].
+            rewind (*optional*): As in [`Attributor.attribute`].
             data_collator (`Callable`, *optional*): Collates queries and rows. Defaults to `default_data_collator`.
             output_dir (`str` or `Path`, *optional*): Keeps finished retrainings, apart for other queries or another
                 objective's name; another recipe needs another folder.
@@ -173,16 +171,16 @@ class FidelityReport:
             ValueError: Before any training, if the budget is too small, queries have no labels, the dataset is not the
                 recorded one, or the engine predicts the same of every subset.
         """
-        check_engine(engine)
-        if rows:
-            check_rows(engine)
-        synset, objective = attributor.synset, resolve_objective(objective)
-        recorded_seeds = {run.metadata.get("seeds", {}).get("seed") for run in synset.trajectories}
+        with_rows = rows or attributor.rows is not None
+        chosen = attributor.engine(engine, rows=train_dataset if rows else None)
+        subject, objective = attributor.subject, resolve_objective(objective)
+        clusters = subject.clusters
+        recorded_seeds = {run.metadata.get("seeds", {}).get("seed") for run in subject.trajectories}
         plan = plan_retrainings(
             budget,
-            num_clusters=synset.num_clusters,
-            num_rows=synset.clusters.num_rows,
-            row_scores=rows and objective.differentiable,
+            num_clusters=clusters.num_clusters,
+            num_rows=clusters.num_rows,
+            row_scores=with_rows and objective.differentiable,
             measures=measures,
             seeds=seeds,
             recorded_seeds=recorded_seeds,
@@ -193,9 +191,9 @@ class FidelityReport:
                 "`seeds` to learn about retraining in general.",
                 repeated,
             )
-        synset.trajectory.check_dataset(train_dataset)
-        masks = {name: subset_masks(name, count, synset.clusters, seed) for name, count in plan.num_points.items()}
-        settings = {name: value for name, value in {"rewind": rewind, "stride": stride}.items() if value is not None}
+        subject.trajectory.check_dataset(train_dataset)
+        masks = {name: subset_masks(name, count, clusters, seed) for name, count in plan.num_points.items()}
+        settings = {} if rewind is None else {"rewind": rewind}
         folder = None
         if output_dir is not None:
             folder = Path(output_dir) / evaluation_identity(attributor.model, queries, objective, data_collator)
@@ -205,7 +203,7 @@ class FidelityReport:
                 attributor,
                 queries,
                 masks,
-                engine=engine,
+                engine=chosen.name,
                 objective=objective,
                 rows=train_dataset if rows else None,
                 data_collator=data_collator,
@@ -214,7 +212,7 @@ class FidelityReport:
         subsets = [
             subset
             for name, part in masks.items()
-            for subset in kept_rows(part, None if name == LDS_ROWS else synset.clusters)
+            for subset in kept_rows(part, None if name == LDS_ROWS else clusters)
         ]
         values = retrain(
             build_trainer,
@@ -231,12 +229,12 @@ class FidelityReport:
         parts = dict(zip(masks, np.split(values.transpose(1, 2, 0), ends, axis=2), strict=True))
         return cls(
             agreements={name: _agreement(name, predicted[name], part, seed) for name, part in parts.items()},
-            engine=engine,
+            engine=chosen.name,
             objective=objective.name,
             num_queries=values.shape[2],
             seeds=plan.seeds,
-            rows=rows,
-            samples_sha256=synset.samples_sha256,
+            rows=with_rows,
+            samples_sha256=subject.samples_sha256,
             settings=settings,
             points={name: (predicted[name], part.mean(0)) for name, part in parts.items()},
         )

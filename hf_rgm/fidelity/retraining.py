@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from tqdm.auto import tqdm
 from transformers import Trainer
 
-from hf_rgm.attribution.objectives import Objective, Queries, resolve_objective
+from hf_rgm.engines.objectives import Objective, Queries, resolve_objective
 from hf_rgm.fidelity.processes import Launch, claimed
 from hf_rgm.files import replacing
 from hf_rgm.modeling import FunctionalModel

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from hf_rgm.artefacts import printable
+from hf_rgm.losses import LossFunction, RowLoss
 from hf_rgm.modeling import FunctionalModel, parameters_sha256
+from hf_rgm.rows import RowReader
 from hf_rgm.synset.inputs import InputSpace
 from hf_rgm.synset.samples import SyntheticSamples
 from hf_rgm.synset.states import MatchedState
@@ -84,6 +86,27 @@ def recorded_loss(trajectories: Sequence[Trajectory]) -> tuple[str, float]:
                     "seed."
                 )
     return losses[0]
+
+
+def row_loss_of(trajectories: Sequence[Trajectory], reader: RowReader, function: LossFunction | None) -> RowLoss:
+    """
+    The loss of a row as the recorded runs were trained by it.
+
+    Args:
+        trajectories (`Sequence[Trajectory]`): The recorded runs.
+        reader (`RowReader`): The training rows.
+        function (`Callable`, *optional*): The loss of each row where the training used one of its own.
+
+    Raises:
+        ValueError: If the runs differ, or were trained by a loss that has to be passed.
+    """
+    loss_type, label_smoothing = recorded_loss(trajectories)
+    if function is None and loss_type != CROSS_ENTROPY_TYPE:
+        raise ValueError(
+            f"The recorded run was trained with `loss_type={loss_type!r}`, which is not the cross entropy. Pass "
+            "the loss of each row as `row_loss`."
+        )
+    return RowLoss(labels_per_row=reader.labels_per_row(), label_smoothing=label_smoothing, function=function)
 
 
 def check_samples(model: FunctionalModel, inputs: InputSpace, samples: SyntheticSamples) -> None:

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from hf_rgm.clusters import ClusterMap
-from hf_rgm.losses import LossFunction, RowLoss
+from hf_rgm.losses import LossFunction
 from hf_rgm.modeling import FunctionalModel, parameters_sha256
 from hf_rgm.out_of_memory import advice_on_memory
 from hf_rgm.processes import Processes
 from hf_rgm.rows import CachedBatches, DataCollator, RowReader
 from hf_rgm.synset.blocks import BlockStore
-from hf_rgm.synset.compatibility import CROSS_ENTROPY_TYPE, check_runs, recorded_loss, warn_unless_matched
+from hf_rgm.synset.compatibility import check_runs, row_loss_of, warn_unless_matched
 from hf_rgm.synset.config import DistillationConfig
 from hf_rgm.synset.costs import CostEstimate
 from hf_rgm.synset.initialisation import initial_samples
@@ -119,17 +119,7 @@ class ReverseGradientMatchingDistiller:
         )
         check_runs(self.model, self.trajectories, train_dataset)
         clusters.check_num_rows(len(self.reader))
-        loss_type, label_smoothing = recorded_loss(self.trajectories)
-        if row_loss is None and loss_type != CROSS_ENTROPY_TYPE:
-            raise ValueError(
-                f"The recorded run was trained with `loss_type={loss_type!r}`, which is not the cross entropy. Pass "
-                "the loss of each row as `row_loss`."
-            )
-        self.row_loss = RowLoss(
-            labels_per_row=self.reader.labels_per_row(),
-            label_smoothing=label_smoothing,
-            function=row_loss,
-        )
+        self.row_loss = row_loss_of(self.trajectories, self.reader, row_loss)
         self.rows = [clusters.rows(k) for k in range(clusters.num_clusters)]
         self.batches = CachedBatches(self.reader, self.rows, batch_size=self.config.batch_size, max_bytes=CACHE_BYTES)
         self.matched_states = matched_states(self.trajectories)

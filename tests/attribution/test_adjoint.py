@@ -8,7 +8,7 @@ from torch.nn.functional import cross_entropy
 
 from hf_rgm.attribution.adjoint import AdjointEngine
 from hf_rgm.attribution.attributor import Attributor
-from hf_rgm.attribution.objectives import OBJECTIVES
+from hf_rgm.engines.objectives import OBJECTIVES
 from hf_rgm.exceptions import DivergenceError
 from hf_rgm.rows import RowReader
 from hf_rgm.testing import tiny_recorded_run, tiny_synset

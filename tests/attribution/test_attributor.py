@@ -9,7 +9,7 @@ from datasets import IterableDataset
 from scipy.stats import spearmanr
 
 from hf_rgm.attribution.attributor import Attributor
-from hf_rgm.attribution.objectives import Objective
+from hf_rgm.engines.objectives import Objective
 from hf_rgm.testing import TinyConfig, TinyModel, tiny_recorded_run, tiny_synset
 from tests.vision import vit_run
 

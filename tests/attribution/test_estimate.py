@@ -97,7 +97,7 @@ def attributor_parts():
 
 
 def objective_and_queries(attributor):
-    from hf_rgm.attribution.objectives import resolve_objective
+    from hf_rgm.engines.objectives import resolve_objective
 
     return resolve_objective("margin"), attributor._queries(RUN.queries, None)
 

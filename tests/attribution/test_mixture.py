@@ -10,7 +10,7 @@ from transformers import pipeline
 
 from hf_rgm.attribution.attributor import Attributor
 from hf_rgm.attribution.mixture import MixtureSuggestion, mixture_weights, trusted_mixture
-from hf_rgm.attribution.objectives import OBJECTIVES, Objective, log_odds_margin
+from hf_rgm.engines.objectives import OBJECTIVES, Objective, log_odds_margin
 from hf_rgm.clusters import ClusterMap
 from hf_rgm.exceptions import DivergenceError
 from hf_rgm.modeling import parameters_sha256

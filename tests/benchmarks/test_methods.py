@@ -13,7 +13,7 @@ from benchmarks.methods.ours import adjoint, replay
 from benchmarks.methods.paper import ascent, matched
 from benchmarks.recorded import Recorded
 from hf_rgm import DistillationConfig
-from hf_rgm.attribution.objectives import log_odds_margin
+from hf_rgm.engines.objectives import log_odds_margin
 from hf_rgm.synset.samples import soft_cross_entropy
 from hf_rgm.trajectory.storage import Trajectory
 from tests.benchmarks import tiny

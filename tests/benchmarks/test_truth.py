@@ -8,7 +8,7 @@ import torch
 
 from benchmarks import truth as ground_truth
 from hf_rgm import ClusterMap
-from hf_rgm.attribution.objectives import log_odds_margin
+from hf_rgm.engines.objectives import log_odds_margin
 from hf_rgm.fidelity.retraining import retrain
 from hf_rgm.testing import tiny_trainer
 from tests.benchmarks import tiny

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from hf_rgm import Objective
-from hf_rgm.attribution.objectives import OBJECTIVES
+from hf_rgm.engines.objectives import OBJECTIVES
 from hf_rgm.explorer.app import ALL_QUERIES, Explorer
 from hf_rgm.explorer.exhibit import Exhibit
 from hf_rgm.explorer.what_if import engine_of, replay_without, what_if_section

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from hf_rgm.attribution.attributor import Attributor
-from hf_rgm.attribution.objectives import Objective
+from hf_rgm.engines.objectives import Objective
 from hf_rgm.fidelity import report as module
 from hf_rgm.fidelity.report import Agreement, FidelityReport
 from hf_rgm.fidelity.scores import (

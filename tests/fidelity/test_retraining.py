@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from hf_rgm.attribution.objectives import Objective, log_odds_margin
+from hf_rgm.engines.objectives import Objective, log_odds_margin
 from hf_rgm.fidelity.retraining import retrain
 from hf_rgm.testing import tiny_dataset, tiny_trainer
 

@@ -25,7 +25,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from benchmarks.recorded import Recorded
 from benchmarks.tasks import Task
 from hf_rgm import ClusterMap
-from hf_rgm.attribution.objectives import log_odds_margin
+from hf_rgm.engines.objectives import log_odds_margin
 
 NUM_ROWS, NUM_QUERIES, NUM_FEATURES, NUM_LABELS = 60, 7, 4, 3
 BATCH_SIZE = 20

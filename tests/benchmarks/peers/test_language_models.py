@@ -18,7 +18,7 @@ from benchmarks.recorded import Recorded
 from benchmarks.tasks import Task
 from benchmarks.tasks.trainers import quiet_trainer
 from hf_rgm import ClusterMap
-from hf_rgm.attribution.objectives import Objective, Queries, resolve_objective
+from hf_rgm.engines.objectives import Objective, Queries, resolve_objective
 from hf_rgm.modeling import FunctionalModel
 from hf_rgm.rows import RowReader
 from hf_rgm.synset.targets import row_gradients

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from hf_rgm.modeling import FunctionalModel
-from hf_rgm.synset.inputs import InputSpace
-from hf_rgm.synset.samples import SyntheticSamples, soft_cross_entropies
-
-SAMPLES_AT_ONCE = 512
 SMALL = 0.05
 """Of the way to the replayed parameters, for a derivative by central differences."""
 
@@ -27,29 +24,18 @@ class DriftMeter:
         |L_p(replayed) - L_p(trained) - derivative| / (V * (L_p(initial) - L_p(trained)))
 
     with `V` the share of the data that changes: the total variation distance of the mixtures under p and under 1. All
-    losses are those of the synthetic samples; neither rows nor queries nor retraining are needed.
+    losses are those of the synthetic samples, or of some training rows where they are given; neither queries nor
+    retraining are needed.
 
     Args:
-        model (`FunctionalModel`): The model as a function of its parameters.
-        inputs (`InputSpace`): The space of the synthetic inputs.
-        samples (`SyntheticSamples`): The synset's samples, on the model's device.
+        losses (`Callable`): What each cluster adds to the training loss, `(num_clusters,)`, float64, at parameters
+            `(num_parameters,)`.
         sizes (`Tensor`): `(num_clusters,)`, rows of each cluster.
         initial, final (`Tensor`): `(num_parameters,)`, the first and the last recorded state.
     """
 
-    def __init__(
-        self,
-        model: FunctionalModel,
-        inputs: InputSpace,
-        samples: SyntheticSamples,
-        sizes: Tensor,
-        *,
-        initial: Tensor,
-        final: Tensor,
-    ) -> None:
-        self._model = model
-        self._inputs = inputs
-        self._samples = samples
+    def __init__(self, losses: Callable[[Tensor], Tensor], sizes: Tensor, *, initial: Tensor, final: Tensor) -> None:
+        self._losses = losses
         self._shares = sizes.double() / sizes.sum()
         self._final = final
         self._trained = self._losses(final)
@@ -79,17 +65,3 @@ class DriftMeter:
         way = vector.to(self._final.device) - self._final
         derivative = self._losses(self._final + SMALL * way) - self._losses(self._final - SMALL * way)
         return self._losses(vector) - self._trained - derivative / (2 * SMALL)
-
-    @torch.no_grad()
-    def _losses(self, vector: Tensor) -> Tensor:
-        """Loss of each cluster's samples, `(num_clusters,)`, float64, on the CPU."""
-        parameters = self._model.space.unflatten(vector.to(self._model.device))
-        num_clusters, per_cluster = self._samples.log_weights.shape[:2]
-        at_once = max(1, SAMPLES_AT_ONCE // per_cluster)
-        losses = []
-        for start in range(0, num_clusters, at_once):
-            some = self._samples[slice(start, start + at_once)].flatten()
-            logits = self._model.logits(parameters, self._inputs.to_forward(some))
-            terms = soft_cross_entropies(logits, some.targets, some.log_weights, some.target_ids)
-            losses.append(terms.unflatten(0, (-1, per_cluster)).flatten(1).sum(1).double().cpu())
-        return torch.cat(losses)

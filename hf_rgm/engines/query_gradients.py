@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from hf_rgm.attribution.objectives import Objective, Queries
+from hf_rgm.engines.objectives import Objective, Queries
 from hf_rgm.modeling import FunctionalModel
 
 logger = logging.getLogger(__name__)

@@ -17,14 +17,17 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from hf_rgm.attribution.adjoint import AdjointEngine
-from hf_rgm.attribution.query_gradients import QueryGradients
-from hf_rgm.attribution.training_rows import TrainingRows
 from hf_rgm.clusters import ClusterMap
+from hf_rgm.engines.adjoint import AdjointEngine
+from hf_rgm.engines.request import Evaluation
+from hf_rgm.engines.sources import RowSource
 from hf_rgm.files import remove_unfinished, replacing
-from hf_rgm.processes import Processes
+from hf_rgm.modeling import parameters_sha256
+from hf_rgm.synset.costs import PieceOfWork, measured
+from hf_rgm.synset.targets import row_derivatives
 
 DIGITS = 16
+MAX_ROWS_AT_ONCE = 256
 MIN_BLOCK_ROWS, MAX_BLOCK_ROWS, MAX_BLOCK_BYTES = 256, 2**16, 2**26
 BLOCKS = 64
 """Blocks of rows, as long as none is shorter or longer than the bounds above: few files, and work for many."""
@@ -74,29 +77,19 @@ class RowScorer:
     Scores rows by the adjoint along one recorded run or several, whose mean counts.
 
     Args:
-        engines (`Sequence[AdjointEngine]`): One for each recorded run.
-        gradients (`Sequence[QueryGradients]`): Of the objective at the end of each run.
-        training_rows (`TrainingRows`): The rows.
-        processes (`Processes`): Among which objectives, and then blocks of rows, are split.
+        evaluations (`Sequence[Evaluation]`): The objective along each run, which has rows.
         disable_tqdm (`bool`): No progress bar.
     """
 
-    def __init__(
-        self,
-        engines: Sequence[AdjointEngine],
-        gradients: Sequence[QueryGradients],
-        training_rows: TrainingRows,
-        processes: Processes,
-        *,
-        disable_tqdm: bool,
-    ) -> None:
-        self._engines = engines
-        self._gradients = gradients
-        self._rows = training_rows
-        self._processes = processes
+    def __init__(self, evaluations: Sequence[Evaluation], *, disable_tqdm: bool) -> None:
+        self._engines = [AdjointEngine(evaluation.run) for evaluation in evaluations]
+        self._gradients = [evaluation.gradients for evaluation in evaluations]
+        self._rewind = evaluations[0].request.rewind
+        self._rows = _rows_of(evaluations[0])
+        self._processes = evaluations[0].run.processes
         self._disable_tqdm = disable_tqdm
-        self._at_once = max(1, min(engine.queries_at_once for engine in engines) // len(engines))
-        self.shape = (len(gradients[0]), len(training_rows.reader))
+        self._at_once = min(engine.queries_at_once for engine in self._engines)
+        self.shape = (len(self._gradients[0]), len(self._rows.reader))
 
     def scores(self, folder: ScoreFolder | None = None) -> NDArray[np.float32]:
         """
@@ -134,6 +127,9 @@ class RowScorer:
         self._processes.gather(lambda: folder.join(groups, self.shape) if self._processes.is_main else None)
         return folder.matrix()
 
+    def _rewind_of(self, engine: AdjointEngine) -> float:
+        return engine.rewind if self._rewind is None else self._rewind
+
     def _progress(self) -> tqdm:
         return tqdm(
             total=self.shape[0] * self.shape[1],
@@ -150,12 +146,15 @@ class RowScorer:
         def follow(part: range) -> list[dict[int, Tensor]]:
             chosen = values[part.start : part.stop]
             return [
-                {state: direction.cpu() for state, direction in engine.directions(gradients(chosen)).items()}
+                {
+                    state: direction.cpu()
+                    for state, direction in engine.directions(gradients(chosen), self._rewind_of(engine)).items()
+                }
                 for engine, gradients in zip(self._engines, self._gradients, strict=True)
             ]
 
         found = self._processes.map(follow, parts)
-        device = self._engines[0].model.device
+        device = self._engines[0].run.model.device
         return [
             {state: torch.cat([part[run][state] for part in found]).to(device) for state in found[0][run]}
             for run in range(len(self._engines))
@@ -172,7 +171,7 @@ class RowScorer:
     ) -> NDArray[np.float32] | None:
         """Scores a block into the folder or the matrix; returns what other processes have to be told."""
         by_run = [
-            engine.row_scores(own, self._rows.reader, block.rows, self._rows.row_loss)
+            row_scores(engine, own, self._rows, block.rows)
             for engine, own in zip(self._engines, directions, strict=True)
         ]
         scores = torch.stack(by_run).mean(0).cpu().numpy()
@@ -182,6 +181,87 @@ class RowScorer:
             return None
         matrix[block.place] = scores
         return scores if self._processes.count > 1 else None
+
+
+def row_scores(engine: AdjointEngine, directions: dict[int, Tensor], source: RowSource, rows: range) -> Tensor:
+    """
+    Effect of the presence of some training rows, from their own gradients at the recorded states.
+
+    Args:
+        engine (`AdjointEngine`): The engine.
+        directions (`dict[int, Tensor]`): What [`LinearEngine.directions`] gave.
+        source (`RowSource`): All training rows.
+        rows (`range`): Which of them.
+
+    Returns:
+        `Tensor`: `(num_values, len(rows))`, float32.
+    """
+    run, reader = engine.run, source.reader
+    at_once = _rows_at_once(engine)
+    path = run.path(engine.rewind)
+    result = torch.zeros(len(next(iter(directions.values()))), len(rows), device=run.model.device)
+    for start in range(0, len(rows), at_once):
+        batch = rows[start : start + at_once]
+        inputs, labels = reader.batch(batch)
+        for state, direction in directions.items():
+            named = run.model.space.unflatten(path.state(state))
+            change = row_derivatives(run.model, named, direction, inputs, labels, source.row_loss)
+            result[:, start : start + len(batch)] += change / len(reader)
+    return result
+
+
+def _rows_at_once(engine: AdjointEngine) -> int:
+    """Rows whose gradients fit in memory, on their way to scores."""
+    return max(1, min(MAX_ROWS_AT_ONCE, engine.run.shares.gradients // (12 * engine.run.model.num_parameters)))
+
+
+def cost_of_row_scores(evaluation: Evaluation, num_values: int) -> PieceOfWork:
+    """What scores of all rows take for so many values, from one batch at one state."""
+    run, source = evaluation.run, _rows_of(evaluation)
+    engine = AdjointEngine(run)
+    batch = range(min(_rows_at_once(engine), len(source.reader)))
+    at_once = min(num_values, engine.queries_at_once)
+    directions = {run.trajectory.num_steps: torch.zeros(at_once, run.model.num_parameters, device=run.model.device)}
+    piece = measured(lambda: row_scores(engine, directions, source, batch))
+    rewind = engine.rewind if evaluation.request.rewind is None else evaluation.request.rewind
+    times = len(run.segments(rewind)) * len(source.reader) / len(batch) / run.processes.count
+    return PieceOfWork(-(-num_values // at_once) * times * piece.seconds, engine.states_bytes + piece.peak_bytes)
+
+
+def _rows_of(evaluation: Evaluation) -> RowSource:
+    if evaluation.run.rows is None:
+        raise RuntimeError("Scores of rows need the rows.")
+    return evaluation.run.rows
+
+
+def scores_identity(evaluations: Sequence[Evaluation], samples_sha256: str) -> dict[str, Any]:
+    """
+    What scores of rows depend on, JSON-safe.
+
+    Args:
+        evaluations (`Sequence[Evaluation]`): The objective along each recorded run.
+        samples_sha256 (`str`): Identity of the synset's samples; empty without a synset.
+    """
+    request, source = evaluations[0].request, _rows_of(evaluations[0])
+    return {
+        "parameters_sha256": [parameters_sha256(own.run.trajectory.final.parameters) for own in evaluations],
+        "samples_sha256": samples_sha256,
+        "dataset_fingerprint": evaluations[0].run.trajectory.dataset_fingerprint,
+        "paths": [[list(own.run.trajectory.state_steps), request.rewind, own.run.rank] for own in evaluations],
+        "objective": request.objective.name,
+        "queries": _digest({**request.queries.inputs, "labels": request.queries.labels}),
+        "labels_per_row": source.row_loss.labels_per_row,
+        "label_smoothing": source.row_loss.label_smoothing,
+    }
+
+
+def _digest(tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        value = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name}{value.dtype}{tuple(value.shape)}".encode())
+        digest.update(value.numpy().tobytes())
+    return digest.hexdigest()
 
 
 class ScoreFolder:

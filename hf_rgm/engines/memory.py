@@ -9,7 +9,7 @@ from hf_rgm.files import format_size
 from hf_rgm.trajectory.storage import Trajectory
 
 DEFAULT_MEMORY = "4GB"
-SHARES = {False: (10, 0, 4, 0, 2), True: (6, 2, 3, 3, 2)}
+SHARES = {False: (10, 4, 0, 2), True: (8, 3, 3, 2)}
 """Sixteenths, without and with training rows, in the order of the fields of [`MemoryShares`]."""
 
 
@@ -19,35 +19,32 @@ class MemoryShares:
     Bytes for each thing that is held at once. What does not fit is taken in parts, or anew where it is needed.
 
     Args:
-        jacobian (`int`): The synthetic samples' Jacobian at a recorded state.
-        row_jacobian (`int`): That of real rows, which is looked at beside it.
+        curvature (`int`): The curvature's rows at recorded states.
         vectors (`int`): Deviations of replayed models, or sensitivities of objectives.
         kept (`int`): What rows are read for once and kept: gradients of clusters, or collated batches.
         gradients (`int`): Gradients on their way: those of clusters, rows or objectives.
     """
 
-    jacobian: int
-    row_jacobian: int
+    curvature: int
     vectors: int
     kept: int
     gradients: int
 
     @classmethod
-    def of(cls, max_bytes: int, *, with_rows: bool, with_jacobians: bool = True) -> MemoryShares:
+    def of(cls, max_bytes: int, *, with_rows: bool, with_curvature: bool = True) -> MemoryShares:
         """
         Divides some memory.
 
         Args:
             max_bytes (`int`): All of it.
             with_rows (`bool`): Whether training rows are given.
-            with_jacobians (`bool`, *optional*, defaults to `True`): Whether the engine takes Jacobians. Vectors have
+            with_curvature (`bool`, *optional*, defaults to `True`): Whether the engine takes curvature. Vectors have
                 their part where it does not, as in replays, which read the rows once for every batch of models.
         """
         shares = cls(*(max_bytes * share // 16 for share in SHARES[with_rows]))
-        if with_jacobians:
+        if with_curvature:
             return shares
-        freed = shares.jacobian + shares.row_jacobian
-        return replace(shares, jacobian=0, row_jacobian=0, vectors=shares.vectors + freed)
+        return replace(shares, curvature=0, vectors=shares.vectors + shares.curvature)
 
 
 def free_bytes(max_bytes: int, setting: str, trajectories: Iterable[Trajectory], num_parameters: int) -> int:

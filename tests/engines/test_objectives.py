@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.func import jacrev
 
-from hf_rgm.attribution.objectives import OBJECTIVES, Objective, Queries, log_odds_margin, resolve_objective
+from hf_rgm.engines.objectives import OBJECTIVES, Objective, Queries, log_odds_margin, resolve_objective
 from hf_rgm.modeling import FunctionalModel
 from tests.recorded import TinyNet
 from tests.vision import vit

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_rgm.attribution.perturbations import leave_one_out, random_subsets, ridge_scores
+from hf_rgm.engines.perturbations import leave_one_out, random_subsets, ridge_scores
 
 
 def test_leave_one_out():

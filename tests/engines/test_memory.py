@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from hf_rgm import Attributor
-from hf_rgm.attribution.memory import MemoryShares
+from hf_rgm.engines.memory import MemoryShares
 from hf_rgm.synset.memory import PeakTensors
 from hf_rgm.testing import tiny_recorded_run, tiny_synset
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from hf_rgm import Attributor
-from hf_rgm.attribution.drift import DriftMeter
+from hf_rgm.engines.drift import DriftMeter
 from hf_rgm.exceptions import DivergenceError
 from hf_rgm.testing import tiny_recorded_run, tiny_synset
 

@@ -1,0 +1,80 @@
+"""The adjoint engine: derivatives by the cluster weights, at a cost that does not depend on the number of clusters."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hf_rgm.engines.engine import Outcome
+from hf_rgm.engines.linear import LinearEngine
+from hf_rgm.engines.request import Evaluation
+from hf_rgm.synset.costs import PieceOfWork, measured
+
+
+class AdjointEngine(LinearEngine):
+    """The linear engine backwards: scores of clusters are derivatives at p = 1."""
+
+    name = "adjoint"
+    replays = False
+
+    @property
+    def queries_at_once(self) -> int:
+        """Objectives for which one direction per recorded state fits in memory."""
+        per_value = 4 * self.run.model.num_parameters * (len(self.run.trajectory.state_steps) + 4)
+        return max(1, self.run.shares.vectors // per_value)
+
+    def scores(self, evaluation: Evaluation) -> Outcome:
+        """
+        Derivative of the objective by each cluster's weight.
+
+        Returns:
+            [`Outcome`]: its values are `(num_values, num_clusters)`.
+
+        Raises:
+            ValueError: If the objective has no gradient.
+        """
+        rewind = self.rewind if evaluation.request.rewind is None else evaluation.request.rewind
+        self.prepare(rewind)
+        gradients = evaluation.gradients
+        parts = self.run.processes.parts(len(gradients), at_most=self.queries_at_once)
+        found = self.run.processes.map(lambda part: self.cluster_scores(gradients(part), rewind).cpu(), parts)
+        return Outcome(torch.cat(found), self.start(rewind))
+
+    def cluster_scores(self, gradients: Tensor, rewind: float) -> Tensor:
+        """
+        Scores of clusters for given gradients of objectives.
+
+        Args:
+            gradients (`Tensor`): `(num_values, num_parameters)`.
+            rewind (`float`): Fraction of training down to which effects are followed.
+
+        Returns:
+            `Tensor`: `(num_values, num_clusters)`, float32.
+        """
+        run, of_clusters = self.run, self.gradients(rewind)
+        num_clusters = run.clusters.num_clusters
+        at_once = max(1, run.shares.gradients // (12 * run.model.num_parameters))
+        scores = torch.zeros(len(gradients), num_clusters, device=run.model.device)
+        for state, direction in self.directions(gradients, rewind).items():
+            for start in range(0, num_clusters, at_once):
+                part = range(start, min(start + at_once, num_clusters))
+                scores[:, part.start : part.stop] += direction @ of_clusters(state, part).T
+        return scores
+
+    def costs_of_values(self, num_values: int, rewind: float | None) -> PieceOfWork:
+        """What directions of so many objectives take, from the rows of curvature at one state and one segment."""
+        run, rewind = self.run, self.rewind if rewind is None else rewind
+        path, segments = run.path(rewind), run.segments(rewind)
+        at_once = min(num_values, self.queries_at_once)
+        vectors = torch.zeros(at_once, run.model.num_parameters, device=run.model.device)
+        preparing = measured(lambda: run.map_of(path, segments[-1]))
+        segment_map = run.map_of(path, segments[-1])
+        stepping = measured(lambda: segment_map.backward(vectors, vectors))
+        batches = -(-num_values // at_once)
+        return PieceOfWork(
+            seconds=len(segments) * (preparing.seconds + batches * stepping.seconds),
+            peak_bytes=self.states_bytes
+            + (len(segments) + 3) * vectors.nbytes
+            + preparing.peak_bytes
+            + stepping.peak_bytes,
+        )

@@ -1,0 +1,154 @@
+"""Anchored replay: the recorded path followed, and the deviation from it integrated on a perturbed synset."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.func import grad, vmap
+from tqdm.auto import tqdm
+
+from hf_rgm.engines.engine import Engine
+from hf_rgm.engines.memory import MemoryShares
+from hf_rgm.engines.run import RecordedRun
+from hf_rgm.engines.sources import SampleSource, force
+from hf_rgm.exceptions import DivergenceError
+from hf_rgm.synset.costs import PieceOfWork, measured
+from hf_rgm.synset.samples import broadcast_masks, soft_cross_entropy
+from hf_rgm.trajectory.path import automatic_stride, deviation_step
+
+MAX_MODELS_AT_ONCE = 64
+
+
+class AnchoredReplayEngine(Engine):
+    """
+    Integrates the deviation from the recorded path with the synset's own gradients (docs/method.md, anchored replay).
+
+    Not of first order, so that it stays near where much of the data is absent. With p = 1 it is the trained model
+    exactly. Where rows are given, what the synset's gradients lack on the path is added: exact to first order.
+    """
+
+    name = "replay"
+    needs = "samples"
+    rewind = 0.14
+    max_drift = 0.75
+    stride: int | None = None
+    """Training steps per integration step; by default the smallest that needs at most 100 integration steps."""
+
+    def __init__(self, run: RecordedRun) -> None:
+        super().__init__(run)
+        self._shares = MemoryShares.of(run.max_bytes, with_rows=run.rows is not None, with_curvature=False)
+
+    @property
+    def batch_size(self) -> int:
+        """Models whose deviation, momentum, gradients and what a step makes of them fit in memory."""
+        return max(1, min(MAX_MODELS_AT_ONCE, self._shares.vectors // (24 * self.run.model.num_parameters)))
+
+    def replay(self, masks: Tensor, rewind: float) -> Tensor:
+        """Final parameters under each row of `masks`."""
+        run = self.run
+        path = run.path(rewind, self.stride or automatic_stride(run.trajectory, rewind))
+        samples = _samples(run)
+        deviation = torch.zeros(len(masks), run.model.num_parameters, device=run.model.device)
+        momentum = torch.zeros_like(deviation)
+        everything = torch.ones(1, masks.shape[1], device=run.model.device)
+        lacking, at = None, None
+        for step in progress(path.steps(), len(masks), path.start, disable=run.disable_tqdm):
+            if lacking is None or at != step.nearest_state:
+                at, lacking = step.nearest_state, self._lacking(step.nearest_state, masks, rewind)
+            anchor = path.parameters_at(step.step)
+            base = mask_gradients(samples, anchor[None], everything)
+            change = mask_gradients(samples, anchor + deviation, masks).sub_(base).add_(lacking)
+            deviation, momentum = deviation_step(step, deviation, momentum, change)
+        return finite(run.final + deviation, path.start)
+
+    def costs(self, num_masks: int, rewind: float | None) -> PieceOfWork:
+        """From one gradient and one step."""
+        run, rewind = self.run, self.rewind if rewind is None else rewind
+        path = run.path(rewind, self.stride or automatic_stride(run.trajectory, rewind))
+        at_once = min(num_masks, self.batch_size)
+        everything = torch.ones(1, run.clusters.num_clusters, device=run.model.device)
+        gradient = measured(lambda: mask_gradients(_samples(run), run.final[None], everything))
+        vectors = torch.zeros(at_once, run.model.num_parameters, device=run.model.device)
+        last = path.steps()[-1]
+        stepping = measured(lambda: deviation_step(last, vectors, vectors, vectors))
+        batches = -(-num_masks // at_once)
+        data = run.rows.cost_of_gradients(run.final) if run.rows is not None else PieceOfWork(0.0, 0)
+        # Parameters and second moments of each state; deviation, momentum, where gradients are taken, and these.
+        held = 8 * len(run.trajectory.state_steps) * run.model.num_parameters + 4 * vectors.nbytes
+        return PieceOfWork(
+            seconds=len(path.steps()) * ((num_masks + batches) * gradient.seconds + batches * stepping.seconds)
+            + len(path.segments()) * data.seconds,
+            peak_bytes=held + max(gradient.peak_bytes, vectors.nbytes, stepping.peak_bytes, data.peak_bytes),
+        )
+
+    def _lacking(self, state: int, masks: Tensor, rewind: float) -> Tensor:
+        """What the synset's change of the gradient at a recorded step lacks: `(num_masks, num_parameters)`, or 0."""
+        run = self.run
+        if run.rows is None:
+            return torch.zeros(1, device=run.model.device)
+        path = run.path(rewind)
+        data, own = run.rows.gradients(path), _samples(run).gradients(path)
+        return force(
+            lambda step, clusters: data(step, clusters) - own(step, clusters),
+            state,
+            masks,
+            num_parameters=run.model.num_parameters,
+            max_bytes=self._shares.gradients,
+        )
+
+
+def mask_gradients(samples: SampleSource, parameters: Tensor, masks: Tensor) -> Tensor:
+    """
+    The synset's gradient at several parameters, each under its own cluster weights.
+
+    Args:
+        samples (`SampleSource`): The synset.
+        parameters (`Tensor`): `(num_models, num_parameters)`.
+        masks (`Tensor`): `(num_models, num_clusters)`.
+
+    Returns:
+        `Tensor`: `(num_models, num_parameters)`, float32.
+    """
+    model, flat = samples.model, samples.samples.flatten()
+
+    def loss(named: dict[str, Tensor], mask: Tensor) -> Tensor:
+        log_weights = flat.log_weights + broadcast_masks(mask.log(), samples.samples).flatten(0, 1)
+        logits = model.logits(named, samples.inputs.to_forward(flat))
+        return soft_cross_entropy(logits, flat.targets, log_weights, flat.target_ids)
+
+    if model.device.type != "cpu":
+        return model.space.flatten(vmap(grad(loss))(model.space.unflatten(parameters), masks))
+    rows = []
+    for vector, mask in zip(parameters, masks, strict=True):
+        named = {name: value.detach().requires_grad_() for name, value in model.space.unflatten(vector).items()}
+        with torch.enable_grad():
+            value = loss(named, mask)
+        gradients = torch.autograd.grad(value, list(named.values()), materialize_grads=True)
+        rows.append(model.space.flatten(dict(zip(named, gradients, strict=True))))
+    return torch.stack(rows)
+
+
+def progress(steps, num_models: int, start: int, *, disable: bool) -> tqdm:
+    """The bar of a replay."""
+    return tqdm(steps, desc=f"Replaying {num_models} models from step {start}", leave=False, disable=disable)
+
+
+def finite(parameters: Tensor, start: int) -> Tensor:
+    """
+    Replayed parameters, `(num_models, num_parameters)`, once they are seen to be finite.
+
+    Raises:
+        DivergenceError: If some are not.
+    """
+    bad = torch.nonzero(~torch.isfinite(parameters).all(1)).flatten().tolist()
+    if bad:
+        raise DivergenceError(
+            f"The replay of masks {bad[:5]} gave NaN or infinite parameters. Rewind less far (now from step {start})."
+        )
+    return parameters
+
+
+def _samples(run: RecordedRun) -> SampleSource:
+    if run.samples is None:
+        raise RuntimeError("This engine needs a synset.")
+    return run.samples

@@ -1,0 +1,60 @@
+"""Responses: the models without each cluster, kept in the synset by who had the rows."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from hf_rgm.engines.engine import Engine
+from hf_rgm.engines.request import Evaluation
+from hf_rgm.synset.costs import PieceOfWork
+
+if TYPE_CHECKING:
+    from hf_rgm.synset.responses import Responses
+
+
+class ResponsesEngine(Engine):
+    """
+    Answers by the responses that a synset keeps: what leaving each cluster out changes in the trained parameters.
+
+    Without several clusters the changes are added up, which leaves out how clusters stand in for each other.
+    """
+
+    name = "responses"
+    needs = "responses"
+    takes_rows = False
+    rewind = 0.14
+
+    @property
+    def batch_size(self) -> int:
+        """Models that fit in memory together."""
+        return max(1, self.run.shares.vectors // (16 * self.run.model.num_parameters))
+
+    @property
+    def _responses(self) -> Responses:
+        if self.run.responses is None:
+            raise RuntimeError("This engine needs a synset with responses.")
+        return self.run.responses
+
+    def start(self, rewind: float) -> int:
+        """Training step that the responses were followed from."""
+        return self._responses.rewind_step
+
+    def replay(self, masks: Tensor, rewind: float) -> Tensor:
+        """Final parameters under each row of `masks`: the trained ones, and the changes of what is absent."""
+        result = self.run.final.repeat(len(masks), 1)
+        for start in range(0, masks.shape[1], self.batch_size):
+            part = slice(start, start + self.batch_size)
+            absent = 1 - masks[:, part]
+            if bool(absent.any()):
+                result += absent @ self._responses.decode(part).to(result)
+        return result
+
+    def evaluate(self, evaluation: Evaluation, parameters: Tensor) -> Tensor:
+        """To first order in the objective, where it has a gradient."""
+        return evaluation.to_first_order(parameters - self.run.final)
+
+    def costs(self, num_masks: int, rewind: float | None) -> PieceOfWork:
+        """Next to nothing."""
+        return PieceOfWork(0.0, 16 * self.run.model.num_parameters * min(num_masks, self.batch_size))

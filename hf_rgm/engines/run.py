@@ -1,0 +1,152 @@
+"""One recorded run with everything that engines ask of it."""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from hf_rgm.clusters import ClusterMap
+from hf_rgm.engines.curvature import CurvatureRows, curvature_rows
+from hf_rgm.engines.drift import DriftMeter
+from hf_rgm.engines.memory import MemoryShares
+from hf_rgm.engines.segment_map import SegmentMap
+from hf_rgm.engines.segments import Segment, segments_of
+from hf_rgm.engines.sources import RowSource, SampleSource, Source
+from hf_rgm.modeling import FunctionalModel
+from hf_rgm.processes import Processes
+from hf_rgm.trajectory.path import RecordedPath
+from hf_rgm.trajectory.states import TrajectoryState
+from hf_rgm.trajectory.storage import Trajectory
+
+if TYPE_CHECKING:
+    from hf_rgm.synset.responses import Responses
+
+MAX_RANK = 600
+"""Rows of curvature at a recorded state; see docs/method.md for what fewer cost and more bring."""
+
+MIN_RANK = 16
+"""Fewer stand for nothing."""
+
+
+class RecordedRun:
+    """
+    One recorded run, and where its gradients and curvature come from.
+
+    Args:
+        model (`FunctionalModel`): The model as a function of its parameters.
+        trajectory (`Trajectory`): The recorded run.
+        clusters (`ClusterMap`): Clusters of the training rows.
+        samples (`SampleSource`, *optional*): The synset's samples.
+        rows (`RowSource`, *optional*): The training rows; where they are given, gradients and curvature are theirs.
+        responses (`Responses`, *optional*): What leaving each cluster out does, where the synset keeps it.
+        max_bytes (`int`): Memory for engines, beside the recorded states.
+        processes (`Processes`): Among which work is split.
+        disable_tqdm (`bool`): No progress bars.
+    """
+
+    def __init__(
+        self,
+        model: FunctionalModel,
+        trajectory: Trajectory,
+        clusters: ClusterMap,
+        *,
+        samples: SampleSource | None = None,
+        rows: RowSource | None = None,
+        responses: Responses | None = None,
+        max_bytes: int,
+        processes: Processes,
+        disable_tqdm: bool,
+    ) -> None:
+        self.model = model
+        self.trajectory = trajectory
+        self.clusters = clusters
+        self.samples = samples
+        self.rows = rows
+        self.responses = responses
+        self.max_bytes = max_bytes
+        self.processes = processes
+        self.disable_tqdm = disable_tqdm or not processes.shows_progress
+        self._paths: dict[float, RecordedPath] = {}
+        self._curvature: dict[int, CurvatureRows] = {}
+        self._maps: dict[tuple[int, int, int], SegmentMap] = {}
+
+    @property
+    def source(self) -> Source:
+        """Where gradients and curvature come from: the rows, if they are at hand."""
+        source = self.rows or self.samples
+        if source is None:
+            raise RuntimeError("A run has rows or samples.")
+        return source
+
+    @functools.cached_property
+    def final(self) -> Tensor:
+        """The trained parameters, `(num_parameters,)`, float32."""
+        return self._flat(self.trajectory.final)
+
+    @functools.cached_property
+    def drift_meter(self) -> DriftMeter:
+        """Measures how far replayed models are from where training could have led."""
+        initial = self._flat(self.trajectory.state(self.trajectory.state_steps[0]))
+        sizes = torch.from_numpy(self.clusters.sizes)
+        return DriftMeter(self.source.losses, sizes, initial=initial, final=self.final)
+
+    @functools.cached_property
+    def shares(self) -> MemoryShares:
+        """How memory is divided."""
+        return MemoryShares.of(self.max_bytes, with_rows=self.rows is not None)
+
+    def path(self, rewind: float, stride: int = 1) -> RecordedPath:
+        """The recorded path from a fraction of training on; a stride is for anchored replay."""
+        if stride != 1:
+            return RecordedPath(self.trajectory, self.model.space, self.model.device, rewind=rewind, stride=stride)
+        if rewind not in self._paths:
+            self._paths[rewind] = RecordedPath(
+                self.trajectory, self.model.space, self.model.device, rewind=rewind, stride=1
+            )
+        return self._paths[rewind]
+
+    def segments(self, rewind: float) -> list[Segment]:
+        """The segments of a path, in training order."""
+        return segments_of(self.path(rewind))
+
+    @functools.cached_property
+    def rank(self) -> int:
+        """
+        Rows of curvature at a state: [`MAX_RANK`], or as many as fit.
+
+        Raises:
+            ValueError: If so few fit that they would be of no use.
+        """
+        row = 4 * self.model.num_parameters
+        fitting = self.shares.curvature // (2 * row)  # and once more for what is made of them
+        if fitting < MIN_RANK:
+            raise ValueError(
+                f"`max_memory` leaves room for {fitting} rows of curvature of {self.model.num_parameters} parameters; "
+                f"at least {MIN_RANK} are needed. Raise it, or train fewer parameters (LoRA)."
+            )
+        return min(MAX_RANK, fitting)
+
+    def map_of(self, path: RecordedPath, segment: Segment) -> SegmentMap:
+        """The linear map of a segment; those of all states are kept where they fit into memory."""
+        key = (segment.state, segment.first, segment.last)
+        if key in self._maps:
+            return self._maps[key]
+        rows = self._curvature.get(segment.state)
+        if rows is None:
+            parameters = path.state(segment.state)
+            rows = curvature_rows(
+                self.model, self.source.weighted_inputs, parameters, rank=self.rank, seed=segment.state
+            )
+        found = SegmentMap(segment, rows)
+        # Rows, and beside them the Gram matrix and its eigenvectors.
+        held = 4 * self.rank * (self.model.num_parameters + 3 * self.rank)
+        if held * len(self.trajectory.state_steps) <= self.shares.curvature:
+            self._curvature[segment.state] = rows
+            self._maps[key] = found
+        return found
+
+    def _flat(self, state: TrajectoryState) -> Tensor:
+        return self.model.space.flatten(state.parameters).to(self.model.device)

@@ -1,0 +1,269 @@
+"""Where engines take gradients and curvature from: a synset's samples, or the training rows."""
+
+from __future__ import annotations
+
+import functools
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hf_rgm.clusters import ClusterMap
+from hf_rgm.engines.curvature import WeightedInputs
+from hf_rgm.losses import IGNORED_LABEL, RowLoss
+from hf_rgm.modeling import FunctionalModel
+from hf_rgm.processes import Processes
+from hf_rgm.rows import CachedBatches, RowReader
+from hf_rgm.synset.costs import PieceOfWork, measured
+from hf_rgm.synset.inputs import InputSpace
+from hf_rgm.synset.matching import SynsetGradients
+from hf_rgm.synset.samples import SyntheticSamples, soft_cross_entropies
+from hf_rgm.synset.targets import cluster_gradients, measure_rows
+from hf_rgm.trajectory.path import RecordedPath
+from hf_rgm.trajectory.storage import Trajectory
+
+ROWS_AT_ONCE = 256
+MAX_CANDIDATES = 2048
+"""Training rows among which those are chosen whose curvature is taken."""
+
+LOSS_ROWS = 256
+"""Training rows that stand for the clusters' losses, at least one of each cluster."""
+
+ClusterGradients = Callable[[int, range], Tensor]
+"""Takes a recorded step and some clusters, and returns their gradients there, `(len(clusters), num_parameters)`."""
+
+
+class Source(ABC):
+    """What the training loss of each cluster is known by."""
+
+    num_clusters: int
+
+    @functools.cached_property
+    @abstractmethod
+    def weighted_inputs(self) -> WeightedInputs:
+        """Samples or rows whose weighted curvature is that of the training loss, those of a cluster side by side."""
+
+    @abstractmethod
+    def gradients(self, path: RecordedPath) -> ClusterGradients:
+        """The clusters' gradients at the recorded states of a path; every process must ask for them."""
+
+    @abstractmethod
+    def losses(self, vector: Tensor) -> Tensor:
+        """What each cluster adds to the training loss at `(num_parameters,)`: `(num_clusters,)`, float64, CPU."""
+
+    @abstractmethod
+    def cost_of_gradients(self, vector: Tensor) -> PieceOfWork:
+        """What the clusters' gradients at one state take."""
+
+
+class SampleSource(Source):
+    """
+    The synthetic samples of a synset.
+
+    Args:
+        model (`FunctionalModel`): The model as a function of its parameters.
+        inputs (`InputSpace`): The space of the synthetic inputs.
+        samples (`SyntheticSamples`): On the model's device.
+    """
+
+    def __init__(self, model: FunctionalModel, inputs: InputSpace, samples: SyntheticSamples) -> None:
+        self.model = model
+        self.inputs = inputs
+        self.samples = samples
+        self.num_clusters, self._per_cluster = samples.log_weights.shape[:2]
+        self._gradients = SynsetGradients(model, inputs)
+
+    @functools.cached_property
+    def weighted_inputs(self) -> WeightedInputs:
+        """All samples."""
+        flat = self.samples.flatten()
+        clusters = torch.arange(self.num_clusters, device=flat.log_weights.device).repeat_interleave(self._per_cluster)
+        return WeightedInputs(self.inputs.to_forward(flat), flat.log_weights.exp(), clusters)
+
+    def gradients(self, path: RecordedPath) -> ClusterGradients:
+        """Those of the samples, taken anew at every call."""
+
+        def taken(state: int, clusters: range) -> Tensor:
+            some = self.samples[slice(clusters.start, clusters.stop)]
+            return self._gradients(self.model.space.unflatten(path.state(state)), some).detach()
+
+        return taken
+
+    @torch.no_grad()
+    def losses(self, vector: Tensor) -> Tensor:
+        """Weighted soft cross entropy of each cluster's samples."""
+        parameters = self.model.space.unflatten(vector.to(self.model.device))
+        at_once = max(1, LOSS_ROWS // self._per_cluster)
+        losses = []
+        for start in range(0, self.num_clusters, at_once):
+            some = self.samples[slice(start, start + at_once)].flatten()
+            logits = self.model.logits(parameters, self.inputs.to_forward(some))
+            terms = soft_cross_entropies(logits, some.targets, some.log_weights, some.target_ids)
+            losses.append(terms.unflatten(0, (-1, self._per_cluster)).flatten(1).sum(1).double().cpu())
+        return torch.cat(losses)
+
+    def cost_of_gradients(self, vector: Tensor) -> PieceOfWork:
+        """What the gradients of all samples at one state take."""
+        named = self.model.space.unflatten(vector)
+        self._gradients(named, self.samples[:2])  # decides how to vectorise
+        return measured(lambda: self._gradients(named, self.samples).detach())
+
+
+class RowSource(Source):
+    """
+    The training rows themselves.
+
+    Args:
+        model (`FunctionalModel`): The model as a function of its parameters.
+        reader (`RowReader`): The rows.
+        clusters (`ClusterMap`): Their clusters.
+        row_loss (`RowLoss`): The loss of a row.
+        max_bytes (`int`): Memory for what is kept: gradients of clusters, or collated rows.
+        processes (`Processes`): Among which clusters are split.
+    """
+
+    def __init__(
+        self,
+        model: FunctionalModel,
+        reader: RowReader,
+        clusters: ClusterMap,
+        row_loss: RowLoss,
+        *,
+        max_bytes: int,
+        processes: Processes,
+    ) -> None:
+        self.model = model
+        self.reader = reader
+        self.clusters = clusters
+        self.row_loss = row_loss
+        self.num_clusters = clusters.num_clusters
+        self._max_bytes = max_bytes
+        self._processes = processes
+        self._kept: tuple[Trajectory, list[int], Tensor] | None = None
+
+    @functools.cached_property
+    def weighted_inputs(self) -> WeightedInputs:
+        """All rows, or as many as are looked at, evenly over the clusters by their sizes."""
+        rows = self._evenly(min(MAX_CANDIDATES, len(self.reader)))
+        inputs, labels = self.reader.batch(rows)
+        weight = 1 / (len(rows) * self.row_loss.labels_per_row)
+        owners = torch.from_numpy(self.clusters.cluster_ids[rows]).to(labels.device, torch.int64)
+        return WeightedInputs(inputs, weight * (labels != IGNORED_LABEL).float(), owners)
+
+    def gradients(self, path: RecordedPath) -> ClusterGradients:
+        """
+        Those of all rows of each cluster.
+
+        Where those of all clusters at all states fit into memory, each process takes its share of them now, so that
+        all must come here; they stay for shorter paths of the same run. Otherwise each reads what it needs whenever it
+        needs it.
+        """
+        states = [state for state, _, _ in path.segments()]
+        if self._kept is not None and self._kept[0] is path.trajectory and {*states} <= {*self._kept[1]}:
+            return self._kept_gradients
+        # Twice for a moment, when the parts are put together.
+        if 8 * len(states) * self.num_clusters * self.model.num_parameters > self._max_bytes:
+            batches = self._batches(self._max_bytes)
+            return lambda state, clusters: self._taken(path, [state], batches, clusters)[0]
+        batches = self._batches(0)
+        parts = self._processes.parts(self.num_clusters, at_most=self.num_clusters)
+        found = self._processes.map(lambda part: self._taken(path, states, batches, part).cpu(), parts)
+        self.keep(path.trajectory, states, torch.cat(found, dim=1).to(self.model.device))
+        return self._kept_gradients
+
+    def keep(self, trajectory: Trajectory, states: list[int], gradients: Tensor) -> None:
+        """
+        Keeps gradients that are known already.
+
+        Args:
+            trajectory (`Trajectory`): The recorded run.
+            states (`list[int]`): Recorded steps.
+            gradients (`Tensor`): `(len(states), num_clusters, num_parameters)`, float32.
+        """
+        self._kept = trajectory, states, gradients
+
+    def losses(self, vector: Tensor) -> Tensor:
+        """Mean loss of some rows of each cluster, times its share of all rows."""
+        inputs, labels, owners = self._loss_rows
+        with torch.no_grad():
+            logits = self.model.logits(self.model.space.unflatten(vector.to(self.model.device)), inputs)
+            losses = self.row_loss(logits, labels).double().cpu()
+        sums = torch.zeros(self.num_clusters, dtype=torch.float64).index_add_(0, owners, losses)
+        counts = torch.bincount(owners, minlength=self.num_clusters).clamp_min(1)
+        return sums / counts * torch.from_numpy(self.clusters.sizes / len(self.reader))
+
+    def cost_of_gradients(self, vector: Tensor) -> PieceOfWork:
+        """What one pass over all rows takes."""
+        with torch.enable_grad():
+            row = measure_rows(self.model, vector, self._batches(self._max_bytes), self.row_loss)
+        held = 4 * self.num_clusters * self.model.num_parameters
+        return PieceOfWork(row.seconds * len(self.reader), row.peak_bytes + held, held)
+
+    @functools.cached_property
+    def _loss_rows(self) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+        each = max(1, LOSS_ROWS // self.num_clusters)
+        rows = np.concatenate([self.clusters.rows(k)[:each] for k in range(self.num_clusters)])
+        inputs, labels = self.reader.batch(rows)
+        return inputs, labels, torch.from_numpy(self.clusters.cluster_ids[rows]).to(torch.int64)
+
+    def _evenly(self, count: int) -> np.ndarray:
+        """So many rows at equal distances, sorted by cluster and shuffled within: `(count,)`, int64."""
+        ids = self.clusters.cluster_ids
+        order = np.lexsort((np.random.default_rng(0).random(len(ids)), ids))
+        return order[np.linspace(0, len(ids), count, endpoint=False).astype(int)]
+
+    def _kept_gradients(self, state: int, clusters: range) -> Tensor:
+        if self._kept is None:
+            raise RuntimeError("No gradients are kept.")
+        _, states, gradients = self._kept
+        return gradients[states.index(state), clusters.start : clusters.stop]
+
+    def _batches(self, max_bytes: int) -> CachedBatches:
+        groups = [self.clusters.rows(k) for k in range(self.num_clusters)]
+        return CachedBatches(self.reader, groups, batch_size=ROWS_AT_ONCE, max_bytes=max_bytes)
+
+    def _taken(self, path: RecordedPath, states: list[int], batches: CachedBatches, clusters: range) -> Tensor:
+        vectors = [path.state(state) for state in states]
+        with torch.enable_grad():
+            return cluster_gradients(self.model, vectors, batches, clusters, len(self.reader), self.row_loss)
+
+
+def force(gradients: ClusterGradients, state: int, masks: Tensor, *, num_parameters: int, max_bytes: int) -> Tensor:
+    """
+    The driving term of replays: mask-weighted cluster gradients at a recorded state.
+
+    Args:
+        gradients (`ClusterGradients`): Of the clusters.
+        state (`int`): The recorded step.
+        masks (`Tensor`): `(num_masks, num_clusters)`, the weight p of each cluster.
+        num_parameters (`int`): Trainable parameters.
+        max_bytes (`int`): Memory for gradients on their way.
+
+    Returns:
+        `Tensor`: `(num_masks, num_parameters)`, float32: `sum_k (p_k - 1) G_k`.
+    """
+    at_once = max(1, max_bytes // (12 * num_parameters))
+    result = torch.zeros(len(masks), num_parameters, device=masks.device)
+    for start in range(0, masks.shape[1], at_once):
+        clusters = range(start, min(start + at_once, masks.shape[1]))
+        result += (masks[:, clusters.start : clusters.stop] - 1) @ gradients(state, clusters)
+    return result
+
+
+def training_rows(rows: Any, model: FunctionalModel, clusters: ClusterMap, data_collator: Any) -> RowReader:
+    """
+    Opens the training rows.
+
+    Raises:
+        ValueError: If there are more or fewer than the clusters have.
+    """
+    reader = RowReader(rows, model, data_collator=data_collator, what="rows")
+    if len(reader) != clusters.num_rows:
+        raise ValueError(
+            f"`rows` has {len(reader)} rows, but the clusters have {clusters.num_rows}. Pass the training dataset "
+            "itself; what is to be explained goes first, as queries."
+        )
+    return reader
