@@ -9,9 +9,8 @@ from typing import Any
 from huggingface_hub.errors import LocalEntryNotFoundError
 
 from hf_rgm.artefacts import ArtefactFolder, printable
-from hf_rgm.attribution.linearized import LinearizedReplayEngine
-from hf_rgm.attribution.replay import ReplayEngine
 from hf_rgm.attribution.result import AttributionResult
+from hf_rgm.engines.registry import ENGINES
 from hf_rgm.fidelity.report import FidelityReport
 from hf_rgm.files import format_size
 from hf_rgm.hub.repository import open_artefact
@@ -21,7 +20,7 @@ from hf_rgm.trajectory.storage import METADATA_FILE, Trajectory
 HIGH = 0.5
 """A matching error of scores that mean little without the rows."""
 
-MAX_DRIFTS = {engine.name: engine.max_drift for engine in (LinearizedReplayEngine, ReplayEngine)}
+MAX_DRIFTS = {name: engine.max_drift for name, engine in ENGINES.items() if engine.max_drift is not None}
 MARKERS = {METADATA_FILE: "trajectory", Synset.marker: "synset", AttributionResult.marker: "attributions"}
 
 

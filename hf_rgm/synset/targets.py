@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -57,33 +57,32 @@ def cluster_gradients(
     """
     result = None
     for position, cluster in enumerate(clusters):
-        for index, state in enumerate(states):
-            kept = sketch(_cluster_gradient(model, state, batches.group(cluster), num_rows, row_loss))
-            if result is None:  # in place from the start: stacking what is finished would take the memory twice
-                result = kept.new_empty(len(states), len(clusters), len(kept))
-            result[index, position] = kept
+        for inputs, labels in batches.group(cluster):  # each batch is collated once for all states
+            for index, state in enumerate(states):
+                kept = sketch(_batch_gradient(model, state, inputs, labels, num_rows, row_loss))
+                if result is None:  # in place from the start: stacking what is finished would take the memory twice
+                    result = kept.new_zeros(len(states), len(clusters), len(kept))
+                result[index, position] += kept
     if result is None:
         raise ValueError(f"{len(clusters)} clusters at {len(states)} states: there is no gradient to take.")
     return result
 
 
-def _cluster_gradient(
+def _batch_gradient(
     model: FunctionalModel,
     state: Tensor,
-    batches: Iterable[tuple[dict[str, Tensor], Tensor]],
+    inputs: dict[str, Tensor],
+    labels: Tensor,
     num_rows: int,
     row_loss: RowLoss,
 ) -> Tensor:
     named = model.space.unflatten(state)
-    total = torch.zeros(model.num_parameters, device=model.device)
-    for inputs, labels in batches:
-        parameters = {name: value.detach().requires_grad_() for name, value in named.items()}
-        logits = model.logits(parameters, inputs)
-        check_labels(logits, labels)
-        loss = row_loss(logits, labels).sum() / num_rows
-        gradients = torch.autograd.grad(loss, list(parameters.values()), materialize_grads=True)
-        total += model.space.flatten(dict(zip(parameters, gradients, strict=True)))
-    return total
+    parameters = {name: value.detach().requires_grad_() for name, value in named.items()}
+    logits = model.logits(parameters, inputs)
+    check_labels(logits, labels)
+    loss = row_loss(logits, labels).sum() / num_rows
+    gradients = torch.autograd.grad(loss, list(parameters.values()), materialize_grads=True)
+    return model.space.flatten(dict(zip(parameters, gradients, strict=True)))
 
 
 def measure_rows(model: FunctionalModel, state: Tensor, batches: CachedBatches, row_loss: RowLoss) -> PieceOfWork:
