@@ -45,6 +45,18 @@ def map_rows(function: Callable[..., Tensor], inputs: Mapping[str, Tensor], *oth
     return torch.cat(results)[torch.cat(order).argsort()]
 
 
+def order_by_mask(inputs: Mapping[str, Tensor]) -> Tensor:
+    """
+    An order of rows in which those with the same `attention_mask` follow each other, `(batch_size,)`, int64.
+
+    So that [`map_rows`], given some rows after the others, finds many that go together.
+    """
+    if MASK not in inputs:
+        first = next(iter(inputs.values()))
+        return torch.arange(len(first), device=first.device)
+    return torch.unique(inputs[MASK], dim=0, return_inverse=True)[1].argsort(stable=True)
+
+
 def _with_mask(function: Callable[..., Tensor], mask: Tensor, inputs: dict[str, Tensor], *others: Tensor) -> Tensor:
     return function({**inputs, MASK: mask}, *others)
 

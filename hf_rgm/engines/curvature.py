@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.func import grad
 
 from hf_rgm.modeling import FunctionalModel
-from hf_rgm.vectorize import map_rows
+from hf_rgm.vectorize import map_rows, order_by_mask
 
 MAX_EXACT_OUTPUTS = 64
 """Labels of a sample up to which the eigenvectors of its softmax covariance are taken; beyond, random signs are."""
@@ -21,7 +21,7 @@ MAX_EXACT_OUTPUTS = 64
 SAMPLES_AT_ONCE = 256
 """Samples in one forward pass."""
 
-CHUNK_BYTES = {True: 2**24, False: 2**28}
+CHUNK_BYTES = {True: 2**25, False: 2**28}
 """Of gradients taken in one call, on the CPU and elsewhere: on the CPU, what stays in its caches is fastest."""
 
 
@@ -91,6 +91,8 @@ def curvature_rows(
     owners = torch.from_numpy(chosen // draws).to(model.device)
     scales = torch.from_numpy(factors).to(model.device, torch.float32).sqrt()
     is_exact = outputs is not None
+    order = order_by_mask(samples[owners].inputs)
+    owners, scales, chosen = owners[order], scales[order], chosen[order.cpu().numpy()]
     result = torch.zeros(len(owners), model.num_parameters, device=model.device)
     at_once = max(1, CHUNK_BYTES[model.device.type == "cpu"] // (4 * model.num_parameters))
     for start in range(0, len(owners), at_once):

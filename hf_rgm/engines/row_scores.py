@@ -25,10 +25,14 @@ from hf_rgm.files import remove_unfinished, replacing
 from hf_rgm.modeling import parameters_sha256
 from hf_rgm.synset.costs import PieceOfWork, measured
 from hf_rgm.synset.targets import row_derivatives
+from hf_rgm.vectorize import order_by_mask
 
 DIGITS = 16
 MAX_ROWS_AT_ONCE = 256
-MIN_BLOCK_ROWS, MAX_BLOCK_ROWS, MAX_BLOCK_BYTES = 256, 2**16, 2**26
+TEXTS_AT_ONCE = 1024
+"""Texts that are read together: the more, the more of them have one length and go through the model together."""
+
+MIN_BLOCK_ROWS, MAX_BLOCK_ROWS, MAX_BLOCK_BYTES = 1024, 2**16, 2**26
 BLOCKS = 64
 """Blocks of rows, as long as none is shorter or longer than the bounds above: few files, and work for many."""
 
@@ -197,16 +201,18 @@ def row_scores(engine: AdjointEngine, directions: dict[int, Tensor], source: Row
         `Tensor`: `(num_values, len(rows))`, float32.
     """
     run, reader = engine.run, source.reader
-    at_once = _rows_at_once(engine)
-    path = run.path(engine.rewind)
+    at_once, path = _rows_at_once(engine), run.path(engine.rewind)
+    read_at_once = TEXTS_AT_ONCE if run.model.main_input_name == "input_ids" else at_once
     result = torch.zeros(len(next(iter(directions.values()))), len(rows), device=run.model.device)
-    for start in range(0, len(rows), at_once):
-        batch = rows[start : start + at_once]
+    for start in range(0, len(rows), read_at_once):
+        batch = rows[start : start + read_at_once]
         inputs, labels = reader.batch(batch)
-        for state, direction in directions.items():
-            named = run.model.space.unflatten(path.state(state))
-            change = row_derivatives(run.model, named, direction, inputs, labels, source.row_loss)
-            result[:, start : start + len(batch)] += change / len(reader)
+        for part in order_by_mask(inputs).split(at_once):
+            some = {name: value[part] for name, value in inputs.items()}
+            for state, direction in directions.items():
+                named = run.model.space.unflatten(path.state(state))
+                change = row_derivatives(run.model, named, direction, some, labels[part], source.row_loss)
+                result[:, start + part] += change / len(reader)
     return result
 
 
