@@ -16,7 +16,7 @@ from hf_rgm.synset.responses_file import RESPONSES_FILE
 from hf_rgm.testing import tiny_synset
 from tests.responses import add_responses, tiny_responses, with_responses
 
-FETCHED = f"GET .*resolve/.*{RESPONSES_FILE}"
+FETCHED = f"HEAD .*resolve/.*{RESPONSES_FILE}"
 
 
 def invoke(*arguments):
@@ -75,7 +75,7 @@ def test_a_synset_that_is_pushed_on_brings_them(hub_in_process):
 
 def test_commands_say_that_they_are_there_and_bring_them(hub_in_process, tmp_path):
     folder = with_responses().save_pretrained(tmp_path / "synset")
-    size = "1.3 kB"
+    size = "1.1 kB"
     assert f"responses: int8, {size}: the parameter changes of leaving each of 6" in invoke("info", folder).output
     pushed = invoke("push", folder, "me/synset")
     assert pushed.exit_code == 0, pushed.output
