@@ -13,11 +13,14 @@ from huggingface_hub import DatasetCard, DatasetCardData, ModelCard, ModelCardDa
 from hf_rgm.artefacts import printable
 from hf_rgm.attribution.result import AttributionResult
 from hf_rgm.fidelity.report import DESCRIPTIONS, SOURCES, FidelityReport
+from hf_rgm.files import format_size
 from hf_rgm.hub.artefact import LOCAL, CardOptions
 from hf_rgm.hub.repository import dataset_address, is_repo_id, model_address
+from hf_rgm.synset.responses_file import RESPONSES_FILE
 
 if TYPE_CHECKING:
     from hf_rgm.attribution.unlearned import UnlearnedModel
+    from hf_rgm.synset.responses import Responses
     from hf_rgm.synset.synset import Synset
 
 PACKAGE = Path(__file__).parents[1]
@@ -86,6 +89,7 @@ def synset_card(synset: Synset, options: CardOptions | None = None) -> str:
         ),
         fidelity=fidelity_section(synset.fidelity),
         privacy=privacy_section(synset.metadata.get("privacy")),
+        responses=responses_section(synset.responses, synset.trajectory.num_steps),
     )
 
 
@@ -223,6 +227,19 @@ def privacy_section(privacy: dict[str, Any] | None) -> str:
             "most similar row has them"
         )
     return f"{text}. Samples that start from rows may show parts of them; this measures it and guarantees nothing."
+
+
+def responses_section(responses: Responses | None, num_steps: int) -> str | None:
+    """What responses hold, how large they are and what they are made from; nothing where there are none."""
+    if responses is None:
+        return None
+    return (
+        f"`{RESPONSES_FILE}` ({format_size(responses.num_bytes)}, {responses.precision}) holds what leaving each "
+        f"cluster out changes in the {responses.num_parameters} trained parameters, followed from training step "
+        f"{responses.rewind_step} of {num_steps}. For privacy: that is one vector of parameter changes for each of "
+        f"the {responses.num_clusters} clusters, derived from the gradients of its real training rows. What it tells "
+        "of single rows was not measured."
+    )
 
 
 def escaped(text: Any) -> str:

@@ -14,6 +14,7 @@ from hf_rgm.engines.registry import ENGINES
 from hf_rgm.fidelity.report import FidelityReport
 from hf_rgm.files import format_size
 from hf_rgm.hub.repository import open_artefact
+from hf_rgm.synset.responses import Responses
 from hf_rgm.synset.synset import Synset
 from hf_rgm.trajectory.storage import METADATA_FILE, Trajectory
 
@@ -128,6 +129,8 @@ def _synset(folder: ArtefactFolder, name: str) -> tuple[dict[str, Any], list[str
     }
     if synset.matching_error > HIGH:
         facts["caution"] = "the matching error is high: give the training rows, or distil again with more samples"
+    if synset.responses is not None:
+        facts["responses"] = _responses(synset.responses, synset.trajectory.num_steps)
     uses = [
         f"attribute: hf-rgm attribute MODEL {name} QUERIES -o ATTRIBUTIONS",
         f'or: pipeline("data-attribution", model=..., synset={name!r}), whose model_without([...]) unlearns',
@@ -157,6 +160,17 @@ def _attributions(folder: ArtefactFolder, name: str) -> tuple[dict[str, Any], li
 def _model(trajectory: Trajectory) -> str:
     described = trajectory.metadata.get("model")
     return printable(str(described.get("class", "not known"))) if isinstance(described, dict) else "not known"
+
+
+def _responses(responses: Responses, num_steps: int) -> str:
+    """What they are, after they were read to see that they are whole, unless they would have to be fetched."""
+    if responses.at_hand:
+        responses.check()
+    return (
+        f"{responses.precision}, {format_size(responses.num_bytes)}: the parameter changes of leaving each of "
+        f"{responses.num_clusters} clusters out, from real rows' gradients, followed from step "
+        f"{responses.rewind_step} of {num_steps}{'' if responses.at_hand else '; fetched when asked for'}"
+    )
 
 
 def _fidelity(fidelity: dict[str, Any] | None) -> str:

@@ -16,6 +16,8 @@ from hf_rgm.artefacts import WAY_OUT, ArtefactFolder, parsed, with_defaults
 from hf_rgm.clusters import ClusterMap
 from hf_rgm.files import write_json
 from hf_rgm.modeling import parameters_sha256
+from hf_rgm.synset.responses import ResponsesDescription, open_responses
+from hf_rgm.synset.responses_file import RESPONSES_FILE
 from hf_rgm.synset.samples import SyntheticSamples
 from hf_rgm.synset.states import MatchedState
 from hf_rgm.trajectory.storage import Trajectory
@@ -33,6 +35,7 @@ FILES = (
     "README.md",
     CONFIG_FILE,
     TENSORS_FILE,
+    RESPONSES_FILE,
     f"{SAMPLES_FOLDER}/*",
     f"{CLUSTERS_FOLDER}/*",
     f"{RUNS_FOLDER}/*/*",
@@ -58,6 +61,7 @@ class SynsetDescription:
         matched_states (`list`): Run and step of each matched state.
         config, metadata (`dict`): See [`Synset`].
         fidelity (`dict`, *optional*): See [`Synset`].
+        responses (`dict`, *optional*): A [`ResponsesDescription`], if there are any.
     """
 
     parameters_sha256: str
@@ -68,6 +72,7 @@ class SynsetDescription:
     config: dict[str, Any]
     metadata: dict[str, Any]
     fidelity: dict[str, Any] | None
+    responses: dict[str, Any] | None = None
 
 
 @dataclass
@@ -126,6 +131,8 @@ def write_synset(synset: Synset, folder: Path, card: str, *, samples: Any, state
     (folder / RUNS_FOLDER).mkdir()
     for run, trajectory in enumerate(synset.trajectories):
         trajectory.without_rows().save(folder / RUNS_FOLDER / str(run), precision=state_precision)
+    if synset.responses is not None:
+        synset.responses.write(folder / RESPONSES_FILE, synset.parameters_sha256)
     write_json(
         folder / CONFIG_FILE,
         {
@@ -139,6 +146,7 @@ def write_synset(synset: Synset, folder: Path, card: str, *, samples: Any, state
             "config": synset.config,
             "metadata": synset.metadata,
             "fidelity": synset.fidelity,
+            "responses": None if synset.responses is None else synset.responses.describe(),
         },
     )
     (folder / "README.md").write_text(card, encoding="utf-8")
@@ -157,7 +165,7 @@ def read_synset(folder: ArtefactFolder) -> dict[str, Any]:
 
     source = f"{folder}/{CONFIG_FILE}"
     content = folder.read_json(CONFIG_FILE, format_version=FORMAT_VERSION)
-    description = parsed(SynsetDescription, content, source)
+    description = parsed(SynsetDescription, with_defaults(SynsetDescription, content), source)
     told = parsed(_Metadata, with_defaults(_Metadata, description.metadata), f"`metadata` of {source}")
     if told.privacy:
         parsed(_Privacy, with_defaults(_Privacy, told.privacy), f"`privacy` of {source}")
@@ -185,6 +193,16 @@ def read_synset(folder: ArtefactFolder) -> dict[str, Any]:
             f"{folder}/{RUNS_FOLDER}/0 ends at other parameters than {source} names; they do not belong together. "
             "Copy the synset again."
         )
+    responses = None
+    if description.responses is not None:
+        responses = open_responses(
+            folder,
+            parsed(ResponsesDescription, description.responses, f"`responses` of {source}"),
+            num_clusters=clusters.num_clusters,
+            parameter_shapes=trajectories[0].parameter_shapes,
+            parameters_sha256=description.parameters_sha256,
+            source=source,
+        )
     return {
         "samples": SyntheticSamples(**tensors),
         "clusters": clusters,
@@ -196,6 +214,7 @@ def read_synset(folder: ArtefactFolder) -> dict[str, Any]:
         "config": description.config,
         "metadata": description.metadata,
         "fidelity": description.fidelity,
+        "responses": responses,
     }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
@@ -19,6 +19,7 @@ from hf_rgm.files import staged_folder
 from hf_rgm.hub.artefact import CardOptions, DatasetArtefact
 from hf_rgm.modeling import FunctionalModel, parameters_sha256
 from hf_rgm.synset.inputs import SoftTokens
+from hf_rgm.synset.responses import Responses
 from hf_rgm.synset.samples import SyntheticSamples
 from hf_rgm.synset.states import MatchedState
 from hf_rgm.synset.storage import CONFIG_FILE, FILES, read_synset, with_pictures, write_synset
@@ -48,6 +49,8 @@ class Synset(DatasetArtefact):
         metadata (`dict`, *optional*): Model id, dataset fingerprint, seconds, library versions.
         fidelity (`dict`, *optional*): What [`~hf_rgm.FidelityReport.to_dict`] gave for this synset; kept in
             `synset.json` and shown on the card.
+        responses (`Responses`, *optional*): What leaving each cluster out changes in the trained parameters. Those of
+            a synset that was loaded are read, or fetched from the Hub, when they are decoded.
 
     Example:
 
@@ -76,6 +79,7 @@ class Synset(DatasetArtefact):
     config: dict[str, Any] = field(default_factory=dict)
     metadata: dict[str, Any] = field(default_factory=dict)
     fidelity: dict[str, Any] | None = None
+    responses: Responses | None = None
 
     def __post_init__(self) -> None:
         inputs, targets, log_weights = self.samples.tensors()
@@ -120,6 +124,16 @@ class Synset(DatasetArtefact):
                 f"{matched[1]} clusters. The files do not belong together."
             )
         self._check_fidelity()
+        self._check_responses()
+
+    def _check_responses(self) -> None:
+        if self.responses is not None:
+            self.responses.check_belongs(
+                num_clusters=self.num_clusters,
+                parameter_shapes=self.trajectory.parameter_shapes,
+                num_steps=self.trajectory.num_steps,
+                parameters_sha256=self.parameters_sha256,
+            )
 
     def _check_fidelity(self) -> None:
         if self.fidelity is None:
@@ -213,6 +227,7 @@ class Synset(DatasetArtefact):
         save_directory: str | Path,
         *,
         state_precision: str | None = None,
+        with_responses: bool = True,
         tokenizer: PreTrainedTokenizerBase | None = None,
         card: CardOptions | None = None,
     ) -> Path:
@@ -223,6 +238,8 @@ class Synset(DatasetArtefact):
             save_directory (`str` or `Path`): The folder.
             state_precision (`str`, *optional*): `"float32"`, `"bfloat16"` or `"int8"` for the recorded states, the
                 last of which, the trained model, is kept as it is. Defaults to the precision they have.
+            with_responses (`bool`, *optional*, defaults to `True`): Keep the responses, if there are any. What a
+                repository held before stays in its earlier commits.
             tokenizer (`PreTrainedTokenizerBase`, *optional*): Adds the samples' nearest texts to the table that the
                 Hub shows.
             card (`CardOptions`, *optional*): What the card says besides: licence, links, another template.
@@ -237,13 +254,15 @@ class Synset(DatasetArtefact):
         from hf_rgm.hub.cards import synset_card
 
         self._check_fidelity()
-        text = synset_card(self, card)
+        self._check_responses()
+        kept = self if with_responses else replace(self, responses=None)
+        text = synset_card(kept, card)
         frame = self.to_pandas()
         if tokenizer is not None:
             frame.insert(0, "text", self.texts(tokenizer))
         samples = with_pictures(frame, self.samples.inputs.flatten(0, 1))
         with staged_folder(save_directory, CONFIG_FILE) as folder:
-            write_synset(self, folder, text, samples=samples, state_precision=state_precision)
+            write_synset(kept, folder, text, samples=samples, state_precision=state_precision)
         return Path(save_directory)
 
     @classmethod

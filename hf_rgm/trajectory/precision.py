@@ -38,10 +38,23 @@ def quantize(tensor: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         `tuple[Tensor, Tensor]`: int8 of the same shape, and the scale of each block, `(num_blocks,)`, float32.
     """
-    blocks = _blocks(tensor)
-    scale = blocks.abs().amax(1) / _LEVELS
-    rounded = (blocks / scale.clamp_min(torch.finfo(scale.dtype).tiny)[:, None]).round().clamp(-_LEVELS, _LEVELS)
-    return rounded.to(torch.int8).flatten()[: tensor.numel()].view(tensor.shape), scale
+    values, scale = quantize_rows(_blocks(tensor))
+    return values.flatten()[: tensor.numel()].view(tensor.shape), scale
+
+
+def quantize_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """
+    Rounds to 8 bits, evenly between the extremes of each row.
+
+    Args:
+        rows (`Tensor`): `(num_rows, row_length)`, float32.
+
+    Returns:
+        `tuple[Tensor, Tensor]`: int8 of the same shape, and the scale of each row, `(num_rows,)`, float32.
+    """
+    scale = rows.abs().amax(1) / _LEVELS if rows.shape[1] else rows.new_zeros(len(rows))
+    rounded = (rows / scale.clamp_min(torch.finfo(scale.dtype).tiny)[:, None]).round().clamp(-_LEVELS, _LEVELS)
+    return rounded.to(torch.int8), scale
 
 
 def dequantize(values: Tensor, scale: Tensor) -> Tensor:

@@ -59,6 +59,8 @@ def example_map() -> ClusterMap:
 
 def look_at_synset(synset: Synset) -> None:
     assert is_plain(repr(synset)) and is_plain(repr(synset.clusters)) and is_plain(repr(synset.trajectory))
+    if synset.responses is not None:
+        assert synset.responses.decode().isfinite().all()
     assert is_plain(synset_card(synset)) and is_plain(synset.to_pandas().to_string())
 
 

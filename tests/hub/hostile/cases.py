@@ -6,6 +6,7 @@ from typing import Any
 
 from tests.hub.hostile.contradictions import cluster_maps, results, synsets, trajectories
 from tests.hub.hostile.damage import any_json, any_table, any_tensors
+from tests.hub.hostile.responses import responses
 
 VALUES: dict[str, Any] = {
     "null": None,
@@ -30,4 +31,5 @@ CASES = [
     *results(),
     *trajectories(),
     *synsets(),
+    *responses(),
 ]
