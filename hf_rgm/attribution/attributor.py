@@ -42,6 +42,7 @@ from hf_rgm.synset.config import memory_bytes
 from hf_rgm.synset.costs import CostEstimate
 from hf_rgm.synset.inputs import SPACES, input_space
 from hf_rgm.synset.synset import Synset
+from hf_rgm.trajectory.path import states_by_epochs
 from hf_rgm.trajectory.storage import Trajectory
 
 
@@ -490,7 +491,7 @@ class Attributor:
         return rows is not None or self.rows is not None
 
     def _available(self, rows: Any) -> dict[str, bool]:
-        responses = getattr(self.synset, "responses", None) is not None
+        responses = self.synset is not None and self.synset.responses is not None
         return {"rows": self._has_rows(rows), "samples": self.synset is not None, "responses": responses}
 
     def _runs(self, rows: Any, data_collator: DataCollator | None) -> list[RecordedRun]:
@@ -529,7 +530,8 @@ class Attributor:
             self.subject.clusters,
             samples=self._samples,
             rows=source,
-            responses=getattr(self.synset, "responses", None),
+            responses=None if self.synset is None else self.synset.responses,
+            max_states=states_by_epochs(trajectory),
             max_bytes=self._max_bytes // len(self.subject.trajectories),
             processes=self._processes,
             disable_tqdm=self.disable_tqdm,

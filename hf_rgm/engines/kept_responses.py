@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from torch import Tensor
 
 from hf_rgm.engines.engine import Engine
 from hf_rgm.engines.request import Evaluation
 from hf_rgm.synset.costs import PieceOfWork
-
-if TYPE_CHECKING:
-    from hf_rgm.synset.responses import Responses
+from hf_rgm.synset.responses import Responses
 
 
 class ResponsesEngine(Engine):

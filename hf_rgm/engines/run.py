@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -17,12 +16,10 @@ from hf_rgm.engines.segments import Segment, segments_of
 from hf_rgm.engines.sources import RowSource, SampleSource, Source
 from hf_rgm.modeling import FunctionalModel
 from hf_rgm.processes import Processes
+from hf_rgm.synset.responses import Responses
 from hf_rgm.trajectory.path import RecordedPath
 from hf_rgm.trajectory.states import TrajectoryState
 from hf_rgm.trajectory.storage import Trajectory
-
-if TYPE_CHECKING:
-    from hf_rgm.synset.responses import Responses
 
 MAX_RANK = 600
 """Rows of curvature at a recorded state; see docs/method.md for what fewer cost and more bring."""
@@ -42,6 +39,7 @@ class RecordedRun:
         samples (`SampleSource`, *optional*): The synset's samples.
         rows (`RowSource`, *optional*): The training rows; where they are given, gradients and curvature are theirs.
         responses (`Responses`, *optional*): What leaving each cluster out does, where the synset keeps it.
+        max_states (`int`, *optional*): Recorded states that gradients and curvature are taken at. Defaults to all.
         max_bytes (`int`): Memory for engines, beside the recorded states.
         processes (`Processes`): Among which work is split.
         disable_tqdm (`bool`): No progress bars.
@@ -56,6 +54,7 @@ class RecordedRun:
         samples: SampleSource | None = None,
         rows: RowSource | None = None,
         responses: Responses | None = None,
+        max_states: int | None = None,
         max_bytes: int,
         processes: Processes,
         disable_tqdm: bool,
@@ -67,6 +66,7 @@ class RecordedRun:
         self.rows = rows
         self.responses = responses
         self.max_bytes = max_bytes
+        self._max_states = max_states
         self.processes = processes
         self.disable_tqdm = disable_tqdm or not processes.shows_progress
         self._paths: dict[float, RecordedPath] = {}
@@ -104,7 +104,12 @@ class RecordedRun:
             return RecordedPath(self.trajectory, self.model.space, self.model.device, rewind=rewind, stride=stride)
         if rewind not in self._paths:
             self._paths[rewind] = RecordedPath(
-                self.trajectory, self.model.space, self.model.device, rewind=rewind, stride=1
+                self.trajectory,
+                self.model.space,
+                self.model.device,
+                rewind=rewind,
+                stride=1,
+                max_states=self._max_states,
             )
         return self._paths[rewind]
 
@@ -143,7 +148,7 @@ class RecordedRun:
         found = SegmentMap(segment, rows)
         # Rows, and beside them the Gram matrix and its eigenvectors.
         held = 4 * self.rank * (self.model.num_parameters + 3 * self.rank)
-        if held * len(self.trajectory.state_steps) <= self.shares.curvature:
+        if held * (self._max_states or len(self.trajectory.state_steps)) <= self.shares.curvature:
             self._curvature[segment.state] = rows
             self._maps[key] = found
         return found

@@ -21,11 +21,23 @@ logger = logging.getLogger(__name__)
 MAX_GROWTH = 100.0
 MAX_INTEGRATION_STEPS = 100
 POWER_ITERATIONS = 8
+MIN_STATES, MAX_STATES = 3, 8
+"""Recorded states that gradients and curvature are taken at; see docs/method.md for what fewer cost."""
 
 
 def automatic_stride(trajectory: Trajectory, rewind: float) -> int:
     """The smallest stride that needs at most 100 integration steps from `rewind` to the end of training."""
     return max(1, -(-round((1 - rewind) * trajectory.num_steps) // MAX_INTEGRATION_STEPS))
+
+
+def states_by_epochs(trajectory: Trajectory) -> int:
+    """
+    How many recorded states gradients and curvature are taken at: half as many as epochs, within bounds.
+
+    Every state costs a pass over the training rows, or several: as much as training itself where that saw each row
+    once, and next to nothing where it saw them often.
+    """
+    return int(np.clip(round(float(trajectory.steps.epoch[-1]) / 2), MIN_STATES, MAX_STATES))
 
 
 @dataclass(frozen=True)
@@ -98,6 +110,8 @@ class RecordedPath:
         device (`torch.device`): Where vectors live.
         rewind (`float`): Fraction of training at which integration starts, in [0, 1).
         stride (`int`): Training steps per integration step.
+        max_states (`int`, *optional*): Most recorded states that segments are made of, spread evenly over those with
+            an update behind them. Defaults to all.
 
     Raises:
         NotImplementedError: If parameter groups differ in momentum (betas, eps, dampening).
@@ -105,7 +119,14 @@ class RecordedPath:
     """
 
     def __init__(
-        self, trajectory: Trajectory, space: ParameterSpace, device: torch.device, *, rewind: float, stride: int
+        self,
+        trajectory: Trajectory,
+        space: ParameterSpace,
+        device: torch.device,
+        *,
+        rewind: float,
+        stride: int,
+        max_states: int | None = None,
     ) -> None:
         if not 0 <= rewind < 1:
             raise ValueError(f"`rewind` must be at least 0 and below 1 (a fraction of training), got {rewind}.")
@@ -122,6 +143,10 @@ class RecordedPath:
         self.device = device
         self.start = min(round(rewind * trajectory.num_steps), trajectory.num_steps - 1)
         self.stride = stride
+        self._states = np.array(trajectory.state_steps)
+        if max_states is not None and len(self._states) > max_states:
+            updated = self._states[self._states > 0]
+            self._states = updated[np.unique(np.linspace(0, len(updated) - 1, max_states).round().astype(int))]
         self._parameters: dict[int, Tensor] = {}
         self._second_moments: dict[int, Tensor] = {}
 
@@ -149,7 +174,9 @@ class RecordedPath:
         Recorded steps in use, in training order, each with the training steps `first` to `last` (excluded) that it is
         nearest to.
         """
-        nearest = [self.nearest_state(step) for step in range(self.start, self.trajectory.num_steps)]
+        later_first = self._states[::-1]  # of two equally near ones, the later
+        steps = np.arange(self.start, self.trajectory.num_steps)
+        nearest = later_first[np.abs(steps[:, None] - later_first).argmin(1)].tolist()
         edges = [i for i, state in enumerate(nearest) if i == 0 or state != nearest[i - 1]] + [len(nearest)]
         return [
             (nearest[begin], self.start + begin, self.start + end)
