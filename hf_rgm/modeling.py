@@ -149,6 +149,7 @@ class FunctionalModel:
         self.module = _prepare(_copied(extract_model_from_parallel(model), shared)).to(self.device)
         self.module.requires_grad_(False)
         self._host = _TokenHost(self.module)
+        self.ignores_padding: bool | None = None  # not known yet
         self._constants = {"use_cache": False} if "use_cache" in self.forward_arguments else {}
 
     @property

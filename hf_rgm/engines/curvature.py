@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.func import grad
 
 from hf_rgm.modeling import FunctionalModel
-from hf_rgm.vectorize import map_rows, order_by_mask
+from hf_rgm.padding import batches_by_length
+from hf_rgm.vectorize import map_rows
 
 MAX_EXACT_OUTPUTS = 64
 """Labels of a sample up to which the eigenvectors of its softmax covariance are taken; beyond, random signs are."""
@@ -86,52 +87,48 @@ def curvature_rows(
     """
     generator = torch.Generator().manual_seed(seed)
     named = model.space.unflatten(parameters)
-    traces, draws, outputs = _traces(model, samples, named, rank)
+    traces, draws, num_labels, outputs = _traces(model, samples, named, rank)
     chosen, factors, certain = choose_terms(traces.flatten().double().cpu().numpy(), rank, generator)
     owners = torch.from_numpy(chosen // draws).to(model.device)
     scales = torch.from_numpy(factors).to(model.device, torch.float32).sqrt()
-    is_exact = outputs is not None
-    order = order_by_mask(samples[owners].inputs)
-    owners, scales, chosen = owners[order], scales[order], chosen[order.cpu().numpy()]
+    is_exact, some = outputs is not None, samples[owners]
     result = torch.zeros(len(owners), model.num_parameters, device=model.device)
     at_once = max(1, CHUNK_BYTES[model.device.type == "cpu"] // (4 * model.num_parameters))
-    for start in range(0, len(owners), at_once):
-        part = slice(start, start + at_once)
-        some = samples[owners[part]]
+    for part, inputs, weights in batches_by_length(model, some.inputs, some.weights, at_once, ignored=0):
         if outputs is not None:  # the eigenvectors of some outputs, one for each chosen term
-            own = torch.from_numpy(chosen[part] % draws).to(model.device)
+            own = torch.from_numpy(chosen[part.cpu().numpy()] % draws).to(model.device)
             terms = scales[part, None] * outputs[owners[part], own]
         else:
-            shape = some.weights.shape
-            signs = torch.randint(2, (*shape, _num_labels(model, named, some)), generator=generator) * 2.0 - 1
-            own = (some.weights / draws).sqrt() * scales[part].reshape(-1, *[1] * (len(shape) - 1))
+            signs = torch.randint(2, (*weights.shape, num_labels), generator=generator) * 2.0 - 1
+            own = (weights / draws).sqrt() * scales[part].reshape(-1, *[1] * (weights.dim() - 1))
             terms = signs.to(own) * own[..., None]
-        result[part] = map_rows(functools.partial(_row, model, named, is_exact), some.inputs, terms)
+        result[part] = map_rows(functools.partial(_row, model, named, is_exact), inputs, terms)
     return CurvatureRows(result, samples.clusters[owners], certain)
 
 
 def _traces(
     model: FunctionalModel, samples: WeightedInputs, named: dict[str, Tensor], rank: int
-) -> tuple[Tensor, int, Tensor | None]:
+) -> tuple[Tensor, int, int, Tensor | None]:
     """
-    The trace of every term, `(num_samples, terms_per_sample)`, how many a sample has and, where they are eigenvectors,
-    these scaled by the root of their eigenvalue, `(num_samples, terms_per_sample, num_labels)`.
+    The trace of every term, `(num_samples, terms_per_sample)`, how many a sample has, the number of labels and, where
+    terms are eigenvectors, these times the root of their eigenvalue, `(num_samples, terms_per_sample, num_labels)`.
     """
-    traces, vectors = [], []
-    draws = max(1, rank // len(samples))
-    for start in range(0, len(samples), SAMPLES_AT_ONCE):
-        some = samples[slice(start, start + SAMPLES_AT_ONCE)]
-        p = model.logits(named, some.inputs).softmax(-1)
-        if p.dim() == 2 and p.shape[-1] <= MAX_EXACT_OUTPUTS:
+    draws, num_labels = max(1, rank // len(samples)), 0
+    traces, vectors = torch.zeros(len(samples), device=model.device), None
+    for part, inputs, weights in batches_by_length(model, samples.inputs, samples.weights, SAMPLES_AT_ONCE, ignored=0):
+        p = model.logits(named, inputs).softmax(-1)
+        num_labels = p.shape[-1]
+        if p.dim() == 2 and num_labels <= MAX_EXACT_OUTPUTS:
             values, basis = torch.linalg.eigh(torch.diag_embed(p) - p[:, :, None] * p[:, None])
-            values = values.clamp_min(0) * some.weights[:, None]
-            traces.append(values)
-            vectors.append((basis * values.sqrt()[:, None]).transpose(1, 2))
+            roots = (values.clamp_min(0) * weights[:, None]).sqrt()
+            if vectors is None:
+                vectors = p.new_zeros(len(samples), num_labels, num_labels)
+            vectors[part] = (basis * roots[:, None]).transpose(1, 2)
         else:
-            own = (some.weights * (1 - p.square().sum(-1))).flatten(1).sum(1) if p.dim() > 2 else None
-            own = some.weights * (1 - p.square().sum(-1)) if own is None else own
-            traces.append(own[:, None].expand(-1, draws) / draws)
-    return torch.cat(traces), traces[0].shape[1], torch.cat(vectors) if vectors else None
+            traces[part] = (weights * (1 - p.square().sum(-1))).reshape(len(part), -1).sum(1)
+    if vectors is not None:
+        return vectors.square().sum(-1), num_labels, num_labels, vectors
+    return traces[:, None].expand(-1, draws) / draws, draws, num_labels, None
 
 
 def _row(
@@ -148,10 +145,6 @@ def _row(
         return (logits * (signed - probabilities * signed.sum(-1, keepdim=True))).sum()
 
     return model.space.flatten(grad(along)(named))
-
-
-def _num_labels(model: FunctionalModel, named: dict[str, Tensor], samples: WeightedInputs) -> int:
-    return model.logits(named, samples[:1].inputs).shape[-1]
 
 
 def choose_terms(

@@ -1,13 +1,20 @@
-"""Responses: the models without each cluster, kept in the synset by who had the rows."""
+"""Responses: the models without each cluster, computed from the rows and kept in the synset."""
 
 from __future__ import annotations
+
+import logging
 
 from torch import Tensor
 
 from hf_rgm.engines.engine import Engine
+from hf_rgm.engines.linear import LinearEngine
+from hf_rgm.engines.perturbations import leave_one_out
 from hf_rgm.engines.request import Evaluation
+from hf_rgm.engines.run import RecordedRun
 from hf_rgm.synset.costs import PieceOfWork
 from hf_rgm.synset.responses import Responses
+
+logger = logging.getLogger(__name__)
 
 
 class ResponsesEngine(Engine):
@@ -54,3 +61,34 @@ class ResponsesEngine(Engine):
     def costs(self, num_masks: int, rewind: float | None) -> PieceOfWork:
         """Next to nothing."""
         return PieceOfWork(0.0, 16 * self.run.model.num_parameters * min(num_masks, self.batch_size))
+
+
+def compute_responses(run: RecordedRun, *, precision: str, parameters_sha256: str) -> Responses | None:
+    """
+    What leaving each cluster out changes in the trained parameters, by the linear engine on the training rows.
+
+    Args:
+        run (`RecordedRun`): The run, with rows.
+        precision (`str`): `"int8"` or `"bfloat16"`.
+        parameters_sha256 (`str`): Identity of the trained parameters.
+
+    Returns:
+        `Responses`, or `None` where the changes of all clusters do not fit in memory; a warning says so.
+    """
+    num_clusters, num_parameters = run.clusters.num_clusters, run.model.num_parameters
+    if 8 * num_clusters * num_parameters > run.max_bytes:
+        logger.warning(
+            "Responses of %d clusters in %d parameters do not fit into `max_memory`, and are left out of the synset. "
+            "Raise it, or use fewer clusters.",
+            *(num_clusters, num_parameters),
+        )
+        return None
+    outcome = LinearEngine(run).parameters(leave_one_out(num_clusters), None)
+    return Responses.encode(
+        outcome.values - run.final.cpu(),
+        run.trajectory.parameter_shapes,
+        precision,
+        rewind_step=outcome.start,
+        cluster_names=run.clusters.names,
+        parameters_sha256=parameters_sha256,
+    )

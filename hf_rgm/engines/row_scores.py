@@ -23,9 +23,9 @@ from hf_rgm.engines.request import Evaluation
 from hf_rgm.engines.sources import RowSource
 from hf_rgm.files import remove_unfinished, replacing
 from hf_rgm.modeling import parameters_sha256
+from hf_rgm.padding import batches_by_length
 from hf_rgm.synset.costs import PieceOfWork, measured
 from hf_rgm.synset.targets import row_derivatives
-from hf_rgm.vectorize import order_by_mask
 
 DIGITS = 16
 MAX_ROWS_AT_ONCE = 256
@@ -207,11 +207,10 @@ def row_scores(engine: AdjointEngine, directions: dict[int, Tensor], source: Row
     for start in range(0, len(rows), read_at_once):
         batch = rows[start : start + read_at_once]
         inputs, labels = reader.batch(batch)
-        for part in order_by_mask(inputs).split(at_once):
-            some = {name: value[part] for name, value in inputs.items()}
+        for part, some, own in batches_by_length(run.model, inputs, labels, at_once):
             for state, direction in directions.items():
                 named = run.model.space.unflatten(path.state(state))
-                change = row_derivatives(run.model, named, direction, some, labels[part], source.row_loss)
+                change = row_derivatives(run.model, named, direction, some, own, source.row_loss)
                 result[:, start + part] += change / len(reader)
     return result
 

@@ -11,6 +11,7 @@ from torch.func import grad, jvp
 
 from hf_rgm.losses import CROSS_ENTROPY, IGNORED_LABEL, RowLoss, check_labels
 from hf_rgm.modeling import FunctionalModel
+from hf_rgm.padding import batches_by_length
 from hf_rgm.rows import CachedBatches
 from hf_rgm.synset.costs import PieceOfWork, measured
 from hf_rgm.synset.curvature import GaussNewton
@@ -21,6 +22,8 @@ from hf_rgm.vectorize import map_rows
 logger = logging.getLogger(__name__)
 
 MAX_FORWARD_DIRECTIONS = 4
+ROWS_AT_ONCE = 64
+"""Rows of one backward pass: on texts the fewer, the less of them is padding."""
 
 
 def cluster_gradients(
@@ -57,12 +60,13 @@ def cluster_gradients(
     """
     result = None
     for position, cluster in enumerate(clusters):
-        for inputs, labels in batches.group(cluster):  # each batch is collated once for all states
-            for index, state in enumerate(states):
-                kept = sketch(_batch_gradient(model, state, inputs, labels, num_rows, row_loss))
-                if result is None:  # in place from the start: stacking what is finished would take the memory twice
-                    result = kept.new_zeros(len(states), len(clusters), len(kept))
-                result[index, position] += kept
+        for collated, all_labels in batches.group(cluster):  # each batch is collated once for all states
+            for _, inputs, labels in batches_by_length(model, collated, all_labels, ROWS_AT_ONCE):
+                for index, state in enumerate(states):
+                    kept = sketch(_batch_gradient(model, state, inputs, labels, num_rows, row_loss))
+                    if result is None:  # in place from the start: stacking at the end would take the memory twice
+                        result = kept.new_zeros(len(states), len(clusters), len(kept))
+                    result[index, position] += kept
     if result is None:
         raise ValueError(f"{len(clusters)} clusters at {len(states)} states: there is no gradient to take.")
     return result
