@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 LATER_REWINDS = (0.4, 0.6, 0.8, 0.9)
 """Fractions of training to go back to where the engine's own is too far."""
 
-NUM_PROBES = 8
+NUM_PROBES = 4
 """Masks of a question whose replays are looked at."""
 
 

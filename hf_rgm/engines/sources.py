@@ -29,7 +29,7 @@ ROWS_AT_ONCE = 256
 MAX_CANDIDATES = 2048
 """Training rows among which those are chosen whose curvature is taken."""
 
-LOSS_ROWS = 256
+LOSS_ROWS = 64
 """Training rows that stand for the clusters' losses, at least one of each cluster."""
 
 ClusterGradients = Callable[[int, range], Tensor]
