@@ -6,8 +6,8 @@ When to stop distilling: iterations, processor time, matching error and agreemen
 
 By linearised replay of the synset alone, on tuning queries; `--cost-only` needs no retrainings. Time is that of the
 processor, real gradients included, in trainings timed the same way; use one thread. Writes
-benchmarks/results/stopping.json. Entries named "as before" were measured by this script on commit 40675a6, the last one
-without a tolerance: copy the script there and pass `--before`.
+benchmarks/results/stopping.json. Entries named "as before" were measured by this script on commit 40675a6, the
+last one without a tolerance: copy the script there and pass `--before`.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from benchmarks.recorded import Recorded
 from benchmarks.report import RESULTS, Report, environment, versions
 from benchmarks.tasks import Task
 from hf_rgm import DistillationConfig
+from hf_rgm.synset.config import PRESETS
 
 BEFORE: dict[str, dict[str, Any]] = {
     f"{count} iterations, as before": {"num_iterations": count} for count in (600, 100, 30)
@@ -37,7 +38,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "600 iterations": {"num_iterations": 600, "tolerance": 0.0},
     "tolerance 0.01": {"tolerance": 0.01},
     "accurate preset (tolerance 0.03)": {},
-    "quick preset": {"samples_per_cluster": 2},
+    "quick preset (2 samples, tolerance 0.1)": PRESETS["quick"],
 }
 
 
@@ -91,7 +92,7 @@ def _line(name: str, entry: dict[str, Any]) -> str:
 
 def main(arguments: argparse.Namespace) -> None:
     """Measures task by task, writes, and prints the table."""
-    settings = BEFORE if arguments.before else SETTINGS
+    settings = BEFORE if arguments.before else {name: SETTINGS[name] for name in arguments.settings}
     order = [f"{task}, {name}" for task in ("digits", "fashion") for name in (*BEFORE, *SETTINGS)]
     report = Report(arguments.output, {"identity": {"queries": "tuning"}, "versions": versions()}, order)
     for name in arguments.tasks:
@@ -106,6 +107,7 @@ def main(arguments: argparse.Namespace) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", nargs="+", default=["digits", "fashion"])
+    parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS))
     parser.add_argument("--cost-only", action="store_true", help="no agreement with retraining")
     parser.add_argument("--before", action="store_true", help="of the distiller without a tolerance")
     parser.add_argument("--output", type=Path, default=RESULTS / "stopping.json", help="another JSON file")

@@ -10,7 +10,7 @@ from accelerate.utils import convert_file_size_to_int
 INITIALISATIONS = ("nearest", "random", "mean", "noise")
 TOKEN_INPUTS = ("auto", "inputs_embeds", "soft_tokens")
 PRESETS: dict[str, dict[str, Any]] = {
-    "quick": {"samples_per_cluster": 2},
+    "quick": {"samples_per_cluster": 2, "tolerance": 0.1},
     "accurate": {},
 }
 """What each preset changes in the defaults, which are the accurate ones."""
@@ -64,6 +64,8 @@ class DistillationConfig:
         input_learning_rate (`float`, *optional*, defaults to `0.04`): Adam's, in standard deviations of the inputs.
         target_learning_rate (`float`, *optional*, defaults to `0.3`): Adam's, for target logits.
         weight_learning_rate (`float`, *optional*, defaults to `0.03`): Adam's, for log-weights.
+        solve_weights (`bool`, *optional*, defaults to `True`): Solve for the samples' weights in closed form after each
+            round, where gradients are all that is matched: no cluster is then worse than without samples.
         target_smoothing (`float`, *optional*, defaults to `0.1`): Mass that the first targets take from the label.
         total_gradient_weight (`float`, *optional*, defaults to `0.0`): tau, weight of the match of the summed
             gradient; only plain replay from the final state needs it.
@@ -93,6 +95,7 @@ class DistillationConfig:
     input_learning_rate: float = field(default=0.04, metadata={"help": "In standard deviations of the inputs."})
     target_learning_rate: float = field(default=0.3, metadata={"help": "Adam's rate for target logits."})
     weight_learning_rate: float = field(default=0.03, metadata={"help": "Adam's rate for log-weights."})
+    solve_weights: bool = field(default=True, metadata={"help": "Solve for weights after each round."})
     target_smoothing: float = field(default=0.1, metadata={"help": "Mass the first targets take from the label."})
     total_gradient_weight: float = field(default=0.0, metadata={"help": "Weight of the summed gradient's match."})
     curvature_weight: float = field(default=0.0, metadata={"help": "Weight of the curvature's match, or 0."})
@@ -149,8 +152,7 @@ class DistillationConfig:
         Settings by name, others given as keyword arguments on top.
 
         Args:
-            name (`str`): `"accurate"` (the defaults) or `"quick"`: two samples per cluster and half of the
-                iterations.
+            name (`str`): `"accurate"` (the defaults) or `"quick"`: two samples per cluster, and a tolerance of 0.1.
             settings: Fields to set differently.
 
         Raises:

@@ -176,7 +176,8 @@ class BlockLearner:
         products = self._products(samples)
         factors = torch.ones(samples.inputs.shape[:2], dtype=torch.float64)
         # What the other terms ask for is not a least-squares problem of one cluster.
-        if not self.config.total_gradient_weight and self.targets.products is None:
+        matched_alone = not self.config.total_gradient_weight and self.targets.products is None
+        if self.config.solve_weights and matched_alone:
             factors = products.best_factors()
             samples = scaled(samples, factors)
         return samples, products.quality(factors)
