@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import drawn_rows, estimates, path_states, rewinds, token_inputs
+from benchmarks import drawn_rows, estimates, path_states, rewinds, stopping, token_inputs
 from benchmarks.formats import figure, markdown, ratio, size
 from benchmarks.growth_plots import growth_table
 from benchmarks.report import FORMAT_VERSION, RESULTS, ROOT
@@ -49,6 +49,7 @@ DOCUMENTS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "path_states": ("method.md", path_states.table),
     "drawn_rows": ("method.md", drawn_rows.table),
     "rewinds": ("method.md", rewinds.table),
+    "stopping": ("method.md", stopping.table),
     "token_inputs": ("language_models.md", token_inputs.table),
     "estimates": ("scaling.md", estimates.table),
 }

@@ -128,7 +128,7 @@ def tiny_synset(num_runs: int = 1) -> Synset:
         [tiny_recorded_run(seed).trajectory for seed in range(num_runs)],
         run.train_dataset,
         run.clusters,
-        config=DistillationConfig(num_iterations=200),
+        config=DistillationConfig(num_iterations=200, tolerance=0.0),
         disable_tqdm=True,
     )
     return distiller.distill()

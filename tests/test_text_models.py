@@ -75,7 +75,8 @@ def synset(run, clusters):
 
 
 def test_distilling_lowers_the_matching_error(run, clusters, synset):
-    assert synset.matching_error < 0.7 * distil(run, clusters, num_iterations=1).matching_error
+    start = distil(run, clusters, num_iterations=1, solve_weights=False)
+    assert synset.matching_error < 0.7 * start.matching_error
     trained = FunctionalModel(run[0]).trains_embeddings
     assert synset.input_name == ("soft_tokens" if trained else "inputs_embeds")
 

@@ -79,7 +79,14 @@ def real_rows(init: str) -> dict[str, Any]:
             `"random"` rows.
     """
     rates = dict.fromkeys(("input_learning_rate", "target_learning_rate", "weight_learning_rate"), 1e-12)
-    return {"init": init, "num_iterations": 1, "curvature_weight": 0.0, "target_smoothing": 1e-6, **rates}
+    return {
+        "init": init,
+        "num_iterations": 1,
+        "solve_weights": False,
+        "curvature_weight": 0.0,
+        "target_smoothing": 1e-6,
+        **rates,
+    }
 
 
 METHODS: dict[str, Method | dict[str, Method]] = {

@@ -142,6 +142,9 @@ ABLATIONS: dict[str, Method] = {
     },
     "adjoint, stride 1": adjoint(attribution={"stride": 1}),
     "anchored replay by rows' gradients, 100 iterations": replay(
-        engine="replay", with_rows=True, score_rows=False, distillation={**PRESETS["quick"], "num_iterations": 100}
+        engine="replay",
+        with_rows=True,
+        score_rows=False,
+        distillation={**PRESETS["quick"], "num_iterations": 100, "tolerance": 0.0},
     ),
 }

@@ -163,7 +163,7 @@ def warn_unless_matched(matched_states: Sequence[MatchedState], matching_errors:
             logger.warning(
                 "At %s the synthetic samples of most clusters match the data's gradients no better than no samples "
                 "would (relative squared error %.3g): scores will be noise. Distil again with more "
-                "`samples_per_cluster` or `num_iterations`, or record a run with a lower learning rate.",
+                "`samples_per_cluster` or a smaller `tolerance`, or record a run with a lower learning rate.",
                 matched,
                 float(residuals.median()),
             )

@@ -10,10 +10,13 @@ from accelerate.utils import convert_file_size_to_int
 INITIALISATIONS = ("nearest", "random", "mean", "noise")
 TOKEN_INPUTS = ("auto", "inputs_embeds", "soft_tokens")
 PRESETS: dict[str, dict[str, Any]] = {
-    "quick": {"samples_per_cluster": 2, "num_iterations": 300},
+    "quick": {"samples_per_cluster": 2, "tolerance": 0.1},
     "accurate": {},
 }
 """What each preset changes in the defaults, which are the accurate ones."""
+
+REMOVED = ("curriculum_tolerance",)
+"""Settings of earlier versions, which synsets may still name."""
 
 
 def memory_bytes(max_memory: str) -> int:
@@ -42,9 +45,12 @@ class DistillationConfig:
 
     Args:
         samples_per_cluster (`int`, *optional*, defaults to `5`): Synthetic samples for each cluster.
-        num_iterations (`int`, *optional*, defaults to `600`): Adam iterations.
-        states_per_iteration (`int`, *optional*, defaults to `2`): Recorded states matched in an iteration, the last
-            one always among them.
+        tolerance (`float`, *optional*, defaults to `0.03`): When a block of clusters is done: after a round of
+            iterations its matching error, and 1 less the rank correlation of first-order scores by synthetic and by
+            real gradients, are at most this, or the round lowered both by no more than this. 0 makes all iterations.
+        num_iterations (`int`, *optional*, defaults to `600`): Adam iterations at most, in rounds of 10, 20, 40, ...
+        states_per_iteration (`int`, *optional*, defaults to `1`): Recorded states matched in an iteration; all take
+            their turn.
         init (`str`, *optional*, defaults to `"random"`): Where samples start: `"nearest"` (the real row nearest the
             cluster's centre, further samples random rows), `"random"` rows, the cluster's `"mean"`, or `"noise"` with
             the data's mean and deviation. Only the last two start from no real row.
@@ -56,8 +62,10 @@ class DistillationConfig:
         num_target_choices (`int`, *optional*, defaults to `64`): Labels that a target chooses from; all, if there are
             no more.
         input_learning_rate (`float`, *optional*, defaults to `0.04`): Adam's, in standard deviations of the inputs.
-        target_learning_rate (`float`, *optional*, defaults to `0.1`): Adam's, for target logits.
+        target_learning_rate (`float`, *optional*, defaults to `0.3`): Adam's, for target logits.
         weight_learning_rate (`float`, *optional*, defaults to `0.03`): Adam's, for log-weights.
+        solve_weights (`bool`, *optional*, defaults to `True`): Solve for the samples' weights in closed form after each
+            round, where gradients are all that is matched: no cluster is then worse than without samples.
         target_smoothing (`float`, *optional*, defaults to `0.1`): Mass that the first targets take from the label.
         total_gradient_weight (`float`, *optional*, defaults to `0.0`): tau, weight of the match of the summed
             gradient; only plain replay from the final state needs it.
@@ -65,7 +73,6 @@ class DistillationConfig:
             the gradients. Helps synsets of one or two samples per cluster; more samples bring more, for less time.
         curvature_interval (`int`, *optional*, defaults to `4`): The curvature is matched every so many iterations.
         num_probes (`int`, *optional*, defaults to `64`): Directions in which the curvature is matched.
-        curriculum_tolerance (`float`, *optional*, defaults to `0.05`): Matching error at which earlier states join.
         batch_size (`int`, *optional*, defaults to `256`): Real rows in one backward pass.
         cluster_block_size (`int`, *optional*, defaults to `128`): Clusters distilled together; finished blocks are
             what a killed run keeps.
@@ -77,22 +84,23 @@ class DistillationConfig:
     """
 
     samples_per_cluster: int = field(default=5, metadata={"help": "Synthetic samples for each cluster."})
-    num_iterations: int = field(default=600, metadata={"help": "Adam iterations."})
-    states_per_iteration: int = field(default=2, metadata={"help": "Recorded states matched in an iteration."})
+    tolerance: float = field(default=0.03, metadata={"help": "Of matching error and order of scores; 0: never done."})
+    num_iterations: int = field(default=600, metadata={"help": "Adam iterations at most."})
+    states_per_iteration: int = field(default=1, metadata={"help": "Recorded states matched in an iteration."})
     init: str = field(default="random", metadata={"help": f"Where samples start: {', '.join(INITIALISATIONS)}."})
     token_inputs: str = field(default="auto", metadata={"help": f"One of {', '.join(TOKEN_INPUTS)}."})
     num_tokens: int = field(default=16, metadata={"help": "Tokens of a synthetic text."})
     num_token_choices: int = field(default=16, metadata={"help": "Vocabulary entries that a soft token mixes."})
     num_target_choices: int = field(default=64, metadata={"help": "Labels that a target chooses from."})
     input_learning_rate: float = field(default=0.04, metadata={"help": "In standard deviations of the inputs."})
-    target_learning_rate: float = field(default=0.1, metadata={"help": "Adam's rate for target logits."})
+    target_learning_rate: float = field(default=0.3, metadata={"help": "Adam's rate for target logits."})
     weight_learning_rate: float = field(default=0.03, metadata={"help": "Adam's rate for log-weights."})
+    solve_weights: bool = field(default=True, metadata={"help": "Solve for weights after each round."})
     target_smoothing: float = field(default=0.1, metadata={"help": "Mass the first targets take from the label."})
     total_gradient_weight: float = field(default=0.0, metadata={"help": "Weight of the summed gradient's match."})
     curvature_weight: float = field(default=0.0, metadata={"help": "Weight of the curvature's match, or 0."})
     curvature_interval: int = field(default=4, metadata={"help": "Iterations between matches of the curvature."})
     num_probes: int = field(default=64, metadata={"help": "Directions in which the curvature is matched."})
-    curriculum_tolerance: float = field(default=0.05, metadata={"help": "Error at which earlier states join."})
     batch_size: int = field(default=256, metadata={"help": "Real rows in one backward pass."})
     cluster_block_size: int = field(default=128, metadata={"help": "Clusters distilled together."})
     max_memory: str = field(default="4GB", metadata={"help": "Memory for states, gradients and their graphs."})
@@ -103,6 +111,7 @@ class DistillationConfig:
         for name in (
             "samples_per_cluster",
             "num_iterations",
+            "states_per_iteration",
             "batch_size",
             "cluster_block_size",
             "curvature_interval",
@@ -114,11 +123,8 @@ class DistillationConfig:
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
-        if self.states_per_iteration < 2:
-            raise ValueError(
-                f"`states_per_iteration` must be at least 2, the last state and an earlier one, got "
-                f"{self.states_per_iteration}."
-            )
+        if not 0 <= self.tolerance < 1:
+            raise ValueError(f"`tolerance` must be at least 0 and less than 1, got {self.tolerance}.")
         for name in ("input_learning_rate", "target_learning_rate", "weight_learning_rate"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ValueError(f"`{name}` must be a positive number, got {getattr(self, name)}.")
@@ -146,8 +152,7 @@ class DistillationConfig:
         Settings by name, others given as keyword arguments on top.
 
         Args:
-            name (`str`): `"accurate"` (the defaults) or `"quick"`: two samples per cluster and half of the
-                iterations.
+            name (`str`): `"accurate"` (the defaults) or `"quick"`: two samples per cluster, and a tolerance of 0.1.
             settings: Fields to set differently.
 
         Raises:
@@ -164,6 +169,7 @@ class DistillationConfig:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> DistillationConfig:
         """The inverse of [`DistillationConfig.to_dict`]."""
+        values = {name: value for name, value in values.items() if name not in REMOVED}
         unknown = set(values) - set(cls.__dataclass_fields__)
         if unknown:
             raise ValueError(f"Unknown distillation settings: {', '.join(sorted(unknown))}.")

@@ -63,6 +63,8 @@ class CostEstimate:
             (of which each finished one survives a crash), of cluster weights that are replayed, or of queries.
         sketched (`bool`, *optional*, defaults to `False`): Whether sketches of gradients are matched because gradients
             do not fit in memory.
+        least_seconds (`float`, *optional*): Wall time if the work is done as early as can be, where that is not known
+            beforehand; `seconds` is then the most it can take.
 
     Example:
 
@@ -79,12 +81,16 @@ class CostEstimate:
     disk_bytes: int
     num_blocks: int
     sketched: bool = False
+    least_seconds: float | None = None
 
     def __str__(self) -> str:
         blocks = f"{self.num_blocks} block{'s' if self.num_blocks > 1 else ''}"
         memory, disk = format_size(self.memory_bytes), format_size(self.disk_bytes)
         sketched = ", on sketches of the gradients" if self.sketched else ""
-        return f"{_duration(self.seconds)}, {memory} of memory, {disk} on disk, in {blocks}{sketched}"
+        duration = _duration(self.seconds)
+        if self.least_seconds is not None and _duration(self.least_seconds) != duration:
+            duration = f"{_duration(self.least_seconds)} to {duration}"
+        return f"{duration}, {memory} of memory, {disk} on disk, in {blocks}{sketched}"
 
 
 def _duration(seconds: float) -> str:

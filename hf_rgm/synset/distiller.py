@@ -33,6 +33,7 @@ from hf_rgm.synset.probes import curvature_probes
 from hf_rgm.synset.samples import SyntheticSamples
 from hf_rgm.synset.sketch import CountSketch, identity
 from hf_rgm.synset.states import StateVectors, matched_states
+from hf_rgm.synset.stopping import LEAST_ROUNDS, round_lengths
 from hf_rgm.synset.synset import Synset
 from hf_rgm.synset.targets import cluster_gradients, curvature_products, measure_rows
 from hf_rgm.trajectory.storage import Trajectory
@@ -143,7 +144,11 @@ class ReverseGradientMatchingDistiller:
 
     def estimate(self) -> CostEstimate:
         """
-        What [`~ReverseGradientMatchingDistiller.distill`] will need, from the time of one batch and of one iteration.
+        What [`~ReverseGradientMatchingDistiller.distill`] will need at most, from the time of one batch, of one
+        iteration and of what comes after a round of them.
+
+        Nobody knows beforehand after how many rounds a block is done: the time is that of all `num_iterations`, and
+        `least_seconds` that of the first rounds alone.
 
         Returns:
             [`~hf_rgm.synset.costs.CostEstimate`]
@@ -164,12 +169,19 @@ class ReverseGradientMatchingDistiller:
                 probes=probes if config.curvature_weight else None,
                 products=probes if config.curvature_weight else None,
             )
-            per_iteration = self._learner(targets, block, self._sketch()).time_iteration(start)
+            learner = self._learner(targets, block, self._sketch())
+            iteration, settling = learner.time_iteration(start), learner.time_settling(start)
         rows = row.seconds * len(self.reader) * len(states)
         share = len(self.rows) / plan.block_size / min(self._processes.count, plan.num_blocks)
+        rounds = list(round_lengths(config.num_iterations))
+        most, least = (
+            rows / self._processes.count + (iteration * sum(lengths) + settling * len(lengths)) * share
+            for lengths in (rounds, rounds[:LEAST_ROUNDS] if config.tolerance else rounds)
+        )
         samples_bytes = sum(tensor.nbytes for tensor in start.named_tensors().values()) * len(self.rows) // len(block)
         return CostEstimate(
-            seconds=rows / self._processes.count + per_iteration * config.num_iterations * share,
+            seconds=most,
+            least_seconds=least,
             memory_bytes=plan.held_bytes + max(plan.step_bytes, row.peak_bytes) + self._cached_bytes(),
             disk_bytes=2 * samples_bytes + sum(trajectory.states_bytes for trajectory in self.trajectories),
             num_blocks=plan.num_blocks,
@@ -222,6 +234,7 @@ class ReverseGradientMatchingDistiller:
             finished |= dict(zip(pending, self._processes.map(work, pending), strict=True))
         ordered = [dict(finished[block]) for block in blocks]
         residuals = torch.cat([done.pop("residuals") for done in ordered], dim=1)
+        iterations = [int(done.pop("iterations")) for done in ordered]
         if self._processes.is_main:
             warn_unless_matched(self.matched_states, residuals)
         merged = {name: torch.cat([done[name] for done in ordered]) for name in ordered[0]}
@@ -245,6 +258,7 @@ class ReverseGradientMatchingDistiller:
                 "frozen_sha256": self.model.frozen_sha256(),
                 "privacy": measure_privacy(self.inputs, samples, self.batches),
                 "custom_row_loss": self.row_loss.function is not None,
+                "iterations": iterations,
                 "distillation_seconds": round(time.perf_counter() - start, 2),
                 "num_processes": self._processes.count,
             },
@@ -301,12 +315,16 @@ class ReverseGradientMatchingDistiller:
             )
         start = self._initial_samples(block)
         learner = self._learner(targets, block, sketch)
-        samples = learner.learn(
+        learned = learner.learn(
             start,
             description=f"Distilling clusters {block.start}-{block.stop - 1}",
             disable_tqdm=self.disable_tqdm or not self._processes.shows_progress,
         )
-        return {**samples.map(Tensor.cpu).named_tensors(), "residuals": learner.residuals(samples).cpu()}
+        return {
+            **learned.samples.map(Tensor.cpu).named_tensors(),
+            "residuals": learner.residuals(learned.samples).cpu(),
+            "iterations": torch.tensor(learned.iterations),
+        }
 
     def _learner(self, targets: BlockTargets, block: range, sketch: Callable[[Tensor], Tensor]) -> BlockLearner:
         return BlockLearner(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -16,17 +16,21 @@ from hf_rgm.synset.config import DistillationConfig
 from hf_rgm.synset.curvature import GaussNewton
 from hf_rgm.synset.inputs import InputSpace
 from hf_rgm.synset.matching import (
-    ReverseCurriculum,
     SynsetGradients,
     cluster_residuals,
     curvature_error,
+    draw_states,
     matching_error,
 )
 from hf_rgm.synset.samples import SyntheticSamples
 from hf_rgm.synset.sketch import identity
 from hf_rgm.synset.states import MatchedState, StateVectors
+from hf_rgm.synset.stopping import MatchQuality, SampleProducts, round_lengths, scaled
 
 DIVERGED_FACTOR = 100.0
+
+ADAM_BETAS = (0.5, 0.95)
+"""Means over few iterations, as there are few: with the usual ones 30 of them end with half as much error again."""
 
 
 @dataclass
@@ -51,9 +55,25 @@ class BlockTargets:
     products: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class LearnedBlock:
+    """
+    What became of a block.
+
+    Args:
+        samples (`SyntheticSamples`): Of the best round.
+        iterations (`int`): Iterations made, of all rounds.
+        quality (`MatchQuality`): Of the samples.
+    """
+
+    samples: SyntheticSamples
+    iterations: int
+    quality: MatchQuality
+
+
 class BlockLearner:
     """
-    Learns the synthetic samples of a block by Adam on the matching error.
+    Learns the synthetic samples of a block by Adam on the matching error, in rounds, until that is done.
 
     Args:
         model (`FunctionalModel`): The model as a function of its parameters.
@@ -90,56 +110,107 @@ class BlockLearner:
         self._energies = [gradients.square().sum() for gradients in targets.gradients]
         self._bounds: dict[int, float] = {}
 
-    def learn(self, start: SyntheticSamples, *, description: str, disable_tqdm: bool) -> SyntheticSamples:
+    def learn(self, start: SyntheticSamples, *, description: str, disable_tqdm: bool) -> LearnedBlock:
         """
-        Runs all iterations.
+        Runs rounds of iterations, each twice as long as the last, until one is enough.
+
+        A round is a cosine cycle of Adam from where the last one ended. After it weights are solved for in closed
+        form, where the matching error is all that is learned, and the quality is looked at.
 
         Args:
             start (`SyntheticSamples`): Where to start; left as they are.
-            description (`str`): Text of the progress bar.
+            description (`str`): Text of the progress bar, which tells the iterations of the rounds begun so far.
             disable_tqdm (`bool`): No progress bar.
 
         Returns:
-            `SyntheticSamples`: what was learned.
+            `LearnedBlock`: the round with the smallest matching error.
 
         Raises:
             DivergenceError: If the matching error becomes NaN, infinite or explodes.
         """
-        config = self.config
-        samples = start.detach()
-        for tensor in samples.tensors():
-            tensor.requires_grad_()
+        best, samples, made = None, start, 0
         input_scale = float(start.inputs.std().clamp_min(1e-6))
+        with tqdm(desc=description, disable=disable_tqdm, total=0) as progress:
+            for length in round_lengths(self.config.num_iterations):
+                progress.total += length
+                samples = self._round(samples, length, input_scale, progress)
+                made += length
+                samples, quality = self._settle(samples)
+                progress.set_postfix(matching_error=f"{quality.error:.4f}")
+                done = best is not None and quality.is_enough(best.quality, self.config.tolerance)
+                if best is None or quality.error < best.quality.error:
+                    best = LearnedBlock(samples, made, quality)
+                if done:
+                    break
+        if best is None:
+            raise RuntimeError("No round was run.")
+        return replace(best, iterations=made)
+
+    def _round(
+        self, start: SyntheticSamples, num_iterations: int, input_scale: float, progress: tqdm
+    ) -> SyntheticSamples:
+        config, samples = self.config, _leaves(start)
         optimizer = torch.optim.Adam(
             [
                 {"params": [samples.inputs], "lr": config.input_learning_rate * input_scale},
                 {"params": [samples.targets], "lr": config.target_learning_rate},
                 {"params": [samples.log_weights], "lr": config.weight_learning_rate},
-            ]
+            ],
+            betas=ADAM_BETAS,
         )
-        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.num_iterations)
-        num_states = len(self.targets.states)
-        curriculum = ReverseCurriculum(
-            num_states,
-            config.num_iterations,
-            config.states_per_iteration,
-            config.curriculum_tolerance,
-            self._generator,
-            num_runs=len({state.run for state in self.targets.matched}),
-        )
-        progress = tqdm(curriculum, total=config.num_iterations, desc=description, disable=disable_tqdm)
-        for iteration, batch in enumerate(progress):
+        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, num_iterations)
+        batches = draw_states(len(self.targets.states), config.states_per_iteration, self._generator)
+        for iteration, batch in zip(range(num_iterations), batches, strict=False):
             optimizer.zero_grad()
-            errors = {index: self._match(index, samples) for index in batch}
+            errors = [self._match(index, samples) for index in batch]
             if iteration % config.curvature_interval == 0:
-                # A final state is in every batch; its curvature, matched best of all, only takes its turn.
-                turn = iteration // config.curvature_interval % num_states
-                self._match_curvature(batch[-1] if turn else batch[0], samples)
+                self._match_curvature(batch[0], samples)
             optimizer.step()
             scheduler.step()
-            curriculum.report(errors)
-            progress.set_postfix(matching_error=f"{sum(errors.values()) / len(errors):.4f}", refresh=False)
+            progress.set_postfix(matching_error=f"{sum(errors) / len(errors):.4f}", refresh=False)
+            progress.update()
         return samples.detach()
+
+    def _settle(self, samples: SyntheticSamples) -> tuple[SyntheticSamples, MatchQuality]:
+        """Samples with their best weights, where those have a closed form, and the quality."""
+        products = self._products(samples)
+        factors = torch.ones(samples.inputs.shape[:2], dtype=torch.float64)
+        # What the other terms ask for is not a least-squares problem of one cluster.
+        matched_alone = not self.config.total_gradient_weight and self.targets.products is None
+        if self.config.solve_weights and matched_alone:
+            factors = products.best_factors()
+            samples = scaled(samples, factors)
+        return samples, products.quality(factors)
+
+    def _products(self, samples: SyntheticSamples) -> SampleProducts:
+        """Goes through the samples' gradients one by one, at every state."""
+        num_clusters, per_cluster = samples.inputs.shape[:2]
+        gram = torch.zeros(num_clusters, per_cluster, per_cluster, dtype=torch.float64)
+        with_real, among_real = [], []
+        together = max(1, self._chunk_size // per_cluster)
+        for index, real in enumerate(self.targets.gradients):
+            energy = max(float(self._energies[index]), torch.finfo(real.dtype).tiny)
+            rows = []
+            for first in range(0, num_clusters, together):
+                clusters = slice(first, first + together)
+                gradients = self._single_gradients(index, samples[clusters])
+                rows.append((gradients @ real.T).unflatten(0, (-1, per_cluster)))
+                own = gradients.unflatten(0, (-1, per_cluster))
+                gram[clusters] += (own @ own.mT).cpu().double() / energy
+            with_real.append(torch.cat(rows).cpu().double() / energy)
+            among_real.append((real @ real.T).cpu().double() / energy)
+            if not torch.isfinite(with_real[-1]).all():
+                self._raise_diverged(index, with_real[-1].sum((1, 2)))
+        return SampleProducts(gram, torch.stack(with_real), torch.stack(among_real))
+
+    def _single_gradients(self, index: int, samples: SyntheticSamples) -> Tensor:
+        """What each sample adds to its cluster at one state: `(num_samples, num_parameters)`, or sketches of it."""
+        single = samples.map(lambda tensor: tensor.flatten(0, 1).unsqueeze(1))
+        result = self.targets.gradients.new_empty(len(single.inputs), self.targets.gradients.shape[-1])
+        for first in range(0, len(result), self._chunk_size):
+            piece = slice(first, first + self._chunk_size)
+            result[piece] = self._sketch(self._gradients(self._named(index), single[piece])).detach()
+        return result
 
     def time_iteration(self, start: SyntheticSamples) -> float:
         """
@@ -148,9 +219,7 @@ class BlockLearner:
         Args:
             start (`SyntheticSamples`): Any samples of the block; left as they are.
         """
-        samples = start.detach()
-        for tensor in samples.tensors():
-            tensor.requires_grad_()
+        samples = _leaves(start)
         last = len(self.targets.states) - 1
         self._match(last, samples)
         begun = time.perf_counter()
@@ -159,6 +228,12 @@ class BlockLearner:
         self._match_curvature(last, samples)
         curvature = time.perf_counter() - matched
         return self.config.states_per_iteration * (matched - begun) + curvature / self.config.curvature_interval
+
+    def time_settling(self, start: SyntheticSamples) -> float:
+        """Wall time of what comes after a round, in seconds, after `time_iteration`."""
+        begun = time.perf_counter()
+        self._settle(start)
+        return time.perf_counter() - begun
 
     def residuals(self, samples: SyntheticSamples) -> Tensor:
         """
@@ -213,3 +288,11 @@ class BlockLearner:
             f"`input_learning_rate` (now {self.config.input_learning_rate}) and `target_learning_rate` (now "
             f"{self.config.target_learning_rate})."
         )
+
+
+def _leaves(samples: SyntheticSamples) -> SyntheticSamples:
+    """The same values, to be learned."""
+    samples = samples.detach()
+    for tensor in samples.tensors():
+        tensor.requires_grad_()
+    return samples

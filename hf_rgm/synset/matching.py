@@ -131,59 +131,15 @@ def cluster_residuals(synthetic: Tensor, real: Tensor) -> Tensor:
     return torch.where(energy > 0, distance / energy.clamp_min(torch.finfo(energy.dtype).tiny), distance)
 
 
-class ReverseCurriculum:
+def draw_states(num_states: int, states_per_iteration: int, generator: torch.Generator) -> Iterator[list[int]]:
     """
-    Which recorded states each iteration matches: the last ones first, then a window that grows backwards.
-
-    The window grows when the error at its earliest state falls below `tolerance`, or when its share of the
-    iterations is used up, so that the second half of the iterations sees every state. A final state is part of
-    every batch.
+    Which recorded states each iteration matches, without end: all of them in random order, again and again.
 
     Args:
-        num_states (`int`): Number of states, the last `num_runs` of them being the ends of training.
-        num_iterations (`int`): Iterations planned.
-        states_per_iteration (`int`): States per batch, the final one included.
-        tolerance (`float`): Relative matching error at which the window grows early.
-        generator (`torch.Generator`): Draws the states of a batch.
-        num_runs (`int`, *optional*, defaults to `1`): Recorded runs, each with a final state.
+        num_states (`int`): Number of states.
+        states_per_iteration (`int`): States of an iteration; fewer where the last of a pass are left.
+        generator (`torch.Generator`): Draws the order.
     """
-
-    def __init__(
-        self,
-        num_states: int,
-        num_iterations: int,
-        states_per_iteration: int,
-        tolerance: float,
-        generator: torch.Generator,
-        num_runs: int = 1,
-    ) -> None:
-        self.num_states = num_states
-        self.window = min(num_states, num_runs + states_per_iteration - 1)
-        self._num_runs = num_runs
-        self._tolerance = tolerance
-        self._per_iteration = states_per_iteration
-        self._generator = generator
-        self._num_iterations = num_iterations
-        stages = max(1, num_states - self.window + 1)
-        self._stage_length = max(1, num_iterations // (2 * stages))
-        self._in_stage = 0
-
-    def __iter__(self) -> Iterator[list[int]]:
-        for _ in range(self._num_iterations):
-            others = self._per_iteration - 1
-            earliest_final = self.num_states - self._num_runs
-            final = self.num_states - 1
-            if self._num_runs > 1:
-                final -= int(torch.randint(self._num_runs, (1,), generator=self._generator))
-            earlier = torch.randperm(self.window - self._num_runs, generator=self._generator)[:others].tolist()
-            yield [final, *(earliest_final - 1 - offset for offset in earlier)]
-
-    def report(self, errors: dict[int, float]) -> None:
-        """Takes the matching errors of an iteration, keyed by state, and grows the window when it is time."""
-        if self.window == self.num_states:
-            return
-        self._in_stage += 1
-        earliest = self.num_states - self.window
-        if self._in_stage >= self._stage_length or errors.get(earliest, float("inf")) < self._tolerance:
-            self.window += 1
-            self._in_stage = 0
+    while True:
+        for batch in torch.randperm(num_states, generator=generator).split(states_per_iteration):
+            yield batch.tolist()

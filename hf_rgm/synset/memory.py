@@ -157,6 +157,7 @@ class MemoryPlan:
         sketch_dimension (`int`, *optional*): Length of the sketches that stand for gradients, if they do. States are
             then read from disk at every use.
         num_probes (`int`): Directions in which the curvature is matched.
+        samples_per_cluster (`int`): Synthetic samples of a cluster.
         match (`MatchMemory`): What a match needs.
     """
 
@@ -167,6 +168,7 @@ class MemoryPlan:
     chunk_size: int
     sketch_dimension: int | None
     num_probes: int
+    samples_per_cluster: int
     match: MatchMemory
 
     @property
@@ -187,12 +189,18 @@ class MemoryPlan:
 
     @property
     def step_bytes(self) -> int:
-        """What comes on top at the worst moment: a match, or a state being read with its two moments."""
+        """
+        What comes on top at the worst moment: a match, the gradients of single samples after a round, or a state being
+        read with its two moments.
+        """
         vector = 4 * self.num_parameters
+        together = max(self.samples_per_cluster, self.chunk_size)
+        products = 8 * self.num_states * self.block_size**2 * self.samples_per_cluster
         if self.sketch_dimension is None:
-            return max(self.match(self.chunk_size), 3 * vector)
+            return max(self.match(self.chunk_size), (together + self.chunk_size) * vector + products, 3 * vector)
         # The gradients times their signs, and the same in the backward pass.
-        return max(self.match(self.chunk_size) + 2 * self.chunk_size * vector, 3 * vector)
+        single = 4 * together * self.sketch_dimension + 2 * self.chunk_size * vector
+        return max(self.match(self.chunk_size) + 2 * self.chunk_size * vector, single + products, 3 * vector)
 
     @property
     def memory_bytes(self) -> int:
@@ -213,8 +221,8 @@ def plan_memory(
     As many clusters at once as fit in `config.max_memory`; sketches of their gradients where not even one fits.
 
     Args:
-        config (`DistillationConfig`): `max_memory`, `cluster_block_size`, `sketch_dimension` and
-            `total_gradient_weight` matter here.
+        config (`DistillationConfig`): `max_memory`, `cluster_block_size`, `sketch_dimension`, `samples_per_cluster`
+            and `total_gradient_weight` matter here.
         num_parameters, num_states, num_clusters (`int`): Sizes of the task.
         num_probes (`int`): Directions in which the curvature is matched, 0 if it is not.
         match (`MatchMemory`): What a match needs.
@@ -229,7 +237,9 @@ def plan_memory(
 
     def plan(block_size: int, chunk_size: int, sketch_dimension: int | None) -> MemoryPlan:
         sizes = (num_parameters, num_states, num_clusters)
-        return MemoryPlan(*sizes, block_size, chunk_size, sketch_dimension, num_probes, match)
+        return MemoryPlan(
+            *sizes, block_size, chunk_size, sketch_dimension, num_probes, config.samples_per_cluster, match
+        )
 
     for size in _halvings(largest):
         # The match of the total gradient needs the whole block in one graph.

@@ -31,6 +31,8 @@ def test_every_field_has_its_help():
         {"target_smoothing": 1.0},
         {"total_gradient_weight": -0.1},
         {"total_gradient_weight": float("nan")},
+        {"tolerance": -0.1},
+        {"tolerance": float("nan")},
         {"init": "zeros"},
     ],
     ids=str,
@@ -45,10 +47,19 @@ def test_unknown_settings_are_refused():
         DistillationConfig.from_dict({"depth": 1})
 
 
+def test_settings_of_synsets_from_before_there_was_a_tolerance_are_read():
+    values = {
+        **DistillationConfig(num_iterations=600, target_learning_rate=0.1).to_dict(),
+        "curriculum_tolerance": 0.05,
+    }
+    del values["tolerance"]
+    assert DistillationConfig.from_dict(values) == DistillationConfig(num_iterations=600, target_learning_rate=0.1)
+
+
 def test_presets():
     quick = DistillationConfig.from_preset("quick", seed=3)
     assert (quick.samples_per_cluster, quick.seed) == (2, 3)
-    assert quick.num_iterations < DistillationConfig().num_iterations
+    assert quick.samples_per_cluster < DistillationConfig().samples_per_cluster
     assert DistillationConfig.from_preset("accurate") == DistillationConfig()
     with pytest.raises(ValueError, match="Unknown preset 'best'. Use one of quick, accurate"):
         DistillationConfig.from_preset("best")

@@ -17,6 +17,7 @@ from hf_rgm.rows import CachedBatches, RowReader
 from hf_rgm.synset.config import INITIALISATIONS, DistillationConfig
 from hf_rgm.synset.distiller import ReverseGradientMatchingDistiller
 from hf_rgm.synset.inputs import ContinuousInputs
+from hf_rgm.synset.learner import BlockLearner
 from hf_rgm.synset.matching import SynsetGradients, cluster_residuals
 from hf_rgm.synset.states import MatchedState
 from hf_rgm.synset.targets import cluster_gradients
@@ -75,6 +76,36 @@ def test_stored_residuals_are_those_of_the_stored_samples():
     gradients = SynsetGradients(model, ContinuousInputs(model))
     expected = [cluster_residuals(gradients(s, synset.samples), r) for s, r in zip(states, real, strict=True)]
     torch.testing.assert_close(synset.residuals, torch.stack(expected), atol=1e-6, rtol=1e-3)
+
+
+def test_it_stops_when_it_is_done_and_says_after_how_many_iterations():
+    bounded = distiller(num_iterations=1000, tolerance=0.0001, cluster_block_size=3).distill()
+    assert all(30 <= iterations < 1000 for iterations in bounded.metadata["iterations"])
+    soon = distiller(num_iterations=1000, tolerance=0.9, cluster_block_size=3).distill()
+    assert soon.metadata["iterations"] == [30, 30]
+    assert bounded.matching_error < soon.matching_error
+    assert distiller(num_iterations=41, tolerance=0.0).distill().metadata["iterations"] == [41]
+
+
+def test_a_worse_round_does_not_replace_a_better_one(monkeypatch):
+    """The third round of 40 is spoilt; it is made, and the second is returned."""
+    original = BlockLearner._round
+
+    def spoilt(learner, start, num_iterations, *rest):
+        samples = original(learner, start, num_iterations, *rest)
+        return samples if num_iterations < 40 else samples.map(torch.zeros_like)
+
+    kept = distiller(num_iterations=30, tolerance=0.0).distill()
+    monkeypatch.setattr(BlockLearner, "_round", spoilt)
+    again = distiller(num_iterations=70, tolerance=0.0).distill()
+    assert same(again, kept)
+    assert (again.metadata["iterations"], kept.metadata["iterations"]) == ([70], [30])
+
+
+def test_no_cluster_is_worse_than_without_samples():
+    """Started from noise and hardly learned, gradients can be many times too large."""
+    residuals = distiller(init="noise", num_iterations=1, input_learning_rate=5.0).distill().residuals
+    assert residuals.mean() < 1
 
 
 def test_one_seed_gives_one_synset_and_another_another():

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import itertools
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,9 +12,9 @@ from torch.nn.functional import cross_entropy
 from hf_rgm.modeling import FunctionalModel
 from hf_rgm.synset.inputs import ContinuousInputs
 from hf_rgm.synset.matching import (
-    ReverseCurriculum,
     SynsetGradients,
     cluster_residuals,
+    draw_states,
     matching_error,
 )
 from hf_rgm.synset.samples import SyntheticSamples, smoothed_one_hot, soft_cross_entropy
@@ -145,64 +148,23 @@ def test_matching_error_is_the_energy_weighted_mean_of_residuals_and_free_of_sca
     torch.testing.assert_close(relative_error(scale * synthetic, scale * real, 0.0), expected)
 
 
-def curriculum(num_states, num_iterations, per_iteration, tolerance=0.0, seed=0, num_runs=1):
-    generator = torch.Generator().manual_seed(seed)
-    return ReverseCurriculum(num_states, num_iterations, per_iteration, tolerance, generator, num_runs=num_runs)
+def drawn(num_states, per_iteration, count, seed=0):
+    states = draw_states(num_states, per_iteration, torch.Generator().manual_seed(seed))
+    return list(itertools.islice(states, count))
 
 
 @settings(max_examples=50, deadline=None)
-@given(num_states=st.integers(1, 12), num_iterations=st.integers(1, 80), per_iteration=st.integers(1, 5))
-def test_curriculum_properties(num_states, num_iterations, per_iteration):
-    plan = curriculum(num_states, num_iterations, per_iteration)
-    windows = []
-    for batch in plan:
-        windows.append(plan.window)
-        assert batch[0] == num_states - 1
-        assert len(set(batch)) == len(batch) == min(per_iteration, plan.window)
-        assert all(num_states - plan.window <= index < num_states for index in batch)
-        plan.report(dict.fromkeys(batch, 1.0))
-    assert len(windows) == num_iterations
-    assert windows == sorted(windows)
-    if num_iterations >= 2 * num_states:
-        assert windows[num_iterations // 2] == num_states
+@given(num_states=st.integers(1, 12), per_iteration=st.integers(1, 5), passes=st.integers(1, 3))
+def test_every_state_has_its_turn_in_every_pass(num_states, per_iteration, passes):
+    length = math.ceil(num_states / per_iteration)
+    batches = drawn(num_states, per_iteration, passes * length)
+    for first in range(0, len(batches), length):
+        assert sorted(itertools.chain(*batches[first : first + length])) == list(range(num_states))
+    assert all(1 <= len(batch) <= per_iteration for batch in batches)
 
 
-def test_curriculum_is_deterministic_and_visits_every_state():
-    def visited(seed):
-        plan, batches = curriculum(6, 60, 2, seed=seed), []
-        for batch in plan:
-            batches.append(batch)
-            plan.report(dict.fromkeys(batch, 1.0))
-        return batches
-
-    assert visited(0) == visited(0) != visited(1)
-    assert {index for batch in visited(0) for index in batch} == set(range(6))
-
-
-def test_curriculum_takes_turns_at_the_final_states_of_several_runs():
-    plan = curriculum(12, 200, 3, num_runs=3)
-    finals, earlier = set(), set()
-    for batch in plan:
-        finals.add(batch[0])
-        earlier.update(batch[1:])
-        assert len(set(batch)) == 3
-        plan.report(dict.fromkeys(batch, 1.0))
-    assert finals == {9, 10, 11}
-    assert earlier == set(range(9))
-
-
-def test_curriculum_grows_early_when_the_earliest_state_matches():
-    plan = curriculum(4, 1000, 2, tolerance=0.1)
-    iterator = iter(plan)
-    assert next(iterator) == [3, 2]
-    plan.report({3: 0.01, 2: 0.5})
-    assert plan.window == 2
-    plan.report({3: 0.01, 2: 0.05})
-    assert plan.window == 3
-    plan.report({3: 0.01, 2: 0.01})
-    assert plan.window == 3
-    plan.report({3: 5.0, 1: 0.01})
-    assert plan.window == 4
+def test_the_order_of_states_is_that_of_the_seed():
+    assert drawn(6, 2, 30) == drawn(6, 2, 30) != drawn(6, 2, 30, seed=1)
 
 
 def test_smoothed_one_hot_is_the_smoothed_distribution():

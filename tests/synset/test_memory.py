@@ -100,9 +100,14 @@ class TestPlan:
         assert one.block_size == one.chunk_size == 4
 
     def test_reading_a_state_counts_where_matches_are_small(self):
-        config = DistillationConfig(max_memory="1MB", sketch_dimension=100)
+        config = DistillationConfig(max_memory="1MB", cluster_block_size=1, samples_per_cluster=1)
         small = plan_memory(config, match=MatchMemory(0, 1), **SIZES)
         assert small.step_bytes == 3 * 4 * 1_000
+
+    def test_gradients_of_single_samples_count_where_matches_are_small(self):
+        config = DistillationConfig(max_memory="1MB", cluster_block_size=2, samples_per_cluster=5)
+        small = plan_memory(config, match=MatchMemory(0, 1), **SIZES)
+        assert small.step_bytes == (5 + 2) * 4 * 1_000 + 8 * 4 * 2**2 * 5
 
     def test_too_little_is_refused(self):
         with pytest.raises(ValueError, match=r"`max_memory='10KB'` is too little for 4 states of 1000 .* Raise it"):

@@ -61,7 +61,11 @@ def test_distilling_brings_the_curvature_nearer_to_that_of_the_data():
 
     def error(curvature_weight):
         config = DistillationConfig(
-            samples_per_cluster=3, num_iterations=300, curvature_weight=curvature_weight, curvature_interval=1
+            samples_per_cluster=3,
+            tolerance=0.0,
+            num_iterations=300,
+            curvature_weight=curvature_weight,
+            curvature_interval=1,
         )
         samples = (
             ReverseGradientMatchingDistiller(

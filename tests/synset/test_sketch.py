@@ -41,7 +41,7 @@ def test_it_is_linear_and_differentiable():
 
 
 def distil(**changes):
-    config = DistillationConfig(num_iterations=200, **changes)
+    config = DistillationConfig(num_iterations=200, tolerance=0.0, **changes)
     return ReverseGradientMatchingDistiller(
         RUN.model, RUN.trajectory, RUN.train_dataset, RUN.clusters, config=config, disable_tqdm=True
     )
