@@ -38,6 +38,9 @@ def memory_bytes(max_memory: str) -> int:
     return size
 
 
+RESPONSES = ("int8", "bfloat16", "none")
+
+
 @dataclass(frozen=True)
 class DistillationConfig:
     """
@@ -80,6 +83,8 @@ class DistillationConfig:
             clusters are distilled together where they need more, and where one alone does, sketches of gradients are
             matched instead.
         sketch_dimension (`int`, *optional*, defaults to `65536`): Length of such a sketch.
+        responses (`str`, *optional*, defaults to `"int8"`): Precision of what leaving each cluster out changes in the
+            trained parameters, computed with the rows and kept in the synset: `"int8"`, `"bfloat16"` or `"none"`.
         seed (`int`, *optional*, defaults to `0`): Seed of everything random.
     """
 
@@ -105,6 +110,7 @@ class DistillationConfig:
     cluster_block_size: int = field(default=128, metadata={"help": "Clusters distilled together."})
     max_memory: str = field(default="4GB", metadata={"help": "Memory for states, gradients and their graphs."})
     sketch_dimension: int = field(default=2**16, metadata={"help": "Length of a gradient's sketch, where needed."})
+    responses: str = field(default="int8", metadata={"help": f"Precision of responses: {', '.join(RESPONSES)}."})
     seed: int = field(default=0, metadata={"help": "Seed of everything random."})
 
     def __post_init__(self) -> None:
@@ -139,6 +145,8 @@ class DistillationConfig:
         if self.token_inputs not in TOKEN_INPUTS:
             raise ValueError(f"`token_inputs` must be one of {', '.join(TOKEN_INPUTS)}, got {self.token_inputs!r}.")
 
+        if self.responses not in RESPONSES:
+            raise ValueError(f"`responses` must be one of {', '.join(RESPONSES)}, got {self.responses!r}.")
         memory_bytes(self.max_memory)
 
     @property

@@ -14,6 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from hf_rgm.clusters import ClusterMap
+from hf_rgm.engines.kept_responses import compute_responses
+from hf_rgm.engines.memory import MemoryShares
+from hf_rgm.engines.run import RecordedRun
+from hf_rgm.engines.sources import RowSource
 from hf_rgm.losses import LossFunction
 from hf_rgm.modeling import FunctionalModel, parameters_sha256
 from hf_rgm.out_of_memory import advice_on_memory
@@ -30,12 +34,14 @@ from hf_rgm.synset.matching import SynsetGradients
 from hf_rgm.synset.memory import MemoryPlan, measure_match, plan_memory
 from hf_rgm.synset.privacy import measure_privacy
 from hf_rgm.synset.probes import curvature_probes
+from hf_rgm.synset.responses import Responses
 from hf_rgm.synset.samples import SyntheticSamples
 from hf_rgm.synset.sketch import CountSketch, identity
 from hf_rgm.synset.states import StateVectors, matched_states
 from hf_rgm.synset.stopping import LEAST_ROUNDS, round_lengths
 from hf_rgm.synset.synset import Synset
 from hf_rgm.synset.targets import cluster_gradients, curvature_products, measure_rows
+from hf_rgm.trajectory.path import states_by_epochs
 from hf_rgm.trajectory.storage import Trajectory
 
 logger = logging.getLogger(__name__)
@@ -223,9 +229,14 @@ class ReverseGradientMatchingDistiller:
                 *(idle, len(pending), self.config.cluster_block_size),
             )
         prepared = functools.cache(lambda: (self._probes(), self._sketch()))
+        gradients_bytes = 4 * len(states) * len(self.rows) * model.num_parameters
+        keeps = exact and self.config.responses != "none" and gradients_bytes <= CACHE_BYTES
+        kept: list[Tensor] = []
 
         def work(block: range) -> dict[str, Tensor]:
-            done = self._distill_block(block, states, *prepared())
+            done, gradients = self._distill_block(block, states, *prepared())
+            if keeps:
+                kept.append(gradients)
             if self._store:
                 self._store.write(block, done)
             return done
@@ -248,6 +259,7 @@ class ReverseGradientMatchingDistiller:
             matched_states=self.matched_states,
             parameters_sha256=parameters_sha256(self.model.parameters()),
             input_name=self.inputs.name,
+            responses=self._responses(kept),
             config=self.config.to_dict(),
             metadata={
                 "dataset_fingerprint": self.trajectories[0].dataset_fingerprint,
@@ -263,6 +275,45 @@ class ReverseGradientMatchingDistiller:
                 "num_processes": self._processes.count,
             },
         )
+
+    def _responses(self, kept: list[Tensor]) -> Responses | None:
+        """
+        What leaving each cluster out changes in the model, by the rows; of several runs none are kept.
+
+        Args:
+            kept (`list[Tensor]`): The clusters' gradients at the matched states, where this process took all of them:
+                `(num_states, num_clusters, num_parameters)` in parts.
+        """
+        if self.config.responses == "none" or len(self.trajectories) > 1:
+            return None
+        model, trajectory = self.model, self.trajectories[0]
+        states_bytes = 8 * len(trajectory.state_steps) * model.num_parameters
+        max_bytes = max(1, self.config.max_bytes - states_bytes)
+        rows = RowSource(
+            model,
+            self.reader,
+            self.clusters,
+            self.row_loss,
+            max_bytes=MemoryShares.of(max_bytes, with_rows=True).kept,
+            processes=self._processes,
+        )
+        if sum(part.shape[1] for part in kept) == len(self.rows):
+            rows.keep(trajectory, [state.step for state in self.matched_states], torch.cat(kept, dim=1))
+            kept.clear()
+        run = RecordedRun(
+            model,
+            trajectory,
+            self.clusters,
+            rows=rows,
+            max_states=states_by_epochs(trajectory),
+            max_bytes=max_bytes,
+            processes=self._processes,
+            disable_tqdm=self.disable_tqdm,
+        )
+        with model.differentiable():
+            return compute_responses(
+                run, precision=self.config.responses, parameters_sha256=parameters_sha256(model.parameters())
+            )
 
     def _finished(self, blocks: Sequence[range]) -> dict[range, dict[str, Tensor]]:
         """Blocks of an earlier run, as the main process sees them."""
@@ -300,7 +351,8 @@ class ReverseGradientMatchingDistiller:
 
     def _distill_block(
         self, block: range, states: StateVectors, probes: Tensor | None, sketch: Callable[[Tensor], Tensor]
-    ) -> dict[str, Tensor]:
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """What is learned of a block of clusters, and their real gradients, or sketches of these."""
         model, num_rows = self.model, len(self.reader)
         targets = BlockTargets(
             names=[self.clusters.names[cluster] for cluster in block],
@@ -320,11 +372,12 @@ class ReverseGradientMatchingDistiller:
             description=f"Distilling clusters {block.start}-{block.stop - 1}",
             disable_tqdm=self.disable_tqdm or not self._processes.shows_progress,
         )
-        return {
+        done = {
             **learned.samples.map(Tensor.cpu).named_tensors(),
             "residuals": learner.residuals(learned.samples).cpu(),
             "iterations": torch.tensor(learned.iterations),
         }
+        return done, targets.gradients
 
     def _learner(self, targets: BlockTargets, block: range, sketch: Callable[[Tensor], Tensor]) -> BlockLearner:
         return BlockLearner(
