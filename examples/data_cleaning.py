@@ -40,7 +40,7 @@ trainer.train()
 
 pixels = np.asarray(data.train["pixel_values"]).reshape(len(data.train), -1)
 clusters = ClusterMap.from_embeddings(pixels, labels=np.asarray(data.train["labels"]), num_clusters_per_class=3)
-config = DistillationConfig.from_preset("quick", num_iterations=settings.num_iterations)
+config = DistillationConfig.from_preset("quick", tolerance=0.01, num_iterations=settings.num_iterations)
 distiller = ReverseGradientMatchingDistiller(trainer.model, output / "trajectory", data.train, clusters, config=config)
 attribute = pipeline("data-attribution", model=trainer.model, synset=distiller.distill())
 

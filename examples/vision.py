@@ -97,7 +97,7 @@ distiller = ReverseGradientMatchingDistiller(
     output / "trajectory",
     train,
     clusters,
-    config=DistillationConfig.from_preset("quick", num_iterations=num_iterations),
+    config=DistillationConfig.from_preset("quick", tolerance=0.01, num_iterations=num_iterations),
 )
 synset = distiller.distill()
 synset.save_pretrained(output / "synset")

@@ -56,7 +56,7 @@ class DemoSettings:
         num_rows (`int`, *optional*, defaults to `1200`): Training digits.
         num_queries (`int`, *optional*, defaults to `120`): Test digits to explain.
         num_epochs (`int`, *optional*, defaults to `15`): Training epochs.
-        num_iterations (`int`, *optional*, defaults to `400`): Distilling iterations.
+        num_iterations (`int`, *optional*, defaults to `400`): Distilling iterations at most.
         num_subsets (`int`, *optional*, defaults to `6`): Random halves of the clusters that the fidelity check
             retrains on, with two seeds each.
         flipped_share (`float`, *optional*, defaults to `0.05`): Share of the training labels that is flipped.
@@ -234,7 +234,9 @@ def run_demo(
         folder / "trajectory",
         data.train,
         clusters,
-        config=DistillationConfig.from_preset("quick", num_iterations=settings.num_iterations, seed=settings.seed),
+        config=DistillationConfig.from_preset(
+            "quick", tolerance=0.01, num_iterations=settings.num_iterations, seed=settings.seed
+        ),
         disable_tqdm=disable_tqdm,
     )
     synset = distiller.distill()

@@ -67,8 +67,8 @@ class DistillationConfig:
         input_learning_rate (`float`, *optional*, defaults to `0.04`): Adam's, in standard deviations of the inputs.
         target_learning_rate (`float`, *optional*, defaults to `0.3`): Adam's, for target logits.
         weight_learning_rate (`float`, *optional*, defaults to `0.03`): Adam's, for log-weights.
-        solve_weights (`bool`, *optional*, defaults to `True`): Solve for the samples' weights in closed form after each
-            round, where gradients are all that is matched: no cluster is then worse than without samples.
+        solve_weights (`bool`, *optional*, defaults to `True`): Solve for the samples' weights in closed form after
+            each round, where gradients are all that is matched: no cluster is then worse than without samples.
         target_smoothing (`float`, *optional*, defaults to `0.1`): Mass that the first targets take from the label.
         total_gradient_weight (`float`, *optional*, defaults to `0.0`): tau, weight of the match of the summed
             gradient; only plain replay from the final state needs it.
