@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.func import grad
 
+from hf_rgm.exceptions import DivergenceError
 from hf_rgm.modeling import FunctionalModel
 from hf_rgm.vectorize import map_rows
 
@@ -83,6 +84,9 @@ def curvature_rows(
         parameters (`Tensor`): `(num_parameters,)`, the recorded state.
         rank (`int`): The most rows.
         seed (`int`): Of signs and draws.
+
+    Raises:
+        DivergenceError: If the model's outputs are not finite.
     """
     generator = torch.Generator().manual_seed(seed)
     named = model.space.unflatten(parameters)
@@ -120,6 +124,11 @@ def _traces(
     for start in range(0, len(samples), SAMPLES_AT_ONCE):
         some = samples[slice(start, start + SAMPLES_AT_ONCE)]
         p = model.logits(named, some.inputs).softmax(-1)
+        if not bool(torch.isfinite(p).all()):
+            raise DivergenceError(
+                "The model's outputs at a recorded state are NaN or infinite, so that its curvature is too. Check the "
+                "recorded states, the training rows or the synset's samples."
+            )
         if p.dim() == 2 and p.shape[-1] <= MAX_EXACT_OUTPUTS:
             values, basis = torch.linalg.eigh(torch.diag_embed(p) - p[:, :, None] * p[:, None])
             values = values.clamp_min(0) * some.weights[:, None]
