@@ -8,6 +8,7 @@ from tqdm.auto import tqdm
 
 from hf_rgm.engines.engine import Engine
 from hf_rgm.engines.request import Evaluation
+from hf_rgm.engines.run import RecordedRun
 from hf_rgm.engines.sources import ClusterGradients, force
 from hf_rgm.exceptions import DivergenceError
 from hf_rgm.synset.costs import PieceOfWork, measured
@@ -26,6 +27,10 @@ class LinearEngine(Engine):
     rewind = 0.14
     max_drift = 0.25
     is_dear = False
+
+    def __init__(self, run: RecordedRun) -> None:
+        super().__init__(run)
+        _ = run.rank  # too little memory is told before any work
 
     @property
     def batch_size(self) -> int:
