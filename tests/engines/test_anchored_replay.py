@@ -91,7 +91,7 @@ def test_an_absent_cluster_is_gone_whatever_its_samples_are():
 
 def test_rows_leave_less_memory_for_models():
     """Of 16 parts, models have 14 without rows and 11 with them."""
-    budget, states = 24 * 171 * 16, 8 * 6 * 171
+    budget, states = 24 * 163 * 16, 8 * 6 * 163
     settings = {"max_memory": f"{(budget + states) / 1000 + 0.001:.3f}KB"}
     assert engine(**settings).batch_size == 14
     assert engine(**settings, rows=RUN.train_dataset).batch_size == 11
