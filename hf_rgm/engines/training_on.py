@@ -56,7 +56,8 @@ class TrainingOnEngine(Engine):
         weights = torch.ones(len(batch), device=self.run.model.device)
         step = measured(lambda: self._gradient(rows, self.run.final, batch, weights))
         steps = self.run.trajectory.num_steps - self.start(self.rewind if rewind is None else rewind)
-        return PieceOfWork(steps * num_masks * step.seconds, step.peak_bytes + 20 * self.run.model.num_parameters)
+        # Parameters, gradient and both moments, before and after an update, and what it makes of them.
+        return PieceOfWork(steps * num_masks * step.seconds, step.peak_bytes + 40 * self.run.model.num_parameters)
 
     @property
     def _rows(self) -> RowSource:
