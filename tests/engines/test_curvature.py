@@ -107,7 +107,7 @@ def test_samples_of_a_synset_count_by_their_weights():
 
 
 def assert_unbiased(parts, rank, *, width, most=None):
-    """Mean of `|B v|^2` over seeds against `v' C v`, for some directions; a standard error is narrow enough to tell."""
+    """Mean of `|B v|^2` over seeds against `v' C v`, for some directions; narrow enough to tell."""
     probes = torch.randn(12, parts[0].num_parameters, generator=torch.Generator().manual_seed(5)).double()
     expected = torch.einsum("vp,pq,vq->v", probes, gauss_newton(parts), probes)
     found = []
