@@ -69,9 +69,31 @@ class Meter:
         return memory.rss, memory.rss - getattr(memory, "shared", 0)
 
 
+class Stages:
+    """
+    CPU seconds of each stage of a method.
+
+    Args:
+        known: Those that are known already, by name.
+
+    Attributes:
+        seconds (`dict[str, float]`): By stage, in order.
+    """
+
+    def __init__(self, **known: float) -> None:
+        self.seconds: dict[str, float] = dict(known)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Measures a stage."""
+        start = time.process_time()
+        yield
+        self.seconds[name] = time.process_time() - start
+
+
 @contextmanager
-def seconds_in(owner: type, method: str) -> Iterator[list[float]]:
-    """CPU seconds of each call of a method within."""
+def seconds_in(owner: Any, method: str) -> Iterator[list[float]]:
+    """CPU seconds of each call of a method, or of a function of a module, within."""
     seconds: list[float] = []
     original = getattr(owner, method)
 

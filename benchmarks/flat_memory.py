@@ -35,7 +35,7 @@ from benchmarks.costs import Meter, folder_bytes, seconds_in
 from benchmarks.report import RESULTS, Report, environment, versions
 from benchmarks.tasks.images import build_trainer, image_dataset
 from hf_rgm import Attributor, ClusterMap, DistillationConfig, ReverseGradientMatchingDistiller, TrajectoryCallback
-from hf_rgm.attribution.adjoint import AdjointEngine
+from hf_rgm.engines import row_scores
 from hf_rgm.synset.learner import BlockLearner
 from hf_rgm.testing import tiny_dataset, tiny_trainer
 
@@ -196,9 +196,9 @@ def large_model(num_rows: int = 64, num_tokens: int = 32, num_clusters: int = 4)
         with steps.step("scoring clusters"):
             told = attributor.attribute(few, engine="adjoint").metadata
         # Up to four directions are followed in forward mode; more are products with the gradients of rows.
-        with seconds_in(AdjointEngine, "row_scores") as forward, steps.step("scoring rows, two queries"):
+        with seconds_in(row_scores, "row_scores") as forward, steps.step("scoring rows, two queries"):
             attributor.attribute(few, engine="adjoint", rows=train)
-        with seconds_in(AdjointEngine, "row_scores") as by_gradients, steps.step("scoring rows, six queries"):
+        with seconds_in(row_scores, "row_scores") as by_gradients, steps.step("scoring rows, six queries"):
             attributor.attribute(many, engine="adjoint", rows=train)
         return {
             "num_rows": num_rows,
@@ -212,7 +212,7 @@ def large_model(num_rows: int = 64, num_tokens: int = 32, num_clusters: int = 4)
             "states_per_iteration": config.states_per_iteration,
             "iterations_cpu_seconds": sum(learning),
             "num_steps": arguments.max_steps,
-            "num_integration_steps": -(-(told["num_steps"] - told["rewind_step"]) // told["stride"]),
+            "num_integration_steps": told["num_steps"] - told["rewind_step"],
             "batch_size": arguments.per_device_train_batch_size,
             "num_parameters": attributor.model.num_parameters,
             "num_frozen_parameters": sum(p.numel() for p in base.parameters() if not p.requires_grad),

@@ -10,16 +10,13 @@ it is there, and all are drawn in docs/growth.png. Run one process at a time.
 
 Everything has the default settings and one thread, and times are CPU seconds: of several processes, those of the one
 that takes most, which is what they would take with a core each. Processes distil blocks of 13 clusters. Trainings are
-short and take the same steps whatever the number of rows, so the ratios to them are those of a short training. Two
-things are measured in part and scaled up: the iterations of distilling (its gradients of real rows are computed
-whole), and linearised replay, followed through the last quarter of training in place of the last 86%, one training
-step at a time. Its Jacobians of recorded states thus count for a little too much.
+short and take the same steps whatever the number of rows, so the ratios to them are those of a short training. The
+iterations of distilling are measured in part and scaled up (its gradients of real rows are computed whole).
 """
 
 from __future__ import annotations
 
 import argparse
-import inspect
 import tempfile
 import time
 from collections.abc import Iterable
@@ -41,7 +38,6 @@ from benchmarks.report import RESULTS, ROOT, Report, environment, versions
 from benchmarks.tasks.fashion import load_images
 from benchmarks.tasks.images import build_trainer, image_dataset
 from hf_rgm import Attributor, ClusterMap, DistillationConfig, ReverseGradientMatchingDistiller, TrajectoryCallback
-from hf_rgm.attribution.linearized import LinearizedReplayEngine
 from hf_rgm.synset.learner import BlockLearner
 from hf_rgm.trajectory.storage import Trajectory
 
@@ -61,7 +57,6 @@ class Recipe:
         num_steps, batch_size (`int`): Of the training.
         num_queries (`int`): Queries that are attributed.
         num_iterations (`int`): Iterations of distilling that are measured; costs are those of the default number.
-        rewind (`float`): Fraction of training from which on the replay is measured; costs are those of the default.
         max_memory (`str`): Of distiller and attributor.
     """
 
@@ -69,7 +64,6 @@ class Recipe:
     batch_size: int = 128
     num_queries: int = 200
     num_iterations: int = 20
-    rewind: float = 0.75
     max_memory: str = "4GB"
 
 
@@ -148,13 +142,6 @@ def parts_of_classes(labels: NDArray[np.integer], num_clusters: int) -> ClusterM
     return ClusterMap.from_ids(labels.astype(np.int64) * parts + rank % parts)
 
 
-def replayed_share(recipe: Recipe) -> float:
-    """Share of the training steps of a default replay that is measured."""
-    default = inspect.signature(LinearizedReplayEngine).parameters["rewind"].default
-    measured, whole = (recipe.num_steps - round(rewind * recipe.num_steps) for rewind in (recipe.rewind, default))
-    return measured / whole
-
-
 def measure(setup: Setup, recipe: Recipe, pictures: Pictures) -> dict[str, Any]:
     """
     Trains twice, once recorded, distils and attributes.
@@ -220,12 +207,12 @@ def distil_and_attribute(
         ).distill()
     with Meter() as online:
         attributor = Attributor(model, synset, max_memory=recipe.max_memory, disable_tqdm=True)
-        attributor.attribute(queries, rewind=recipe.rewind, stride=1)
+        attributor.attribute(queries)
     gradients = distilling.cpu_seconds - sum(learning)
     return {
         "distilling_seconds": gradients + sum(learning) * DistillationConfig().num_iterations / recipe.num_iterations,
         "distilling_gradients_seconds": gradients,
-        "online_seconds": online.cpu_seconds / replayed_share(recipe),
+        "online_seconds": online.cpu_seconds,
         "distilling_wall_seconds": distilling.seconds,
         "online_wall_seconds": online.seconds,
         "kept_bytes": synset_bytes(synset),

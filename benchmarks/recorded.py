@@ -30,8 +30,8 @@ class Recorded:
         num_states (`int`, *optional*, defaults to `8`): Recorded states.
 
     Attributes:
-        training_seconds (`float`): Of the recorded training.
-        retraining_seconds (`float`): Of a training on all rows from another seed that records nothing.
+        training_seconds (`float`): CPU time of the recorded training.
+        retraining_seconds (`float`): CPU time of a training on all rows from another seed that records nothing.
         reused_bytes (`int`): Peak memory of the dearest distillation since this was last set to 0, reused ones among
             them: a method's cost does not depend on who distilled first.
     """
@@ -50,29 +50,36 @@ class Recorded:
         trainer = self.task.build_trainer(self.task.train, RECORDED_SEED, callbacks=[callback])
         with Meter() as meter:
             trainer.train()
-        self.training_seconds = meter.seconds
+        self.training_seconds = meter.cpu_seconds
         self.model = trainer.model
         self.summary = callback.summary()
         plain = self.task.build_trainer(self.task.train, self.task.seeds[0])
         with Meter() as meter:
             plain.train()
-        self.retraining_seconds = meter.seconds
+        self.retraining_seconds = meter.cpu_seconds
+
+    def runs(self, num_runs: int) -> tuple[list[Path], float]:
+        """
+        Folders of recorded runs, and the CPU seconds of training those beside the first, which is the recorded one.
+
+        The others have the seeds 100, 101, ...: neither its own nor the truth's.
+        """
+        others = range(FIRST_OTHER_SEED, FIRST_OTHER_SEED + num_runs - 1)
+        seconds = sum(self._record_other(seed) for seed in others)
+        return [self.folder, *(self._other_folder(seed) for seed in others)], seconds
 
     def synset(self, config: DistillationConfig, *, num_runs: int = 1) -> tuple[Synset, float]:
         """
-        A synset, distilled at most once, and the seconds it took; of several runs, with the training of the others.
-
-        The first run is the recorded one, the others have the seeds 100, 101, ...: neither its own nor the truth's.
+        A synset, distilled at most once, and its CPU seconds; of several runs, with the training of the others.
         """
         config = replace(config, max_memory=self.task.max_memory)
-        others = range(FIRST_OTHER_SEED, FIRST_OTHER_SEED + num_runs - 1)
-        seconds = sum(self._record_other(seed) for seed in others)
+        folders, seconds = self.runs(num_runs)
         key = (config, num_runs)
         if key not in self._synsets:
             with Meter() as meter:
                 synset = ReverseGradientMatchingDistiller(
                     self.model,
-                    [self.folder, *(self._other_folder(seed) for seed in others)],
+                    folders,
                     self.task.train,
                     self.task.clusters,
                     config=config,
@@ -81,7 +88,7 @@ class Recorded:
             self._synsets[key] = synset, meter
         synset, meter = self._synsets[key]
         self.reused_bytes = max(self.reused_bytes, meter.peak_bytes)
-        return synset, seconds + meter.seconds
+        return synset, seconds + meter.cpu_seconds
 
     def _other_folder(self, seed: int) -> Path:
         return self.folder.with_name(f"{self.folder.name}-{seed}")
@@ -93,7 +100,7 @@ class Recorded:
             trainer = self.task.build_trainer(self.task.train, seed, callbacks=[callback])
             with Meter() as meter:
                 trainer.train()
-            self._others[seed] = meter.seconds
+            self._others[seed] = meter.cpu_seconds
         return self._others[seed]
 
 
@@ -115,9 +122,10 @@ class Prediction:
             the objective of a subset directly; sums of cluster scores otherwise.
         outputs (`dict[str, np.ndarray]`, *optional*): For methods that give perturbed models: their logits under each
             of [`Task.distance_masks`], `(num_masks, num_queries, num_labels)`.
-        offline_seconds, online_seconds (`float`): Cost before any query is known, and of all cluster scores (and row
-            scores, if any) of these queries after.
+        offline_seconds, online_seconds (`float`): CPU time before any query is known, and of all cluster scores (and
+            row scores, if any) of these queries after.
         model_seconds (`float`, *optional*): Cost of one perturbed model, evaluated on these queries.
+        stages (`dict[str, float]`): CPU time of each stage by itself, by name.
         details (`dict`): What else to keep, JSON-safe; `kept_bytes` among them is what a user must store between the
             offline and the online part, beside the trained model and the training rows.
     """
@@ -129,6 +137,7 @@ class Prediction:
     offline_seconds: float = 0.0
     online_seconds: float = 0.0
     model_seconds: float | None = None
+    stages: dict[str, float] = field(default_factory=dict)
     details: dict[str, Any] = field(default_factory=dict)
 
 

@@ -3,7 +3,7 @@ Fidelity of attribution methods against retraining, and what they cost.
 
     python -m benchmarks.truth --task digits      # once; the expensive part
     python -m benchmarks.run --task digits        # all methods that have no result yet
-    python -m benchmarks.run --task digits --methods "adjoint, 2 per cluster"     # these, again
+    python -m benchmarks.run --task digits --methods "synset alone"               # these, again
 
 Every method's result is written to a JSON file under benchmarks/results/ as soon as it is there; see
 benchmarks/README.md for what each figure is. `--tuning` scores on the tuning queries instead, which are never
@@ -129,7 +129,7 @@ class Benchmark:
         if self._limit(entrant, count) < count:
             count = min(count, DEAR_TUNING_QUERIES)
         queries, truth = self.task.tuning_queries.select(range(count)), self.tuning_truth.first(count)
-        start = time.perf_counter()
+        start = time.process_time()
         settings: dict[str, Any] = {}
         for label, method in entrant.grid.items():
             try:
@@ -142,7 +142,7 @@ class Benchmark:
             "num_queries": count,
             "settings": settings,
             "chosen": max(means, key=means.__getitem__) if means else None,
-            "seconds": time.perf_counter() - start,
+            "seconds": time.process_time() - start,
         }
 
     def _run(self, method: Method, num_queries: int) -> dict[str, Any]:
@@ -174,6 +174,7 @@ class Benchmark:
             "model_over_retraining": None if model is None else model / retraining,
             "kept_bytes": prediction.details.get("kept_bytes"),
             "peak_bytes": peak_bytes,
+            "stages_over_training": {name: seconds / training for name, seconds in prediction.stages.items()},
         }
 
 

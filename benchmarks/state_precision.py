@@ -30,8 +30,8 @@ from hf_rgm.trajectory.precision import PRECISIONS
 
 FORMAT_VERSION = 1
 METHODS: dict[str, Method] = {
-    "linearised replay, training rows": replay(with_rows=True),
-    "linearised replay, synset alone": replay(),
+    "synset and rows": replay(with_rows=True),
+    "synset alone": replay(),
     "anchored replay": replay(engine="replay"),
     "adjoint": adjoint(),
 }

@@ -34,7 +34,15 @@ from benchmarks.report import RESULTS, Report, environment, versions
 from benchmarks.tasks.lm import build_tokenizer
 from benchmarks.tasks.texts import Sentence, codes, load_sentences, token_dataset
 from benchmarks.tasks.trainers import quiet_trainer
-from hf_rgm import Attributor, ClusterMap, DistillationConfig, ReverseGradientMatchingDistiller, TrajectoryCallback
+from hf_rgm import (
+    Attributor,
+    ClusterMap,
+    DistillationConfig,
+    ReverseGradientMatchingDistiller,
+    Synset,
+    TrajectoryCallback,
+)
+from hf_rgm.synset.inputs import input_space
 from hf_rgm.synset.matching import SynsetGradients
 from hf_rgm.synset.targets import cluster_gradients
 from hf_rgm.trajectory.storage import Trajectory
@@ -189,24 +197,28 @@ def measure(recorded: Recorded, setting: Setting, seed: int, recipe: Recipe) -> 
     return {
         "iterations": num_iterations,
         "seconds": meter.cpu_seconds,
-        "held_out_error": held_out_error(work, attributor, recorded.trajectory, between),
+        "held_out_error": held_out_error(work, attributor, synset, recorded.trajectory, between),
         "agreement": float(np.corrcoef(alone, by_rows)[0, 1]),
     }
 
 
 def held_out_error(
-    work: ReverseGradientMatchingDistiller, attributor: Attributor, trajectory: Trajectory, steps: Iterable[int]
+    work: ReverseGradientMatchingDistiller,
+    attributor: Attributor,
+    synset: Synset,
+    trajectory: Trajectory,
+    steps: Iterable[int],
 ) -> float:
     """Squared differences of all clusters' gradients over their squares, mean over states."""
-    model, clusters = attributor.model, range(attributor.synset.num_clusters)
-    gradients = SynsetGradients(model, attributor.inputs)
+    model, clusters = attributor.model, range(synset.num_clusters)
+    gradients = SynsetGradients(model, input_space(model, synset.input_name))
     errors = []
     with torch.enable_grad(), model.differentiable():
         for step in steps:
             parameters = trajectory.state(step).parameters
             state = [model.space.flatten(parameters)]
             real = cluster_gradients(model, state, work.batches, clusters, len(work.reader), work.row_loss)[0]
-            difference = gradients(parameters, attributor.samples).detach() - real
+            difference = gradients(parameters, synset.samples).detach() - real
             errors.append(float(difference.square().sum() / real.square().sum()))
     return float(np.mean(errors))
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from hf_rgm import Attributor, DistillationConfig, ReverseGradientMatchingDistiller
-from hf_rgm.attribution import row_scores
+from hf_rgm.engines import row_scores
 from hf_rgm.engines.row_scores import ScoreFolder
 from hf_rgm.processes import Processes
 from hf_rgm.synset.blocks import BlockStore
@@ -38,7 +38,7 @@ import contextlib, io, os, sys
 from pathlib import Path
 import numpy as np
 from hf_rgm import Attributor, ReverseGradientMatchingDistiller, Synset
-from hf_rgm.attribution import row_scores
+from hf_rgm.engines import row_scores
 from hf_rgm.processes import Processes
 from hf_rgm.testing import TinyModel, tiny_dataset
 from tests.test_processes import CONFIG, QUESTIONS

@@ -18,10 +18,12 @@ from torch import Tensor
 from benchmarks.methods.ours import replay
 from benchmarks.recorded import Method, Prediction, Recorded
 from benchmarks.truth import LOGITS
-from hf_rgm import Attributor, DistillationConfig
+from hf_rgm import DistillationConfig, Synset
 from hf_rgm.engines.objectives import Objective, Queries, resolve_objective
 from hf_rgm.engines.perturbations import leave_one_out
+from hf_rgm.modeling import FunctionalModel
 from hf_rgm.rows import RowReader
+from hf_rgm.synset.inputs import SPACES, input_space
 from hf_rgm.synset.samples import soft_cross_entropy
 
 GRADIENTS_ONLY = {"curvature_weight": 0.0}
@@ -41,24 +43,23 @@ def ascent(samples_per_cluster: int, *, num_steps: int, learning_rate: float, **
     def run(recorded: Recorded, queries: Dataset) -> Prediction:
         config = DistillationConfig(samples_per_cluster=samples_per_cluster, **GRADIENTS_ONLY, **distillation)
         synset, seconds = recorded.synset(config)
-        start = time.perf_counter()
-        attributor = Attributor(recorded.model, synset, disable_tqdm=True)
-        model = attributor.model
+        start = time.process_time()
+        model = FunctionalModel(recorded.model)
         reader = RowReader(queries, model, what="queries")
         batch = Queries(*reader.batch(range(len(reader))))
         objective = resolve_objective(recorded.task.objective)
 
         def ascended(masks: Tensor, what: Objective) -> np.ndarray:
             """Values under each mask: `(num_masks, num_values)`."""
-            parameters = (_ascend(attributor, mask < 0.5, num_steps, learning_rate) for mask in masks)
+            parameters = (_ascend(model, synset, mask < 0.5, num_steps, learning_rate) for mask in masks)
             return np.stack([what.values(model, values, batch).numpy() for values in parameters])
 
         unperturbed = objective.values(model, model.space.flatten(model.parameters()), batch).numpy()
         scores = (unperturbed - ascended(leave_one_out(synset.num_clusters), objective)).T
-        scored = time.perf_counter()
+        scored = time.process_time()
         masks = recorded.task.cluster_masks()
         subsets = ascended(_as_weights(masks), objective).T
-        subset_seconds = time.perf_counter() - scored
+        subset_seconds = time.process_time() - scored
         return Prediction(
             scores,
             cluster_subset_values=subsets,
@@ -82,14 +83,14 @@ def _as_weights(masks: np.ndarray) -> Tensor:
     return torch.from_numpy(masks.astype(np.float32))
 
 
-def _ascend(attributor: Attributor, absent: Tensor, num_steps: int, learning_rate: float) -> Tensor:
+def _ascend(model: FunctionalModel, synset: Synset, absent: Tensor, num_steps: int, learning_rate: float) -> Tensor:
     """Parameters after the ascent: `(num_parameters,)`."""
-    model = attributor.model
-    samples = attributor.samples[absent].flatten()
+    samples = synset.samples[absent].flatten()
+    inputs = input_space(model, synset.input_name if synset.input_name in SPACES else "auto")
     parameters = model.parameters()
     for _ in range(num_steps):
         leaves = {name: value.detach().requires_grad_() for name, value in parameters.items()}
-        logits = model.logits(leaves, attributor.inputs.to_forward(samples))
+        logits = model.logits(leaves, inputs.to_forward(samples))
         loss = soft_cross_entropy(logits, samples.targets, samples.log_weights, samples.target_ids)
         gradients = torch.autograd.grad(loss, list(leaves.values()))
         parameters = {

@@ -50,7 +50,7 @@ def tracin(num_checkpoints: int | None = None) -> Method:
             return float(trajectory.steps.learning_rates[step - 1].mean())
 
         train, tests = (as_tensors(part, recorded.model) for part in (recorded.task.train, queries))
-        start = time.perf_counter()
+        start = time.process_time()
         model = Logits(recorded.model)
         if model.input_name == TOKENS:
             model.model.enable_input_require_grads()  # captum's hooks fail on layers whose inputs need no gradient
@@ -69,7 +69,7 @@ def tracin(num_checkpoints: int | None = None) -> Method:
             recorded,
             scores,
             offline_seconds=0.0,
-            online_seconds=time.perf_counter() - start,
+            online_seconds=time.process_time() - start,
             kept_bytes=sum(num_bytes(values.values()) for values in parameters.values()),
             num_checkpoints=count,
         )

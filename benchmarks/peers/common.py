@@ -218,9 +218,9 @@ def ensemble(recorded: Recorded, size: int) -> list[Member]:
 
     def train(seed: int) -> Member:
         trainer = recorded.task.build_trainer(recorded.task.train, seed)
-        start = time.perf_counter()
+        start = time.process_time()
         trainer.train()
-        return Member(_parameters(trainer.model), time.perf_counter() - start)
+        return Member(_parameters(trainer.model), time.process_time() - start)
 
     seeds = range(FIRST_ENSEMBLE_SEED, FIRST_ENSEMBLE_SEED + size - 1)
     used = sorted({*seeds} & {*recorded.task.seeds})

@@ -96,9 +96,9 @@ class _Features:
         checkpoints = [self.model.checkpoint(member.parameters) for member in members]
         for index in range(len(self.seconds), num_models):
             self._featurize(index, checkpoints[index])
-        start = time.perf_counter()
+        start = time.process_time()
         self._finalize(num_models, regularization)
-        finalized = time.perf_counter()
+        finalized = time.process_time()
         tests = as_tensors(queries, self.recorded.model)
         name = f"{len(tests)} queries"
         for index, checkpoint in enumerate(checkpoints):
@@ -116,17 +116,17 @@ class _Features:
             + sum(self.seconds[:num_models])
             + finalized
             - start,
-            online_seconds=time.perf_counter() - finalized,
+            online_seconds=time.process_time() - finalized,
             kept_bytes=num_models * (4 * numbers_kept + trained_bytes(self.recorded.model)),
         )
 
     def _featurize(self, index: int, checkpoint: dict[str, Tensor]) -> None:
-        start = time.perf_counter()
+        start = time.process_time()
         self.peer.load_checkpoint(checkpoint, model_id=index)
         with torch.no_grad():
             for batch in loader(self.train, BATCH_SIZE):
                 self.peer.featurize(batch, num_samples=len(batch[0]))
-        self.seconds.append(time.perf_counter() - start)
+        self.seconds.append(time.process_time() - start)
 
     def _finalize(self, num_models: int, regularization: float) -> None:
         self.peer.score_computer.lambda_reg = regularization

@@ -362,7 +362,9 @@ class Attributor:
         run = self._runs(rows, data_collator)[0]
         reader = None if queries is None else self._reader(queries, data_collator)
         groups = groups_to_compare(removed, known, run.rows and run.rows.reader, reader)
-        chosen = self.engine(engine or engine_without(removed, known, self._available(rows)), replays=True)
+        available = self._available(rows)  # rows are for the checks too, whatever the engine takes
+        name = engine or engine_without(removed, known, available)
+        chosen = check_engine(name, available=available, replays=True)
         mask = torch.ones(1, known.num_clusters)
         mask[0, removed] = 0
         with self.model.differentiable():

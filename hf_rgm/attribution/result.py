@@ -137,7 +137,7 @@ class AttributionResult(DatasetArtefact):
             first = self.query_ids[next(query for query, count in enumerate(bad) if count)]
             raise ValueError(
                 f"`{name}` has {sum(bad)} NaN or infinite values of {array.size}, the first for query {first!r}."
-                " The computation diverged: rewind less far or use a smaller stride."
+                " The computation diverged: rewind less far."
             )
         return array
 

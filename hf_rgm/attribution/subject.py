@@ -117,5 +117,5 @@ def row_loss_of_runs(
         ValueError: If they do not, or the loss is none that is known.
     """
     if not force:
-        check_runs(model, trajectories, rows)
+        check_runs(model, trajectories, rows, called="rows")
     return row_loss_of(trajectories, reader, function)

@@ -67,13 +67,14 @@ class AdjointEngine(LinearEngine):
         path, segments = run.path(rewind), run.segments(rewind)
         at_once = min(num_values, self.queries_at_once)
         vectors = torch.zeros(at_once, run.model.num_parameters, device=run.model.device)
-        preparing = measured(lambda: run.map_of(path, segments[-1]))
+        preparing = run.cost_of_map(path, segments[-1])
         segment_map = run.map_of(path, segments[-1])
         stepping = measured(lambda: segment_map.backward(vectors, vectors))
         batches = -(-num_values // at_once)
         return PieceOfWork(
             seconds=len(segments) * (preparing.seconds + batches * stepping.seconds),
             peak_bytes=self.states_bytes
+            + self.kept_bytes(preparing, len(segments))
             + (len(segments) + 3) * vectors.nbytes
             + preparing.peak_bytes
             + stepping.peak_bytes,

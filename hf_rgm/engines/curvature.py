@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.func import grad
 
+from hf_rgm.exceptions import DivergenceError
 from hf_rgm.modeling import FunctionalModel
 from hf_rgm.padding import batches_by_length
 from hf_rgm.vectorize import map_rows
@@ -84,6 +85,9 @@ def curvature_rows(
         parameters (`Tensor`): `(num_parameters,)`, the recorded state.
         rank (`int`): The most rows.
         seed (`int`): Of signs and draws.
+
+    Raises:
+        DivergenceError: If the model's outputs are not finite.
     """
     generator = torch.Generator().manual_seed(seed)
     named = model.space.unflatten(parameters)
@@ -117,6 +121,11 @@ def _traces(
     traces, vectors = torch.zeros(len(samples), device=model.device), None
     for part, inputs, weights in batches_by_length(model, samples.inputs, samples.weights, SAMPLES_AT_ONCE, ignored=0):
         p = model.logits(named, inputs).softmax(-1)
+        if not bool(torch.isfinite(p).all()):
+            raise DivergenceError(
+                "The model's outputs at a recorded state are NaN or infinite, so that its curvature is too. Check the "
+                "recorded states, the training rows or the synset's samples."
+            )
         num_labels = p.shape[-1]
         if p.dim() == 2 and num_labels <= MAX_EXACT_OUTPUTS:
             values, basis = torch.linalg.eigh(torch.diag_embed(p) - p[:, :, None] * p[:, None])

@@ -8,6 +8,7 @@ from tqdm.auto import tqdm
 
 from hf_rgm.engines.engine import Engine
 from hf_rgm.engines.request import Evaluation
+from hf_rgm.engines.run import RecordedRun
 from hf_rgm.engines.sources import ClusterGradients, force
 from hf_rgm.exceptions import DivergenceError
 from hf_rgm.synset.costs import PieceOfWork, measured
@@ -26,6 +27,10 @@ class LinearEngine(Engine):
     rewind = 0.14
     max_drift = 0.25
     is_dear = False
+
+    def __init__(self, run: RecordedRun) -> None:
+        super().__init__(run)
+        _ = run.rank  # too little memory is told before any work
 
     @property
     def batch_size(self) -> int:
@@ -107,7 +112,7 @@ class LinearEngine(Engine):
         at_once = min(num_masks, self.batch_size)
         vectors = torch.zeros(at_once, run.model.num_parameters, device=run.model.device)
         masks = torch.ones(at_once, run.clusters.num_clusters, device=run.model.device)
-        preparing = measured(lambda: run.map_of(path, segments[-1]))
+        preparing = run.cost_of_map(path, segments[-1])
         segment_map = run.map_of(path, segments[-1])
         stepping = measured(lambda: segment_map.forward(vectors, vectors, vectors, masks))
         gradients = run.source.cost_of_gradients(run.final)
@@ -115,6 +120,7 @@ class LinearEngine(Engine):
         return PieceOfWork(
             seconds=len(segments) * (preparing.seconds + gradients.seconds + batches * stepping.seconds),
             peak_bytes=self.states_bytes
+            + self.kept_bytes(preparing, len(segments))
             + 3 * vectors.nbytes
             + max(gradients.peak_bytes, preparing.peak_bytes)
             + stepping.peak_bytes,
@@ -124,6 +130,10 @@ class LinearEngine(Engine):
     def states_bytes(self) -> int:
         """Recorded parameters and second moments in use."""
         return 8 * len(self.run.trajectory.state_steps) * self.run.model.num_parameters
+
+    def kept_bytes(self, preparing: PieceOfWork, num_segments: int) -> int:
+        """What stays of the maps of segments beside the one that is in use."""
+        return (num_segments - 1) * preparing.held_bytes if self.run.keeps_maps else 0
 
     def _force(self, gradients: ClusterGradients, state: int, masks: Tensor) -> Tensor:
         return force(

@@ -82,4 +82,5 @@ class PlainReplayEngine(Engine):
         gradient = measured(lambda: mask_gradients(samples, run.final[None], everything))
         vectors = 4 * min(num_masks, self.batch_size) * run.model.num_parameters
         steps = run.trajectory.num_steps - self.start(rewind)
-        return PieceOfWork(steps * num_masks * gradient.seconds, 6 * vectors + gradient.peak_bytes)
+        # Parameters, gradients and both moments, before and after an update, and what it makes of them.
+        return PieceOfWork(steps * num_masks * gradient.seconds, 10 * vectors + gradient.peak_bytes)

@@ -16,6 +16,7 @@ from hf_rgm.engines.segments import Segment, segments_of
 from hf_rgm.engines.sources import RowSource, SampleSource, Source
 from hf_rgm.modeling import FunctionalModel
 from hf_rgm.processes import Processes
+from hf_rgm.synset.costs import PieceOfWork, measured
 from hf_rgm.synset.responses import Responses
 from hf_rgm.trajectory.path import RecordedPath
 from hf_rgm.trajectory.states import TrajectoryState
@@ -141,17 +142,31 @@ class RecordedRun:
             return self._maps[key]
         rows = self._curvature.get(segment.state)
         if rows is None:
-            parameters = path.state(segment.state)
-            rows = curvature_rows(
-                self.model, self.source.weighted_inputs, parameters, rank=self.rank, seed=segment.state
-            )
+            rows = self._rows_at(path, segment.state)
         found = SegmentMap(segment, rows)
-        # Rows, and beside them the Gram matrix and its eigenvectors.
-        held = 4 * self.rank * (self.model.num_parameters + 3 * self.rank)
-        if held * (self._max_states or len(self.trajectory.state_steps)) <= self.shares.curvature:
+        if self.keeps_maps:
             self._curvature[segment.state] = rows
             self._maps[key] = found
         return found
+
+    @property
+    def keeps_maps(self) -> bool:
+        """Whether the maps of all states fit into memory: rows, and beside them the Gram matrix, its eigenvectors."""
+        held = 4 * self.rank * (self.model.num_parameters + 3 * self.rank)
+        return held * (self._max_states or len(self.trajectory.state_steps)) <= self.shares.curvature
+
+    def cost_of_map(self, path: RecordedPath, segment: Segment) -> PieceOfWork:
+        """What [`RecordedRun.map_of`] takes where nothing is known yet; holds what stays of one map."""
+
+        def made() -> SegmentMap:
+            found = SegmentMap(segment, self._rows_at(path, segment.state))
+            found.prepare()
+            return found
+
+        return measured(made)
+
+    def _rows_at(self, path: RecordedPath, state: int) -> CurvatureRows:
+        return curvature_rows(self.model, self.source.weighted_inputs, path.state(state), rank=self.rank, seed=state)
 
     def _flat(self, state: TrajectoryState) -> Tensor:
         return self.model.space.flatten(state.parameters).to(self.model.device)

@@ -55,6 +55,10 @@ class SegmentMap:
         largest = float(values[-1]) if len(values) else 0.0
         return values.double().cpu().numpy().clip(min=max(EIGENVALUE_FLOOR * largest, 1e-30)), vectors
 
+    def prepare(self) -> None:
+        """Takes now what the first use would take."""
+        _ = self._spectrum
+
     def forward(self, deviation: Tensor, momentum: Tensor, force: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
         """
         Deviation and momentum at the end of the segment.

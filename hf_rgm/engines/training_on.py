@@ -56,7 +56,8 @@ class TrainingOnEngine(Engine):
         weights = torch.ones(len(batch), device=self.run.model.device)
         step = measured(lambda: self._gradient(rows, self.run.final, batch, weights))
         steps = self.run.trajectory.num_steps - self.start(self.rewind if rewind is None else rewind)
-        return PieceOfWork(steps * num_masks * step.seconds, step.peak_bytes + 20 * self.run.model.num_parameters)
+        # Parameters, gradient and both moments, before and after an update, and what it makes of them.
+        return PieceOfWork(steps * num_masks * step.seconds, step.peak_bytes + 40 * self.run.model.num_parameters)
 
     @property
     def _rows(self) -> RowSource:
@@ -74,7 +75,7 @@ class TrainingOnEngine(Engine):
     def _trained_on(self, rows: RowSource, mask: Tensor, start: int) -> Tensor:
         run = self.run
         table, rule, space = run.trajectory.steps, run.trajectory.optimizer, run.model.space
-        weights = mask[torch.from_numpy(run.clusters.cluster_ids).to(mask.device, torch.int64)]
+        weights = mask[torch.tensor(run.clusters.cluster_ids, device=mask.device, dtype=torch.int64)]
         kept = np.flatnonzero(weights.cpu().numpy() > 0)
         # Weights are relative to the whole training set: without a tenth of it, gradients are a tenth smaller.
         weights = weights * (len(kept) / len(weights))
@@ -85,7 +86,8 @@ class TrainingOnEngine(Engine):
             kind: {name: value.to(run.model.device) for name, value in values.items()}
             for kind, values in state.moments.items()
         }
-        batches = _batches(kept, self._rows_per_step)
+        # Where nothing is kept all weights are 0, whatever the batches are.
+        batches = _batches(kept if len(kept) else np.arange(len(weights)), self._rows_per_step)
         for t in progress(range(start, run.trajectory.num_steps), 1, start, disable=run.disable_tqdm):
             if table.skipped[t]:
                 continue

@@ -31,7 +31,6 @@ DESCRIPTIONS = {
     LEAVE_CLUSTER_OUT: "single clusters left out",
     LDS_ROWS: "random halves of the rows (LDS)",
 }
-SOURCES = {False: "on the synset alone", True: "on synset and training rows"}
 
 
 @dataclass(frozen=True)
@@ -244,11 +243,18 @@ class FidelityReport:
         """Models that were trained."""
         return sum(agreement.num_points for agreement in self.agreements.values()) * len(self.seeds)
 
+    @property
+    def source(self) -> str:
+        """What the engine had, in words."""
+        if not self.rows:
+            return "on the synset alone"
+        return "on synset and training rows" if self.samples_sha256 else "on the training rows"
+
     def __str__(self) -> str:
         seeds = f"{'seeds' if len(self.seeds) > 1 else 'seed'} {' and '.join(map(str, self.seeds))}"
         queries = "1 query" if self.num_queries == 1 else f"{self.num_queries} queries"
         lines = [
-            f"Agreement of the {self.engine} engine {SOURCES[self.rows]} with {self.num_retrainings} retrainings "
+            f"Agreement of the {self.engine} engine {self.source} with {self.num_retrainings} retrainings "
             f"({seeds}), objective {self.objective}, mean over {queries}, 95% intervals:"
         ]
         for name, agreement in self.agreements.items():

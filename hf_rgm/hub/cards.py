@@ -12,7 +12,7 @@ from huggingface_hub import DatasetCard, DatasetCardData, ModelCard, ModelCardDa
 
 from hf_rgm.artefacts import printable
 from hf_rgm.attribution.result import AttributionResult
-from hf_rgm.fidelity.report import DESCRIPTIONS, SOURCES, FidelityReport
+from hf_rgm.fidelity.report import DESCRIPTIONS, FidelityReport
 from hf_rgm.files import format_size
 from hf_rgm.hub.artefact import LOCAL, CardOptions
 from hf_rgm.hub.repository import dataset_address, is_repo_id, model_address
@@ -200,7 +200,7 @@ def fidelity_section(fidelity: dict[str, Any] | None) -> str:
             "",
             _table(["over", "agreement", "noise ceiling", "retrained subsets"], rows),
             "",
-            f"Engine: {escaped(report.engine)} {SOURCES[report.rows]}. Objective: {escaped(report.objective)}. "
+            f"Engine: {escaped(report.engine)} {report.source}. Objective: {escaped(report.objective)}. "
             f"Queries: {report.num_queries}. Retrainings: {report.num_retrainings}, seeds "
             f"{', '.join(map(str, report.seeds))}. The noise ceiling is how well retraining with one seed agrees with "
             "the others.",

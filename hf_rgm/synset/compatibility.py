@@ -24,7 +24,9 @@ CROSS_ENTROPY_TYPE = "nll"
 """TRL's name for the cross entropy; the plain `Trainer` records none."""
 
 
-def check_runs(model: FunctionalModel, trajectories: Sequence[Trajectory], train_dataset: Any) -> None:
+def check_runs(
+    model: FunctionalModel, trajectories: Sequence[Trajectory], train_dataset: Any, *, called: str = "train_dataset"
+) -> None:
     """
     Checks recorded runs against the model that the first of them trained, and the dataset that all were trained on.
 
@@ -32,6 +34,7 @@ def check_runs(model: FunctionalModel, trajectories: Sequence[Trajectory], train
         model (`FunctionalModel`): The trained model.
         trajectories (`Sequence[Trajectory]`): The recorded runs.
         train_dataset: What they were trained on.
+        called (`str`, *optional*, defaults to `"train_dataset"`): How errors call it.
 
     Raises:
         ValueError: If parameters have other shapes, the model is not what the first run ended with, two runs are the
@@ -48,7 +51,7 @@ def check_runs(model: FunctionalModel, trajectories: Sequence[Trajectory], train
                 f"{what} model's parameters have other shapes than the recorded ones; first difference: "
                 f"{different[0]}. Pass the model that was trained."
             )
-        trajectory.check_dataset(train_dataset)
+        trajectory.check_dataset(train_dataset, what=called)
     final, own = trajectories[0].final.parameters, model.parameters()
     for name in space.names:
         if not torch.equal(final[name], own[name].cpu()):

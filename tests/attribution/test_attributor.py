@@ -137,17 +137,16 @@ def test_query_ids_are_kept(attributor):
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"engine": "magic"}, ValueError, "Unknown engine 'magic'. Use one of adjoint, linearized_replay, replay"),
+        ({"engine": "magic"}, ValueError, "Unknown engine 'magic'. Use one of linearized_replay, adjoint, replay"),
         (
             {"engine": "plain_replay", "rows": RUN.train_dataset},
             ValueError,
-            "`rows` are for engines adjoint, linearized_replay and replay, got 'plain_replay'",
+            "`rows` are for engines linearized_replay, adjoint, replay and training_on, got 'plain_replay'",
         ),
         ({"engine": "adjoint", "num_masks": 5}, ValueError, "`num_masks` = 5 is for replay engines"),
         ({"engine": "replay", "num_masks": 1}, ValueError, "`num_masks` must be at least 2, got 1"),
-        ({"engine": "plain_replay", "stride": 2}, ValueError, "takes every recorded step"),
+        ({"engine": "training_on"}, ValueError, "`engine='training_on'` needs the training dataset"),
         ({"rewind": 1.0}, ValueError, "`rewind` must be"),
-        ({"stride": 0}, ValueError, "`stride` must be"),
         ({"objective": "f1"}, ValueError, "Unknown objective 'f1'"),
         ({"rows": RUN.train_dataset.select(range(40))}, ValueError, "40"),
         ({"rows": RUN.train_dataset.select(range(47, -1, -1))}, ValueError, "other rows or another order"),

@@ -5,9 +5,6 @@ from __future__ import annotations
 import pytest
 
 from hf_rgm import Attributor, Objective
-from hf_rgm.attribution.adjoint import AdjointEngine
-from hf_rgm.attribution.linearized import LinearizedReplayEngine
-from hf_rgm.attribution.replay import ReplayEngine
 from hf_rgm.synset.costs import PieceOfWork
 from hf_rgm.synset.memory import PeakTensors
 from hf_rgm.testing import tiny_recorded_run, tiny_synset
@@ -19,11 +16,12 @@ HITS = Objective(
 SETTINGS = [
     {},
     {"rows": RUN.train_dataset},
-    {"num_masks": 9, "stride": 2},
+    {"num_masks": 9},
     {"engine": "adjoint"},
     {"engine": "adjoint", "rows": RUN.train_dataset, "rewind": 0.5},
     {"engine": "replay", "objective": "loss"},
     {"engine": "plain_replay", "objective": HITS},
+    {"engine": "training_on", "objective": HITS, "rows": RUN.train_dataset},
     {"objective": "mean_loss"},
 ]
 
@@ -36,13 +34,18 @@ def attributor():
 @pytest.mark.parametrize("settings", SETTINGS, ids=lambda settings: ", ".join(settings) or "defaults")
 def test_memory_and_disk_are_told_within_a_factor_of_two(attributor, settings, tmp_path):
     told = attributor.estimate(RUN.queries, **settings)
+    fresh = Attributor(RUN.model, tiny_synset(), disable_tqdm=True)  # nothing is known from the estimate
     with PeakTensors() as memory:
-        result = attributor.attribute(RUN.queries, **settings)
+        result = fresh.attribute(RUN.queries, **settings)
     assert memory.resident_bytes / 2 < told.memory_bytes < 2 * memory.resident_bytes
     folder = result.save_pretrained(tmp_path / "result")
     written = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     assert written / 2 < told.disk_bytes < 2 * written
-    assert told.num_blocks == 1 and not told.sketched
+    assert told.num_blocks == (6 if settings.get("engine") == "training_on" else 1) and not told.sketched
+
+
+STATES, STEPS = 5, 41
+"""Recorded states in use, and training steps from 14% of the training on."""
 
 
 class TestTime:
@@ -50,56 +53,54 @@ class TestTime:
 
     @pytest.fixture(autouse=True)
     def seconds(self, monkeypatch):
-        for module in ("adjoint", "linearized", "replay", "runs"):
-            monkeypatch.setattr(f"hf_rgm.attribution.{module}.measured", lambda work: PieceOfWork(1.0, 0))
-        monkeypatch.setattr("hf_rgm.attribution.training_rows.measure_rows", lambda *_: PieceOfWork(1.0, 0))
+        engines = (
+            "run",
+            "adjoint",
+            "linear",
+            "anchored_replay",
+            "plain_replay",
+            "training_on",
+            "row_scores",
+            "sources",
+        )
+        for module in ("attribution.estimates", *(f"engines.{name}" for name in engines)):
+            monkeypatch.setattr(f"hf_rgm.{module}.measured", lambda work: PieceOfWork(1.0, 0))
+        monkeypatch.setattr("hf_rgm.engines.sources.measure_rows", lambda *_: PieceOfWork(1.0, 0))
 
-    def steps(self, engine, **settings):
-        path = engine(*attributor_parts(), **settings).path
-        return len(path.segments()), len(path.steps())
+    def test_what_is_known_already_is_told_as_if_it_were_not(self, attributor):
+        before = attributor.estimate(RUN.queries).seconds
+        attributor.attribute(RUN.queries)
+        assert attributor.estimate(RUN.queries).seconds == before
 
     def test_linearised_replay(self, attributor):
-        states, steps = self.steps(LinearizedReplayEngine)
         seconds = attributor.estimate(RUN.queries).seconds
-        assert seconds == 1 + states * (1 + 1) + steps  # the objective's gradients; curvature and forces; steps
+        assert seconds == 1 + STATES * (1 + 1 + 1)  # the objective's gradients; curvature, forces and the map
 
     def test_rows_are_gone_through_at_every_state(self, attributor):
-        states, steps = self.steps(LinearizedReplayEngine)
-        adjoint_states, adjoint_steps = self.steps(AdjointEngine)
         seconds = attributor.estimate(RUN.queries, rows=RUN.train_dataset).seconds
-        assert seconds == 1 + states * (1 + 48) + steps + adjoint_states * (1 + 1) + adjoint_steps
+        clusters, adjoint, rows = STATES * (1 + 48 + 1), STATES * (1 + 1), STATES * 1
+        assert seconds == 1 + clusters + adjoint + rows
 
     def test_replay_takes_one_gradient_a_mask_and_one_for_the_path(self, attributor):
-        _, steps = self.steps(ReplayEngine)
         seconds = attributor.estimate(RUN.queries, engine="replay", num_masks=100).seconds
-        assert seconds == steps * (100 + 2 + 2) + 100  # two batches of masks, and the objective of every mask
+        assert seconds == STEPS * (100 + 2 + 2) + 100  # two batches of masks, and the objective of every mask
+
+    def test_training_goes_on_for_every_mask(self, attributor):
+        seconds = attributor.estimate(
+            RUN.queries, engine="training_on", rows=RUN.train_dataset, objective=HITS, num_masks=3
+        ).seconds
+        assert seconds == 3 * (48 - 10) + 3  # from the recorded state nearest to 27%
 
     def test_a_few_queries_stand_for_more(self, attributor):
         one, ten = (
             attributor.estimate(RUN.queries, num_queries=count, engine="replay").seconds for count in (12, 120)
         )
-        _, steps = self.steps(ReplayEngine)
         assert ten - one == pytest.approx(6 * (10 - 1))
 
-    def test_several_runs_take_their_time_each(self):
-        synset = tiny_synset(2)
-        both = Attributor(RUN.model, synset, disable_tqdm=True)
-        alone = both._runs[0]
-        one = alone.estimate(
-            "adjoint", *objective_and_queries(both), num_queries=12, rows=None, num_masks=None
-        ).seconds
+    def test_several_runs_take_their_time_each(self, attributor):
+        both = Attributor(RUN.model, tiny_synset(2), disable_tqdm=True)
+        one = attributor.estimate(RUN.queries, engine="adjoint").seconds
         assert both.estimate(RUN.queries, engine="adjoint").seconds == 2 * one
-
-
-def attributor_parts():
-    attributor = Attributor(RUN.model, tiny_synset(), disable_tqdm=True)
-    return attributor.model, attributor.inputs, attributor.samples, RUN.trajectory
-
-
-def objective_and_queries(attributor):
-    from hf_rgm.engines.objectives import resolve_objective
-
-    return resolve_objective("margin"), attributor._queries(RUN.queries, None)
 
 
 def test_bad_requests_are_refused(attributor):

@@ -10,8 +10,8 @@ from transformers import pipeline
 
 from hf_rgm.attribution.attributor import Attributor
 from hf_rgm.attribution.mixture import MixtureSuggestion, mixture_weights, trusted_mixture
-from hf_rgm.engines.objectives import OBJECTIVES, Objective, log_odds_margin
 from hf_rgm.clusters import ClusterMap
+from hf_rgm.engines.objectives import OBJECTIVES, Objective, log_odds_margin
 from hf_rgm.exceptions import DivergenceError
 from hf_rgm.modeling import parameters_sha256
 from hf_rgm.synset.states import MatchedState

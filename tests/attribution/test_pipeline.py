@@ -101,7 +101,7 @@ def test_another_model_is_refused(tmp_path):
 
 
 def test_a_plain_module_is_refused_with_the_way_out():
-    with pytest.raises(TypeError, match=r"Linear is a plain module. Use `hf_rgm.Attributor\(model, synset\)`"):
+    with pytest.raises(TypeError, match=r"Linear is a plain module. Use `hf_rgm.Attributor\(model, ...\)`"):
         pipeline(TASK, model=torch.nn.Linear(2, 2), synset=tiny_synset())
 
 

@@ -38,14 +38,20 @@ def test_it_is_the_model_without_and_says_what_was_removed(attributor, unlearned
         assert torch.equal(unlearned.model.get_parameter(name), parameter)
     assert list(unlearned.clusters) == list(NAMES)
     assert list(unlearned.sizes) == [8, 8]
-    assert (unlearned.num_steps, unlearned.engine) == (48, "replay")
+    assert (unlearned.num_steps, unlearned.engine) == (48, "training_on")
     assert 0 < unlearned.rewind_step < 48
 
 
-def test_little_is_removed_by_linearised_replay_and_much_by_anchored(attributor):
-    for count, engine in ((1, "linearized_replay"), (2, "replay"), (5, "replay")):
+def test_little_is_removed_by_linearised_replay_and_much_by_anchored_or_training_on(attributor):
+    for count, engine, with_rows in (
+        (1, "linearized_replay", "linearized_replay"),
+        (2, "replay", "training_on"),
+        (5, "replay", "training_on"),
+    ):
         assert attributor.unlearn(range(count)).engine == engine
-    assert attributor.unlearn([0], engine="plain_replay").engine == "plain_replay"
+        assert attributor.unlearn(range(count), rows=RUN.train_dataset).engine == with_rows
+    for rows in (None, RUN.train_dataset):
+        assert attributor.unlearn([0], engine="plain_replay", rows=rows).engine == "plain_replay"
     with pytest.raises(ValueError, match="Unknown engine 'adjoint'"):
         attributor.unlearn([0], engine="adjoint")
 
@@ -86,7 +92,7 @@ def test_without_rows_nothing_is_claimed(attributor, tmp_path):
 
 
 def test_foreign_rows_and_models_that_cannot_be_saved_are_refused(attributor, tmp_path):
-    with pytest.raises(ValueError, match="has 12 rows, but the synset stands for 48"):
+    with pytest.raises(ValueError, match="has 12 rows, but the clusters have 48"):
         attributor.unlearn(NAMES, rows=RUN.queries)
     plain = UnlearnedModel(nn.Linear(2, 2), ["a"], [1], [], "replay", 1, 2, "0" * 64)
     with pytest.raises(TypeError, match="Linear has no `save_pretrained`"):

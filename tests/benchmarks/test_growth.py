@@ -136,9 +136,6 @@ class TestPoints:
         expected = (pictures.query_images[:4] - raw.mean()) / raw.std()
         np.testing.assert_allclose(queries[:]["pixel_values"].numpy()[:, 0], expected, atol=1e-5)
 
-    def test_a_default_replay_is_longer_by_the_steps_before_the_last_quarter(self):
-        assert growth.replayed_share(Recipe(num_steps=100, rewind=0.75)) == pytest.approx(25 / 86)
-
     def test_what_is_measured_in_part_is_scaled_up(self, pictures, monkeypatch):
         """With a clock that ticks once a reading: one second a block, two for what holds it, whatever the machine."""
         ticks = count()
@@ -148,7 +145,7 @@ class TestPoints:
         assert costs["training_seconds"] == 1
         assert costs["distilling_gradients_seconds"] == 3 - 1
         assert costs["distilling_seconds"] == 2 + DistillationConfig().num_iterations / RECIPE.num_iterations
-        assert costs["online_seconds"] == pytest.approx(7 / 2)
+        assert costs["online_seconds"] == 1
         assert (found["num_rows"], found["num_clusters"], found["num_parameters"]) == (60, 10, 20 + 57 + 130)
         assert 0 < costs["recording_seconds"]
         assert costs["kept_bytes"] > 4 * 10 * 5 * 64  # at least the pixels of the samples
@@ -166,7 +163,6 @@ class TestPoints:
             return [own | {"distilling_seconds": 1.0, "online_seconds": 9.0}, own | {"distilling_seconds": 3.0}]
 
         monkeypatch.setattr(growth, "launched", launched)
-        monkeypatch.setattr(growth, "replayed_share", lambda recipe: 1e9)
         found = measure(replace(TINY, num_processes=2), RECIPE, pictures)
         assert found["num_processes"] == 2
         assert (found["costs"]["distilling_seconds"], found["costs"]["online_seconds"]) == (3.0, 9.0)

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from benchmarks.methods.baselines import gradient_cosine, random_scores, real_rows, sum_by_cluster
-from benchmarks.methods.ours import adjoint, replay
+from benchmarks.methods.ours import adjoint, replay, without_synset
 from benchmarks.methods.paper import ascent, matched
 from benchmarks.recorded import Recorded
-from hf_rgm import DistillationConfig
+from hf_rgm import Attributor, DistillationConfig
 from hf_rgm.engines.objectives import log_odds_margin
 from hf_rgm.synset.samples import soft_cross_entropy
 from hf_rgm.trajectory.storage import Trajectory
@@ -149,6 +149,37 @@ def test_costs(recorded):
     assert prediction.details["kept_bytes"] == again.details["kept_bytes"] > 1000
     assert prediction.model_seconds is None
     assert again.model_seconds is not None
+    assert list(prediction.stages) == ["distil", "attribute"]
+    assert list(again.stages) == ["distil", "cluster scores", "halves"]
+    assert again.stages["distil"] == again.offline_seconds
+    assert again.stages["cluster scores"] == again.online_seconds
+
+
+@pytest.mark.parametrize("num_runs", [1, 2])
+def test_without_a_synset_nothing_is_distilled(recorded, num_runs, monkeypatch):
+    monkeypatch.setattr(Recorded, "synset", lambda *_, **__: pytest.fail("a synset was distilled"))
+    prediction = without_synset(num_runs=num_runs)(recorded, recorded.task.queries)
+    assert prediction.cluster_scores.shape == (8, 6) and prediction.row_scores.shape == (8, 24)
+    assert prediction.details["kept_bytes"] == 0
+    assert (prediction.offline_seconds == 0) == (num_runs == 1)
+    assert list(prediction.stages) == ["attribute", "halves"]
+    assert {part: values.shape for part, values in prediction.outputs.items()} == {
+        part: (len(masks), 8, 3) for part, masks in recorded.task.distance_masks().items()
+    }
+
+
+def test_halves_are_weighted_up_to_the_number_of_rows(recorded):
+    task = recorded.task
+    attributor = Attributor(
+        recorded.model, trajectory=recorded.folder, rows=task.train, clusters=task.clusters, disable_tqdm=True
+    )
+    for engine in ("linearized_replay", "training_on"):
+        prediction = without_synset(engine=engine)(recorded, task.queries)
+        expected = attributor.replayed_values(task.queries, torch.tensor(2.0 * task.cluster_masks()), engine=engine)
+        assert np.allclose(prediction.cluster_subset_values, expected.T, atol=1e-5)
+        assert np.array_equal(
+            prediction.cluster_scores, attributor.attribute(task.queries, engine="linearized_replay").scores
+        )
 
 
 def test_leaving_row_scores_out_changes_nothing_else(recorded):

@@ -5,7 +5,9 @@ import pytest
 from datasets import DatasetDict
 
 from hf_rgm import AttributionPipeline, AttributionResult
+from hf_rgm.cli.attribute import ENGINE_NAMES
 from hf_rgm.cli.loading import load_collator, load_model, load_rows
+from hf_rgm.engines.registry import ENGINES
 from tests.vision import vit_run
 
 SCORE_TOLERANCE = 1e-6
@@ -30,6 +32,68 @@ def test_the_scores_are_those_of_the_library(told, files, tmp_path):
     assert all(entry["score"] < 0 for entry in content["harmed_most"])
     assert len(content["helped_most"]) + len(content["harmed_most"]) >= 1
     assert "<html" in (tmp_path / "report.html").read_text()
+
+
+@pytest.mark.parametrize("options", [(), ("--engine", "adjoint")], ids=["default", "adjoint"])
+def test_without_a_synset_the_recorded_run_and_its_rows_are_enough(told, files, tmp_path, options):
+    content = told(
+        "attribute", files.model, files.trajectory, files.queries, "-o", tmp_path / "scores", "--rows", files.train,
+        "--cluster-column", "labels", "--html", tmp_path / "report.html", *options,
+    )  # fmt: skip
+    run = vit_run()
+    known = {"trajectory": run.trajectory, "rows": run.train_dataset, "clusters": run.synset.clusters}
+    expected = AttributionPipeline(run.model, **known, disable_tqdm=True)(
+        run.queries, engine=options[-1] if options else None
+    )
+    result = AttributionResult.from_pretrained(tmp_path / "scores")
+    np.testing.assert_allclose(result.scores, expected.scores, atol=SCORE_TOLERANCE)
+    np.testing.assert_allclose(result.row_scores, expected.row_scores, atol=SCORE_TOLERANCE)
+    assert content["engine"] == (options[-1] if options else "linearized_replay")
+    assert "<html" in (tmp_path / "report.html").read_text()
+
+
+def test_what_attribution_without_a_synset_lacks_is_told(invoke, files, tmp_path):
+    output = ("-o", tmp_path / "scores")
+    cases = [
+        ((files.trajectory, files.queries), "is a recorded run: scores by it need the training rows"),
+        (
+            (files.trajectory, files.queries, "--rows", files.train),
+            "Say once which row belongs to which cluster: `--cluster-column NAME`",
+        ),
+        (
+            (files.trajectory, files.queries, "--rows", files.train, "--cluster-column", "nothing"),
+            "no column 'nothing'",
+        ),
+        (
+            (files.trajectory, files.queries, "--rows", files.queries, "--cluster-column", "labels"),
+            "`rows` has 4 rows, the recorded run had 24",
+        ),
+        (
+            (
+                files.trajectory,
+                files.queries,
+                "--rows",
+                files.train,
+                "--cluster-column",
+                "source",
+                "--engine",
+                "replay",
+            ),
+            "`engine='replay'` needs a synset",
+        ),
+        ((files.synset, files.queries, "--cluster-column", "labels"), "is a synset, which knows its clusters"),
+    ]
+    for arguments, words in cases:
+        result = invoke("attribute", files.model, *arguments, *output)
+        assert result.exit_code == 1, result.output
+        assert words in result.stderr, result.stderr
+        assert len(result.stderr.strip().splitlines()) == 1
+        assert not (tmp_path / "scores").exists()
+
+
+def test_engines_are_those_of_the_library():
+    """The command names them without loading what it takes seconds to load."""
+    assert set(ENGINE_NAMES) == set(ENGINES)
 
 
 def test_finished_attributions_are_replaced_only_if_so_asked(invoke, files, tmp_path):

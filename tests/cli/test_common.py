@@ -18,7 +18,7 @@ def test_every_command_has_an_example_that_its_own_parser_takes(name, command, t
     monkeypatch.chdir(tmp_path)
     for folder in ("trajectory", "my-synset", "hf-rgm-demo/synset"):
         (tmp_path / folder).mkdir(parents=True)
-    example = re.search(r"Example: hf-rgm (\S+) ?(.*)", " ".join(command.help.split()))
+    example = re.search(r"Examples?: hf-rgm (\S+) ?(.*?)(?: hf-rgm|$)", " ".join(command.help.split()))
     assert example is not None
     assert example[1] == name
     assert command.make_context(name, example[2].split()).params

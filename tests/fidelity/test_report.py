@@ -146,7 +146,10 @@ def test_a_real_measurement_is_resumed_and_other_queries_are_kept_apart(attribut
     [
         ({"budget": 4}, "`budget` = 4 is too small"),
         ({"engine": "magic"}, "Unknown engine 'magic'"),
-        ({"engine": "plain_replay", "rows": True}, "`rows` are for engines adjoint, linearized_replay and replay"),
+        (
+            {"engine": "plain_replay", "rows": True},
+            "`rows` are for engines linearized_replay, adjoint, replay and training_on",
+        ),
         ({"measures": ["lds_rows"]}, "rows are not scored"),
         ({"measures": ["lds_rows"], "rows": True, "objective": "accuracy"}, "rows are not scored"),
         ({"objective": "beauty"}, "Unknown objective 'beauty'"),
@@ -187,7 +190,7 @@ ONE_SEED = FidelityReport(
     seeds=(3,),
     rows=False,
     samples_sha256=tiny_synset().samples_sha256,
-    settings={"rewind": 0.5, "stride": 2},
+    settings={"rewind": 0.5},
 )
 TWO_SEEDS = replace(
     ONE_SEED,
