@@ -11,11 +11,19 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
+from hf_rgm.attribution.answers import answer
 from hf_rgm.attribution.estimates import estimate
 from hf_rgm.attribution.mixture import MixtureSuggestion, check_request, maximized_by_default, trusted_mixture
 from hf_rgm.attribution.options import UnlearningOptions, passes_options_to
 from hf_rgm.attribution.result import AttributionResult
-from hf_rgm.attribution.subject import Subject, recorded_trajectories, row_loss_of_runs, row_loss_of_synset
+from hf_rgm.attribution.runs import KnownRuns
+from hf_rgm.attribution.subject import (
+    Subject,
+    checked_samples,
+    recorded_trajectories,
+    row_loss_of_runs,
+    row_loss_of_synset,
+)
 from hf_rgm.attribution.unlearned import (
     UnlearnedModel,
     chosen_clusters,
@@ -24,25 +32,21 @@ from hf_rgm.attribution.unlearned import (
     groups_to_compare,
 )
 from hf_rgm.clusters import ClusterMap
-from hf_rgm.engines.engine import Engine, Outcome
-from hf_rgm.engines.memory import DEFAULT_MEMORY, MemoryShares, free_bytes
+from hf_rgm.engines.engine import Engine
+from hf_rgm.engines.memory import DEFAULT_MEMORY, free_bytes
 from hf_rgm.engines.objectives import Objective, Queries, resolve_objective
 from hf_rgm.engines.registry import check_engine, default_engine
 from hf_rgm.engines.request import Evaluation, Request
-from hf_rgm.engines.row_scores import RowScorer, ScoreFolder, cluster_sums, scores_identity
 from hf_rgm.engines.run import RecordedRun
-from hf_rgm.engines.sources import RowSource, SampleSource, training_rows
+from hf_rgm.engines.sources import training_rows
 from hf_rgm.losses import LossFunction
 from hf_rgm.modeling import FunctionalModel
 from hf_rgm.out_of_memory import advice_on_memory
 from hf_rgm.processes import Processes
 from hf_rgm.rows import DataCollator, RowReader
-from hf_rgm.synset.compatibility import check_samples, warn_unless_matched
 from hf_rgm.synset.config import memory_bytes
 from hf_rgm.synset.costs import CostEstimate
-from hf_rgm.synset.inputs import SPACES, input_space
 from hf_rgm.synset.synset import Synset
-from hf_rgm.trajectory.path import states_by_epochs
 from hf_rgm.trajectory.storage import Trajectory
 
 
@@ -108,10 +112,9 @@ class Attributor:
     ) -> None:
         max_bytes = memory_bytes(max_memory)
         self._original = model
-        self._processes = Processes()
         self.disable_tqdm = disable_tqdm
         self.synset: Synset | None = None
-        self._samples: SampleSource | None = None
+        samples = None
         if synset is None:
             trajectories, clusters = recorded_trajectories(trajectory, rows=rows, clusters=clusters)
             self.model = FunctionalModel(model, trainable_names=tuple(trajectories[0].parameter_shapes), device=device)
@@ -127,27 +130,22 @@ class Attributor:
             self.synset = synset if isinstance(synset, Synset) else Synset.from_pretrained(synset)
             names = tuple(self.synset.trajectory.parameter_shapes)
             self.model = FunctionalModel(model, trainable_names=names, device=device)
-            self._samples = self._checked_samples(self.synset, force=force)
+            samples = checked_samples(self.synset, self.model, force=force)
             self.row_loss = row_loss_of_synset(self.synset, row_loss)
             self.subject = Subject.of_synset(self.synset)
-        self._max_bytes = free_bytes(max_bytes, max_memory, self.subject.trajectories, self.model.num_parameters)
+        self._known_runs = KnownRuns(
+            self.model,
+            self.subject,
+            self.synset,
+            samples,
+            self.row_loss,
+            max_bytes=free_bytes(max_bytes, max_memory, self.subject.trajectories, self.model.num_parameters),
+            processes=Processes(),
+            disable_tqdm=disable_tqdm,
+        )
         self.rows, self._collator = rows, data_collator
-        self._known: tuple[Any, Any, list[RecordedRun]] | None = None
         if rows is not None:
             self._runs(None, None)  # rows that do not fit are seen now
-
-    def _checked_samples(self, synset: Synset, *, force: bool) -> SampleSource:
-        synset.check_model(self.model, force=force)
-        warn_unless_matched(synset.matched_states, synset.residuals)
-        name = synset.input_name
-        inputs = input_space(self.model, name if name in SPACES else "auto")
-        if inputs.name != name:
-            raise ValueError(
-                f"The synset's samples are `{name}`, the model takes `{inputs.name}`. Pass the model that was "
-                "recorded."
-            )
-        check_samples(self.model, inputs, synset.samples)
-        return SampleSource(self.model, inputs, synset.samples.map(lambda tensor: tensor.to(self.model.device)))
 
     @advice_on_memory("Attributing", "Lower `Attributor(max_memory=...)`, or pass fewer queries at once.")
     def attribute(
@@ -202,58 +200,22 @@ class Attributor:
             ValueError: If engine, objective, queries or rows do not fit each other, or the adjoint is asked for an
                 objective without gradient.
         """
-        chosen = self.engine(engine, rows=rows, num_masks=num_masks)
+        chosen = self.engine(engine, rows=rows, rewind=rewind, num_masks=num_masks)
         if output_dir is not None and not self._has_rows(rows):
             raise ValueError(
                 "`output_dir` is for the scores of rows. Pass the training dataset as `rows`, or leave it out."
             )
-        objective = resolve_objective(objective)
-        request = Request(objective, self._queries(queries, data_collator), rewind, num_masks, seed)
-        runs = self._runs(rows, data_collator)
-        evaluations = [Evaluation(run, request) for run in runs]
+        request = Request(resolve_objective(objective), self._queries(queries, data_collator), rewind, num_masks, seed)
         with self.model.differentiable():
-            values = evaluations[0].values
-            row_scores = None
-            if self._has_rows(rows) and (objective.differentiable or chosen.name == "adjoint"):
-                scorer = RowScorer(evaluations, disable_tqdm=self.disable_tqdm)
-                folder = None
-                if output_dir is not None:
-                    folder = ScoreFolder(output_dir, scores_identity(evaluations, self.subject.samples_sha256))
-                row_scores = scorer.scores(folder)
-            if row_scores is not None and chosen.name == "adjoint":
-                first = chosen(runs[0])
-                start = first.start(first.rewind if rewind is None else rewind)
-                outcome = Outcome(cluster_sums(row_scores, self.subject.clusters), start)
-            else:
-                outcomes = [chosen(run).scores(own) for run, own in zip(runs, evaluations, strict=True)]
-                mean = torch.stack([outcome.values for outcome in outcomes]).mean(0)
-                outcome = Outcome(mean, outcomes[0].start, outcomes[0].drift)
-        if query_ids is None:
-            per_query = len(values) == len(request.queries)
-            query_ids = range(len(values)) if per_query else [f"{objective.name} {i}" for i in range(len(values))]
-        clusters = self.subject.clusters
-        return AttributionResult(
-            scores=outcome.values.numpy(),
-            row_scores=row_scores,
-            cluster_names=clusters.names,
-            cluster_sizes=clusters.sizes,
-            cluster_ids=clusters.cluster_ids,
-            query_ids=list(query_ids),
-            objective=objective.name,
-            objective_values=values.cpu().numpy(),
-            engine=chosen.name,
-            metadata={
-                "rewind_step": outcome.start,
-                "drift": outcome.drift,
-                "num_steps": self.subject.trajectory.num_steps,
-                "num_runs": len(runs),
-                "num_masks": num_masks,
-                "used_rows": self._has_rows(rows),
-                "model": self.subject.model_description,
-                "fidelity": self.subject.fidelity,
-                "parameters_sha256": self.subject.parameters_sha256,
-            },
-        )
+            return answer(
+                chosen,
+                request,
+                self._runs(rows, data_collator),
+                self.subject,
+                query_ids=query_ids,
+                output_dir=output_dir,
+                disable_tqdm=self.disable_tqdm,
+            )
 
     def estimate(
         self,
@@ -278,7 +240,7 @@ class Attributor:
         Returns:
             [`~hf_rgm.synset.costs.CostEstimate`]: its disk is that of the saved result.
         """
-        chosen = self.engine(engine, rows=rows, num_masks=num_masks)
+        chosen = self.engine(engine, rows=rows, rewind=rewind, num_masks=num_masks)
         request = Request(resolve_objective(objective), self._queries(queries, data_collator), rewind, num_masks)
         runs = self._runs(rows, data_collator)
         with self.model.differentiable():
@@ -311,7 +273,7 @@ class Attributor:
             `np.ndarray`: `(num_masks, num_values)`, float32. With several recorded runs, the mean over them; anchored
             engines add the mean change to the value of the model itself.
         """
-        chosen = self.engine(engine, rows=rows, replays=True)
+        chosen = self.engine(engine, rows=rows, rewind=rewind, replays=True)
         request = Request(resolve_objective(objective), self._queries(queries, data_collator), rewind)
         by_run, own = [], None
         with self.model.differentiable():
@@ -363,7 +325,7 @@ class Attributor:
         reader = None if queries is None else self._reader(queries, data_collator)
         groups = groups_to_compare(removed, known, run.rows and run.rows.reader, reader)
         available = self._available(rows)  # rows are for the checks too, whatever the engine takes
-        name = engine or engine_without(removed, known, available)
+        name = engine or engine_without(removed, known, available, rewind=rewind)
         chosen = check_engine(name, available=available, replays=True)
         mask = torch.ones(1, known.num_clusters)
         mask[0, removed] = 0
@@ -458,7 +420,13 @@ class Attributor:
         )
 
     def engine(
-        self, name: str | None, *, rows: Any = None, num_masks: int | None = None, replays: bool = False
+        self,
+        name: str | None,
+        *,
+        rows: Any = None,
+        rewind: float | None = None,
+        num_masks: int | None = None,
+        replays: bool = False,
     ) -> type[Engine]:
         """
         The engine of a name, or the default, once it is seen to be able to do what is asked.
@@ -466,6 +434,7 @@ class Attributor:
         Args:
             name (`str`, *optional*): As in [`Attributor.attribute`].
             rows (*optional*): The training dataset, if it comes with the question.
+            rewind (`float`, *optional*): The rewind point that is asked for.
             num_masks (`int`, *optional*): Random halves that are asked for.
             replays (`bool`, *optional*, defaults to `False`): Whether models under cluster weights are asked for.
 
@@ -474,8 +443,9 @@ class Attributor:
         """
         available = self._available(rows)
         return check_engine(
-            name or default_engine(available),
+            name or default_engine(available, rewind=rewind, num_masks=num_masks),
             available=available,
+            rewind=rewind,
             num_masks=num_masks,
             rows_given=rows is not None,
             replays=replays,
@@ -493,48 +463,9 @@ class Attributor:
         return rows is not None or self.rows is not None
 
     def _available(self, rows: Any) -> dict[str, bool]:
-        responses = self.synset is not None and self.synset.responses is not None
+        synset = self.synset
+        responses = synset is not None and synset.responses is not None and len(synset.trajectories) == 1
         return {"rows": self._has_rows(rows), "samples": self.synset is not None, "responses": responses}
 
     def _runs(self, rows: Any, data_collator: DataCollator | None) -> list[RecordedRun]:
-        """The recorded runs with these rows: those of the last call, with all they know, if it had the same."""
-        rows = self.rows if rows is None else rows
-        collator = data_collator or self._collator
-        if self._known is not None and self._known[0] is rows and (rows is None or self._known[1] is collator):
-            return self._known[2]
-        reader = None
-        if rows is not None:
-            if self.synset is not None and self.synset.metadata.get("custom_row_loss") and not self.row_loss.function:
-                raise ValueError(
-                    "The synset was distilled with a `row_loss` of its own, which rows are scored by. Pass the same "
-                    "function as `row_loss`."
-                )
-            reader = training_rows(rows, self.model, self.subject.clusters, collator)
-            self.subject.trajectory.check_dataset(rows, what="rows")
-        runs = [self._run(trajectory, reader) for trajectory in self.subject.trajectories]
-        self._known = rows, collator, runs
-        return runs
-
-    def _run(self, trajectory: Trajectory, reader: RowReader | None) -> RecordedRun:
-        source = None
-        if reader is not None:
-            source = RowSource(
-                self.model,
-                reader,
-                self.subject.clusters,
-                self.row_loss,
-                max_bytes=MemoryShares.of(self._max_bytes, with_rows=True).kept // len(self.subject.trajectories),
-                processes=self._processes,
-            )
-        return RecordedRun(
-            self.model,
-            trajectory,
-            self.subject.clusters,
-            samples=self._samples,
-            rows=source,
-            responses=None if self.synset is None else self.synset.responses,
-            max_states=states_by_epochs(trajectory),
-            max_bytes=self._max_bytes // len(self.subject.trajectories),
-            processes=self._processes,
-            disable_tqdm=self.disable_tqdm,
-        )
+        return self._known_runs.of(self.rows if rows is None else rows, data_collator or self._collator)

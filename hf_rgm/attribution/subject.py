@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from hf_rgm.clusters import ClusterMap
+from hf_rgm.engines.sources import SampleSource
 from hf_rgm.losses import LossFunction, RowLoss
 from hf_rgm.modeling import FunctionalModel, parameters_sha256
 from hf_rgm.rows import RowReader
-from hf_rgm.synset.compatibility import check_runs, row_loss_of
+from hf_rgm.synset.compatibility import check_runs, check_samples, row_loss_of, warn_unless_matched
+from hf_rgm.synset.inputs import SPACES, input_space
 from hf_rgm.synset.synset import Synset
 from hf_rgm.trajectory.storage import Trajectory
 
@@ -119,3 +121,23 @@ def row_loss_of_runs(
     if not force:
         check_runs(model, trajectories, rows, called="rows")
     return row_loss_of(trajectories, reader, function)
+
+
+def checked_samples(synset: Synset, model: FunctionalModel, *, force: bool) -> SampleSource:
+    """
+    The synset's samples, once they are seen to be the model's.
+
+    Raises:
+        ParameterMismatchError: If the synset was distilled for other parameters.
+        ValueError: If the model does not take the samples.
+    """
+    synset.check_model(model, force=force)
+    warn_unless_matched(synset.matched_states, synset.residuals)
+    name = synset.input_name
+    inputs = input_space(model, name if name in SPACES else "auto")
+    if inputs.name != name:
+        raise ValueError(
+            f"The synset's samples are `{name}`, the model takes `{inputs.name}`. Pass the model that was recorded."
+        )
+    check_samples(model, inputs, synset.samples)
+    return SampleSource(model, inputs, synset.samples.map(lambda tensor: tensor.to(model.device)))

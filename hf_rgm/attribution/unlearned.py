@@ -68,7 +68,9 @@ def chosen_clusters(clusters: Iterable[str | int], known: ClusterMap) -> list[in
     return chosen
 
 
-def engine_without(chosen: list[int], clusters: ClusterMap, available: dict[str, bool]) -> str:
+def engine_without(
+    chosen: list[int], clusters: ClusterMap, available: dict[str, bool], *, rewind: float | None = None
+) -> str:
     """
     The engine that comes nearest to retraining without some clusters.
 
@@ -80,10 +82,11 @@ def engine_without(chosen: list[int], clusters: ClusterMap, available: dict[str,
         chosen (`list[int]`): Indices of the clusters that are removed.
         clusters (`ClusterMap`): All clusters.
         available (`dict[str, bool]`): Whether there are `"rows"`, `"samples"` and `"responses"`.
+        rewind (`float`, *optional*): The rewind point that is asked for.
     """
     share = clusters.sizes[chosen].sum() / clusters.num_rows
     if share <= MAX_LINEAR_SHARE:
-        return default_engine(available)
+        return default_engine(available, rewind=rewind)
     return TrainingOnEngine.name if available["rows"] else AnchoredReplayEngine.name
 
 

@@ -32,15 +32,21 @@ MISSING = {
 }
 
 
-def default_engine(available: dict[str, bool]) -> str:
-    """The engine where none is named: what the synset's author computed from the rows, where these are not at hand."""
-    return ResponsesEngine.name if available["responses"] and not available["rows"] else LinearEngine.name
+def default_engine(available: dict[str, bool], *, rewind: float | None = None, num_masks: int | None = None) -> str:
+    """
+    The engine where none is named: what the synset's author computed from the rows, where these are not at hand.
+
+    That was computed once, from one rewind point: other questions go to linearised replay.
+    """
+    kept = available["responses"] and not available["rows"] and rewind is None and num_masks is None
+    return ResponsesEngine.name if kept else LinearEngine.name
 
 
 def check_engine(
     name: str,
     *,
     available: dict[str, bool],
+    rewind: float | None = None,
     num_masks: int | None = None,
     rows_given: bool = False,
     replays: bool = False,
@@ -51,6 +57,7 @@ def check_engine(
     Args:
         name (`str`): The engine.
         available (`dict[str, bool]`): Whether there are `"rows"`, `"samples"` and `"responses"`.
+        rewind (`float`, *optional*): The rewind point that is asked for.
         num_masks (`int`, *optional*): Random halves that are asked for.
         rows_given (`bool`, *optional*, defaults to `False`): Whether the question itself comes with rows.
         replays (`bool`, *optional*, defaults to `False`): Whether models are asked for.
@@ -67,6 +74,13 @@ def check_engine(
         raise ValueError(f"`rows` are for engines {', '.join(takers[:-1])} and {takers[-1]}, got {name!r}.")
     if engine.needs and not available[engine.needs]:
         raise ValueError(f"`engine={name!r}` needs {MISSING[engine.needs]}.")
+    if rewind is not None and not 0 <= rewind < 1:
+        raise ValueError(f"`rewind` must be at least 0 and below 1 (a fraction of training), got {rewind}.")
+    if rewind is not None and engine is ResponsesEngine:
+        raise ValueError(
+            f"`rewind` = {rewind} cannot be had of responses, which were computed once. Leave it out, or use "
+            '`engine="linearized_replay"`.'
+        )
     if num_masks is not None and not engine.replays:
         raise ValueError(f'`num_masks` = {num_masks} is for replay engines; `engine="{name}"` needs no masks.')
     if num_masks is not None and num_masks < 2:

@@ -171,7 +171,7 @@ class FidelityReport:
                 recorded one, or the engine predicts the same of every subset.
         """
         with_rows = rows or attributor.rows is not None
-        chosen = attributor.engine(engine, rows=train_dataset if rows else None)
+        chosen = attributor.engine(engine, rows=train_dataset if rows else None, rewind=rewind)
         subject, objective = attributor.subject, resolve_objective(objective)
         clusters = subject.clusters
         recorded_seeds = {run.metadata.get("seeds", {}).get("seed") for run in subject.trajectories}

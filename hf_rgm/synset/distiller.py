@@ -284,9 +284,9 @@ class ReverseGradientMatchingDistiller:
             kept (`list[Tensor]`): The clusters' gradients at the matched states, where this process took all of them:
                 `(num_states, num_clusters, num_parameters)` in parts.
         """
-        if self.config.responses == "none" or len(self.trajectories) > 1:
+        model, (trajectory, *others) = self.model, self.trajectories
+        if self.config.responses == "none" or others:
             return None
-        model, trajectory = self.model, self.trajectories[0]
         states_bytes = 8 * len(trajectory.state_steps) * model.num_parameters
         max_bytes = max(1, self.config.max_bytes - states_bytes)
         rows = RowSource(
