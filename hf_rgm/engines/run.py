@@ -70,7 +70,7 @@ class RecordedRun:
         self._max_states = max_states
         self.processes = processes
         self.disable_tqdm = disable_tqdm or not processes.shows_progress
-        self._paths: dict[float, RecordedPath] = {}
+        self._paths: dict[tuple[float, int], RecordedPath] = {}
         self._curvature: dict[int, CurvatureRows] = {}
         self._maps: dict[tuple[int, int, int], SegmentMap] = {}
 
@@ -101,18 +101,17 @@ class RecordedRun:
 
     def path(self, rewind: float, stride: int = 1) -> RecordedPath:
         """The recorded path from a fraction of training on; a stride is for anchored replay."""
-        if stride != 1:
-            return RecordedPath(self.trajectory, self.model.space, self.model.device, rewind=rewind, stride=stride)
-        if rewind not in self._paths:
-            self._paths[rewind] = RecordedPath(
+        key = (rewind, stride)
+        if key not in self._paths:
+            self._paths[key] = RecordedPath(
                 self.trajectory,
                 self.model.space,
                 self.model.device,
                 rewind=rewind,
-                stride=1,
+                stride=stride,
                 max_states=self._max_states,
             )
-        return self._paths[rewind]
+        return self._paths[key]
 
     def segments(self, rewind: float) -> list[Segment]:
         """The segments of a path, in training order."""

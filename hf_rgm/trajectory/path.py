@@ -174,9 +174,7 @@ class RecordedPath:
         Recorded steps in use, in training order, each with the training steps `first` to `last` (excluded) that it is
         nearest to.
         """
-        later_first = self._states[::-1]  # of two equally near ones, the later
-        steps = np.arange(self.start, self.trajectory.num_steps)
-        nearest = later_first[np.abs(steps[:, None] - later_first).argmin(1)].tolist()
+        nearest = [self._nearest_used(step) for step in range(self.start, self.trajectory.num_steps)]
         edges = [i for i, state in enumerate(nearest) if i == 0 or state != nearest[i - 1]] + [len(nearest)]
         return [
             (nearest[begin], self.start + begin, self.start + end)
@@ -230,6 +228,11 @@ class RecordedPath:
             )
         return min(reversed(steps), key=lambda s: abs(s - step))
 
+    def _nearest_used(self, step: float) -> int:
+        """The nearest of the states that segments are made of; of two equally near ones, the later."""
+        later_first = self._states[::-1]
+        return int(later_first[np.abs(later_first - step).argmin()])
+
     def state(self, step: int) -> Tensor:
         """Parameters of a recorded state: `(num_parameters,)`, float32."""
         return self._flat_parameters(step)
@@ -240,7 +243,7 @@ class RecordedPath:
         covered = slice(start, start + span)
         zero = torch.zeros(1, device=self.device)
         active = ~table.skipped[covered]
-        nearest = self.nearest_state(start + (span - 1) / 2)
+        nearest = self._nearest_used(start + (span - 1) / 2)
         if not active.any():
             return LinearStep(start, nearest, zero, 0.0, 1.0, 0.0, 0.0, 0.0, zero, zero)
         learning_rates = table.learning_rates[covered][active]
