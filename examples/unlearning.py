@@ -16,8 +16,8 @@ import torch
 from transformers import pipeline
 
 from hf_rgm import ClusterMap, DistillationConfig, ReverseGradientMatchingDistiller, TrajectoryCallback
-from hf_rgm.engines.objectives import log_odds_margin
 from hf_rgm.demo import DemoSettings, build_trainer, load_data
+from hf_rgm.engines.objectives import log_odds_margin
 
 TINY = bool(os.environ.get("HF_RGM_TINY"))  # for the tests, which look at what happens, not at how well
 settings = DemoSettings(num_queries=500, flipped_share=0.0, num_iterations=200)
