@@ -120,15 +120,15 @@ def tiny_recorded_run(seed: int = 0) -> RecordedRun:
 
 
 @functools.cache
-def tiny_synset(num_runs: int = 1) -> Synset:
-    """The synset of [`tiny_recorded_run`] with one or several seeds; the same object every time."""
+def tiny_synset(num_runs: int = 1, *, responses: str = "none") -> Synset:
+    """The synset of [`tiny_recorded_run`] with one or several seeds; the same object every time for the same."""
     run = tiny_recorded_run()
     distiller = ReverseGradientMatchingDistiller(
         run.model,
         [tiny_recorded_run(seed).trajectory for seed in range(num_runs)],
         run.train_dataset,
         run.clusters,
-        config=DistillationConfig(num_iterations=200, tolerance=0.0),
+        config=DistillationConfig(num_iterations=200, tolerance=0.0, responses=responses),
         disable_tqdm=True,
     )
     return distiller.distill()
