@@ -41,7 +41,7 @@ def test_no_more_is_given_out_than_there_is(with_rows):
     [
         ("220KB", {}),
         ("220KB", {"engine": "adjoint"}),
-        ("30KB", {"engine": "replay"}),
+        ("30KB", {"engine": "replay", "num_masks": 40}),
         ("420KB", {"rows": RUN.train_dataset, "rewind": 0.8}),
         ("420KB", {"engine": "adjoint", "rows": RUN.train_dataset, "rewind": 0.8}),
     ],
