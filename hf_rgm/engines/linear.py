@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from hf_rgm.engines.engine import Engine
+from hf_rgm.engines.engine import NUM_PROBES, Engine, Outcome
 from hf_rgm.engines.request import Evaluation
 from hf_rgm.engines.run import RecordedRun
 from hf_rgm.engines.sources import ClusterGradients, force
@@ -74,6 +76,25 @@ class LinearEngine(Engine):
     def evaluate(self, evaluation: Evaluation, parameters: Tensor) -> Tensor:
         """To first order in the objective too, where it has a gradient."""
         return evaluation.to_first_order(parameters - self.run.final)
+
+    def values(self, evaluation: Evaluation, masks: Tensor) -> Outcome:
+        """
+        The objective of models under cluster weights.
+
+        Where so much is absent that replays drift from the engine's own rewind point, effects of single clusters,
+        which are small, are added up: they rank halves better than a replay that starts later (docs/method.md).
+
+        Returns:
+            [`Outcome`]: its values are `(num_masks, num_values)`.
+        """
+        changes = masks - 1
+        if evaluation.request.rewind is None and bool((changes.abs().sum(1) > 1).any()):
+            probes = masks[:: max(1, len(masks) // NUM_PROBES)][:NUM_PROBES]
+            tried = self._attempt(self.rewind, probes, list(range(len(probes))), lambda models: models[:, :1])
+            if self.max_drift is not None and tried.drift > self.max_drift:
+                single = super().scores(Evaluation(self.run, replace(evaluation.request, num_masks=None)))
+                return replace(single, values=evaluation.values.cpu() + changes @ single.values.T)
+        return super().values(evaluation, masks)
 
     def directions(self, gradients: Tensor, rewind: float) -> dict[int, Tensor]:
         """

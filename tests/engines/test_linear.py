@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
+from hf_rgm import Attributor
 from hf_rgm.engines.adjoint import AdjointEngine
+from hf_rgm.engines.drift import DriftMeter
 from hf_rgm.engines.linear import LinearEngine
 from hf_rgm.engines.segments import Segment
 from hf_rgm.exceptions import DivergenceError
+from hf_rgm.testing import tiny_recorded_run
 from tests.engines.parts import (
     FLOAT_TOLERANCE,
     MASKS,
@@ -156,3 +160,25 @@ def test_what_is_not_finite_is_an_error():
 def test_flat_is_the_recorded_state():
     recorded = sample_run(record("sgd"))
     assert torch.equal(flat(recorded, 20), recorded.final)
+
+
+HALVES = torch.tensor([[0.0, 0, 2, 2, 1, 1], [1, 1, 0, 0, 0, 1]])
+"""Of the tiny recorded run's clusters."""
+
+
+def test_effects_of_single_clusters_are_added_up_where_replays_of_many_drift(monkeypatch):
+    run = tiny_recorded_run()
+    attributor = Attributor(
+        run.model, trajectory=run.trajectory, rows=run.train_dataset, clusters=run.clusters, disable_tqdm=True
+    )
+    own = attributor.replayed_values(run.queries, torch.ones(1, 6))
+    replayed = attributor.replayed_values(run.queries, HALVES)
+    scores = attributor.attribute(run.queries).scores
+    added = own + (HALVES.numpy() - 1) @ scores.T
+    assert not np.allclose(replayed, added, rtol=0.05, atol=0.05)
+    drifts = iter([1.0, *[0.0] * 100])  # of the halves, and of whatever follows
+    monkeypatch.setattr(DriftMeter, "drifts", lambda self, models, masks: torch.full((len(masks),), next(drifts)))
+    np.testing.assert_allclose(attributor.replayed_values(run.queries, HALVES), added, rtol=1e-4, atol=1e-4)
+    drifts = iter([1.0, *[0.0] * 100])
+    asked = attributor.replayed_values(run.queries, HALVES, rewind=0.14)
+    np.testing.assert_allclose(asked, replayed, rtol=1e-4, atol=1e-4)  # a rewind point that is asked for is taken
