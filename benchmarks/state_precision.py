@@ -31,7 +31,7 @@ from hf_rgm.trajectory.precision import PRECISIONS
 FORMAT_VERSION = 1
 METHODS: dict[str, Method] = {
     "synset and rows": replay(with_rows=True),
-    "synset alone": replay(),
+    "synset alone": replay(distillation={"responses": "none"}),
     "anchored replay": replay(engine="replay"),
     "adjoint": adjoint(),
 }

@@ -189,9 +189,9 @@ def _answers(
 METHODS: dict[str, Method] = {
     "without a synset": without_synset(),
     "without a synset, 5 runs": without_synset(num_runs=5),
-    "synset and rows": replay(with_rows=True),
-    "synset alone": replay(),
-    "synset alone, quick preset": replay(distillation=PRESETS["quick"]),
+    "synset alone": replay(engine="responses"),
+    "synset alone, by its samples": replay(distillation={"responses": "none"}),
+    "synset alone, by its samples, quick preset": replay(distillation={**PRESETS["quick"], "responses": "none"}),
     "anchored replay": replay(engine="replay"),
     "training on": without_synset(engine="training_on"),
 }
