@@ -61,6 +61,9 @@ How well attribution methods agree with retraining, and what they cost. How to r
 told in [benchmarks/README.md](../benchmarks/README.md). Brackets are 95% bootstrap intervals over queries and clusters
 or subsets. The *noise ceiling* is one seed's retraining scored against the other seeds. Where a method has several
 settings, the one that is reported was chosen on other queries.
+
+**Lines of this library are of its engines before the linear one ([CHANGELOG](../CHANGELOG.md)), and costs are wall
+time: both are to be measured anew.**
 """
 
 GROWTH = """

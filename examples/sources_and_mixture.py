@@ -74,7 +74,7 @@ print(f"How each source changes the mean loss on reviews by {served}: {told_sour
 
 # %% [markdown]
 # ## What should there be more of?
-# Weights that lower this loss at the same amount of data, and what the synset says they will do.
+# Weights that lower this loss at the same amount of data, and what is predicted of them to first order.
 
 # %%
 mixture = attribute.suggest_mixture(asking, objective="mean_loss", rows=train, min_agreement=None)

@@ -42,9 +42,10 @@ attribute = pipeline("data-attribution", model=trainer.model, synset=distiller.d
 
 # %% [markdown]
 # ## Forget
-# The synset replays the recorded training without the cluster. What comes back is a model of the same class. Left to
-# itself a replay goes back only as far as it keeps everything else as it was, which is right for scores; a whole digit
-# is then half forgotten. To forget more, say how far back to go, and look at what it costs.
+# The recorded training is replayed without the cluster. What comes back is a model of the same class. Left to itself
+# the default, linearised replay by the rows, goes back only as far as it keeps everything else as it was. The digit is
+# then wrong, but less surely so than for a model that never saw it. To forget more, take anchored replay by the
+# synset, say how far back to go, and look at what it costs.
 
 # %%
 name = f"labels={forgotten}"

@@ -2,8 +2,8 @@
 # # Which pictures taught the model this?
 #
 # A small vision Transformer learns handwritten digits, or clothes with `DATA=fashion` (Debian's package
-# `dataset-fashion-mnist`). One callback records the training; a synset of a few synthetic pictures per cluster then
-# answers for the pictures that the model is least sure of.
+# `dataset-fashion-mnist`). One callback records the training. With the training rows the record says what taught the
+# model the pictures that it is least sure of. A synset of a few synthetic pictures per cluster can be shared.
 #
 #     python examples/vision.py
 #     DATA=fashion python examples/vision.py

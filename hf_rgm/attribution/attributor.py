@@ -171,8 +171,9 @@ class Attributor:
             engine (`str`, *optional*): What scores the clusters: `"linearized_replay"` (each left out, to first order
                 in the parameters), `"adjoint"` (derivatives; its cost does not depend on the number of clusters),
                 `"responses"` (what the synset's author computed with the rows), `"replay"` (anchored, by the synset),
-                `"plain_replay"` or `"training_on"` (from a recorded state, on the rows that are kept). Defaults to
-                the synset's responses where it has them and no rows are given, else to the first.
+                `"plain_replay"` (the optimizer itself on the synset) or `"training_on"` (from a recorded state, on
+                the rows that are kept). Defaults to the synset's responses where it has them and neither rows nor
+                `rewind` nor `num_masks` are given, else to the first; see docs/choosing.md.
             objective (`str` or `Objective`, *optional*, defaults to `"margin"`): What to explain.
             rows (*optional*): The training dataset, if the attributor has none. Gradients and curvature are then
                 theirs in place of the synset's, and every row is scored where the objective is differentiable.
@@ -373,8 +374,9 @@ class Attributor:
         Which clusters to train on more, and which less, at the same amount of data.
 
         The objective is a function of the cluster weights p; the adjoint gives its gradient at p = 1, a replay
-        its value at the suggested p. Weights follow the score per row; see [`mixture_weights`]. By default
-        [`AttributionResult.top`] leaves out whole clusters and may rank otherwise: use it to drop, this to reweight.
+        (anchored, or linearised without a synset) its value at the suggested p. Weights follow the score per row; see
+        [`mixture_weights`]. By default [`AttributionResult.top`] leaves out whole clusters and may rank otherwise: use
+        it to drop, this to reweight.
 
         Args:
             queries: Rows to do better on; the objective is the mean over them. Keep others to verify the result on.
@@ -384,7 +386,7 @@ class Attributor:
             max_change (`float`, *optional*, defaults to `2.0`): No weight leaves `[1 / max_change, max_change]`.
             min_agreement (`float`, *optional*, defaults to `0.25`): The bound shrinks until the replayed change is at
                 least this share of the first-order one. `None` does without replay and takes `max_change` as it is.
-            rows (*optional*): The training dataset, for a gradient from the rows in place of the synset.
+            rows (*optional*): The training dataset, if the attributor has none: the gradient is then the rows'.
             data_collator (`Callable`, *optional*): Collates queries and rows. Defaults to `default_data_collator`.
             rewind (`float`, *optional*): Fraction of training to go back to. Defaults to each engine's.
 

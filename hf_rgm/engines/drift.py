@@ -13,7 +13,8 @@ SMALL = 0.05
 
 class DriftMeter:
     """
-    How far replayed parameters are from where training under their cluster weights could have led.
+    How far replayed parameters are from where training under their cluster weights could have led (docs/method.md,
+    how far back).
 
     Training under weights p lowers the loss `L_p = sum_k p_k L_k` of the clusters as they are weighted. Without some
     of them it ends a little elsewhere, and that loss changes a little: to first order by its derivative along the way

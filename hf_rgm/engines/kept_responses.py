@@ -21,7 +21,8 @@ class ResponsesEngine(Engine):
     """
     Answers by the responses that a synset keeps: what leaving each cluster out changes in the trained parameters.
 
-    Without several clusters the changes are added up, which leaves out how clusters stand in for each other.
+    Without several clusters the changes are added up, which leaves out how clusters stand in for each other
+    (docs/method.md, responses).
     """
 
     name = "responses"

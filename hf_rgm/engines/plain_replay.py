@@ -17,7 +17,7 @@ from hf_rgm.trajectory.optimizers import apply_update
 
 
 class PlainReplayEngine(Engine):
-    """Trains on the synset from a recorded state to the end, as the paper does."""
+    """Trains on the synset from a recorded state to the end, as the paper does (docs/method.md, online)."""
 
     name = "plain_replay"
     needs = "samples"

@@ -23,7 +23,7 @@ from hf_rgm.trajectory.states import TrajectoryState
 from hf_rgm.trajectory.storage import Trajectory
 
 MAX_RANK = 600
-"""Rows of curvature at a recorded state; see docs/method.md for what fewer cost and more bring."""
+"""Rows of curvature at a recorded state; see docs/method.md (which rows of curvature) for what fewer cost."""
 
 MIN_RANK = 16
 """Fewer stand for nothing."""

@@ -23,7 +23,8 @@ class TrainingOnEngine(Engine):
     """
     Goes on with the training itself, from a recorded state with its moments, on batches of the rows that are kept.
 
-    The nearest to retraining where much is removed (docs/method.md); a model costs what is left of a training.
+    The nearest to retraining where much is removed (docs/method.md, training on); a model costs what is left of a
+    training.
     """
 
     name = "training_on"

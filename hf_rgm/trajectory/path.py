@@ -22,7 +22,7 @@ MAX_GROWTH = 100.0
 MAX_INTEGRATION_STEPS = 100
 POWER_ITERATIONS = 8
 MIN_STATES, MAX_STATES = 3, 8
-"""Recorded states that gradients and curvature are taken at; see docs/method.md for what fewer cost."""
+"""Recorded states that gradients and curvature are taken at; see docs/method.md, record, for what fewer cost."""
 
 
 def automatic_stride(trajectory: Trajectory, rewind: float) -> int:
@@ -102,7 +102,7 @@ class RecordedPath:
     Integration steps over a recorded trajectory, from a rewind point to the end of training.
 
     Second moments are frozen at their recorded values and interpolated, as are the parameters, between recorded
-    states (docs/method.md: anchored replay, adjoint).
+    states. Anchored replay takes these steps; the linear engine takes the path by segments (docs/method.md).
 
     Args:
         trajectory (`Trajectory`): The recorded run.
@@ -383,7 +383,9 @@ def adjoint_directions(
     """
     Sensitivity of each objective to the training gradient, summed over the steps nearest to each recorded state.
 
-    Where the path's stride would make sensitivities explode, a shorter one is taken.
+    By integration steps, with any product: for the distiller's probes of the curvature. Engines go back by segments
+    ([`~hf_rgm.engines.segment_map.SegmentMap`]). Where the path's stride would make sensitivities explode, a shorter
+    one is taken.
 
     Args:
         path (`RecordedPath`): Integration steps.
