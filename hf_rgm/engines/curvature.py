@@ -20,8 +20,8 @@ from hf_rgm.vectorize import map_rows
 MAX_EXACT_OUTPUTS = 64
 """Labels of a sample up to which the eigenvectors of its softmax covariance are taken; beyond, random signs are."""
 
-SAMPLES_AT_ONCE = 256
-"""Samples in one forward pass."""
+SAMPLES_AT_ONCE, LOGITS_BYTES = 256, 2**27
+"""Samples in one forward pass, and memory for their logits: large vocabularies take fewer."""
 
 CHUNK_BYTES = {True: 2**25, False: 2**28}
 """Of gradients taken in one call, on the CPU and elsewhere: on the CPU, what stays in its caches is fastest."""
@@ -118,8 +118,10 @@ def _traces(
     terms are eigenvectors, these times the root of their eigenvalue, `(num_samples, terms_per_sample, num_labels)`.
     """
     draws, num_labels = max(1, rank // len(samples)), 0
+    each = 4 * model.logits(named, samples[:1].inputs).numel()
+    at_once = max(1, min(SAMPLES_AT_ONCE, LOGITS_BYTES // each))
     traces, vectors = torch.zeros(len(samples), device=model.device), None
-    for part, inputs, weights in batches_by_length(model, samples.inputs, samples.weights, SAMPLES_AT_ONCE, ignored=0):
+    for part, inputs, weights in batches_by_length(model, samples.inputs, samples.weights, at_once, ignored=0):
         p = model.logits(named, inputs).softmax(-1)
         if not bool(torch.isfinite(p).all()):
             raise DivergenceError(

@@ -29,7 +29,7 @@ ROWS_AT_ONCE = 256
 MAX_CANDIDATES = 2048
 """Training rows among which those are chosen whose curvature is taken."""
 
-LOSS_ROWS = 64
+LOSS_ROWS, LOSS_ROWS_AT_ONCE = 64, 32
 """Training rows that stand for the clusters' losses, at least one of each cluster."""
 
 ClusterGradients = Callable[[int, range], Tensor]
@@ -188,9 +188,13 @@ class RowSource(Source):
     def losses(self, vector: Tensor) -> Tensor:
         """Mean loss of some rows of each cluster, times its share of all rows."""
         inputs, labels, owners = self._loss_rows
+        named, parts = self.model.space.unflatten(vector.to(self.model.device)), []
         with torch.no_grad():
-            logits = self.model.logits(self.model.space.unflatten(vector.to(self.model.device)), inputs)
-            losses = self.row_loss(logits, labels).double().cpu()
+            for start in range(0, len(owners), LOSS_ROWS_AT_ONCE):
+                part = slice(start, start + LOSS_ROWS_AT_ONCE)
+                logits = self.model.logits(named, {name: value[part] for name, value in inputs.items()})
+                parts.append(self.row_loss(logits, labels[part]).double().cpu())
+        losses = torch.cat(parts)
         sums = torch.zeros(self.num_clusters, dtype=torch.float64).index_add_(0, owners, losses)
         counts = torch.bincount(owners, minlength=self.num_clusters).clamp_min(1)
         return sums / counts * torch.from_numpy(self.clusters.sizes / len(self.reader))

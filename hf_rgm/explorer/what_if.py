@@ -122,8 +122,8 @@ def what_if_section(exhibit: Exhibit, replayed: Replayed, clusters: Iterable[int
     section = Section(f"Without {shortened(names, 120)}")
     section.text(
         f"{result.cluster_sizes[dropped].sum()} of {result.cluster_sizes.sum()} training rows removed. Predicted by "
-        f"{engine.replace('_', ' ')} on the synset, not by retraining."
-        + (FIRST_ORDER if engine == "linearized_replay" else "")
+        f"{engine.replace('_', ' ')}, not by retraining."
+        + (FIRST_ORDER if engine in ("linearized_replay", "responses") else "")
     )
     if position is not None and replayed.probabilities is not None and not exhibit.values_are_of_sets:
         _add_predictions(section, exhibit, replayed.probabilities[:, position], position)

@@ -39,7 +39,7 @@ def test_the_panel_tells_before_and_after(replayed):
     exhibit = tiny_exhibit()
     html = what_if_section(exhibit, replayed, [1], 2).to_html()
     assert "<h2>Without class 0, second half</h2>" in html
-    assert "8 of 48 training rows removed" in html and "linearized replay on the synset" in html
+    assert "8 of 48 training rows removed" in html and "linearized replay, not by retraining" in html
     before, after = replayed.probabilities[:, 2].max(-1)
     assert f"{before:.1%}" in html and f"{after:.1%}" in html
     changed = int((replayed.probabilities.argmax(-1)[0] != replayed.probabilities.argmax(-1)[1]).sum())
