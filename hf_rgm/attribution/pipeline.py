@@ -195,7 +195,7 @@ class AttributionPipeline(Pipeline):
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:  # type: ignore[override]
         """
-        Writes the model, with its tokenizer, to a folder and the synset to its subfolder `synset`.
+        Writes the model, with its tokenizer, to a folder and the synset, if there is one, to its subfolder `synset`.
 
         `pipeline("data-attribution", model=folder, synset=f"{folder}/synset")` loads them. Unlike other pipelines of
         libraries, it copies no code, so that nobody has to trust any.
@@ -207,7 +207,8 @@ class AttributionPipeline(Pipeline):
         self.model.save_pretrained(save_directory, **kwargs)
         if self.tokenizer is not None:
             self.tokenizer.save_pretrained(save_directory)
-        self.synset.save_pretrained(Path(save_directory) / "synset", **self._reader_of_samples())
+        if self.attributor.synset is not None:
+            self.synset.save_pretrained(Path(save_directory) / "synset", **self._reader_of_samples())
 
     def push_to_hub(  # type: ignore[override]
         self,

@@ -183,7 +183,7 @@ def test_the_report_says_what_was_measured():
     assert FidelityReport.from_dict(report.to_dict()) == report
 
 
-def test_the_pipeline_takes_them_too(tmp_path):
+def test_the_pipeline_takes_them_too():
     found = vit_run()
     known = {"trajectory": found.trajectory, "rows": found.train_dataset, "clusters": found.synset.clusters}
     attribute = pipeline("data-attribution", model=found.model, **known, disable_tqdm=True)
@@ -192,5 +192,11 @@ def test_the_pipeline_takes_them_too(tmp_path):
     np.testing.assert_array_equal(attribute(found.queries).row_scores, expected.row_scores)
     with pytest.raises(ValueError, match="works by the training rows, without a synset"):
         _ = attribute.synset
-    with pytest.raises(ValueError, match="without a synset"):
-        attribute.save_pretrained(tmp_path / "saved")
+
+
+def test_a_pipeline_without_a_synset_saves_the_model_alone(tmp_path):
+    attribute = pipeline("data-attribution", model=RUN.model, **KNOWN, disable_tqdm=True)
+    attribute.save_pretrained(tmp_path / "model")
+    assert (tmp_path / "model" / "config.json").is_file() and not (tmp_path / "model" / "synset").exists()
+    with pytest.raises(ValueError, match="works by the training rows, without a synset"):
+        attribute.push_to_hub("me/synset")
