@@ -83,7 +83,6 @@ def real_rows(init: str) -> dict[str, Any]:
         "init": init,
         "num_iterations": 1,
         "solve_weights": False,
-        "curvature_weight": 0.0,
         "target_smoothing": 1e-6,
         **rates,
     }

@@ -197,7 +197,5 @@ METHODS: dict[str, Method] = {
 }
 
 ABLATIONS: dict[str, Method] = {
-    f"adjoint, {count} per cluster{note}": adjoint(samples_per_cluster=count, **settings)
-    for count in (1, 2, 5)
-    for note, settings in (("", {}), (", curvature matched", {"curvature_weight": 0.5}))
+    f"adjoint, {count} per cluster": adjoint(samples_per_cluster=count) for count in (1, 2, 5)
 }

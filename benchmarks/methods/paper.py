@@ -26,8 +26,6 @@ from hf_rgm.rows import RowReader
 from hf_rgm.synset.inputs import SPACES, input_space
 from hf_rgm.synset.samples import soft_cross_entropy
 
-GRADIENTS_ONLY = {"curvature_weight": 0.0}
-
 
 def ascent(samples_per_cluster: int, *, num_steps: int, learning_rate: float, **distillation) -> Method:
     """
@@ -41,7 +39,7 @@ def ascent(samples_per_cluster: int, *, num_steps: int, learning_rate: float, **
     """
 
     def run(recorded: Recorded, queries: Dataset) -> Prediction:
-        config = DistillationConfig(samples_per_cluster=samples_per_cluster, **GRADIENTS_ONLY, **distillation)
+        config = DistillationConfig(samples_per_cluster=samples_per_cluster, **distillation)
         synset, seconds = recorded.synset(config)
         start = time.process_time()
         model = FunctionalModel(recorded.model)
@@ -116,7 +114,6 @@ def matched(samples_per_cluster: int, *, total_gradient_weight: float, **distill
     return replay(
         engine="plain_replay",
         distillation={
-            **GRADIENTS_ONLY,
             "samples_per_cluster": samples_per_cluster,
             "total_gradient_weight": total_gradient_weight,
             **distillation,

@@ -15,7 +15,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 """What each preset changes in the defaults, which are the accurate ones."""
 
-REMOVED = ("curriculum_tolerance",)
+REMOVED = ("curriculum_tolerance", "curvature_weight", "curvature_interval", "num_probes")
 """Settings of earlier versions, which synsets may still name."""
 
 
@@ -68,14 +68,10 @@ class DistillationConfig:
         target_learning_rate (`float`, *optional*, defaults to `0.3`): Adam's, for target logits.
         weight_learning_rate (`float`, *optional*, defaults to `0.03`): Adam's, for log-weights.
         solve_weights (`bool`, *optional*, defaults to `True`): Solve for the samples' weights in closed form after
-            each round, where gradients are all that is matched: no cluster is then worse than without samples.
+            each round, where the total is not matched: no cluster is then worse than without samples.
         target_smoothing (`float`, *optional*, defaults to `0.1`): Mass that the first targets take from the label.
         total_gradient_weight (`float`, *optional*, defaults to `0.0`): tau, weight of the match of the summed
             gradient; only plain replay from the final state needs it.
-        curvature_weight (`float`, *optional*, defaults to `0.0`): Weight of the match of the curvature, beside that of
-            the gradients. Helps synsets of one or two samples per cluster; more samples bring more, for less time.
-        curvature_interval (`int`, *optional*, defaults to `4`): The curvature is matched every so many iterations.
-        num_probes (`int`, *optional*, defaults to `64`): Directions in which the curvature is matched.
         batch_size (`int`, *optional*, defaults to `256`): Real rows in one backward pass.
         cluster_block_size (`int`, *optional*, defaults to `128`): Clusters distilled together; finished blocks are
             what a killed run keeps.
@@ -103,9 +99,6 @@ class DistillationConfig:
     solve_weights: bool = field(default=True, metadata={"help": "Solve for weights after each round."})
     target_smoothing: float = field(default=0.1, metadata={"help": "Mass the first targets take from the label."})
     total_gradient_weight: float = field(default=0.0, metadata={"help": "Weight of the summed gradient's match."})
-    curvature_weight: float = field(default=0.0, metadata={"help": "Weight of the curvature's match, or 0."})
-    curvature_interval: int = field(default=4, metadata={"help": "Iterations between matches of the curvature."})
-    num_probes: int = field(default=64, metadata={"help": "Directions in which the curvature is matched."})
     batch_size: int = field(default=256, metadata={"help": "Real rows in one backward pass."})
     cluster_block_size: int = field(default=128, metadata={"help": "Clusters distilled together."})
     max_memory: str = field(default="4GB", metadata={"help": "Memory for states, gradients and their graphs."})
@@ -120,8 +113,6 @@ class DistillationConfig:
             "states_per_iteration",
             "batch_size",
             "cluster_block_size",
-            "curvature_interval",
-            "num_probes",
             "num_tokens",
             "num_token_choices",
             "num_target_choices",
@@ -136,9 +127,10 @@ class DistillationConfig:
                 raise ValueError(f"`{name}` must be a positive number, got {getattr(self, name)}.")
         if not 0 < self.target_smoothing < 1:
             raise ValueError(f"`target_smoothing` must lie between 0 and 1, got {self.target_smoothing}.")
-        for name in ("total_gradient_weight", "curvature_weight"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise ValueError(f"`{name}` must be a finite number and not negative, got {getattr(self, name)}.")
+        if not 0 <= self.total_gradient_weight < float("inf"):
+            raise ValueError(
+                f"`total_gradient_weight` must be a finite number and not negative, got {self.total_gradient_weight}."
+            )
         if self.init not in INITIALISATIONS:
             raise ValueError(f"`init` must be one of {', '.join(INITIALISATIONS)}, got {self.init!r}.")
 

@@ -33,14 +33,13 @@ from hf_rgm.synset.learner import BlockLearner, BlockTargets
 from hf_rgm.synset.matching import SynsetGradients
 from hf_rgm.synset.memory import MemoryPlan, measure_match, plan_memory
 from hf_rgm.synset.privacy import measure_privacy
-from hf_rgm.synset.probes import curvature_probes
 from hf_rgm.synset.responses import Responses
 from hf_rgm.synset.samples import SyntheticSamples
 from hf_rgm.synset.sketch import CountSketch, identity
 from hf_rgm.synset.states import StateVectors, matched_states
 from hf_rgm.synset.stopping import LEAST_ROUNDS, round_lengths
 from hf_rgm.synset.synset import Synset
-from hf_rgm.synset.targets import cluster_gradients, curvature_products, measure_rows
+from hf_rgm.synset.targets import cluster_gradients, measure_rows
 from hf_rgm.trajectory.path import states_by_epochs
 from hf_rgm.trajectory.storage import Trajectory
 
@@ -166,14 +165,11 @@ class ReverseGradientMatchingDistiller:
             row = measure_rows(model, states[-1], self.batches, self.row_loss)
             start = self._initial_samples(block)
             like = torch.ones(1, device=model.device)
-            probes = like.expand(len(states), config.num_probes, model.num_parameters)
             targets = BlockTargets(
                 names=[self.clusters.names[cluster] for cluster in block],
                 matched=self.matched_states,
                 states=states,
                 gradients=like.expand(len(states), len(block), plan.sketch_dimension or model.num_parameters),
-                probes=probes if config.curvature_weight else None,
-                products=probes if config.curvature_weight else None,
             )
             learner = self._learner(targets, block, self._sketch())
             iteration, settling = learner.time_iteration(start), learner.time_settling(start)
@@ -228,13 +224,13 @@ class ReverseGradientMatchingDistiller:
                 "(now %d) to give work to all.",
                 *(idle, len(pending), self.config.cluster_block_size),
             )
-        prepared = functools.cache(lambda: (self._probes(), self._sketch()))
+        sketch = functools.cache(self._sketch)
         gradients_bytes = 4 * len(states) * len(self.rows) * model.num_parameters
         keeps = exact and self.config.responses != "none" and gradients_bytes <= CACHE_BYTES
         kept: list[Tensor] = []
 
         def work(block: range) -> dict[str, Tensor]:
-            done, gradients = self._distill_block(block, states, *prepared())
+            done, gradients = self._distill_block(block, states, sketch())
             if keeps:
                 kept.append(gradients)
             if self._store:
@@ -329,7 +325,6 @@ class ReverseGradientMatchingDistiller:
             num_parameters=self.model.num_parameters,
             num_states=len(self.matched_states),
             num_clusters=len(self.rows),
-            num_probes=self.config.num_probes if self.config.curvature_weight else 0,
             match=match,
         )
 
@@ -350,7 +345,7 @@ class ReverseGradientMatchingDistiller:
         )
 
     def _distill_block(
-        self, block: range, states: StateVectors, probes: Tensor | None, sketch: Callable[[Tensor], Tensor]
+        self, block: range, states: StateVectors, sketch: Callable[[Tensor], Tensor]
     ) -> tuple[dict[str, Tensor], Tensor]:
         """What is learned of a block of clusters, and their real gradients, or sketches of these."""
         model, num_rows = self.model, len(self.reader)
@@ -360,11 +355,6 @@ class ReverseGradientMatchingDistiller:
             states=states,
             gradients=cluster_gradients(model, states, self.batches, block, num_rows, self.row_loss, sketch=sketch),
         )
-        if probes is not None:
-            targets.probes = probes
-            targets.products = curvature_products(
-                model, list(states), probes, self.batches, block, num_rows, self.row_loss
-            )
         start = self._initial_samples(block)
         learner = self._learner(targets, block, sketch)
         learned = learner.learn(
@@ -390,24 +380,6 @@ class ReverseGradientMatchingDistiller:
             sketch=sketch,
             chunk_size=self._plan.chunk_size,
         )
-
-    def _probes(self) -> Tensor | None:
-        if not self.config.curvature_weight:
-            return None
-        by_run = [
-            curvature_probes(
-                self.model,
-                self.reader,
-                trajectory,
-                tuple(state.step for state in self.matched_states if state.run == run),
-                self.row_loss,
-                num_probes=min(self.config.num_probes, len(self.reader)),
-                seed=self.config.seed + run,
-            )
-            for run, trajectory in enumerate(self.trajectories)
-        ]
-        left = [iter(probes) for probes in by_run]
-        return torch.stack([next(left[state.run]) for state in self.matched_states])
 
     def _num_labels(self) -> int:
         inputs, _ = self.reader.batch([0])

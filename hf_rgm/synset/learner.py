@@ -13,12 +13,10 @@ from tqdm.auto import tqdm
 from hf_rgm.exceptions import DivergenceError
 from hf_rgm.modeling import FunctionalModel
 from hf_rgm.synset.config import DistillationConfig
-from hf_rgm.synset.curvature import GaussNewton
 from hf_rgm.synset.inputs import InputSpace
 from hf_rgm.synset.matching import (
     SynsetGradients,
     cluster_residuals,
-    curvature_error,
     draw_states,
     matching_error,
 )
@@ -43,16 +41,12 @@ class BlockTargets:
         matched (`Sequence[MatchedState]`): Run and step of each state, the runs' final ones last.
         states (`StateVectors`): Parameters of each state.
         gradients (`Tensor`): `(num_states, num_clusters, num_parameters)`, or sketches of that.
-        probes, products (`Tensor`, *optional*): Directions and the curvature times them,
-            `(num_states, num_probes, num_parameters)`; none where the curvature is not matched.
     """
 
     names: Sequence[str]
     matched: Sequence[MatchedState]
     states: StateVectors
     gradients: Tensor
-    probes: Tensor | None = None
-    products: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -160,11 +154,9 @@ class BlockLearner:
         )
         scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, num_iterations)
         batches = draw_states(len(self.targets.states), config.states_per_iteration, self._generator)
-        for iteration, batch in zip(range(num_iterations), batches, strict=False):
+        for _, batch in zip(range(num_iterations), batches, strict=False):
             optimizer.zero_grad()
             errors = [self._match(index, samples) for index in batch]
-            if iteration % config.curvature_interval == 0:
-                self._match_curvature(batch[0], samples)
             optimizer.step()
             scheduler.step()
             progress.set_postfix(matching_error=f"{sum(errors) / len(errors):.4f}", refresh=False)
@@ -175,9 +167,8 @@ class BlockLearner:
         """Samples with their best weights, where those have a closed form, and the quality."""
         products = self._products(samples)
         factors = torch.ones(samples.inputs.shape[:2], dtype=torch.float64)
-        # What the other terms ask for is not a least-squares problem of one cluster.
-        matched_alone = not self.config.total_gradient_weight and self.targets.products is None
-        if self.config.solve_weights and matched_alone:
+        # The match of the total gradient is not a least-squares problem of one cluster.
+        if self.config.solve_weights and not self.config.total_gradient_weight:
             factors = products.best_factors()
             samples = scaled(samples, factors)
         return samples, products.quality(factors)
@@ -224,10 +215,7 @@ class BlockLearner:
         self._match(last, samples)
         begun = time.perf_counter()
         self._match(last, samples)
-        matched = time.perf_counter()
-        self._match_curvature(last, samples)
-        curvature = time.perf_counter() - matched
-        return self.config.states_per_iteration * (matched - begun) + curvature / self.config.curvature_interval
+        return self.config.states_per_iteration * (time.perf_counter() - begun)
 
     def time_settling(self, start: SyntheticSamples) -> float:
         """Wall time of what comes after a round, in seconds, after `time_iteration`."""
@@ -270,15 +258,6 @@ class BlockLearner:
     def _chunks(self) -> list[slice]:
         size = self._chunk_size
         return [slice(start, start + size) for start in range(0, len(self.targets.names), size)]
-
-    def _match_curvature(self, index: int, samples: SyntheticSamples) -> None:
-        if self.targets.probes is None or self.targets.products is None:
-            return
-        flat = samples.flatten()
-        weights = flat.log_weights.exp()
-        curvature = GaussNewton(self.model, self.inputs.to_forward(flat), weights, self.targets.states[index])
-        error = curvature_error(curvature.product(self.targets.probes[index]), self.targets.products[index])
-        (self.config.curvature_weight * error).backward()
 
     def _raise_diverged(self, index: int, residuals: Tensor) -> None:
         worst = int(residuals.nan_to_num(nan=torch.inf).argmax())

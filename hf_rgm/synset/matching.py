@@ -110,20 +110,6 @@ def matching_error(synthetic: Tensor, real: Tensor, energy: Tensor, total_weight
     return error / energy
 
 
-def curvature_error(synthetic: Tensor, real: Tensor) -> Tensor:
-    """
-    Squared distance between curvature products, relative to the real ones, mean over probes.
-
-    Args:
-        synthetic, real (`Tensor`): `(num_probes, num_parameters)`.
-
-    Returns:
-        `Tensor`: scalar; 0 is a perfect match, 1 what no curvature at all would give.
-    """
-    energy = real.square().sum(1).clamp_min(torch.finfo(real.dtype).tiny)
-    return ((synthetic - real).square().sum(1) / energy).mean()
-
-
 def cluster_residuals(synthetic: Tensor, real: Tensor) -> Tensor:
     """`|g_k - G_k|^2 / |G_k|^2` for each cluster: `(num_clusters,)`; 0 / 0 counts as 0."""
     energy = real.square().sum(1)

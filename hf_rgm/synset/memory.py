@@ -156,7 +156,6 @@ class MemoryPlan:
         chunk_size (`int`): Clusters of a block whose gradients are matched in one backward pass.
         sketch_dimension (`int`, *optional*): Length of the sketches that stand for gradients, if they do. States are
             then read from disk at every use.
-        num_probes (`int`): Directions in which the curvature is matched.
         samples_per_cluster (`int`): Synthetic samples of a cluster.
         match (`MatchMemory`): What a match needs.
     """
@@ -167,7 +166,6 @@ class MemoryPlan:
     block_size: int
     chunk_size: int
     sketch_dimension: int | None
-    num_probes: int
     samples_per_cluster: int
     match: MatchMemory
 
@@ -178,14 +176,13 @@ class MemoryPlan:
 
     @property
     def held_bytes(self) -> int:
-        """What stays in memory while a block is distilled: states, gradients, probes and the sketch."""
+        """What stays in memory while a block is distilled: states, gradients and the sketch."""
         vector = 4 * self.num_parameters
-        probes = 2 * self.num_states * self.num_probes * vector
         if self.sketch_dimension is None:
-            return vector * self.num_states * (1 + self.block_size) + probes
+            return vector * self.num_states * (1 + self.block_size)
         # One state at a time; an index (int32) and a sign (int8) for each element.
         gradients = 4 * self.sketch_dimension * self.num_states * self.block_size
-        return vector + 5 * self.num_parameters + gradients + probes
+        return vector + 5 * self.num_parameters + gradients
 
     @property
     def step_bytes(self) -> int:
@@ -214,7 +211,6 @@ def plan_memory(
     num_parameters: int,
     num_states: int,
     num_clusters: int,
-    num_probes: int,
     match: MatchMemory,
 ) -> MemoryPlan:
     """
@@ -224,7 +220,6 @@ def plan_memory(
         config (`DistillationConfig`): `max_memory`, `cluster_block_size`, `sketch_dimension`, `samples_per_cluster`
             and `total_gradient_weight` matter here.
         num_parameters, num_states, num_clusters (`int`): Sizes of the task.
-        num_probes (`int`): Directions in which the curvature is matched, 0 if it is not.
         match (`MatchMemory`): What a match needs.
 
     Returns:
@@ -237,9 +232,7 @@ def plan_memory(
 
     def plan(block_size: int, chunk_size: int, sketch_dimension: int | None) -> MemoryPlan:
         sizes = (num_parameters, num_states, num_clusters)
-        return MemoryPlan(
-            *sizes, block_size, chunk_size, sketch_dimension, num_probes, config.samples_per_cluster, match
-        )
+        return MemoryPlan(*sizes, block_size, chunk_size, sketch_dimension, config.samples_per_cluster, match)
 
     for size in _halvings(largest):
         # The match of the total gradient needs the whole block in one graph.

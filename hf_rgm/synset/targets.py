@@ -9,12 +9,11 @@ import torch
 from torch import Tensor
 from torch.func import grad, jvp
 
-from hf_rgm.losses import CROSS_ENTROPY, IGNORED_LABEL, RowLoss, check_labels
+from hf_rgm.losses import CROSS_ENTROPY, RowLoss, check_labels
 from hf_rgm.modeling import FunctionalModel
 from hf_rgm.padding import batches_by_length
 from hf_rgm.rows import CachedBatches
 from hf_rgm.synset.costs import PieceOfWork, measured
-from hf_rgm.synset.curvature import GaussNewton
 from hf_rgm.synset.sketch import identity
 from hf_rgm.synset.states import StateVectors
 from hf_rgm.vectorize import map_rows
@@ -174,36 +173,3 @@ def _forward_derivatives(
 
     named = (model.space.unflatten(direction) for direction in directions)
     return torch.stack([jvp(losses, (parameters,), (direction,))[1] for direction in named])
-
-
-def curvature_products(
-    model: FunctionalModel,
-    states: Sequence[Tensor],
-    probes: Tensor,
-    batches: CachedBatches,
-    clusters: Sequence[int],
-    num_rows: int,
-    row_loss: RowLoss = CROSS_ENTROPY,
-) -> Tensor:
-    """
-    Product of the data's Gauss-Newton matrix, restricted to some clusters, with probe directions.
-
-    Args:
-        model (`FunctionalModel`): The model as a function of its parameters.
-        states (`Sequence[Tensor]`): Parameters of each state, `(num_parameters,)`.
-        probes (`Tensor`): `(num_states, num_probes, num_parameters)`.
-        batches (`CachedBatches`): One group of rows per cluster.
-        clusters (`Sequence[int]`): The groups whose rows count.
-        num_rows (`int`): n, the rows of the whole training set.
-        row_loss (`RowLoss`, *optional*): The loss of a row. Defaults to the cross entropy.
-
-    Returns:
-        `Tensor`: `(num_states, num_probes, num_parameters)`, float32.
-    """
-    result = torch.zeros_like(probes)
-    for cluster in clusters:
-        for inputs, labels in batches.group(cluster):
-            weights = (labels != IGNORED_LABEL) / (num_rows * row_loss.labels_per_row)
-            for index, state in enumerate(states):
-                result[index] += GaussNewton(model, inputs, weights, state).product(probes[index])
-    return result

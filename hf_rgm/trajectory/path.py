@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hf_rgm.exceptions import DivergenceError
 from hf_rgm.modeling import ParameterSpace
 from hf_rgm.trajectory.storage import Trajectory
 
@@ -181,34 +180,6 @@ class RecordedPath:
             for begin, end in zip(edges, edges[1:], strict=False)
         ]
 
-    def stable_stride(self, first: int, last: int, product: Callable[[Tensor], Tensor]) -> int:
-        """
-        The longest stride, at most the path's, at which deviations do not grow by the integration's own doing.
-
-        Explicit steps are unstable where the learning rate times the largest curvature is too large for the momentum
-        that a stride leaves.
-
-        Args:
-            first, last (`int`): The training steps to cover, the last one excluded.
-            product (`Callable`): The product with the curvature there, `(1, num_parameters)` to the same shape.
-        """
-        stride = min(self.stride, last - first)
-        if stride == 1:
-            return 1
-        # Learning rates are largest at one end: they only rise in a warm-up and fall after it.
-        at = max((first, last - stride), key=lambda start: float(self._step(start, stride).precondition.sum()))
-        step = self._step(at, stride)
-        root = step.precondition.sqrt()
-        generator = torch.Generator().manual_seed(0)
-        vector = torch.randn(1, self.space.num_parameters, generator=generator).to(self.device)
-        for _ in range(POWER_ITERATIONS):
-            vector = root * product(root * vector / vector.norm().clamp_min(torch.finfo(vector.dtype).tiny))
-        largest = float(vector.norm() / step.precondition.sum().clamp_min(torch.finfo(vector.dtype).tiny))
-        while stride > 1 and _amplification(step, largest * float(step.precondition.sum())) > 1:
-            stride -= 1
-            step = self._step(at, stride)
-        return stride
-
     def parameters_at(self, step: float) -> Tensor:
         """Parameters interpolated between recorded states: `(num_parameters,)`, float32."""
         return self._interpolate(step, self.trajectory.state_steps, self._flat_parameters)
@@ -332,13 +303,6 @@ class RecordedPath:
         return self._second_moments[step]
 
 
-def _amplification(step: LinearStep, curvature: float) -> float:
-    """By how much a step multiplies a deviation and its momentum at most, for `precondition` times the curvature."""
-    curvature *= step.gradient_scale
-    matrix = [[1 - step.gradient_share * curvature, -step.momentum_share], [step.gain * curvature, step.momentum]]
-    return float(np.abs(np.linalg.eigvals(np.array(matrix))).max())
-
-
 def deviation_step(step: LinearStep, deviation: Tensor, momentum: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
     """
     Advances deviations from the recorded path by one integration step.
@@ -356,70 +320,3 @@ def deviation_step(step: LinearStep, deviation: Tensor, momentum: Tensor, gradie
     direction = (step.momentum_share * momentum).add_(gradient, alpha=step.gradient_share)
     deviation = ((1 - step.decoupled_decay) * deviation).addcmul_(step.precondition, direction, value=-1)
     return deviation, torch.mul(momentum, step.momentum, out=direction).add_(gradient, alpha=step.gain)
-
-
-def adjoint_step(step: LinearStep, sensitivity: Tensor, momentum: Tensor) -> tuple[Tensor, Tensor]:
-    """
-    First half of the transpose of [`deviation_step`].
-
-    Args:
-        step (`LinearStep`): Coefficients.
-        sensitivity (`Tensor`): lambda, `(batch_size, num_parameters)`: of the objective to the parameters after it.
-        momentum (`Tensor`): mu, `(batch_size, num_parameters)`: of the objective to the momentum after it.
-
-    Returns:
-        `tuple[Tensor, Tensor]`: `u`, the sensitivity to the decayed gradient of this step, and mu before the step. The
-        sensitivity before the step is `(1 - decoupled_decay) * lambda + coupled_decay * u + C (gradient_scale * u)`
-        with the curvature C.
-    """
-    pushed = -step.precondition * sensitivity
-    u = step.gain * momentum + step.gradient_share * pushed
-    return u, step.momentum * momentum + step.momentum_share * pushed
-
-
-def adjoint_directions(
-    path: RecordedPath, gradients: Tensor, curvature: Callable[[int], Callable[[Tensor], Tensor]]
-) -> dict[int, Tensor]:
-    """
-    Sensitivity of each objective to the training gradient, summed over the steps nearest to each recorded state.
-
-    By integration steps, with any product: for the distiller's probes of the curvature. Engines go back by segments
-    ([`~hf_rgm.engines.segment_map.SegmentMap`]). Where the path's stride would make sensitivities explode, a shorter
-    one is taken.
-
-    Args:
-        path (`RecordedPath`): Integration steps.
-        gradients (`Tensor`): `(num_values, num_parameters)`, gradients of the objectives at the final parameters.
-        curvature (`Callable`): Takes a recorded step and returns the product with the curvature there, which maps
-            `(num_values, num_parameters)` to the same shape. Asked once for each recorded state in use.
-
-    Returns:
-        `dict[int, Tensor]`: recorded step to `(num_values, num_parameters)`: adding `eps * g` to the training gradient
-        there raises objective i by `eps * <direction_i, g>`.
-
-    Raises:
-        DivergenceError: If sensitivities grow without bound going back.
-    """
-    bound = MAX_GROWTH * gradients.norm(dim=1).clamp_min(torch.finfo(gradients.dtype).tiny)
-    sensitivity, momentum = gradients.clone(), torch.zeros_like(gradients)
-    result: dict[int, Tensor] = {}
-    for state, first, last in reversed(path.segments()):
-        product = curvature(state)
-        stride = path.stable_stride(first, last, product)
-        total = torch.zeros_like(gradients)
-        for step in reversed(path.steps(first, last, stride=stride)):
-            raw, momentum = adjoint_step(step, sensitivity, momentum)
-            u = step.gradient_scale * raw
-            total += u
-            sensitivity = (1 - step.decoupled_decay) * sensitivity + step.coupled_decay * raw + product(u)
-            norm = sensitivity.norm(dim=1)
-            if not bool((norm <= bound).all()):
-                worst = int((norm / bound).nan_to_num(nan=torch.inf).argmax())
-                raise DivergenceError(
-                    f"The adjoint diverged at training step {step.step}: the sensitivity of objective value {worst} "
-                    f"grew to {float(norm[worst]):.3g}, {MAX_GROWTH:g} times its start or more, with a stride of "
-                    f"{stride}. Use a later `rewind` (now from step {path.start}), or record more states."
-                )
-        result[state] = total
-        del product  # what it holds goes before the next state's is made
-    return result

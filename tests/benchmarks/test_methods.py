@@ -81,7 +81,7 @@ def test_ascent_raises_the_loss_of_what_is_absent(recorded, query_gradients):
     """A short step changes a margin by the step's length times the inner product of the gradients."""
     rate = 1e-2
     prediction = ascent(1, num_steps=1, learning_rate=rate, **FAST)(recorded, recorded.task.queries)
-    synset, _ = recorded.synset(DistillationConfig(samples_per_cluster=1, curvature_weight=0.0, **FAST))
+    synset, _ = recorded.synset(DistillationConfig(samples_per_cluster=1, **FAST))
     samples = synset.samples
 
     def loss(cluster):
@@ -105,7 +105,7 @@ def test_ascent_raises_the_loss_of_what_is_absent(recorded, query_gradients):
 def test_matched_trains_from_scratch_on_the_synset(recorded):
     """The same by hand: torch's AdamW from the recorded initial parameters, on all samples but the first cluster's."""
     prediction = matched(1, total_gradient_weight=0.1, **FAST)(recorded, recorded.task.queries)
-    config = DistillationConfig(samples_per_cluster=1, curvature_weight=0.0, total_gradient_weight=0.1, **FAST)
+    config = DistillationConfig(samples_per_cluster=1, total_gradient_weight=0.1, **FAST)
     inputs, targets, log_weights = (tensor.flatten(0, 1) for tensor in recorded.synset(config)[0].samples.tensors())
     trajectory = Trajectory.load(recorded.folder)
 

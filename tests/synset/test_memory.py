@@ -14,7 +14,7 @@ from hf_rgm.synset.memory import HEAP_BLOCK_BYTES, MatchMemory, PeakTensors, mea
 from hf_rgm.testing import tiny_recorded_run, tiny_synset
 
 MATCH = MatchMemory(fixed_bytes=1_000, cluster_bytes=20_000)
-SIZES = {"num_parameters": 1_000, "num_states": 4, "num_clusters": 8, "num_probes": 0}
+SIZES = {"num_parameters": 1_000, "num_states": 4, "num_clusters": 8}
 
 
 def plan(max_bytes, **settings):

@@ -6,7 +6,6 @@ import torch
 from hf_rgm.losses import RowLoss
 from hf_rgm.modeling import FunctionalModel
 from hf_rgm.rows import RowReader
-from hf_rgm.synset.curvature import GaussNewton
 from hf_rgm.synset.inputs import ContinuousInputs, EmbeddedTokens, SoftTokens, choose_ids, first_tokens, input_space
 from hf_rgm.synset.matching import SynsetGradients
 from hf_rgm.synset.samples import SyntheticSamples
@@ -77,23 +76,6 @@ def test_clusters_vectorise_to_the_second_order(parts, kind):
     with model.differentiable():
         gradients(model.parameters(), samples)
     assert gradients._vectorized
-
-
-@pytest.mark.parametrize("kind", ["inputs_embeds", "soft_tokens"])
-def test_curvature_is_the_same_with_and_without_a_jacobian(parts, kind):
-    model, reader, _ = parts
-    space, samples = synthetic(model, reader, kind)
-    flat = samples.flatten()
-    vector = model.space.flatten(model.parameters())
-    directions = torch.randn(2, model.num_parameters, generator=torch.Generator().manual_seed(3))
-    with model.differentiable():
-        plenty, tight = (
-            GaussNewton(model, space.to_forward(flat), flat.log_weights.exp(), vector, max_bytes=max_bytes)
-            for max_bytes in (2**30, 0)
-        )
-        expected = plenty.product(directions)
-        rounding = 1e-6 * float(expected.abs().max())
-        torch.testing.assert_close(tight.product(directions), expected, atol=rounding, rtol=0)
 
 
 def test_trained_embeddings_get_soft_tokens_and_frozen_ones_free_vectors():

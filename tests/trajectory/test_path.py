@@ -5,12 +5,11 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_rgm.modeling import ParameterSpace
 from hf_rgm.trajectory.optimizers import OptimizerRule, ParameterGroup
-from hf_rgm.trajectory.path import LinearStep, RecordedPath, adjoint_directions, adjoint_step, deviation_step
+from hf_rgm.trajectory.path import LinearStep, RecordedPath, deviation_step
 from hf_rgm.trajectory.storage import StepTable, Trajectory, TrajectoryState
 
 SPACE = ParameterSpace(("a", "b"), (torch.Size([2]), torch.Size([1])))
@@ -226,92 +225,6 @@ def linear_steps(draw):
     )
 
 
-def forward(step, deviation, momentum, disturbance, curvature):
-    return deviation_step(step, deviation, momentum, disturbance + deviation @ curvature)
-
-
-def backward(step, sensitivity, momentum, curvature):
-    """As the adjoint engine does it; also gives the sensitivity to the disturbance of the gradient."""
-    raw, momentum = adjoint_step(step, sensitivity, momentum)
-    u = step.gradient_scale * raw
-    return (1 - step.decoupled_decay) * sensitivity + step.coupled_decay * raw + u @ curvature, momentum, u
-
-
-@settings(max_examples=100, deadline=None)
-@given(steps=st.lists(linear_steps(), min_size=1, max_size=4), seed=st.integers(0, 100))
-def test_adjoint_is_the_exact_transpose_also_when_constants_change(steps, seed):
-    generator = torch.Generator().manual_seed(seed)
-
-    def draw():
-        return torch.randn(2, 3, generator=generator).double()
-
-    half = torch.randn(3, 3, generator=generator).double()
-    curvature = half @ half.T
-    start, start_momentum, end, end_momentum = draw(), draw(), draw(), draw()
-    disturbances = [draw() for _ in steps]
-    deviation, momentum = start, start_momentum
-    for step, disturbance in zip(steps, disturbances, strict=True):
-        deviation, momentum = forward(step, deviation, momentum, disturbance, curvature)
-    left = (deviation * end).sum() + (momentum * end_momentum).sum()
-    sensitivity, mu = end, end_momentum
-    right = torch.zeros((), dtype=torch.float64)
-    for step, disturbance in zip(reversed(steps), reversed(disturbances), strict=True):
-        sensitivity, mu, u = backward(step, sensitivity, mu, curvature)
-        right = right + (u * disturbance).sum()
-    right = right + (sensitivity * start).sum() + (mu * start_momentum).sum()
-    torch.testing.assert_close(left, right, atol=1e-8, rtol=1e-9)
-
-
-@pytest.mark.parametrize("stride", [1, 2])
-@pytest.mark.parametrize("settings_", [("sgd", {}), ("sgd", {"nesterov": True}), ("adam", {}), ("adamw", {})])
-def test_adjoint_is_the_transpose_along_a_recorded_path(settings_, stride):
-    name, constants = settings_
-    steps = path(trajectory(name, skipped=(3,), **constants), stride=stride).steps()
-    curvature = torch.eye(3)
-    deviation, momentum, disturbance = torch.zeros(1, 3), torch.zeros(1, 3), torch.randn(len(steps), 1, 3)
-    for step, change in zip(steps, disturbance, strict=True):
-        deviation, momentum = forward(step, deviation, momentum, change, curvature)
-    end = torch.randn(1, 3)
-    sensitivity, mu, right = end, torch.zeros(1, 3), torch.zeros(())
-    for step, change in zip(reversed(steps), disturbance.flip(0), strict=True):
-        sensitivity, mu, u = backward(step, sensitivity, mu, curvature)
-        right = right + (u * change).sum()
-    torch.testing.assert_close((deviation * end).sum(), right, atol=1e-5, rtol=1e-4)
-
-
-def stiff(curvature):
-    """The product with a curvature that is sharp in one direction."""
-    matrix = torch.diag(torch.tensor([curvature, 1e-3, 0.0]))
-    return lambda vectors: vectors @ matrix
-
-
-@pytest.mark.parametrize(
-    "settings_", [("sgd", {}), ("sgd", {"nesterov": True}), ("sgd", {"momentum": 0.0}), ("adamw", {})]
-)
-def test_the_stable_stride_is_the_longest_that_does_not_explode(settings_):
-    """Against the growth of a deviation over many repetitions of the same step."""
-    name, constants = settings_
-    run = path(trajectory(name, rates=[[0.5, 0.5]] * NUM_STEPS, states=(0, 6), **{"weight_decay": 0.0, **constants}))
-    run.trajectory.steps.clip_factor[:] = 1.0
-    run.stride = NUM_STEPS
-
-    def growth(stride, product):
-        step = run.steps(0, stride, stride=stride)[0]
-        deviation, momentum = torch.tensor([[1.0, 0.0, 0.0]]), torch.zeros(1, 3)
-        for _ in range(300):
-            deviation, momentum = deviation_step(step, deviation, momentum, product(deviation))
-        return float(deviation.norm().nan_to_num(nan=math.inf))
-
-    seen = set()
-    for curvature in (1e-3, 0.5, 1.5, 3.0, 6.0, 12.0, 50.0, 500.0):
-        product = stiff(curvature)
-        stable = run.stable_stride(0, NUM_STEPS, product)
-        assert stable == 1 or growth(stable, product) < 2
-        assert stable == NUM_STEPS or growth(stable + 1, product) > 2
-        seen.add(stable)
-    assert {1, NUM_STEPS} < seen
-
-
 @pytest.mark.parametrize("rewind", [0.0, 0.5])
 def test_segments_cover_the_path_and_belong_to_the_nearest_state(rewind):
     run = path(trajectory(), rewind=rewind)
@@ -319,11 +232,3 @@ def test_segments_cover_the_path_and_belong_to_the_nearest_state(rewind):
     assert [step for _, first, last in segments for step in range(first, last)] == list(range(run.start, NUM_STEPS))
     assert all(run.nearest_state(step) == state for state, first, last in segments for step in range(first, last))
     assert len({state for state, *_ in segments}) == len(segments)
-
-
-def test_too_long_a_stride_is_shortened():
-    run = trajectory("sgd", rates=[[0.5, 0.5]] * NUM_STEPS)
-    run.steps.clip_factor[:] = 1.0
-    gradients = torch.ones(1, 3)
-    long, short = (adjoint_directions(path(run, stride=n), gradients, lambda _: stiff(6.0)) for n in (6, 1))
-    torch.testing.assert_close(long, short)
