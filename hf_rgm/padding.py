@@ -11,6 +11,9 @@ from hf_rgm.losses import IGNORED_LABEL
 from hf_rgm.modeling import FunctionalModel
 from hf_rgm.vectorize import MASK, order_by_mask
 
+OF_TOKENS = ("input_ids", MASK, "token_type_ids", "position_ids")
+"""Inputs with a value for each token; of texts with any other, nothing is cut off."""
+
 PROBED_ROWS = 4
 TOLERANCE = 1e-4
 """By which logits may differ without the padding, relative to the largest."""
@@ -55,22 +58,22 @@ def _without_padding(inputs: dict[str, Tensor], labels: Tensor, ignored: float) 
     length = int(torch.nonzero(used)[-1]) + 1 if bool(used.any()) else padded
     if length == padded:
         return inputs, labels
-    shorter = {
-        name: value[:, :length] if value.dim() == 2 and value.shape[1] == padded else value
-        for name, value in inputs.items()
-    }
+    shorter = {name: value[:, :length] if name in OF_TOKENS else value for name, value in inputs.items()}
     return shorter, labels[:, :length] if labels.shape == mask.shape else labels
 
 
 @torch.no_grad()
 def _can_be_cut(model: FunctionalModel, inputs: Mapping[str, Tensor]) -> bool:
     """Whether logits are the same without the padding; looked at once for each model, on its shortest rows."""
-    known = getattr(model, "ignores_padding", None)
-    if known is not None:
-        return known
+    if model.ignores_padding is False:
+        return False
     mask = inputs[MASK]
+    if {*inputs} - {*OF_TOKENS} or any(value.shape != mask.shape for value in inputs.values()):
+        return False
     if mask.dim() != 2 or bool((mask[:, -1] != 0).all()):
-        return False  # nothing to be seen here yet
+        return False  # nothing to be cut
+    if model.ignores_padding:
+        return True
     shortest = (mask != 0).sum(1).argsort(stable=True)[:PROBED_ROWS]
     some = {name: value[shortest] for name, value in inputs.items()}
     shorter, _ = _without_padding(some, shortest, 0)

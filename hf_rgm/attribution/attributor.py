@@ -283,7 +283,7 @@ class Attributor:
                 values = chosen(run).values(evaluation, masks).values
                 if own is None:
                     own = evaluation.values.cpu()
-                elif chosen.name != "plain_replay":
+                elif chosen.anchored:
                     values = own + values - evaluation.values.cpu()
                 by_run.append(values)
         return torch.stack(by_run).mean(0).numpy()

@@ -98,12 +98,14 @@ def curvature_rows(
     is_exact, some = outputs is not None, samples[owners]
     result = torch.zeros(len(owners), model.num_parameters, device=model.device)
     at_once = max(1, CHUNK_BYTES[model.device.type == "cpu"] // (4 * model.num_parameters))
+    positions = max(1, some.weights[:1].numel())
+    at_once = max(1, min(at_once, LOGITS_BYTES // (4 * positions * num_labels)))
     for part, inputs, weights in batches_by_length(model, some.inputs, some.weights, at_once, ignored=0):
         if outputs is not None:  # the eigenvectors of some outputs, one for each chosen term
             own = torch.from_numpy(chosen[part.cpu().numpy()] % draws).to(model.device)
             terms = scales[part, None] * outputs[owners[part], own]
         else:
-            signs = torch.randint(2, (*weights.shape, num_labels), generator=generator) * 2.0 - 1
+            signs = torch.randint(2, (*weights.shape, num_labels), generator=generator, dtype=torch.int8) * 2 - 1
             own = (weights / draws).sqrt() * scales[part].reshape(-1, *[1] * (weights.dim() - 1))
             terms = signs.to(own) * own[..., None]
         result[part] = map_rows(functools.partial(_row, model, named, is_exact), inputs, terms)

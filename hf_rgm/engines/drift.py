@@ -59,7 +59,8 @@ class DriftMeter:
         variation = 0.5 * (mixtures / mixtures.sum(1, keepdim=True) - self._shares).abs().sum(1)
         scale = variation * (weights @ self._progress)
         drifts = (weights * beyond).sum(1).abs() / scale
-        return torch.where(scale > 1e-9, drifts, 0.0).nan_to_num(nan=torch.inf)
+        drifts = torch.where(scale > 1e-9, drifts, 0.0)
+        return torch.where(torch.isfinite(scale), drifts, torch.inf).nan_to_num(nan=torch.inf)
 
     def _beyond_first_order(self, vector: Tensor) -> Tensor:
         """Change of each cluster's loss from the trained parameters, less its derivative: `(num_clusters,)`."""

@@ -62,6 +62,8 @@ class Engine(ABC):
     takes_rows: ClassVar[bool] = True
     replays: ClassVar[bool] = True
     """Whether there are models under any cluster weights."""
+    anchored: ClassVar[bool] = True
+    """Whether p = 1 gives the trained model, against which others are then compared."""
     rewind: ClassVar[float]
     max_drift: ClassVar[float | None] = None
     """Drift of replays that are trusted; `None` where it is not measured."""
@@ -116,8 +118,12 @@ class Engine(ABC):
             masks = random_subsets(num_clusters, request.num_masks, seed=request.seed)
             found = self.values(evaluation, masks)
             return replace(found, values=ridge_scores(masks, found.values))
-        found = self.values(evaluation, leave_one_out(num_clusters))
-        return replace(found, values=(evaluation.values.cpu() - found.values).T)
+        masks = leave_one_out(num_clusters)
+        if self.anchored:
+            found = self.values(evaluation, masks)
+            return replace(found, values=(evaluation.values.cpu() - found.values).T)
+        found = self.values(evaluation, torch.cat([masks, torch.ones(1, num_clusters)]))
+        return replace(found, values=(found.values[-1] - found.values[:-1]).T)
 
     def values(self, evaluation: Evaluation, masks: Tensor) -> Outcome:
         """
@@ -141,7 +147,7 @@ class Engine(ABC):
         """Evaluates all masks from as far back as is said, or as can be trusted."""
         check_masks(masks, self.run.clusters.num_clusters)
         every = list(range(len(masks)))
-        probes = np.unique(np.linspace(0, len(masks) - 1, NUM_PROBES).round().astype(int)).tolist()
+        probes = probed(len(masks))
         limit = self.max_drift if self.max_drift is not None else float("inf")
         first = probes if self.is_dear and rewind is None and self.max_drift is not None else every
         looked_at = [] if self.max_drift is None else [first.index(probe) for probe in probes]
@@ -204,6 +210,11 @@ class Engine(ABC):
         """Takes the clusters' gradients, which all processes take together before they share the masks."""
         if self.run.rows is not None and self.takes_rows:
             self.run.rows.gradients(self.run.path(rewind))
+
+
+def probed(num_masks: int) -> list[int]:
+    """Positions of the masks whose replays are looked at."""
+    return np.unique(np.linspace(0, num_masks - 1, NUM_PROBES).round().astype(int)).tolist()
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from hf_rgm.engines.linear import LinearEngine
 from hf_rgm.engines.perturbations import leave_one_out
 from hf_rgm.engines.request import Evaluation
 from hf_rgm.engines.run import RecordedRun
+from hf_rgm.exceptions import DivergenceError
 from hf_rgm.synset.costs import PieceOfWork
 from hf_rgm.synset.responses import Responses
 
@@ -74,7 +75,8 @@ def compute_responses(run: RecordedRun, *, precision: str, parameters_sha256: st
         parameters_sha256 (`str`): Identity of the trained parameters.
 
     Returns:
-        `Responses`, or `None` where the changes of all clusters do not fit in memory; a warning says so.
+        `Responses`, or `None` where they cannot be had, for want of memory above all: nothing that is distilled is
+        lost for that. A warning says why.
     """
     num_clusters, num_parameters = run.clusters.num_clusters, run.model.num_parameters
     if 8 * num_clusters * num_parameters > run.max_bytes:
@@ -84,12 +86,16 @@ def compute_responses(run: RecordedRun, *, precision: str, parameters_sha256: st
             *(num_clusters, num_parameters),
         )
         return None
-    outcome = LinearEngine(run).parameters(leave_one_out(num_clusters), None)
-    return Responses.encode(
-        outcome.values - run.final.cpu(),
-        run.trajectory.parameter_shapes,
-        precision,
-        rewind_step=outcome.start,
-        cluster_names=run.clusters.names,
-        parameters_sha256=parameters_sha256,
-    )
+    try:
+        outcome = LinearEngine(run).parameters(leave_one_out(num_clusters), None)
+        return Responses.encode(
+            outcome.values - run.final.cpu(),
+            run.trajectory.parameter_shapes,
+            precision,
+            rewind_step=outcome.start,
+            cluster_names=run.clusters.names,
+            parameters_sha256=parameters_sha256,
+        )
+    except (DivergenceError, NotImplementedError, ValueError) as error:
+        logger.warning("The synset keeps no responses: %s", error)
+        return None

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from hf_rgm.engines.engine import NUM_PROBES, Engine, Outcome
+from hf_rgm.engines.engine import Engine, Outcome, probed
+from hf_rgm.engines.perturbations import check_masks
 from hf_rgm.engines.request import Evaluation
 from hf_rgm.engines.run import RecordedRun
 from hf_rgm.engines.sources import ClusterGradients, force
@@ -87,10 +88,13 @@ class LinearEngine(Engine):
         Returns:
             [`Outcome`]: its values are `(num_masks, num_values)`.
         """
+        check_masks(masks, self.run.clusters.num_clusters)
+        masks = masks.detach().float().cpu()
         changes = masks - 1
         if evaluation.request.rewind is None and bool((changes.abs().sum(1) > 1).any()):
-            probes = masks[:: max(1, len(masks) // NUM_PROBES)][:NUM_PROBES]
-            tried = self._attempt(self.rewind, probes, list(range(len(probes))), lambda models: models[:, :1])
+            probes = probed(len(masks))
+            looked_at = list(range(len(probes)))
+            tried = self._attempt(self.rewind, masks[probes], looked_at, lambda models: models[:, :1])
             if self.max_drift is not None and tried.drift > self.max_drift:
                 single = super().scores(Evaluation(self.run, replace(evaluation.request, num_masks=None)))
                 return replace(single, values=evaluation.values.cpu() + changes @ single.values.T)

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
 from hf_rgm.engines.anchored_replay import MAX_MODELS_AT_ONCE, finite, mask_gradients, progress
-from hf_rgm.engines.engine import Engine, Outcome
+from hf_rgm.engines.engine import Engine
 from hf_rgm.engines.memory import MemoryShares
-from hf_rgm.engines.perturbations import leave_one_out
-from hf_rgm.engines.request import Evaluation
 from hf_rgm.synset.costs import PieceOfWork, measured
 from hf_rgm.trajectory.optimizers import apply_update
 
@@ -22,6 +18,7 @@ class PlainReplayEngine(Engine):
     name = "plain_replay"
     needs = "samples"
     takes_rows = False
+    anchored = False
     rewind = 0.14
 
     @property
@@ -34,15 +31,6 @@ class PlainReplayEngine(Engine):
         """The recorded state nearest to the rewind point, the last one excepted."""
         path = self.run.path(rewind)
         return path.nearest_state(path.start, before=self.run.trajectory.num_steps)
-
-    def scores(self, evaluation: Evaluation) -> Outcome:
-        """Each cluster left out, against a replay that leaves none out: that is not the trained model."""
-        if evaluation.request.num_masks is not None:
-            return super().scores(evaluation)
-        num_clusters = self.run.clusters.num_clusters
-        masks = torch.cat([leave_one_out(num_clusters), torch.ones(1, num_clusters)])
-        found = self.values(evaluation, masks)
-        return replace(found, values=(found.values[-1] - found.values[:-1]).T)
 
     def replay(self, masks: Tensor, rewind: float) -> Tensor:
         """Final parameters under each row of `masks`."""

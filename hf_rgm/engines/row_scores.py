@@ -28,7 +28,7 @@ from hf_rgm.synset.costs import PieceOfWork, measured
 from hf_rgm.synset.targets import row_derivatives
 
 DIGITS = 16
-MAX_ROWS_AT_ONCE = 256
+MAX_ROWS_AT_ONCE, FIRST_ROWS = 256, 8
 TEXTS_AT_ONCE = 1024
 """Texts that are read together: the more, the more of them have one length and go through the model together."""
 
@@ -254,10 +254,21 @@ def scores_identity(evaluations: Sequence[Evaluation], samples_sha256: str) -> d
         "dataset_fingerprint": evaluations[0].run.trajectory.dataset_fingerprint,
         "paths": [[list(own.run.trajectory.state_steps), request.rewind, own.run.rank] for own in evaluations],
         "objective": request.objective.name,
+        # Another objective of the same name, loss of rows or collator shows in what they give.
+        "values": _digest({"values": evaluations[0].values}),
+        "losses": _digest({"losses": _first_losses(evaluations[0])}),
         "queries": _digest({**request.queries.inputs, "labels": request.queries.labels}),
         "labels_per_row": source.row_loss.labels_per_row,
         "label_smoothing": source.row_loss.label_smoothing,
     }
+
+
+def _first_losses(evaluation: Evaluation) -> Tensor:
+    """Losses of the first training rows at the trained parameters."""
+    run, source = evaluation.run, _rows_of(evaluation)
+    inputs, labels = source.reader.batch(range(min(FIRST_ROWS, len(source.reader))))
+    with torch.no_grad():
+        return source.row_loss(run.model.logits(run.model.space.unflatten(run.final), inputs), labels)
 
 
 def _digest(tensors: dict[str, Tensor]) -> str:

@@ -110,6 +110,7 @@ class RecordedRun:
                 rewind=rewind,
                 stride=stride,
                 max_states=self._max_states,
+                like=next(iter(self._paths.values()), None),
             )
         return self._paths[key]
 
@@ -141,10 +142,10 @@ class RecordedRun:
             return self._maps[key]
         rows = self._curvature.get(segment.state)
         if rows is None:
-            rows = self._rows_at(path, segment.state)
+            self._curvature = self._curvature if self.keeps_maps else {}  # pieces of a segment share its state's
+            rows = self._curvature[segment.state] = self._rows_at(path, segment.state)
         found = SegmentMap(segment, rows)
         if self.keeps_maps:
-            self._curvature[segment.state] = rows
             self._maps[key] = found
         return found
 

@@ -29,6 +29,7 @@ class TrainingOnEngine(Engine):
 
     name = "training_on"
     needs = "rows"
+    anchored = False  # its batches are others
     rewind = 0.27
 
     @property

@@ -293,7 +293,8 @@ class ReverseGradientMatchingDistiller:
             max_bytes=MemoryShares.of(max_bytes, with_rows=True).kept,
             processes=self._processes,
         )
-        if sum(part.shape[1] for part in kept) == len(self.rows):
+        # All processes must read the rows together, or none: each has but its own share of the blocks.
+        if self._processes.count == 1 and sum(part.shape[1] for part in kept) == len(self.rows):
             rows.keep(trajectory, [state.step for state in self.matched_states], torch.cat(kept, dim=1))
             kept.clear()
         run = RecordedRun(

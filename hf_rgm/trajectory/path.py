@@ -111,6 +111,7 @@ class RecordedPath:
         stride (`int`): Training steps per integration step.
         max_states (`int`, *optional*): Most recorded states that segments are made of, spread evenly over those with
             an update behind them. Defaults to all.
+        like (`RecordedPath`, *optional*): Another path of the run, which has read some states already.
 
     Raises:
         NotImplementedError: If parameter groups differ in momentum (betas, eps, dampening).
@@ -126,6 +127,7 @@ class RecordedPath:
         rewind: float,
         stride: int,
         max_states: int | None = None,
+        like: RecordedPath | None = None,
     ) -> None:
         if not 0 <= rewind < 1:
             raise ValueError(f"`rewind` must be at least 0 and below 1 (a fraction of training), got {rewind}.")
@@ -146,8 +148,8 @@ class RecordedPath:
         if max_states is not None and len(self._states) > max_states:
             updated = self._states[self._states > 0]
             self._states = updated[np.unique(np.linspace(0, len(updated) - 1, max_states).round().astype(int))]
-        self._parameters: dict[int, Tensor] = {}
-        self._second_moments: dict[int, Tensor] = {}
+        self._parameters: dict[int, Tensor] = {} if like is None else like._parameters
+        self._second_moments: dict[int, Tensor] = {} if like is None else like._second_moments
 
     @property
     def is_adaptive(self) -> bool:
