@@ -83,8 +83,8 @@ class RowReader:
             if not {*columns} - {*LABEL_NAMES}:
                 raise ValueError(
                     f"`{what}` has the columns {', '.join(dataset.column_names)}; the model's forward takes none of "
-                    f"them as input ({', '.join(model.forward_arguments)}). Rename them, or pass "
-                    "`remove_unused_columns=False` with a `data_collator`."
+                    f"them as input ({', '.join(model.forward_arguments)}). Tokenise or rename them as for training "
+                    "(command line: `--prepare`), or pass `remove_unused_columns=False` with a `data_collator`."
                 )
             dataset = dataset.select_columns(columns)
         self.dataset = dataset

@@ -10,7 +10,9 @@ import torch
 
 from hf_rgm.attribution.result import AttributionResult
 from hf_rgm.attribution.subject import Subject
+from hf_rgm.engines.adjoint import AdjointEngine
 from hf_rgm.engines.engine import Engine, Outcome
+from hf_rgm.engines.linear import LinearEngine
 from hf_rgm.engines.request import Evaluation, Request
 from hf_rgm.engines.row_scores import RowScorer, ScoreFolder, cluster_sums, scores_identity
 from hf_rgm.engines.run import RecordedRun
@@ -41,19 +43,26 @@ def answer(
     """
     objective, has_rows = request.objective, runs[0].rows is not None
     evaluations = [Evaluation(run, request) for run in runs]
-    values, row_scores = evaluations[0].values, None
-    if has_rows and (objective.differentiable or engine.name == "adjoint"):
-        scorer = RowScorer(evaluations, disable_tqdm=disable_tqdm)
-        folder = None
-        if output_dir is not None:
-            folder = ScoreFolder(output_dir, scores_identity(evaluations, subject.samples_sha256))
-        row_scores = scorer.scores(folder)
-    if row_scores is not None and engine.name == "adjoint":
-        start = engine(runs[0]).start(engine.rewind if request.rewind is None else request.rewind)
-        outcome = Outcome(cluster_sums(row_scores, subject.clusters), start)
-    else:
+    values, row_scores, outcome = evaluations[0].values, None, None
+    by_run: list[Outcome] = []
+    scores_rows = has_rows and (objective.differentiable or engine.name == "adjoint")
+    if engine.name != "adjoint" or not scores_rows:
         by_run = [engine(run).scores(own) for run, own in zip(runs, evaluations, strict=True)]
         outcome = Outcome(torch.stack([found.values for found in by_run]).mean(0), by_run[0].start, by_run[0].drift)
+    if scores_rows:
+        if issubclass(engine, LinearEngine) and outcome is not None:  # from where clusters are trusted
+            rewinds = [found.start / run.trajectory.num_steps for found, run in zip(by_run, runs, strict=True)]
+        else:
+            rewinds = [AdjointEngine.rewind if request.rewind is None else request.rewind] * len(runs)
+        folder = None
+        if output_dir is not None:
+            folder = ScoreFolder(output_dir, scores_identity(evaluations, rewinds, subject.samples_sha256))
+        row_scores = RowScorer(evaluations, rewinds, disable_tqdm=disable_tqdm).scores(folder)
+        if outcome is None:
+            start = runs[0].path(rewinds[0]).start
+            outcome = Outcome(cluster_sums(row_scores, subject.clusters), start)
+    if outcome is None:
+        raise RuntimeError("Clusters are scored by the engine or by their rows.")
     if query_ids is None:
         per_query = len(values) == len(request.queries)
         query_ids = range(len(values)) if per_query else [f"{objective.name} {i}" for i in range(len(values))]

@@ -121,7 +121,7 @@ def attribute(
         pipeline = AttributionPipeline(
             load_model(model, model_class=model_class, revision=revision),
             **known,
-            data_collator=load_collator(data_collator, asked, model, revision),
+            data_collator=load_collator(data_collator, asked if training is None else training, model, revision),
             disable_tqdm=disable_tqdm,
         )
         result = pipeline(
@@ -146,9 +146,10 @@ def _known(source: str, revision: str | None, rows: Any, of_clusters: dict[str, 
     from hf_rgm.trajectory.storage import METADATA_FILE
 
     if not (Path(source) / METADATA_FILE).is_file():
+        synset = Synset.from_pretrained(source, revision=revision)
         if any(of_clusters.values()):
             raise ValueError(f"{source} is a synset, which knows its clusters. Leave the options of clusters out.")
-        return {"synset": Synset.from_pretrained(source, revision=revision)}
+        return {"synset": synset}
     if rows is None:
         raise ValueError(
             f"{source} is a recorded run: scores by it need the training rows. Pass them as `--rows`, and their "

@@ -24,6 +24,10 @@ class DriftMeter:
 
         |L_p(replayed) - L_p(trained) - derivative| / (V * (L_p(initial) - L_p(trained)))
 
+    or, where that is more, what the loss rises by in units of what was learned, whatever the order,
+
+        (L_p(replayed) - L_p(trained)) / (L_p(initial) - L_p(trained)),
+
     with `V` the share of the data that changes: the total variation distance of the mixtures under p and under 1. All
     losses are those of the synthetic samples, or of some training rows where they are given; neither queries nor
     retraining are needed.
@@ -54,16 +58,19 @@ class DriftMeter:
             `Tensor`: `(num_masks,)`, float64, on the CPU; at least 0, infinite where a loss is not finite.
         """
         weights = masks.detach().cpu().double()
-        beyond = torch.stack([self._beyond_first_order(vector) for vector in parameters])
+        changes, derivatives = (torch.stack(part) for part in zip(*map(self._changes, parameters), strict=True))
         mixtures = weights * self._shares
         variation = 0.5 * (mixtures / mixtures.sum(1, keepdim=True) - self._shares).abs().sum(1)
-        scale = variation * (weights @ self._progress)
-        drifts = (weights * beyond).sum(1).abs() / scale
+        learned = weights @ self._progress
+        scale = variation * learned
+        drifts = (weights * (changes - derivatives)).sum(1).abs() / scale
+        # Whatever its order: what stays is not unlearned.
+        drifts = torch.maximum(drifts, (weights * changes).sum(1) / learned)
         drifts = torch.where(scale > 1e-9, drifts, 0.0)
         return torch.where(torch.isfinite(scale), drifts, torch.inf).nan_to_num(nan=torch.inf)
 
-    def _beyond_first_order(self, vector: Tensor) -> Tensor:
-        """Change of each cluster's loss from the trained parameters, less its derivative: `(num_clusters,)`."""
+    def _changes(self, vector: Tensor) -> tuple[Tensor, Tensor]:
+        """Change of each cluster's loss from the trained parameters, and to first order: `(num_clusters,)` each."""
         way = vector.to(self._final.device) - self._final
         derivative = self._losses(self._final + SMALL * way) - self._losses(self._final - SMALL * way)
-        return self._losses(vector) - self._trained - derivative / (2 * SMALL)
+        return self._losses(vector) - self._trained, derivative / (2 * SMALL)

@@ -82,13 +82,14 @@ class RowScorer:
 
     Args:
         evaluations (`Sequence[Evaluation]`): The objective along each run, which has rows.
+        rewinds (`Sequence[float]`): Fraction of each training down to which effects are followed.
         disable_tqdm (`bool`): No progress bar.
     """
 
-    def __init__(self, evaluations: Sequence[Evaluation], *, disable_tqdm: bool) -> None:
+    def __init__(self, evaluations: Sequence[Evaluation], rewinds: Sequence[float], *, disable_tqdm: bool) -> None:
         self._engines = [AdjointEngine(evaluation.run) for evaluation in evaluations]
+        self._rewinds = rewinds
         self._gradients = [evaluation.gradients for evaluation in evaluations]
-        self._rewind = evaluations[0].request.rewind
         self._rows = _rows_of(evaluations[0])
         self._processes = evaluations[0].run.processes
         self._disable_tqdm = disable_tqdm
@@ -131,9 +132,6 @@ class RowScorer:
         self._processes.gather(lambda: folder.join(groups, self.shape) if self._processes.is_main else None)
         return folder.matrix()
 
-    def _rewind_of(self, engine: AdjointEngine) -> float:
-        return engine.rewind if self._rewind is None else self._rewind
-
     def _progress(self) -> tqdm:
         return tqdm(
             total=self.shape[0] * self.shape[1],
@@ -150,11 +148,8 @@ class RowScorer:
         def follow(part: range) -> list[dict[int, Tensor]]:
             chosen = values[part.start : part.stop]
             return [
-                {
-                    state: direction.cpu()
-                    for state, direction in engine.directions(gradients(chosen), self._rewind_of(engine)).items()
-                }
-                for engine, gradients in zip(self._engines, self._gradients, strict=True)
+                {state: direction.cpu() for state, direction in engine.directions(gradients(chosen), rewind).items()}
+                for engine, gradients, rewind in zip(self._engines, self._gradients, self._rewinds, strict=True)
             ]
 
         found = self._processes.map(follow, parts)
@@ -239,12 +234,15 @@ def _rows_of(evaluation: Evaluation) -> RowSource:
     return evaluation.run.rows
 
 
-def scores_identity(evaluations: Sequence[Evaluation], samples_sha256: str) -> dict[str, Any]:
+def scores_identity(
+    evaluations: Sequence[Evaluation], rewinds: Sequence[float], samples_sha256: str
+) -> dict[str, Any]:
     """
     What scores of rows depend on, JSON-safe.
 
     Args:
         evaluations (`Sequence[Evaluation]`): The objective along each recorded run.
+        rewinds (`Sequence[float]`): Fraction of each training down to which effects are followed.
         samples_sha256 (`str`): Identity of the synset's samples; empty without a synset.
     """
     request, source = evaluations[0].request, _rows_of(evaluations[0])
@@ -252,7 +250,10 @@ def scores_identity(evaluations: Sequence[Evaluation], samples_sha256: str) -> d
         "parameters_sha256": [parameters_sha256(own.run.trajectory.final.parameters) for own in evaluations],
         "samples_sha256": samples_sha256,
         "dataset_fingerprint": evaluations[0].run.trajectory.dataset_fingerprint,
-        "paths": [[list(own.run.trajectory.state_steps), request.rewind, own.run.rank] for own in evaluations],
+        "paths": [
+            [list(own.run.trajectory.state_steps), own.run.path(rewind).start, own.run.rank]
+            for own, rewind in zip(evaluations, rewinds, strict=True)
+        ],
         "objective": request.objective.name,
         # Another objective of the same name, loss of rows or collator shows in what they give.
         "values": _digest({"values": evaluations[0].values}),
