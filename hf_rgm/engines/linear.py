@@ -9,7 +9,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from hf_rgm.engines.engine import Engine, Outcome, probed
-from hf_rgm.engines.perturbations import check_masks
+from hf_rgm.engines.perturbations import check_masks, leave_one_out
 from hf_rgm.engines.request import Evaluation
 from hf_rgm.engines.run import RecordedRun
 from hf_rgm.engines.sources import ClusterGradients, force
@@ -82,8 +82,8 @@ class LinearEngine(Engine):
         """
         The objective of models under cluster weights.
 
-        Where so much is absent that replays drift from the engine's own rewind point, effects of single clusters,
-        which are small, are added up: they rank halves better than a replay that starts later (docs/method.md).
+        Where even replays without a single cluster drift from the engine's own rewind point, those without many are
+        out of reach: effects of single clusters are then added up, which ranks halves better (docs/method.md).
 
         Returns:
             [`Outcome`]: its values are `(num_masks, num_values)`.
@@ -92,9 +92,9 @@ class LinearEngine(Engine):
         masks = masks.detach().float().cpu()
         changes = masks - 1
         if evaluation.request.rewind is None and bool((changes.abs().sum(1) > 1).any()):
-            probes = probed(len(masks))
-            looked_at = list(range(len(probes)))
-            tried = self._attempt(self.rewind, masks[probes], looked_at, lambda models: models[:, :1])
+            singles = leave_one_out(self.run.clusters.num_clusters)[probed(self.run.clusters.num_clusters)]
+            looked_at = list(range(len(singles)))
+            tried = self._attempt(self.rewind, singles, looked_at, lambda models: models[:, :1])
             if self.max_drift is not None and tried.drift > self.max_drift:
                 single = super().scores(Evaluation(self.run, replace(evaluation.request, num_masks=None)))
                 return replace(single, values=evaluation.values.cpu() + changes @ single.values.T)

@@ -31,12 +31,12 @@ def automatic_stride(trajectory: Trajectory, rewind: float) -> int:
 
 def states_by_epochs(trajectory: Trajectory) -> int:
     """
-    How many recorded states gradients and curvature are taken at: half as many as epochs, within bounds.
+    How many recorded states gradients and curvature are taken at: as many as epochs, within bounds.
 
     Every state costs a pass over the training rows, or several: as much as training itself where that saw each row
     once, and next to nothing where it saw them often.
     """
-    return int(np.clip(round(float(trajectory.steps.epoch[-1]) / 2), MIN_STATES, MAX_STATES))
+    return int(np.clip(round(float(trajectory.steps.epoch[-1])), MIN_STATES, MAX_STATES))
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,7 @@ def test_memory_and_disk_are_told_within_a_factor_of_two(attributor, settings, t
     assert told.num_blocks == (6 if settings.get("engine") == "training_on" else 1) and not told.sketched
 
 
-STATES, STEPS = 4, 41
+STATES, STEPS = 5, 41
 """Recorded states in use, and training steps from 14% of the training on."""
 
 

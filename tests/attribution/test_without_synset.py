@@ -125,14 +125,14 @@ def test_engines_that_need_a_synset_say_so(engine):
 def test_repeated_questions_read_the_rows_once(passes):
     asked = attributor()
     asked.attribute(RUN.queries)
-    assert passes == {"gradients": 1, "curvature": 4}
+    assert passes == {"gradients": 1, "curvature": 5}
     asked.attribute(RUN.queries, objective="loss", engine="adjoint")
     asked.replayed_values(RUN.queries, 1 - torch.eye(6))
     asked.unlearn([0])
     asked.suggest_mixture(RUN.queries)
     asked.attribute(RUN.queries, rewind=0.5)
     asked.attribute(RUN.queries, rows=RUN.train_dataset)
-    assert passes == {"gradients": 1, "curvature": 4}
+    assert passes == {"gradients": 1, "curvature": 5}
 
 
 def test_rows_at_the_call_are_read_once_with_a_synset_too(passes):
