@@ -30,6 +30,9 @@ FROZEN_ELEMENTS = 1024
 SOFT_TOKEN_IDS, SOFT_TOKEN_LOGITS = "soft_token_ids", "soft_token_logits"
 """Arguments of [`FunctionalModel.logits`] that stand for token ids: `(batch_size, num_tokens, num_choices)` each."""
 
+ToVector = Callable[[Mapping[str, Tensor]], Tensor]
+"""Makes a vector `(*batch, length)` of named gradients `(*batch, *shape)`."""
+
 
 @dataclass(frozen=True)
 class ParameterSpace:
@@ -150,6 +153,7 @@ class FunctionalModel:
         self.module.requires_grad_(False)
         self._host = _TokenHost(self.module)
         self.ignores_padding: bool | None = None  # not known yet
+        self._known_rows: dict[str, Tensor] = {}
         self._constants = {"use_cache": False} if "use_cache" in self.forward_arguments else {}
 
     @property
@@ -209,14 +213,21 @@ class FunctionalModel:
         Logits of a batch.
 
         Args:
-            parameters (`dict[str, Tensor]`): Values of the trainable parameters.
+            parameters (`dict[str, Tensor]`): Values of the trainable parameters; of embeddings, the rows that
+                [`FunctionalModel.give_rows`] named are enough.
             inputs (`dict[str, Tensor]`): Keyword arguments of the forward, without labels. `soft_token_ids` and
                 `soft_token_logits` among them are embedded as mixtures of tokens.
 
         Returns:
             `Tensor`: shape `(batch_size, ..., num_labels)`, float32.
         """
-        output = functional_call(self._host, _hosted(parameters), (), {**self._constants, **inputs})
+        partial = {
+            id(parameters[name]): (known, self.module.get_parameter(name))
+            for name, known in self._known_rows.items()
+            if len(parameters[name]) < len(known)
+        }
+        with _PartialEmbeddings(partial) if partial else contextlib.nullcontext():
+            output = functional_call(self._host, _hosted(parameters), (), {**self._constants, **inputs})
         if isinstance(output, Tensor):
             return output
         if hasattr(output, "logits"):
@@ -227,6 +238,27 @@ class FunctionalModel:
             f"The forward of {type(self.module).__name__} returned {type(output).__name__}. It must return a tensor "
             "of logits, or an output or dictionary with `logits`."
         )
+
+    def give_rows(self, name: str, rows: Tensor) -> bool:
+        """
+        Prepares [`FunctionalModel.logits`] for some rows of an embedding in place of all: others are the model's own.
+
+        Args:
+            name (`str`): A trainable parameter.
+            rows (`Tensor`): `(num_rows,)`, int64, which will be given.
+
+        Returns:
+            `bool`: whether the parameter is an embedding that nothing else uses, so that this can be done.
+        """
+        module = self.module.get_submodule(name.rpartition(".")[0])
+        weight = getattr(module, "weight", None)
+        uses = sum(other is weight for _, other in self.module.named_parameters(remove_duplicate=False))
+        if type(module) is not nn.Embedding or uses != 1 or module.max_norm is not None or module.scale_grad_by_freq:
+            return False
+        known = torch.full((module.num_embeddings,), -1, dtype=torch.int64, device=self.device)
+        known[rows] = torch.arange(len(rows), device=self.device)
+        self._known_rows[name] = known
+        return True
 
     def mix_tokens(self, parameters: Mapping[str, Tensor], ids: Tensor, logits: Tensor) -> Tensor:
         """Embeddings of soft tokens, `(*ids.shape[:-1], hidden_size)`, float32."""
@@ -294,6 +326,32 @@ def _embedding(module: nn.Module) -> nn.Module:
 
 def _hosted(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {f"module.{name}": value for name, value in parameters.items()}
+
+
+class _PartialEmbeddings(TorchFunctionMode):
+    """
+    Looks tokens up in embeddings of which some rows are given, the others in whole ones.
+
+    Gradients of whole ones would be zeros nearly everywhere, and as large as all else together.
+
+    Args:
+        tables (`dict`): By the `id` of the given rows where each token is among them, or -1, `(num_tokens,)`, and the
+            whole embedding.
+    """
+
+    def __init__(self, tables: Mapping[int, tuple[Tensor, Tensor]]) -> None:
+        super().__init__()
+        self._tables = tables
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        found = self._tables.get(id(args[1])) if func is nn.functional.embedding else None
+        if found is None:
+            return func(*args, **(kwargs or {}))
+        known, whole = found
+        ids, rows = args[0], args[1]
+        among = known[ids]
+        given = nn.functional.embedding(among.clamp_min(0), rows)
+        return given.where((among >= 0)[..., None], nn.functional.embedding(ids, whole))
 
 
 class _PrimitiveLayerNorm(TorchFunctionMode):

@@ -62,13 +62,14 @@ def _with_mask(function: Callable[..., Tensor], mask: Tensor, inputs: dict[str, 
 
 
 def _apply(function: Callable[..., Tensor], inputs: dict[str, Tensor], others: tuple[Tensor, ...]) -> Tensor:
-    try:
-        return vmap(function)(inputs, *others)
-    except RuntimeError as error:
-        if "vmap" not in str(error):
-            raise
-        _say_once(str(error).split(". ")[0])
     rows = range(len(next(iter(inputs.values()))))
+    if len(rows) > 1:
+        try:
+            return vmap(function)(inputs, *others)
+        except RuntimeError as error:
+            if "vmap" not in str(error):
+                raise
+            _say_once(str(error).split(". ")[0])
     return torch.stack(
         [function({name: value[row] for name, value in inputs.items()}, *(o[row] for o in others)) for row in rows]
     )

@@ -304,8 +304,9 @@ class Attributor:
         Args:
             clusters (`Iterable[str | int]`): Names or indices of the clusters to remove.
             engine (`str`, *optional*): As in [`Attributor.replayed_values`]. Defaults to `"linearized_replay"` (or
-                the synset's responses, without rows) for up to a quarter of the rows; for more to `"training_on"` with
-                rows, to `"replay"` without.
+                the synset's responses, without rows) for up to a quarter of the rows; for more, or for so many
+                parameters that `max_memory` holds them in short only, to `"training_on"` with rows, to `"replay"`
+                without.
             rows (*optional*): The training dataset, if the attributor has none: compares losses on the removed rows,
                 and on the others.
             queries (*optional*): Other rows to compare losses on.
@@ -326,7 +327,7 @@ class Attributor:
         reader = None if queries is None else self._reader(queries, data_collator)
         groups = groups_to_compare(removed, known, run.rows and run.rows.reader, reader)
         available = self._available(rows)  # rows are for the checks too, whatever the engine takes
-        name = engine or engine_without(removed, known, available, rewind=rewind)
+        name = engine or engine_without(removed, known, available, rewind=rewind, whole=run.form.is_whole)
         chosen = check_engine(name, available=available, replays=True)
         mask = torch.ones(1, known.num_clusters)
         mask[0, removed] = 0

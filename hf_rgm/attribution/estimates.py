@@ -32,9 +32,10 @@ def estimate(engine: type[Engine], evaluation: Evaluation, *, num_queries: int |
     scored_rows = len(run.rows.reader) if run.rows is not None and objective.differentiable else 0
     stages, blocks = [], 1
     if objective.differentiable and (scored_rows or issubclass(engine, AdjointEngine) or not engine.is_dear):
-        taken = measured(lambda: objective.gradients(run.model, run.final, request.queries))
+        form = AdjointEngine(run).form
+        taken = measured(lambda: evaluation.gradients(form))
         stages.append(PieceOfWork(more * taken.seconds, round(more * taken.peak_bytes)))
-    held = 4 * num_values * run.model.num_parameters if stages else 0
+    held = 4 * num_values * run.form.length if stages else 0
     if scored_rows or issubclass(engine, AdjointEngine):
         adjoint = AdjointEngine(run)
         own = math.ceil(num_values / run.processes.count)

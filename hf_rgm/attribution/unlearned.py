@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from hf_rgm.clusters import ClusterMap
 from hf_rgm.engines.anchored_replay import AnchoredReplayEngine
+from hf_rgm.engines.linear import LinearEngine
 from hf_rgm.engines.objectives import Queries, resolve_objective
 from hf_rgm.engines.registry import default_engine
 from hf_rgm.engines.training_on import TrainingOnEngine
@@ -69,7 +70,12 @@ def chosen_clusters(clusters: Iterable[str | int], known: ClusterMap) -> list[in
 
 
 def engine_without(
-    chosen: list[int], clusters: ClusterMap, available: dict[str, bool], *, rewind: float | None = None
+    chosen: list[int],
+    clusters: ClusterMap,
+    available: dict[str, bool],
+    *,
+    rewind: float | None = None,
+    whole: bool = True,
 ) -> str:
     """
     The engine that comes nearest to retraining without some clusters.
@@ -83,10 +89,12 @@ def engine_without(
         clusters (`ClusterMap`): All clusters.
         available (`dict[str, bool]`): Whether there are `"rows"`, `"samples"` and `"responses"`.
         rewind (`float`, *optional*): The rewind point that is asked for.
+        whole (`bool`, *optional*, defaults to `True`): Whether the linear engine gives models.
     """
     share = clusters.sizes[chosen].sum() / clusters.num_rows
-    if share <= MAX_LINEAR_SHARE:
-        return default_engine(available, rewind=rewind)
+    linear = default_engine(available, rewind=rewind)
+    if share <= MAX_LINEAR_SHARE and (whole or linear != LinearEngine.name):
+        return linear
     return TrainingOnEngine.name if available["rows"] else AnchoredReplayEngine.name
 
 

@@ -20,7 +20,7 @@ class AdjointEngine(LinearEngine):
     @property
     def queries_at_once(self) -> int:
         """Objectives for which one direction per recorded state fits in memory."""
-        per_value = 4 * self.run.model.num_parameters * (len(self.run.trajectory.state_steps) + 4)
+        per_value = 4 * self.form.length * (len(self.run.trajectory.state_steps) + 4)
         return max(1, self.run.shares.vectors // per_value)
 
     def scores(self, evaluation: Evaluation) -> Outcome:
@@ -35,7 +35,7 @@ class AdjointEngine(LinearEngine):
         """
         rewind = self.rewind if evaluation.request.rewind is None else evaluation.request.rewind
         self.prepare(rewind)
-        gradients = evaluation.gradients
+        gradients = evaluation.gradients(self.form)
         parts = self.run.processes.parts(len(gradients), at_most=self.queries_at_once)
         found = self.run.processes.map(lambda part: self.cluster_scores(gradients(part), rewind).cpu(), parts)
         return Outcome(torch.cat(found), self.start(rewind))
@@ -45,7 +45,7 @@ class AdjointEngine(LinearEngine):
         Scores of clusters for given gradients of objectives.
 
         Args:
-            gradients (`Tensor`): `(num_values, num_parameters)`.
+            gradients (`Tensor`): `(num_values, length)`.
             rewind (`float`): Fraction of training down to which effects are followed.
 
         Returns:
@@ -53,7 +53,7 @@ class AdjointEngine(LinearEngine):
         """
         run, of_clusters = self.run, self.gradients(rewind)
         num_clusters = run.clusters.num_clusters
-        at_once = max(1, run.shares.gradients // (12 * run.model.num_parameters))
+        at_once = max(1, run.shares.gradients // (12 * self.form.length))
         scores = torch.zeros(len(gradients), num_clusters, device=run.model.device)
         for state, direction in self.directions(gradients, rewind).items():
             for start in range(0, num_clusters, at_once):
@@ -66,7 +66,7 @@ class AdjointEngine(LinearEngine):
         run, rewind = self.run, self.rewind if rewind is None else rewind
         path, segments = run.path(rewind), run.segments(rewind)
         at_once = min(num_values, self.queries_at_once)
-        vectors = torch.zeros(at_once, run.model.num_parameters, device=run.model.device)
+        vectors = torch.zeros(at_once, self.form.length, device=run.model.device)
         preparing = run.cost_of_map(path, segments[-1])
         segment_map = run.map_of(path, segments[-1])
         stepping = measured(lambda: segment_map.backward(vectors, vectors))

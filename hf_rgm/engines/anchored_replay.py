@@ -72,7 +72,7 @@ class AnchoredReplayEngine(Engine):
         last = path.steps()[-1]
         stepping = measured(lambda: deviation_step(last, vectors, vectors, vectors))
         batches = -(-num_masks // at_once)
-        data = run.rows.cost_of_gradients(run.final) if run.rows is not None else PieceOfWork(0.0, 0)
+        data = run.rows.cost_of_gradients(run.final, self.form) if run.rows is not None else PieceOfWork(0.0, 0)
         # Parameters and second moments of each state; deviation, momentum, where gradients are taken, and these.
         held = 8 * len(run.trajectory.state_steps) * run.model.num_parameters + 4 * vectors.nbytes
         return PieceOfWork(
@@ -87,12 +87,12 @@ class AnchoredReplayEngine(Engine):
         if run.rows is None:
             return torch.zeros(1, device=run.model.device)
         path = run.path(rewind)
-        data, own = run.rows.gradients(path), _samples(run).gradients(path)
+        data, own = (source.gradients(path, self.form) for source in (run.rows, _samples(run)))
         return force(
             lambda step, clusters: data(step, clusters) - own(step, clusters),
             state,
             masks,
-            num_parameters=run.model.num_parameters,
+            length=run.model.num_parameters,
             max_bytes=self._shares.gradients,
         )
 

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.func import grad
 
+from hf_rgm.engines.gradient_form import GradientForm, WholeGradients
 from hf_rgm.exceptions import DivergenceError
 from hf_rgm.modeling import FunctionalModel
 from hf_rgm.padding import batches_by_length
@@ -54,20 +55,23 @@ class WeightedInputs:
 class CurvatureRows:
     """
     Args:
-        rows (`Tensor`): B, `(rank, num_parameters)`, float32; `B' B` is the Gauss-Newton matrix, or its expectation.
+        rows (`Tensor`): B, `(rank, length)`, float32; `B' B` is the Gauss-Newton matrix, or its expectation.
         clusters (`Tensor`): `(rank,)`, int64, the cluster that each row is of.
-        trace_share (`float`): Share of the trace of the softmax covariances that the rows were chosen from with
-            certainty; the rest is represented by a random choice of it.
     """
 
     rows: Tensor
     clusters: Tensor
-    trace_share: float
 
 
 @torch.no_grad()
 def curvature_rows(
-    model: FunctionalModel, samples: WeightedInputs, parameters: Tensor, *, rank: int, seed: int
+    model: FunctionalModel,
+    samples: WeightedInputs,
+    parameters: Tensor,
+    *,
+    rank: int,
+    seed: int,
+    form: GradientForm | None = None,
 ) -> CurvatureRows:
     """
     Rows of the square root of `C = sum over outputs o of w_o J_o' (diag p_o - p_o p_o') J_o`.
@@ -85,19 +89,21 @@ def curvature_rows(
         parameters (`Tensor`): `(num_parameters,)`, the recorded state.
         rank (`int`): The most rows.
         seed (`int`): Of signs and draws.
+        form ([`GradientForm`], *optional*): That of the rows, whole by default.
 
     Raises:
         DivergenceError: If the model's outputs are not finite.
     """
     generator = torch.Generator().manual_seed(seed)
-    named = model.space.unflatten(parameters)
+    form = form or WholeGradients(model.space)
+    named = form.named(parameters)
     traces, draws, num_labels, outputs = _traces(model, samples, named, rank)
-    chosen, factors, certain = choose_terms(traces.flatten().double().cpu().numpy(), rank, generator)
+    chosen, factors = choose_terms(traces.flatten().double().cpu().numpy(), rank, generator)
     owners = torch.from_numpy(chosen // draws).to(model.device)
     scales = torch.from_numpy(factors).to(model.device, torch.float32).sqrt()
     is_exact, some = outputs is not None, samples[owners]
-    result = torch.zeros(len(owners), model.num_parameters, device=model.device)
-    at_once = max(1, CHUNK_BYTES[model.device.type == "cpu"] // (4 * model.num_parameters))
+    result = torch.zeros(len(owners), form.length, device=model.device)
+    at_once = max(1, CHUNK_BYTES[model.device.type == "cpu"] // (4 * model.num_parameters)) if form.is_whole else 1
     positions = max(1, some.weights[:1].numel())
     at_once = max(1, min(at_once, LOGITS_BYTES // (4 * positions * num_labels)))
     for part, inputs, weights in batches_by_length(model, some.inputs, some.weights, at_once, ignored=0):
@@ -108,8 +114,8 @@ def curvature_rows(
             signs = torch.randint(2, (*weights.shape, num_labels), generator=generator, dtype=torch.int8) * 2 - 1
             own = (weights / draws).sqrt() * scales[part].reshape(-1, *[1] * (weights.dim() - 1))
             terms = signs.to(own) * own[..., None]
-        result[part] = map_rows(functools.partial(_row, model, named, is_exact), inputs, terms)
-    return CurvatureRows(result, samples.clusters[owners], certain)
+        result[part] = map_rows(functools.partial(_row, model, named, form, is_exact), inputs, terms)
+    return CurvatureRows(result, samples.clusters[owners])
 
 
 def _traces(
@@ -145,7 +151,12 @@ def _traces(
 
 
 def _row(
-    model: FunctionalModel, named: dict[str, Tensor], is_exact: bool, inputs: dict[str, Tensor], term: Tensor
+    model: FunctionalModel,
+    named: dict[str, Tensor],
+    form: GradientForm,
+    is_exact: bool,
+    inputs: dict[str, Tensor],
+    term: Tensor,
 ) -> Tensor:
     """The gradient of one sample's logits along a term, or along the term that scaled signs make."""
 
@@ -157,12 +168,12 @@ def _row(
         signed = probabilities.sqrt() * term
         return (logits * (signed - probabilities * signed.sum(-1, keepdim=True))).sum()
 
-    return model.space.flatten(grad(along)(named))
+    return form(grad(along)(named))
 
 
 def choose_terms(
     traces: NDArray[np.float64], count: int, generator: torch.Generator
-) -> tuple[NDArray[np.int64], NDArray[np.float64], float]:
+) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     """
     Chooses terms of a sum so that the expectation of what is chosen, with its factors, is the sum.
 
@@ -172,21 +183,20 @@ def choose_terms(
         generator (`torch.Generator`): Draws.
 
     Returns:
-        `tuple[np.ndarray, np.ndarray, float]`: positions, ascending, the factor of each (1 for those that are certain)
-        and the share of the trace that was certain.
+        `tuple[np.ndarray, np.ndarray]`: positions, ascending, and the factor of each, 1 for those that are certain.
     """
     positive = np.flatnonzero(traces > 0)
     if len(positive) <= count:
-        return positive, np.ones(len(positive)), 1.0
+        return positive, np.ones(len(positive))
     order = positive[np.argsort(-traces[positive], kind="stable")]
     rest = traces[order][::-1].cumsum()[::-1]  # what is left when those before are certain
     left = count - np.arange(count)
     uncertain = np.flatnonzero(traces[order[:count]] * left < rest[:count])
     num_certain = int(uncertain[0]) if len(uncertain) else count
     certain, drawn = order[:num_certain], np.sort(order[num_certain:])
-    total, places = traces.sum(), count - num_certain
+    places = count - num_certain
     if not places:
-        return np.sort(certain), np.ones(num_certain), float(traces[certain].sum() / total)
+        return np.sort(certain), np.ones(num_certain)
     edges = traces[drawn].cumsum()
     interval = edges[-1] / places
     offset = float(torch.rand((), generator=generator, dtype=torch.float64))
@@ -194,4 +204,4 @@ def choose_terms(
     chosen = np.concatenate([certain, drawn[picked]])
     factors = np.concatenate([np.ones(num_certain), interval / traces[drawn[picked]]])
     by_position = np.argsort(chosen, kind="stable")
-    return chosen[by_position], factors[by_position], float(traces[certain].sum() / total)
+    return chosen[by_position], factors[by_position]

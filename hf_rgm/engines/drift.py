@@ -57,8 +57,21 @@ class DriftMeter:
         Returns:
             `Tensor`: `(num_masks,)`, float64, on the CPU; at least 0, infinite where a loss is not finite.
         """
-        weights = masks.detach().cpu().double()
         changes, derivatives = (torch.stack(part) for part in zip(*map(self._changes, parameters), strict=True))
+        return self.relative(changes, derivatives, masks)
+
+    def relative(self, changes: Tensor, derivatives: Tensor, masks: Tensor) -> Tensor:
+        """
+        Drift by what changes in the clusters' losses.
+
+        Args:
+            changes, derivatives (`Tensor`): `(num_masks, num_clusters)`, of each cluster's loss, and to first order.
+            masks (`Tensor`): `(num_masks, num_clusters)`, the weight p of each cluster.
+
+        Returns:
+            `Tensor`: `(num_masks,)`, float64, on the CPU; at least 0, infinite where a loss is not finite.
+        """
+        weights, changes, derivatives = (part.detach().cpu().double() for part in (masks, changes, derivatives))
         mixtures = weights * self._shares
         variation = 0.5 * (mixtures / mixtures.sum(1, keepdim=True) - self._shares).abs().sum(1)
         learned = weights @ self._progress

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hf_rgm.engines.gradient_form import GradientForm, WholeGradients
 from hf_rgm.engines.perturbations import check_masks, leave_one_out, random_subsets, ridge_scores
 from hf_rgm.engines.request import Evaluation
 from hf_rgm.engines.run import RecordedRun
@@ -78,17 +79,22 @@ class Engine(ABC):
     def batch_size(self) -> int:
         """Models that fit in memory together."""
 
+    @property
+    def form(self) -> GradientForm:
+        """The form that it takes the clusters' gradients in."""
+        return WholeGradients(self.run.model.space)
+
     @abstractmethod
     def replay(self, masks: Tensor, rewind: float) -> Tensor:
         """
-        Final parameters under cluster weights.
+        Models under cluster weights.
 
         Args:
             masks (`Tensor`): `(num_masks, num_clusters)`, float32, on the model's device.
             rewind (`float`): Fraction of training at which the replay starts.
 
         Returns:
-            `Tensor`: `(num_masks, num_parameters)`, float32.
+            `Tensor`: final parameters, `(num_masks, num_parameters)`, float32, unless the engine says otherwise.
 
         Raises:
             DivergenceError: If parameters explode.
@@ -105,6 +111,14 @@ class Engine(ABC):
     def evaluate(self, evaluation: Evaluation, parameters: Tensor) -> Tensor:
         """The objective of replayed models, `(num_models, num_values)`."""
         return evaluation.of_models(parameters)
+
+    def drifts(self, models: Tensor, masks: Tensor) -> Tensor:
+        """Drift of replayed models, `(num_models,)`, float64."""
+        return self.run.drift_meter.drifts(models, masks)
+
+    def to_parameters(self, models: Tensor) -> Tensor:
+        """Final parameters of replayed models, `(num_models, num_parameters)`."""
+        return models
 
     def scores(self, evaluation: Evaluation) -> Outcome:
         """
@@ -141,7 +155,7 @@ class Engine(ABC):
         Returns:
             [`Outcome`]: its values are `(num_masks, num_parameters)`.
         """
-        return self._trusted(masks, lambda models: models, rewind)
+        return self._trusted(masks, self.to_parameters, rewind)
 
     def _trusted(self, masks: Tensor, evaluate: Callable[[Tensor], Tensor], rewind: float | None) -> Outcome:
         """Evaluates all masks from as far back as is said, or as can be trusted."""
@@ -195,7 +209,7 @@ class Engine(ABC):
             except DivergenceError as error:
                 return None, [], str(error)
             own = [probe - part.start for probe in looked_at if probe in part]
-            drifts = self.run.drift_meter.drifts(models[own], some[own]).tolist() if own else []
+            drifts = self.drifts(models[own], some[own]).tolist() if own else []
             return values.cpu(), drifts, ""
 
         found = self.run.processes.map(work, parts)
@@ -209,7 +223,7 @@ class Engine(ABC):
     def prepare(self, rewind: float) -> None:
         """Takes the clusters' gradients, which all processes take together before they share the masks."""
         if self.run.rows is not None and self.takes_rows:
-            self.run.rows.gradients(self.run.path(rewind))
+            self.run.rows.gradients(self.run.path(rewind), self.form)
 
 
 def probed(num_masks: int) -> list[int]:

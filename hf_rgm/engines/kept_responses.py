@@ -58,7 +58,7 @@ class ResponsesEngine(Engine):
 
     def evaluate(self, evaluation: Evaluation, parameters: Tensor) -> Tensor:
         """To first order in the objective, where it has a gradient."""
-        return evaluation.to_first_order(parameters - self.run.final)
+        return evaluation.to_first_order(parameters - self.run.final, self.form)
 
     def costs(self, num_masks: int, rewind: float | None) -> PieceOfWork:
         """Next to nothing."""

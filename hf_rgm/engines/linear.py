@@ -9,6 +9,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from hf_rgm.engines.engine import Engine, Outcome, probed
+from hf_rgm.engines.gradient_form import GradientForm
 from hf_rgm.engines.perturbations import check_masks, leave_one_out
 from hf_rgm.engines.request import Evaluation
 from hf_rgm.engines.run import RecordedRun
@@ -38,20 +39,21 @@ class LinearEngine(Engine):
     @property
     def batch_size(self) -> int:
         """Models whose deviation, momentum, force and what a segment makes of them fit in memory."""
-        return max(1, self.run.shares.vectors // (28 * self.run.model.num_parameters))
+        return max(1, self.run.shares.vectors // (28 * self.form.length))
+
+    @property
+    def form(self) -> GradientForm:
+        """Whole gradients, or of many parameters sketches."""
+        return self.run.form
 
     def gradients(self, rewind: float) -> ClusterGradients:
         """The clusters' gradients along the path."""
-        return self.run.source.gradients(self.run.path(rewind))
+        return self.run.source.gradients(self.run.path(rewind), self.form)
 
     def replay(self, masks: Tensor, rewind: float) -> Tensor:
-        """Final parameters under each row of `masks`; for p = 1 exactly those of the trained model."""
-        return self.run.final + self.deviations(masks, rewind)
-
-    def deviations(self, masks: Tensor, rewind: float) -> Tensor:
-        """Changes of the final parameters under each row of `masks`, `(num_masks, num_parameters)`."""
+        """Changes of the final parameters under each row of `masks`, `(num_masks, length)`; 0 for p = 1."""
         run, path, gradients = self.run, self.run.path(rewind), self.gradients(rewind)
-        deviation = torch.zeros(len(masks), run.model.num_parameters, device=run.model.device)
+        deviation = torch.zeros(len(masks), self.form.length, device=run.model.device)
         momentum = torch.zeros_like(deviation)
         segments = tqdm(
             run.segments(rewind),
@@ -76,7 +78,45 @@ class LinearEngine(Engine):
 
     def evaluate(self, evaluation: Evaluation, parameters: Tensor) -> Tensor:
         """To first order in the objective too, where it has a gradient."""
-        return evaluation.to_first_order(parameters - self.run.final)
+        return evaluation.to_first_order(parameters, self.form)
+
+    def drifts(self, models: Tensor, masks: Tensor) -> Tensor:
+        """Drift of changed parameters, `(num_models,)`, float64."""
+        if self.form.is_whole:
+            return super().drifts(self.to_parameters(models), masks)
+        # There are no models to take losses of: these are expanded at the end of the run.
+        run, path = self.run, self.run.path(self.rewind)
+        state = path.segments()[-1][0]
+        curvature = run.curvature_at(path, state)
+        derivatives = models @ self.gradients(self.rewind)(state, range(run.clusters.num_clusters)).T
+        bends = torch.zeros_like(derivatives).index_add_(1, curvature.clusters, (models @ curvature.rows.T).square())
+        return run.drift_meter.relative(derivatives + bends / 2, derivatives, masks)
+
+    def to_parameters(self, models: Tensor) -> Tensor:
+        """The trained parameters and the changes."""
+        self._check_whole()
+        return self.run.final + models
+
+    def parameters(self, masks: Tensor, rewind: float | None) -> Outcome:
+        """
+        Models under cluster weights.
+
+        Returns:
+            [`Outcome`]: its values are `(num_masks, num_parameters)`.
+
+        Raises:
+            ValueError: If the model has too many parameters for `max_memory`.
+        """
+        self._check_whole()
+        return super().parameters(masks, rewind)
+
+    def _check_whole(self) -> None:
+        if not self.form.is_whole:
+            raise ValueError(
+                f"The {self.name} engine holds changes of {self.run.model.num_parameters} parameters in short, which "
+                'gives values of differentiable objectives but no models. Use `engine="training_on"`, or raise '
+                "`max_memory`."
+            )
 
     def values(self, evaluation: Evaluation, masks: Tensor) -> Outcome:
         """
@@ -105,11 +145,11 @@ class LinearEngine(Engine):
         Sensitivity of objectives to the training gradient, summed over the steps nearest to each recorded state.
 
         Args:
-            gradients (`Tensor`): `(num_values, num_parameters)`, of the objectives at the final parameters.
+            gradients (`Tensor`): `(num_values, length)`, of the objectives at the final parameters.
             rewind (`float`): Fraction of training down to which effects are followed.
 
         Returns:
-            `dict[int, Tensor]`: recorded step to `(num_values, num_parameters)`: adding `eps * g` to the training
+            `dict[int, Tensor]`: recorded step to `(num_values, length)`: adding `eps * g` to the training
             gradient there raises objective i by `eps * <direction_i, g>`.
 
         Raises:
@@ -135,12 +175,12 @@ class LinearEngine(Engine):
         run, rewind = self.run, self.rewind if rewind is None else rewind
         path, segments = run.path(rewind), run.segments(rewind)
         at_once = min(num_masks, self.batch_size)
-        vectors = torch.zeros(at_once, run.model.num_parameters, device=run.model.device)
+        vectors = torch.zeros(at_once, self.form.length, device=run.model.device)
         masks = torch.ones(at_once, run.clusters.num_clusters, device=run.model.device)
         preparing = run.cost_of_map(path, segments[-1])
         segment_map = run.map_of(path, segments[-1])
         stepping = measured(lambda: segment_map.forward(vectors, vectors, vectors, masks))
-        gradients = run.source.cost_of_gradients(run.final)
+        gradients = run.source.cost_of_gradients(run.final, self.form)
         batches = -(-num_masks // at_once)
         return PieceOfWork(
             seconds=len(segments) * (preparing.seconds + gradients.seconds + batches * stepping.seconds),
@@ -165,6 +205,6 @@ class LinearEngine(Engine):
             gradients,
             state,
             masks,
-            num_parameters=self.run.model.num_parameters,
+            length=self.form.length,
             max_bytes=self.run.shares.gradients,
         )

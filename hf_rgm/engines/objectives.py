@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.func import grad, jacrev
 
 from hf_rgm.losses import IGNORED_LABEL, check_labels, label_losses
-from hf_rgm.modeling import FunctionalModel
+from hf_rgm.modeling import FunctionalModel, ToVector
 from hf_rgm.vectorize import map_rows
 
 Forward = Callable[[Mapping[str, Tensor]], Tensor]
@@ -95,9 +95,22 @@ class Objective:
         with torch.no_grad():
             return self._checked(self.function(forward, queries))
 
-    def gradients(self, model: FunctionalModel, parameters: Tensor, queries: Queries) -> Tensor:
+    def gradients(
+        self,
+        model: FunctionalModel,
+        parameters: Tensor,
+        queries: Queries,
+        *,
+        form: ToVector | None = None,
+    ) -> Tensor:
         """
         Gradient of each value with respect to the parameters: `(num_values, num_parameters)`, float32.
+
+        Args:
+            model (`FunctionalModel`): The model.
+            parameters (`Tensor`): `(num_parameters,)`.
+            queries (`Queries`): The queries.
+            form (`Callable`, *optional*): Makes vectors of named gradients. Defaults to `model.space.flatten`.
 
         Raises:
             ValueError: If the objective is not differentiable.
@@ -107,9 +120,9 @@ class Objective:
                 f"Objective {self.name!r} is not differentiable, which the adjoint engine needs. Use "
                 '`engine="replay"`, or a differentiable stand-in such as "margin" for "accuracy".'
             )
-        named = model.space.unflatten(parameters)
+        named, make = model.space.unflatten(parameters), form or model.space.flatten
         if not self.per_query:
-            return model.space.flatten(
+            return make(
                 jacrev(lambda p: self._checked(self.function(lambda inputs: model.logits(p, inputs), queries)))(named)
             )
 
@@ -118,7 +131,7 @@ class Objective:
             return self.function(lambda x: model.logits(p, x), query)[0]
 
         def gradient(inputs: dict[str, Tensor], label: Tensor) -> Tensor:
-            return model.space.flatten(grad(one)(named, inputs, label))
+            return make(grad(one)(named, inputs, label))
 
         return map_rows(gradient, queries.inputs, queries.labels)
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from hf_rgm.engines.gradient_form import GradientForm
 from hf_rgm.engines.objectives import Objective, Queries
 from hf_rgm.modeling import FunctionalModel
 
@@ -23,6 +24,7 @@ class QueryGradients:
         objective (`Objective`): A differentiable one.
         parameters (`Tensor`): `(num_parameters,)`, where.
         queries (`Queries`): The queries.
+        form ([`GradientForm`]): That of the gradients.
         num_values (`int`): Values of the objective.
         max_bytes (`int`): Memory for them. Those of objectives over a set are taken together all the same.
 
@@ -36,6 +38,7 @@ class QueryGradients:
         objective: Objective,
         parameters: Tensor,
         queries: Queries,
+        form: GradientForm,
         *,
         num_values: int,
         max_bytes: int,
@@ -45,13 +48,18 @@ class QueryGradients:
         self._parameters = parameters
         self._queries = queries
         self._num_values = num_values
-        self._at_once = max(1, max_bytes // (8 * model.num_parameters)) if objective.per_query else num_values
+        self._form = form
+        # In short they are taken one by one: what is vectorised is whole.
+        at_once = max(1, max_bytes // (8 * model.num_parameters)) if form.is_whole else 1
+        self._at_once = at_once if objective.per_query else num_values
         self._kept: Tensor | None = None
-        flat = 0
+        flat, fitting = 0, []
         for gradients in self.parts(range(num_values)):
             flat += int((gradients == 0).all(1).sum())
-            if len(gradients) == num_values:
-                self._kept = gradients
+            if 8 * num_values * form.length <= max_bytes or not objective.per_query:
+                fitting.append(gradients)
+        if fitting:
+            self._kept = torch.cat(fitting)
         if flat == num_values:
             raise ValueError(
                 f"Objective {objective.name!r} has a gradient of zero everywhere: the adjoint would score everything "
@@ -66,7 +74,7 @@ class QueryGradients:
         return self._num_values
 
     def __call__(self, values: range) -> Tensor:
-        """Gradients of some consecutive values, `(len(values), num_parameters)`, float32."""
+        """Gradients of some consecutive values, `(len(values), length)`, float32."""
         if self._kept is not None:
             return self._kept[values.start : values.stop]
         return torch.cat(list(self.parts(values)))
@@ -78,7 +86,7 @@ class QueryGradients:
             return
         for start in range(values.start, values.stop, self._at_once):
             part = range(start, min(start + self._at_once, values.stop))
-            yield self._objective.gradients(self._model, self._parameters, self._chosen(part))
+            yield self._objective.gradients(self._model, self._parameters, self._chosen(part), form=self._form)
 
     def _chosen(self, part: range) -> Queries:
         if not self._objective.per_query:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hf_rgm.engines.gradient_form import GradientForm
 from hf_rgm.engines.memory import MemoryShares
 from hf_rgm.engines.objectives import Objective, Queries
 from hf_rgm.engines.query_gradients import QueryGradients
@@ -46,28 +47,31 @@ class Evaluation:
     def __init__(self, run: RecordedRun, request: Request) -> None:
         self.run = run
         self.request = request
+        self._gradients: dict[GradientForm, QueryGradients] = {}
 
     @functools.cached_property
     def values(self) -> Tensor:
         """The objective of the trained model, `(num_values,)`, float32."""
         return self.at(self.run.final)
 
-    @functools.cached_property
-    def gradients(self) -> QueryGradients:
+    def gradients(self, form: GradientForm) -> QueryGradients:
         """
         Gradients of the objective at the end of the run.
 
         Raises:
             ValueError: If the objective has none.
         """
-        return QueryGradients(
-            self.run.model,
-            self.request.objective,
-            self.run.final,
-            self.request.queries,
-            num_values=len(self.values),
-            max_bytes=MemoryShares.of(self.run.max_bytes, with_rows=True).gradients,
-        )
+        if form not in self._gradients:
+            self._gradients[form] = QueryGradients(
+                self.run.model,
+                self.request.objective,
+                self.run.final,
+                self.request.queries,
+                form,
+                num_values=len(self.values),
+                max_bytes=MemoryShares.of(self.run.max_bytes, with_rows=True).gradients,
+            )
+        return self._gradients[form]
 
     def at(self, vector: Tensor) -> Tensor:
         """The objective at `(num_parameters,)`: `(num_values,)`, float32."""
@@ -77,14 +81,22 @@ class Evaluation:
         """The objective of several models, `(num_models, num_parameters)`: `(num_models, num_values)`, float32."""
         return torch.stack([self.at(vector) for vector in parameters])
 
-    def to_first_order(self, deviations: Tensor) -> Tensor:
+    def to_first_order(self, deviations: Tensor, form: GradientForm) -> Tensor:
         """
         The objective near the trained model, `(num_models, num_values)`, float32.
 
-        Deviations that are of first order are met by the objective's derivative, where it has one: those of random
-        halves are large, and a margin far from where a deviation was computed says less than its derivative.
+        Deviations, `(num_models, length)`, that are of first order are met by the objective's derivative, where it has
+        one: those of random halves are large, and a margin far from where a deviation was computed says less than its
+        derivative.
         """
         if not self.request.objective.differentiable:
+            if not form.is_whole:
+                raise ValueError(
+                    f"Objective {self.request.objective.name!r} has no gradient, and changes of "
+                    f"{self.run.model.num_parameters} parameters are held in short, so that there is no model to "
+                    'evaluate. Use `engine="training_on"`, a differentiable objective, or raise `max_memory`.'
+                )
             return self.of_models(self.run.final + deviations)
-        changes = [deviations @ part.T for part in self.gradients.parts(range(len(self.gradients)))]
+        gradients = self.gradients(form)
+        changes = [deviations @ part.T for part in gradients.parts(range(len(gradients)))]
         return self.values + torch.cat(changes, dim=1)

@@ -89,7 +89,7 @@ class RowScorer:
     def __init__(self, evaluations: Sequence[Evaluation], rewinds: Sequence[float], *, disable_tqdm: bool) -> None:
         self._engines = [AdjointEngine(evaluation.run) for evaluation in evaluations]
         self._rewinds = rewinds
-        self._gradients = [evaluation.gradients for evaluation in evaluations]
+        self._gradients = [own.gradients(engine.form) for own, engine in zip(evaluations, self._engines, strict=True)]
         self._rows = _rows_of(evaluations[0])
         self._processes = evaluations[0].run.processes
         self._disable_tqdm = disable_tqdm
@@ -199,19 +199,29 @@ def row_scores(engine: AdjointEngine, directions: dict[int, Tensor], source: Row
     at_once, path = _rows_at_once(engine), run.path(engine.rewind)
     read_at_once = TEXTS_AT_ONCE if run.model.main_input_name == "input_ids" else at_once
     result = torch.zeros(len(next(iter(directions.values()))), len(rows), device=run.model.device)
+    kept = {state: source.kept_rows(path, engine.form, state) for state in directions}
+    for state, gradients in kept.items():
+        if gradients is not None:
+            result += directions[state] @ gradients[rows.start : rows.stop].float().T / len(reader)
+    directions = {state: direction for state, direction in directions.items() if kept[state] is None}
+    if not directions:
+        return result
     for start in range(0, len(rows), read_at_once):
         batch = rows[start : start + read_at_once]
         inputs, labels = reader.batch(batch)
         for part, some, own in batches_by_length(run.model, inputs, labels, at_once):
             for state, direction in directions.items():
-                named = run.model.space.unflatten(path.state(state))
-                change = row_derivatives(run.model, named, direction, some, own, source.row_loss)
+                named = engine.form.named(path.state(state))
+                form = None if engine.form.is_whole else engine.form
+                change = row_derivatives(run.model, named, direction, some, own, source.row_loss, form)
                 result[:, start + part] += change / len(reader)
     return result
 
 
 def _rows_at_once(engine: AdjointEngine) -> int:
-    """Rows whose gradients fit in memory, on their way to scores."""
+    """Rows whose gradients fit in memory, on their way to scores; in short they are taken one by one."""
+    if not engine.form.is_whole:
+        return 1
     return max(1, min(MAX_ROWS_AT_ONCE, engine.run.shares.gradients // (12 * engine.run.model.num_parameters)))
 
 
@@ -221,9 +231,11 @@ def cost_of_row_scores(evaluation: Evaluation, num_values: int) -> PieceOfWork:
     engine = AdjointEngine(run)
     batch = range(min(_rows_at_once(engine), len(source.reader)))
     at_once = min(num_values, engine.queries_at_once)
-    directions = {run.trajectory.num_steps: torch.zeros(at_once, run.model.num_parameters, device=run.model.device)}
-    piece = measured(lambda: row_scores(engine, directions, source, batch))
+    directions = {run.trajectory.num_steps: torch.zeros(at_once, engine.form.length, device=run.model.device)}
     rewind = engine.rewind if evaluation.request.rewind is None else evaluation.request.rewind
+    if source.keeps_rows(engine.form, len(run.segments(rewind))):  # taken with the clusters' gradients
+        return PieceOfWork(0.0, engine.states_bytes)
+    piece = measured(lambda: row_scores(engine, directions, source, batch))
     times = len(run.segments(rewind)) * len(source.reader) / len(batch) / run.processes.count
     return PieceOfWork(-(-num_values // at_once) * times * piece.seconds, engine.states_bytes + piece.peak_bytes)
 

@@ -10,9 +10,10 @@ from torch import Tensor
 from hf_rgm.clusters import ClusterMap
 from hf_rgm.engines.curvature import CurvatureRows, curvature_rows
 from hf_rgm.engines.drift import DriftMeter
+from hf_rgm.engines.gradient_form import SKETCH_LENGTH, GradientForm, SketchedGradients, WholeGradients
 from hf_rgm.engines.memory import MemoryShares
 from hf_rgm.engines.segment_map import SegmentMap
-from hf_rgm.engines.segments import Segment, segments_of
+from hf_rgm.engines.segments import Segment
 from hf_rgm.engines.sources import RowSource, SampleSource, Source
 from hf_rgm.modeling import FunctionalModel
 from hf_rgm.processes import Processes
@@ -22,11 +23,12 @@ from hf_rgm.trajectory.path import RecordedPath
 from hf_rgm.trajectory.states import TrajectoryState
 from hf_rgm.trajectory.storage import Trajectory
 
-MAX_RANK = 600
-"""Rows of curvature at a recorded state; see docs/method.md (which rows of curvature) for what fewer cost."""
+MAX_RANK = {True: 600, False: 300}
+"""Rows of curvature at a recorded state, whole and in short, where each takes a pass of its own; see docs/method.md
+(which rows of curvature) for what fewer cost."""
 
-MIN_RANK = 16
-"""Fewer stand for nothing."""
+ENOUGH_ROWS, MIN_RANK = 300, 16
+"""Where fewer of the first fit of whole gradients, these are sketched; fewer of the second stand for nothing."""
 
 
 class RecordedRun:
@@ -116,43 +118,56 @@ class RecordedRun:
 
     def segments(self, rewind: float) -> list[Segment]:
         """The segments of a path, in training order."""
-        return segments_of(self.path(rewind))
+        return self.form.segments(self.path(rewind))
+
+    @functools.cached_property
+    def form(self) -> GradientForm:
+        """How the linear engine holds gradients: whole, unless these are so long that too few would fit."""
+        length = self.model.num_parameters
+        if length > SKETCH_LENGTH and self._fitting(length) < ENOUGH_ROWS:
+            return SketchedGradients(self.model, self.path(0.0), SKETCH_LENGTH)
+        return WholeGradients(self.model.space)
+
+    def _fitting(self, length: int) -> int:
+        return self.shares.curvature // (8 * length)  # once more for what is made of them
 
     @functools.cached_property
     def rank(self) -> int:
         """
-        Rows of curvature at a state: [`MAX_RANK`], or as many as fit.
+        Rows of curvature at a state: those of [`MAX_RANK`], or as many as fit.
 
         Raises:
             ValueError: If so few fit that they would be of no use.
         """
-        row = 4 * self.model.num_parameters
-        fitting = self.shares.curvature // (2 * row)  # and once more for what is made of them
+        fitting = self._fitting(self.form.length)
         if fitting < MIN_RANK:
             raise ValueError(
                 f"`max_memory` leaves room for {fitting} rows of curvature of {self.model.num_parameters} parameters; "
                 f"at least {MIN_RANK} are needed. Raise it, or train fewer parameters (LoRA)."
             )
-        return min(MAX_RANK, fitting)
+        return min(MAX_RANK[self.form.is_whole], fitting)
 
     def map_of(self, path: RecordedPath, segment: Segment) -> SegmentMap:
         """The linear map of a segment; those of all states are kept where they fit into memory."""
         key = (segment.state, segment.first, segment.last)
         if key in self._maps:
             return self._maps[key]
-        rows = self._curvature.get(segment.state)
-        if rows is None:
-            self._curvature = self._curvature if self.keeps_maps else {}  # pieces of a segment share its state's
-            rows = self._curvature[segment.state] = self._rows_at(path, segment.state)
-        found = SegmentMap(segment, rows)
+        found = SegmentMap(segment, self.curvature_at(path, segment.state))
         if self.keeps_maps:
             self._maps[key] = found
         return found
 
+    def curvature_at(self, path: RecordedPath, state: int) -> CurvatureRows:
+        """The curvature's rows at a recorded state; those of all states are kept where they fit into memory."""
+        if state not in self._curvature:
+            self._curvature = self._curvature if self.keeps_maps else {}  # pieces of a segment share its state's
+            self._curvature[state] = self._rows_at(path, state)
+        return self._curvature[state]
+
     @property
     def keeps_maps(self) -> bool:
         """Whether the maps of all states fit into memory: rows, and beside them the Gram matrix, its eigenvectors."""
-        held = 4 * self.rank * (self.model.num_parameters + 3 * self.rank)
+        held = 4 * self.rank * (self.form.length + 3 * self.rank)
         return held * (self._max_states or len(self.trajectory.state_steps)) <= self.shares.curvature
 
     def cost_of_map(self, path: RecordedPath, segment: Segment) -> PieceOfWork:
@@ -166,7 +181,9 @@ class RecordedRun:
         return measured(made)
 
     def _rows_at(self, path: RecordedPath, state: int) -> CurvatureRows:
-        return curvature_rows(self.model, self.source.weighted_inputs, path.state(state), rank=self.rank, seed=state)
+        return curvature_rows(
+            self.model, self.source.weighted_inputs, path.state(state), rank=self.rank, seed=state, form=self.form
+        )
 
     def _flat(self, state: TrajectoryState) -> Tensor:
         return self.model.space.flatten(state.parameters).to(self.model.device)

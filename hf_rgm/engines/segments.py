@@ -114,13 +114,23 @@ def _stable(momentum: float, gain: float, momentum_share: float, gradient_share:
     return min(limits, default=np.inf)
 
 
-def segments_of(path: RecordedPath) -> list[Segment]:
-    """The segments of a path, in training order."""
-    return [segment for state, first, last in path.segments() for segment in _pieces(path, state, first, last)]
+def segments_of(path: RecordedPath, *, uniform_decay: bool = False) -> list[Segment]:
+    """
+    The segments of a path, in training order.
+
+    Args:
+        path (`RecordedPath`): The path.
+        uniform_decay (`bool`, *optional*, defaults to `False`): Let all elements decay as most of them do.
+    """
+    return [
+        segment
+        for state, first, last in path.segments()
+        for segment in _pieces(path, state, first, last, uniform_decay)
+    ]
 
 
-def _pieces(path: RecordedPath, state: int, first: int, last: int) -> Iterator[Segment]:
-    whole = _segment(path, state, first, last)
+def _pieces(path: RecordedPath, state: int, first: int, last: int, uniform_decay: bool) -> Iterator[Segment]:
+    whole = _segment(path, state, first, last, uniform_decay)
     pieces = 1
     if whole.frozen_decay is not None and whole.steps:
         # What a step of the gradient adds to the direction in the end, with the momentum it leaves behind.
@@ -133,10 +143,10 @@ def _pieces(path: RecordedPath, state: int, first: int, last: int) -> Iterator[S
         return
     edges = np.linspace(first, last, pieces + 1).round().astype(int).tolist()
     for begin, end in zip(edges, edges[1:], strict=False):
-        yield _segment(path, state, begin, end)
+        yield _segment(path, state, begin, end, uniform_decay)
 
 
-def _segment(path: RecordedPath, state: int, first: int, last: int) -> Segment:
+def _segment(path: RecordedPath, state: int, first: int, last: int, uniform_decay: bool) -> Segment:
     trajectory, rule, space = path.trajectory, path.trajectory.optimizer, path.space
     table, covered = trajectory.steps, slice(first, last)
     active = ~table.skipped[covered]
@@ -156,13 +166,14 @@ def _segment(path: RecordedPath, state: int, first: int, last: int) -> Segment:
         precondition = precondition * inverse
     weight_decays = [group.weight_decay for group in rule.groups]
     decoupled = rule.name == "adamw"
+    most = np.bincount([rule.group_of(name) for name in space.names], space.sizes, len(rule.groups)).argmax()
     decays, couplings = np.zeros(len(rates)), np.zeros(len(rates))
     outer, frozen = None, None
     if decoupled and any(weight_decays):
         kept = np.prod(1 - learning_rates * np.array(weight_decays), axis=0)  # (num_groups,)
         per_step = learning_rates * np.array(weight_decays)
-        if (per_step == per_step[:, :1]).all():
-            decays = per_step[:, 0]
+        if uniform_decay or (per_step == per_step[:, :1]).all():
+            decays = per_step[:, most]
         else:
             outer = space.expand_groups(kept.tolist(), rule.group_of, path.device).clamp_min(0).sqrt()
     elif any(weight_decays):

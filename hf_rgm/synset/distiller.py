@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_rgm.clusters import ClusterMap
+from hf_rgm.engines.gradient_form import WholeGradients
 from hf_rgm.engines.kept_responses import compute_responses
 from hf_rgm.engines.memory import MemoryShares
 from hf_rgm.engines.run import RecordedRun
@@ -295,7 +296,8 @@ class ReverseGradientMatchingDistiller:
         )
         # All processes must read the rows together, or none: each has but its own share of the blocks.
         if self._processes.count == 1 and sum(part.shape[1] for part in kept) == len(self.rows):
-            rows.keep(trajectory, [state.step for state in self.matched_states], torch.cat(kept, dim=1))
+            states = [state.step for state in self.matched_states]
+            rows.keep(trajectory, WholeGradients(self.model.space), states, torch.cat(kept, dim=1))
             kept.clear()
         run = RecordedRun(
             model,
@@ -354,7 +356,10 @@ class ReverseGradientMatchingDistiller:
             names=[self.clusters.names[cluster] for cluster in block],
             matched=self.matched_states,
             states=states,
-            gradients=cluster_gradients(model, states, self.batches, block, num_rows, self.row_loss, sketch=sketch),
+            gradients=cluster_gradients(
+                *(model, states, self.batches, block, num_rows, self.row_loss),
+                form=lambda gradients: sketch(model.space.flatten(gradients)),
+            ),
         )
         start = self._initial_samples(block)
         learner = self._learner(targets, block, sketch)

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.func import grad, jvp
 
 from hf_rgm.losses import CROSS_ENTROPY, RowLoss, check_labels
-from hf_rgm.modeling import FunctionalModel
+from hf_rgm.modeling import FunctionalModel, ToVector
 from hf_rgm.padding import batches_by_length
 from hf_rgm.rows import CachedBatches
 from hf_rgm.synset.costs import PieceOfWork, measured
-from hf_rgm.synset.sketch import identity
 from hf_rgm.synset.states import StateVectors
 from hf_rgm.vectorize import map_rows
 
@@ -33,7 +32,7 @@ def cluster_gradients(
     num_rows: int,
     row_loss: RowLoss = CROSS_ENTROPY,
     *,
-    sketch: Callable[[Tensor], Tensor] = identity,
+    form: ToVector | None = None,
 ) -> Tensor:
     """
     Gradient of the training loss that each cluster contributes, at each recorded state.
@@ -48,21 +47,20 @@ def cluster_gradients(
         clusters (`Sequence[int]`): The groups to go through.
         num_rows (`int`): n, the rows of the whole training set.
         row_loss (`RowLoss`, *optional*): The loss of a row. Defaults to the cross entropy.
-
-        sketch (`Callable`, *optional*): Maps a gradient to what is kept of it. Defaults to all.
+        form (`Callable`, *optional*): Makes a vector of named gradients. Defaults to `model.space.flatten`.
 
     Returns:
-        `Tensor`: `(num_states, len(clusters), num_parameters or the sketch's)`, float32, on the model's device.
+        `Tensor`: `(num_states, len(clusters), length)`, float32, on the model's device.
 
     Raises:
         NotImplementedError, ValueError: If labels do not fit the logits, see [`~hf_rgm.losses.check_labels`].
     """
-    result = None
+    result, make = None, form or model.space.flatten
     for position, cluster in enumerate(clusters):
         for collated, all_labels in batches.group(cluster):  # each batch is collated once for all states
             for _, inputs, labels in batches_by_length(model, collated, all_labels, ROWS_AT_ONCE):
                 for index, state in enumerate(states):
-                    kept = sketch(_batch_gradient(model, state, inputs, labels, num_rows, row_loss))
+                    kept = make(_batch_gradient(model, state, inputs, labels, num_rows, row_loss))
                     if result is None:  # in place from the start: stacking at the end would take the memory twice
                         result = kept.new_zeros(len(states), len(clusters), len(kept))
                     result[index, position] += kept
@@ -78,22 +76,28 @@ def _batch_gradient(
     labels: Tensor,
     num_rows: int,
     row_loss: RowLoss,
-) -> Tensor:
+) -> dict[str, Tensor]:
     named = model.space.unflatten(state)
     parameters = {name: value.detach().requires_grad_() for name, value in named.items()}
     logits = model.logits(parameters, inputs)
     check_labels(logits, labels)
     loss = row_loss(logits, labels).sum() / num_rows
     gradients = torch.autograd.grad(loss, list(parameters.values()), materialize_grads=True)
-    return model.space.flatten(dict(zip(parameters, gradients, strict=True)))
+    return dict(zip(parameters, gradients, strict=True))
 
 
-def measure_rows(model: FunctionalModel, state: Tensor, batches: CachedBatches, row_loss: RowLoss) -> PieceOfWork:
+def measure_rows(
+    model: FunctionalModel,
+    state: Tensor,
+    batches: CachedBatches,
+    row_loss: RowLoss,
+    form: ToVector | None = None,
+) -> PieceOfWork:
     """
     What [`cluster_gradients`] takes at one state: seconds a row, and memory for a batch, seen on the largest cluster.
     """
     largest = max(range(len(batches)), key=batches.num_rows)
-    piece = measured(lambda: cluster_gradients(model, [state], batches, [largest], 1, row_loss))
+    piece = measured(lambda: cluster_gradients(model, [state], batches, [largest], 1, row_loss, form=form))
     return PieceOfWork(piece.seconds / batches.num_rows(largest), piece.peak_bytes)
 
 
@@ -103,6 +107,7 @@ def row_gradients(
     inputs: dict[str, Tensor],
     labels: Tensor,
     row_loss: RowLoss = CROSS_ENTROPY,
+    form: ToVector | None = None,
 ) -> Tensor:
     """
     Gradient of each row's loss.
@@ -113,16 +118,17 @@ def row_gradients(
         inputs (`dict[str, Tensor]`): The forward's keyword arguments, first dimension `batch_size`.
         labels (`Tensor`): `(batch_size, *positions)`, int64.
         row_loss (`RowLoss`, *optional*): The loss of a row. Defaults to the cross entropy.
+        form (`Callable`, *optional*): Makes a vector of named gradients. Defaults to `model.space.flatten`.
 
     Returns:
-        `Tensor`: `(batch_size, num_parameters)`, float32.
+        `Tensor`: `(batch_size, length)`, float32.
     """
 
     def loss(p: dict[str, Tensor], x: dict[str, Tensor], y: Tensor) -> Tensor:
         return row_loss(model.logits(p, {name: value[None] for name, value in x.items()}), y[None])[0]
 
     def gradient(x: dict[str, Tensor], y: Tensor) -> Tensor:
-        return model.space.flatten(grad(loss)(parameters, x, y))
+        return (form or model.space.flatten)(grad(loss)(parameters, x, y))
 
     return map_rows(gradient, inputs, labels)
 
@@ -134,6 +140,7 @@ def row_derivatives(
     inputs: dict[str, Tensor],
     labels: Tensor,
     row_loss: RowLoss = CROSS_ENTROPY,
+    form: ToVector | None = None,
 ) -> Tensor:
     """
     Derivative of each row's loss along some directions.
@@ -144,20 +151,22 @@ def row_derivatives(
     Args:
         model (`FunctionalModel`): The model as a function of its parameters.
         parameters (`dict[str, Tensor]`): Where.
-        directions (`Tensor`): `(num_directions, num_parameters)`.
+        directions (`Tensor`): `(num_directions, length)`.
         inputs (`dict[str, Tensor]`): The forward's keyword arguments, first dimension `batch_size`.
         labels (`Tensor`): `(batch_size, *positions)`, int64.
         row_loss (`RowLoss`, *optional*): The loss of a row. Defaults to the cross entropy.
+        form (`Callable`, *optional*): Makes vectors of named gradients, to which directions belong. Defaults to
+            `model.space.flatten`.
 
     Returns:
         `Tensor`: `(num_directions, batch_size)`, float32.
     """
-    if len(directions) <= MAX_FORWARD_DIRECTIONS:
+    if form is None and len(directions) <= MAX_FORWARD_DIRECTIONS:
         try:
             return _forward_derivatives(model, parameters, directions, inputs, labels, row_loss)
         except NotImplementedError as error:
             logger.warning("Rows are scored by their gradients, not in forward mode: %s", str(error).split(". ")[0])
-    return directions @ row_gradients(model, parameters, inputs, labels, row_loss).T
+    return directions @ row_gradients(model, parameters, inputs, labels, row_loss, form).T
 
 
 def _forward_derivatives(

@@ -260,7 +260,7 @@ class RecordedPath:
         made = self.trajectory.update_numbers
         # Before the first update, which loss scaling may have skipped, there is no second moment.
         recorded = [s for s in self.trajectory.state_steps if s > 0 and made[s - 1] > 0]
-        moment = self._interpolate(step, recorded, self._flat_second_moment)
+        moment = self._interpolate(step, recorded, self.second_moment)
         return (1 / (moment.sqrt() + self.trajectory.optimizer.groups[0].eps)).where(moment > 0, 0.0)
 
     def _momentum(self, updates: np.ndarray, weights: np.ndarray) -> tuple[float, float, float, float]:
@@ -291,7 +291,8 @@ class RecordedPath:
             self._parameters[step] = self.space.flatten(self.trajectory.state(step).parameters).to(self.device)
         return self._parameters[step]
 
-    def _flat_second_moment(self, step: int) -> Tensor:
+    def second_moment(self, step: int) -> Tensor:
+        """Adam's second moment of a recorded state, free of its start from 0: `(num_parameters,)`, float32."""
         if step not in self._second_moments:
             second = self.trajectory.optimizer.groups[0].betas[1]
             state = self.trajectory.state(step)

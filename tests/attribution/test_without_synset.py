@@ -30,9 +30,9 @@ def passes(monkeypatch):
     found = {"gradients": 0, "curvature": 0}
     gradients, rows = sources.cluster_gradients, run_module.curvature_rows
 
-    def taken(*arguments):
+    def taken(*arguments, **options):
         found["gradients"] += 1
-        return gradients(*arguments)
+        return gradients(*arguments, **options)
 
     def made(*arguments, **options):
         found["curvature"] += 1

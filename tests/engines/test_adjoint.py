@@ -47,7 +47,7 @@ def test_it_is_the_derivative_of_the_linear_engine(optimizer):
     recorded = sample_run(record(optimizer, model_class=TinyNet))
     objective = torch.randn(2, recorded.model.num_parameters, generator=torch.Generator().manual_seed(1))
     step = 1e-2
-    up, down = (LinearEngine(recorded).deviations(1 + sign * step * torch.eye(4), 0.0) for sign in (1, -1))
+    up, down = (LinearEngine(recorded).replay(1 + sign * step * torch.eye(4), 0.0) for sign in (1, -1))
     difference = ((up - down) @ objective.T / (2 * step)).T
     scores = AdjointEngine(recorded).cluster_scores(objective, 0.0)
     torch.testing.assert_close(scores, difference, atol=1e-3, rtol=1e-2)

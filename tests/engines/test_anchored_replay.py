@@ -66,7 +66,7 @@ def test_the_rows_gradients_set_it_going_as_they_do_the_linear_engine():
     replay = engine(rows=RUN.train_dataset)
     masks = torch.rand(3, 6, generator=torch.Generator().manual_seed(1))
     deviations = replay.replay(masks, 0.98) - replay.run.final
-    linear = LinearEngine(replay.run).deviations(masks, 0.98)
+    linear = LinearEngine(replay.run).replay(masks, 0.98)
     torch.testing.assert_close(deviations, linear, atol=1e-6, rtol=1e-4)
     without = engine()
     alone = without.replay(masks, 0.98) - without.run.final

@@ -172,7 +172,7 @@ def evaluation(engine, **options):
 def test_scores_are_what_leaving_out_takes_away(engine):
     own = evaluation(engine)
     found = engine.scores(own).values
-    values = torch.stack([own.at(model) for model in engine.replay(leave_one_out(4), 0.14)])
+    values = torch.stack([own.at(model) for model in engine.parameters(leave_one_out(4), 0.14).values])
     torch.testing.assert_close(found, (own.values - values).T)
     assert found.shape == (2, 4) and found.abs().min() > 0
 
@@ -180,7 +180,7 @@ def test_scores_are_what_leaving_out_takes_away(engine):
 def test_scores_by_random_halves_are_a_regression(engine):
     found = engine.scores(evaluation(engine, num_masks=12, seed=3)).values
     masks = random_subsets(4, 12, seed=3)
-    values = evaluation(engine).of_models(engine.replay(masks, 0.14))
+    values = evaluation(engine).of_models(engine.parameters(masks, 0.14).values)
     torch.testing.assert_close(found, ridge_scores(masks, values))
 
 

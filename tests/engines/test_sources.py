@@ -54,7 +54,7 @@ class TestBoth:
 
     def test_gradients_are_those_of_the_losses(self, recorded, make):
         run = make(recorded)
-        gradients = run.source.gradients(path_of(run))
+        gradients = run.source.gradients(path_of(run), run.form)
         for state in (0, 13):
             expected = torch.autograd.functional.jacobian(
                 lambda vector: loop_losses(run, vector, torch.full((12,), 1 / 12)), flat(run, state)
@@ -70,11 +70,11 @@ class TestBoth:
 
     def test_a_force_is_the_change_of_the_gradient_in_any_parts(self, recorded, make):
         run = make(recorded)
-        gradients = run.source.gradients(path_of(run))
+        gradients = run.source.gradients(path_of(run), run.form)
         masks = torch.rand(5, 4, generator=torch.Generator().manual_seed(0))
         expected = (masks - 1) @ gradients(3, range(4))
         for max_bytes in (1, 12 * 57 * 3, 2**30):
-            found = force(gradients, 3, masks, num_parameters=57, max_bytes=max_bytes)
+            found = force(gradients, 3, masks, length=57, max_bytes=max_bytes)
             torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
 
 
@@ -113,20 +113,20 @@ class TestRows:
         run = row_run(recorded)
         calls = []
         original = module.cluster_gradients
-        monkeypatch.setattr(module, "cluster_gradients", lambda *a: calls.append(len(a[1])) or original(*a))
-        first = run.rows.gradients(path_of(run))(15, range(4))
+        monkeypatch.setattr(module, "cluster_gradients", lambda *a, **k: calls.append(len(a[1])) or original(*a, **k))
+        first = run.rows.gradients(path_of(run), run.form)(15, range(4))
         assert calls == [20]
-        again = run.rows.gradients(path_of(run, 0.5))(15, range(4))
+        again = run.rows.gradients(path_of(run, 0.5), run.form)(15, range(4))
         assert calls == [20] and torch.equal(first, again)
 
     def test_with_little_memory_they_are_read_at_every_state_anew(self, recorded, monkeypatch):
         plenty = row_run(recorded)
-        expected = plenty.rows.gradients(path_of(plenty))(15, range(1, 3))
+        expected = plenty.rows.gradients(path_of(plenty), plenty.form)(15, range(1, 3))
         run = row_run(recorded, max_bytes=10_000)
         calls = []
         original = module.cluster_gradients
-        monkeypatch.setattr(module, "cluster_gradients", lambda *a: calls.append(len(a[1])) or original(*a))
-        gradients = run.rows.gradients(path_of(run))
+        monkeypatch.setattr(module, "cluster_gradients", lambda *a, **k: calls.append(len(a[1])) or original(*a, **k))
+        gradients = run.rows.gradients(path_of(run), run.form)
         assert calls == []
         torch.testing.assert_close(gradients(15, range(1, 3)), expected)
         assert calls == [1]
@@ -136,14 +136,14 @@ class TestRows:
         monkeypatch.setattr(module, "cluster_gradients", lambda *_: pytest.fail("the rows were read"))
         states = [state for state, _, _ in path_of(run).segments()]
         known = torch.randn(len(states), 4, run.model.num_parameters)
-        run.rows.keep(run.trajectory, states, known)
-        torch.testing.assert_close(run.rows.gradients(path_of(run))(states[3], range(2)), known[3, :2])
+        run.rows.keep(run.trajectory, run.form, states, known)
+        torch.testing.assert_close(run.rows.gradients(path_of(run), run.form)(states[3], range(2)), known[3, :2])
 
     def test_another_run_s_gradients_are_not_taken_for_them(self, recorded):
         run, other = row_run(recorded), record("sgd", model_class=TinyNet, seed=3)
-        run.rows.gradients(path_of(run))
+        run.rows.gradients(path_of(run), run.form)
         foreign = RecordedPath(other.trajectory, run.model.space, torch.device("cpu"), rewind=0.0, stride=1)
-        found = run.rows.gradients(foreign)(10, range(4))
+        found = run.rows.gradients(foreign, run.form)(10, range(4))
         expected = torch.autograd.functional.jacobian(
             lambda vector: loop_losses(run, vector, torch.full((12,), 1 / 12)), foreign.state(10)
         )
