@@ -48,7 +48,7 @@ from benchmarks.tasks.images import image_dataset
 from benchmarks.tasks.texts import token_dataset
 from benchmarks.tasks.trainers import quiet_trainer
 from hf_rgm import Attributor, ClusterMap, DistillationConfig, ReverseGradientMatchingDistiller, TrajectoryCallback
-from hf_rgm.synset.costs import CostEstimate
+from hf_rgm.model.cost_estimates import CostEstimate
 
 VOCABULARY, LENGTH, NUM_LABELS = 2000, 24, 4
 SEED = 0

@@ -12,16 +12,16 @@ from datasets import Dataset
 from benchmarks.recorded import Prediction, Recorded
 from benchmarks.tasks import Task
 from benchmarks.truth import LOGITS, Truth
-from hf_rgm.engines.objectives import Queries
-from hf_rgm.fidelity.scores import (
+from hf_rgm.agreement.correlations import (
     Estimate,
     average_distance,
     leave_cluster_out_correlation,
     linear_datamodeling_score,
     noise_ceiling,
 )
-from hf_rgm.modeling import FunctionalModel
-from hf_rgm.rows import RowReader
+from hf_rgm.engines.objectives import Queries
+from hf_rgm.model.functional_model import FunctionalModel
+from hf_rgm.model.row_reader import RowReader
 
 MEASURES = ("leave_cluster_out", "lds_clusters", "lds_rows")
 """What settings are chosen by."""

@@ -35,8 +35,8 @@ from benchmarks.costs import Meter, folder_bytes, seconds_in
 from benchmarks.report import RESULTS, Report, environment, versions
 from benchmarks.tasks.images import build_trainer, image_dataset
 from hf_rgm import Attributor, ClusterMap, DistillationConfig, ReverseGradientMatchingDistiller, TrajectoryCallback
+from hf_rgm.distillation.learner import BlockLearner
 from hf_rgm.engines import row_scores
-from hf_rgm.synset.learner import BlockLearner
 from hf_rgm.testing import tiny_dataset, tiny_trainer
 
 SEED = 0

@@ -38,8 +38,8 @@ from benchmarks.report import RESULTS, ROOT, Report, environment, versions
 from benchmarks.tasks.fashion import load_images
 from benchmarks.tasks.images import build_trainer, image_dataset
 from hf_rgm import Attributor, ClusterMap, DistillationConfig, ReverseGradientMatchingDistiller, TrajectoryCallback
-from hf_rgm.synset.learner import BlockLearner
-from hf_rgm.trajectory.storage import Trajectory
+from hf_rgm.distillation.learner import BlockLearner
+from hf_rgm.trajectory.trajectory import Trajectory
 
 SEED = 0
 WARM_UP_STEPS = 2

@@ -15,7 +15,7 @@ import transformers
 
 from benchmarks.models import SmallCnnForImageClassification
 from benchmarks.report import ROOT
-from hf_rgm.files import write_json
+from hf_rgm.files.writing import write_json
 
 
 def launched(folder: Path, setup: dict[str, Any], recipe: dict[str, Any]) -> list[dict[str, float]]:

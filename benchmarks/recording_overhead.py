@@ -24,7 +24,7 @@ from benchmarks import truth as ground_truth
 from benchmarks.report import RESULTS, environment, versions
 from benchmarks.tasks import Task
 from hf_rgm import TrajectoryCallback
-from hf_rgm.files import write_json
+from hf_rgm.files.writing import write_json
 
 FORMAT_VERSION = 1
 NUM_WARM_UP_STEPS = 10

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from hf_rgm.files import write_json
+from hf_rgm.files.writing import write_json
 
 FORMAT_VERSION = 2
 ROOT = Path(__file__).parents[1]

@@ -31,8 +31,8 @@ from benchmarks.recorded import RECORDED_SEED, Entrant, Method, Prediction, Reco
 from benchmarks.report import RESULTS, Report, environment, versions
 from benchmarks.tasks import CLUSTER_MASK_SEED, ROW_MASK_SEED, Task
 from benchmarks.truth import Truth
-from hf_rgm.fidelity.scores import Estimate
-from hf_rgm.modeling import parameters_sha256
+from hf_rgm.agreement.correlations import Estimate
+from hf_rgm.model.functional_model import parameters_sha256
 
 TUNING_QUERIES = 60
 DEAR_TUNING_QUERIES = 10

@@ -18,8 +18,8 @@ from typing import Any
 from benchmarks.formats import markdown
 from benchmarks.report import RESULTS
 from hf_rgm import DistillationConfig
-from hf_rgm.engines.memory import MemoryShares
-from hf_rgm.files import format_size as size
+from hf_rgm.engines.memory_shares import MemoryShares
+from hf_rgm.files.writing import format_size as size
 from hf_rgm.trajectory.path import MAX_INTEGRATION_STEPS
 
 SOURCE = RESULTS / "flat-memory.json"

@@ -33,10 +33,10 @@ from benchmarks.methods import METHODS
 from benchmarks.recorded import RECORDED_SEED, Entrant, Method, Prediction, Recorded
 from benchmarks.report import RESULTS, Report, environment, versions
 from benchmarks.tasks import Task
+from hf_rgm.agreement.correlations import Estimate, leave_cluster_out_correlation, linear_datamodeling_score
+from hf_rgm.agreement.subsets import kept_rows, random_masks
 from hf_rgm.fidelity.retraining import retrain
-from hf_rgm.fidelity.scores import Estimate, leave_cluster_out_correlation, linear_datamodeling_score
-from hf_rgm.fidelity.subsets import kept_rows, random_masks
-from hf_rgm.modeling import parameters_sha256
+from hf_rgm.model.functional_model import parameters_sha256
 
 ABSENT = -100
 NUM_REMOVALS = 60

@@ -25,7 +25,7 @@ from benchmarks.recorded import Method, Recorded
 from benchmarks.report import RESULTS, environment, versions
 from benchmarks.tasks import Task
 from hf_rgm import DistillationConfig, Synset
-from hf_rgm.files import write_json
+from hf_rgm.files.writing import write_json
 from hf_rgm.trajectory.precision import PRECISIONS
 
 FORMAT_VERSION = 1

@@ -29,7 +29,7 @@ from benchmarks.recorded import Recorded
 from benchmarks.report import RESULTS, Report, environment, versions
 from benchmarks.tasks import Task
 from hf_rgm import DistillationConfig
-from hf_rgm.synset.config import PRESETS
+from hf_rgm.distillation.config import PRESETS
 
 BEFORE: dict[str, dict[str, Any]] = {
     f"{count} iterations, as before": {"num_iterations": count} for count in (600, 100, 30)

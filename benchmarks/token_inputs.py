@@ -42,10 +42,10 @@ from hf_rgm import (
     Synset,
     TrajectoryCallback,
 )
+from hf_rgm.model.row_gradients import cluster_gradients
 from hf_rgm.synset.inputs import input_space
-from hf_rgm.synset.matching import SynsetGradients
-from hf_rgm.synset.targets import cluster_gradients
-from hf_rgm.trajectory.storage import Trajectory
+from hf_rgm.synset.synset_gradients import SynsetGradients
+from hf_rgm.trajectory.trajectory import Trajectory
 
 TASKS = ("lora", "frozen embeddings")
 SEEDS = (0, 1, 2)

@@ -24,8 +24,8 @@ from datasets import concatenate_datasets
 
 from benchmarks.tasks import Task
 from hf_rgm import Objective
+from hf_rgm.agreement.subsets import kept_rows
 from hf_rgm.fidelity.retraining import retrain
-from hf_rgm.fidelity.subsets import kept_rows
 
 CACHE = Path(os.environ.get("HF_RGM_BENCH_CACHE", Path.home() / ".cache" / "hf-rgm-benchmarks"))
 NUM_OUTPUT_SEEDS = 2

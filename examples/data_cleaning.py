@@ -17,8 +17,8 @@ from transformers import pipeline
 
 from hf_rgm import ClusterMap, DistillationConfig, ReverseGradientMatchingDistiller, TrajectoryCallback
 from hf_rgm.demo import DemoSettings, build_trainer, inspection_order, load_data, loss_order, share_found
-from hf_rgm.explorer.plots import plot_inspection_curve
 from hf_rgm.fidelity.retraining import retrain
+from hf_rgm.plots import plot_inspection_curve
 
 TINY = bool(os.environ.get("HF_RGM_TINY"))  # for the tests, which look at what happens, not at how well
 settings = DemoSettings(num_queries=500, flipped_share=0.1, num_iterations=200)

@@ -19,7 +19,7 @@ from sklearn.datasets import load_digits
 from transformers import Trainer, TrainingArguments, ViTConfig, ViTForImageClassification, pipeline, set_seed
 
 from hf_rgm import ClusterMap, DistillationConfig, ReverseGradientMatchingDistiller, TrajectoryCallback
-from hf_rgm.explorer.plots import plot_synset_gallery
+from hf_rgm.plots import plot_synset_gallery
 
 DATA = os.environ.get("DATA", "digits")
 TINY = bool(os.environ.get("HF_RGM_TINY"))  # for the tests, which look at what happens, not at how well

@@ -17,26 +17,26 @@ from datasets import Dataset
 from sklearn.datasets import load_digits
 from transformers import PrinterCallback, Trainer, TrainingArguments, ViTConfig, ViTForImageClassification, set_seed
 
+from hf_rgm.agreement.budget import LDS_CLUSTERS
 from hf_rgm.attribution.pipeline import AttributionPipeline
-from hf_rgm.attribution.result import AttributionResult
-from hf_rgm.clusters import ClusterMap
-from hf_rgm.explorer.exhibit import Exhibit
-from hf_rgm.explorer.plots import (
+from hf_rgm.clusters.cluster_map import ClusterMap
+from hf_rgm.distillation.config import DistillationConfig
+from hf_rgm.distillation.distiller import ReverseGradientMatchingDistiller
+from hf_rgm.fidelity.report import FidelityReport
+from hf_rgm.model.functional_model import FunctionalModel
+from hf_rgm.model.losses import label_losses
+from hf_rgm.model.row_reader import CachedBatches, RowReader
+from hf_rgm.pages.exhibit import Exhibit
+from hf_rgm.pages.report import attribution_report
+from hf_rgm.plots import (
     plot_inspection_curve,
     plot_matching_error,
     plot_predicted_against_actual,
     plot_synset_gallery,
 )
-from hf_rgm.explorer.report import attribution_report
-from hf_rgm.fidelity.budget import LDS_CLUSTERS
-from hf_rgm.fidelity.report import FidelityReport
-from hf_rgm.losses import label_losses
-from hf_rgm.modeling import FunctionalModel
-from hf_rgm.rows import CachedBatches, RowReader
-from hf_rgm.synset.config import DistillationConfig
-from hf_rgm.synset.distiller import ReverseGradientMatchingDistiller
+from hf_rgm.recording.callback import TrajectoryCallback
+from hf_rgm.results.result import AttributionResult
 from hf_rgm.synset.synset import Synset
-from hf_rgm.trajectory.callback import TrajectoryCallback
 
 logger = logging.getLogger(__name__)
 

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, PrinterCallback, Trainer, TrainingArguments
 from transformers.modeling_outputs import ImageClassifierOutput
 
-from hf_rgm.clusters import ClusterMap
-from hf_rgm.synset.config import DistillationConfig
-from hf_rgm.synset.distiller import ReverseGradientMatchingDistiller
+from hf_rgm.clusters.cluster_map import ClusterMap
+from hf_rgm.distillation.config import DistillationConfig
+from hf_rgm.distillation.distiller import ReverseGradientMatchingDistiller
+from hf_rgm.recording.callback import TrajectoryCallback
 from hf_rgm.synset.synset import Synset
-from hf_rgm.trajectory.callback import TrajectoryCallback
-from hf_rgm.trajectory.storage import Trajectory
+from hf_rgm.trajectory.trajectory import Trajectory
 
 
 class TinyConfig(PreTrainedConfig):

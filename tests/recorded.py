@@ -8,11 +8,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hf_rgm.modeling import FunctionalModel
+from hf_rgm.model.functional_model import FunctionalModel
 from hf_rgm.synset.inputs import ContinuousInputs
 from hf_rgm.synset.samples import SyntheticSamples
 from hf_rgm.trajectory.optimizers import OptimizerRule, ParameterGroup, apply_update
-from hf_rgm.trajectory.storage import StepTable, Trajectory, TrajectoryState
+from hf_rgm.trajectory.states import TrajectoryState
+from hf_rgm.trajectory.steps import StepTable
+from hf_rgm.trajectory.trajectory import Trajectory
 
 CONSTANTS = {
     "sgd": {"momentum": 0.8, "weight_decay": 0.02},

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from hf_rgm.artefacts import ArtefactFolder, check_memory, parsed, printable, with_defaults
+from hf_rgm.files.reading import ArtefactFolder, check_memory, parsed, printable, with_defaults
 
 
 @pytest.fixture
@@ -102,7 +102,7 @@ def test_tables_have_the_columns_and_lines_announced(folder):
 
 def test_what_does_not_fit_into_memory_is_refused(folder, monkeypatch):
     check_memory(10**6, "it")
-    monkeypatch.setattr("hf_rgm.artefacts.psutil.virtual_memory", lambda: SimpleNamespace(available=10))
+    monkeypatch.setattr("hf_rgm.files.reading.psutil.virtual_memory", lambda: SimpleNamespace(available=10))
     with pytest.raises(MemoryError, match="it needs 11 B, but only 10 B of memory are free"):
         check_memory(11, "it")
     for read in (

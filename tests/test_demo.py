@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from hf_rgm.attribution.attributor import Attributor
-from hf_rgm.attribution.result import AttributionResult
 from hf_rgm.demo import (
     DemoSettings,
     build_trainer,
@@ -18,9 +17,10 @@ from hf_rgm.demo import (
     run_demo,
     share_found,
 )
-from hf_rgm.explorer.opening import open_exhibit
-from hf_rgm.explorer.views import fidelity_line
-from hf_rgm.modeling import FunctionalModel
+from hf_rgm.explorer.open_exhibit import open_exhibit
+from hf_rgm.model.functional_model import FunctionalModel
+from hf_rgm.pages.views import fidelity_line
+from hf_rgm.results.result import AttributionResult
 from hf_rgm.testing import tiny_recorded_run, tiny_synset
 
 TINY = DemoSettings(num_rows=120, num_queries=8, num_epochs=1, num_iterations=3, num_subsets=5)

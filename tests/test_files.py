@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-import hf_rgm.files
-from hf_rgm.artefacts import ArtefactFolder
-from hf_rgm.files import (
+import hf_rgm.files.writing
+from hf_rgm.files.reading import ArtefactFolder
+from hf_rgm.files.writing import (
     FOLDER_LOCK,
     FolderLock,
     exchange,
@@ -105,7 +105,7 @@ def read_version(target):
 
 
 def without_exchange(monkeypatch):
-    monkeypatch.setattr(hf_rgm.files, "exchange", lambda first, second: False)
+    monkeypatch.setattr(hf_rgm.files.writing, "exchange", lambda first, second: False)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux exchanges folders")
@@ -160,13 +160,13 @@ def test_what_a_dead_process_left_is_removed_but_not_what_a_living_one_writes(tm
         from pathlib import Path
         sys.modules["hf_rgm"] = type(sys)("hf_rgm")
         sys.modules["hf_rgm"].__path__ = [sys.argv[2]]
-        from hf_rgm.files import replacing
+        from hf_rgm.files.writing import replacing
         with replacing(Path(sys.argv[1])) as path:
             path.write_text("half")
             print("writing", flush=True)
             time.sleep(60)
     """
-    package = str(Path(hf_rgm.files.__file__).parent)
+    package = str(Path(hf_rgm.files.writing.__file__).parent)
     arguments = [sys.executable, "-c", code, str(tmp_path / "file.txt"), package]
     writer = subprocess.Popen(arguments, stdout=subprocess.PIPE)
     assert writer.stdout.readline() == b"writing\n"
@@ -248,8 +248,8 @@ def test_a_replacement_that_stops_between_two_renames_loses_nothing(tmp_path, mo
             raise error
         rename(source, target)
 
-    monkeypatch.setattr("hf_rgm.files.exchange", lambda first, second: False)
-    monkeypatch.setattr("hf_rgm.files.os.rename", failing)
+    monkeypatch.setattr("hf_rgm.files.writing.exchange", lambda first, second: False)
+    monkeypatch.setattr("hf_rgm.files.writing.os.rename", failing)
     with pytest.raises(error), staged_folder(tmp_path / "out", "marker.json") as folder:
         (folder / "marker.json").write_text("new")
     monkeypatch.undo()

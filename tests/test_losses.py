@@ -5,9 +5,9 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers.trainer_pt_utils import LabelSmoother
 
-from hf_rgm.losses import CROSS_ENTROPY, RowLoss, check_labels
-from hf_rgm.modeling import FunctionalModel
-from hf_rgm.rows import RowReader
+from hf_rgm.model.functional_model import FunctionalModel
+from hf_rgm.model.losses import CROSS_ENTROPY, RowLoss, check_labels
+from hf_rgm.model.row_reader import RowReader
 from tests.text import DECODERS, classifier, language_model, tagger, texts
 
 CLOSE = {"atol": 1e-6, "rtol": 1e-6}

@@ -11,7 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel
 
 from hf_rgm.attribution.attributor import Attributor
-from hf_rgm.modeling import FunctionalModel, ParameterSpace, main_input_name, parameters_sha256
+from hf_rgm.model.functional_model import FunctionalModel, ParameterSpace, main_input_name, parameters_sha256
 from hf_rgm.testing import TinyConfig, TinyModel, tiny_dataset
 from tests.recorded import TinyNet
 from tests.text import classifier

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from hf_rgm import Attributor, Objective, ReverseGradientMatchingDistiller
-from hf_rgm.out_of_memory import advice_on_memory
+from hf_rgm.model.out_of_memory import advice_on_memory
 from hf_rgm.testing import tiny_recorded_run, tiny_synset
 
 HUGE = 2**58
@@ -51,7 +51,7 @@ def test_distilling_and_attributing_name_their_settings(monkeypatch):
         run.model, run.trajectory, run.train_dataset, run.clusters, disable_tqdm=True
     )
     attributor = Attributor(run.model, tiny_synset(), disable_tqdm=True)
-    monkeypatch.setattr("hf_rgm.synset.distiller.cluster_gradients", full)
+    monkeypatch.setattr("hf_rgm.distillation.distiller.cluster_gradients", full)
     with pytest.raises(MemoryError, match=r"^Distilling ran out of memory.*DistillationConfig\(max_memory=...\)"):
         distiller.distill()
     with pytest.raises(MemoryError, match=r"^Attributing ran out of memory.*Attributor\(max_memory=...\)"):

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_rgm.parquet_footer import announced_bytes
+from hf_rgm.files.parquet_footer import announced_bytes
 
 TABLE = pa.table(
     {

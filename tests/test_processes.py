@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 
 from hf_rgm import Attributor, DistillationConfig, ReverseGradientMatchingDistiller
+from hf_rgm.distillation.blocks import BlockStore
 from hf_rgm.engines import row_scores
 from hf_rgm.engines.row_scores import ScoreFolder
-from hf_rgm.processes import Processes
-from hf_rgm.synset.blocks import BlockStore
+from hf_rgm.model.processes import Processes
 from hf_rgm.testing import tiny_recorded_run, tiny_synset
 
 ROOT = Path(__file__).parents[1]
@@ -39,7 +39,7 @@ from pathlib import Path
 import numpy as np
 from hf_rgm import Attributor, ReverseGradientMatchingDistiller, Synset
 from hf_rgm.engines import row_scores
-from hf_rgm.processes import Processes
+from hf_rgm.model.processes import Processes
 from hf_rgm.testing import TinyModel, tiny_dataset
 from tests.test_processes import CONFIG, QUESTIONS
 
@@ -91,7 +91,7 @@ np.savez(folder / f"results-{rank}.npz", **results)
 
 DYING = """
 import os, sys, time
-from hf_rgm.processes import Processes
+from hf_rgm.model.processes import Processes
 
 processes = Processes()
 def work(item):

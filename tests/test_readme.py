@@ -11,7 +11,7 @@ from peft import LoraConfig
 from transformers import pipeline
 
 from hf_rgm import ClusterMap, ReverseGradientMatchingDistiller, TrajectoryCallback
-from hf_rgm.attribution.result import AttributionResult
+from hf_rgm.results.result import AttributionResult
 from hf_rgm.testing import tiny_dataset, tiny_trainer
 from tests.text import language_model, word_tokenizer
 

@@ -5,8 +5,8 @@ import pytest
 import torch
 from datasets import Dataset, IterableDataset
 
-from hf_rgm.modeling import FunctionalModel
-from hf_rgm.rows import CachedBatches, RowReader
+from hf_rgm.model.functional_model import FunctionalModel
+from hf_rgm.model.row_reader import CachedBatches, RowReader
 from hf_rgm.testing import TinyConfig, TinyModel, tiny_dataset
 
 

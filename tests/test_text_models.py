@@ -19,10 +19,10 @@ from hf_rgm import (
     Synset,
 )
 from hf_rgm.exceptions import ParameterMismatchError
-from hf_rgm.losses import RowLoss
-from hf_rgm.modeling import FunctionalModel
-from hf_rgm.rows import CachedBatches, RowReader
-from hf_rgm.synset.targets import cluster_gradients
+from hf_rgm.model.functional_model import FunctionalModel
+from hf_rgm.model.losses import RowLoss
+from hf_rgm.model.row_gradients import cluster_gradients
+from hf_rgm.model.row_reader import CachedBatches, RowReader
 from tests.text import VOCABULARY, classifier, language_model, texts, word_tokenizer
 from tests.training import recorded_model
 

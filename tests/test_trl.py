@@ -16,10 +16,10 @@ from hf_rgm import (
     ReverseGradientMatchingDistiller,
     TrajectoryCallback,
 )
-from hf_rgm.losses import label_losses
-from hf_rgm.modeling import FunctionalModel
-from hf_rgm.rows import RowReader
-from hf_rgm.synset.targets import cluster_gradients
+from hf_rgm.model.functional_model import FunctionalModel
+from hf_rgm.model.losses import label_losses
+from hf_rgm.model.row_gradients import cluster_gradients
+from hf_rgm.model.row_reader import RowReader
 from tests.text import language_model, word_tokenizer
 
 trl = pytest.importorskip("trl")

@@ -4,7 +4,7 @@ import logging
 
 import torch
 
-from hf_rgm.vectorize import _say_once, map_rows
+from hf_rgm.model.vectorize import _say_once, map_rows
 
 
 def test_rows_with_the_same_mask_go_together_and_come_back_in_order():

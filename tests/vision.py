@@ -11,13 +11,13 @@ import torch
 from datasets import Dataset
 from transformers import PrinterCallback, Trainer, TrainingArguments, ViTConfig, ViTForImageClassification
 
-from hf_rgm.clusters import ClusterMap
-from hf_rgm.synset.config import DistillationConfig
-from hf_rgm.synset.distiller import ReverseGradientMatchingDistiller
+from hf_rgm.clusters.cluster_map import ClusterMap
+from hf_rgm.distillation.config import DistillationConfig
+from hf_rgm.distillation.distiller import ReverseGradientMatchingDistiller
+from hf_rgm.recording.callback import TrajectoryCallback
 from hf_rgm.synset.synset import Synset
 from hf_rgm.testing import tiny_dataset
-from hf_rgm.trajectory.callback import TrajectoryCallback
-from hf_rgm.trajectory.storage import Trajectory
+from hf_rgm.trajectory.trajectory import Trajectory
 
 
 def vit(seed: int = 0, **overrides) -> ViTForImageClassification:

@@ -12,9 +12,9 @@ from datasets import Dataset
 from benchmarks.methods.ours import adjoint, replay
 from benchmarks.recorded import Method, Prediction, Recorded
 from hf_rgm.engines.objectives import Queries, resolve_objective
-from hf_rgm.modeling import FunctionalModel
-from hf_rgm.rows import RowReader
-from hf_rgm.synset.targets import row_gradients
+from hf_rgm.model.functional_model import FunctionalModel
+from hf_rgm.model.row_gradients import row_gradients
+from hf_rgm.model.row_reader import RowReader
 
 BATCH_SIZE = 256
 GRADIENT_BYTES = 2 * 10**9

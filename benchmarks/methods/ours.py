@@ -12,7 +12,7 @@ from benchmarks.costs import Stages
 from benchmarks.recorded import Method, Prediction, Recorded, synset_bytes
 from benchmarks.truth import LOGITS
 from hf_rgm import Attributor, DistillationConfig, Objective
-from hf_rgm.synset.config import PRESETS
+from hf_rgm.distillation.config import PRESETS
 
 HALVES = "halves"
 """The part of [`Task.distance_masks`] that holds random halves."""

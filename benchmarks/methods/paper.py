@@ -21,8 +21,8 @@ from benchmarks.truth import LOGITS
 from hf_rgm import DistillationConfig, Synset
 from hf_rgm.engines.objectives import Objective, Queries, resolve_objective
 from hf_rgm.engines.perturbations import leave_one_out
-from hf_rgm.modeling import FunctionalModel
-from hf_rgm.rows import RowReader
+from hf_rgm.model.functional_model import FunctionalModel
+from hf_rgm.model.row_reader import RowReader
 from hf_rgm.synset.inputs import SPACES, input_space
 from hf_rgm.synset.samples import soft_cross_entropy
 

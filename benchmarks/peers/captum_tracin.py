@@ -20,7 +20,7 @@ from benchmarks.peers.common import (
 )
 from benchmarks.recorded import Method, Prediction, Recorded
 from hf_rgm.synset.inputs import TOKENS
-from hf_rgm.trajectory.storage import Trajectory
+from hf_rgm.trajectory.trajectory import Trajectory
 
 BATCH_SIZE = 256
 

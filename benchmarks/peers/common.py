@@ -23,9 +23,9 @@ from transformers.pytorch_utils import Conv1D
 
 from benchmarks.recorded import Prediction, Recorded
 from hf_rgm.engines.objectives import Queries, resolve_objective
-from hf_rgm.losses import IGNORED_LABEL
-from hf_rgm.modeling import FunctionalModel
-from hf_rgm.rows import RowReader
+from hf_rgm.model.functional_model import FunctionalModel
+from hf_rgm.model.losses import IGNORED_LABEL
+from hf_rgm.model.row_reader import RowReader
 from hf_rgm.synset.inputs import TOKENS
 
 INSTALL = (

@@ -27,7 +27,7 @@ from benchmarks.peers.common import (
     trained_bytes,
 )
 from benchmarks.recorded import Method, Prediction, Recorded
-from hf_rgm.trajectory.storage import Trajectory
+from hf_rgm.trajectory.trajectory import Trajectory
 
 LARGEST_DIMENSION = 8192
 PROJECTION_DIMENSION = 4096

@@ -26,7 +26,7 @@ from benchmarks.peers.common import (
     trained_bytes,
 )
 from benchmarks.recorded import Method, Prediction, Recorded
-from hf_rgm.losses import IGNORED_LABEL
+from hf_rgm.model.losses import IGNORED_LABEL
 from hf_rgm.synset.inputs import TOKENS
 
 BATCH_SIZE = 256

@@ -27,7 +27,7 @@ from benchmarks.peers.common import (
 )
 from benchmarks.recorded import Method, Prediction, Recorded
 from hf_rgm.engines.objectives import log_odds_margin
-from hf_rgm.losses import IGNORED_LABEL
+from hf_rgm.model.losses import IGNORED_LABEL
 
 BATCH_SIZE = 100
 

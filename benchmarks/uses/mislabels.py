@@ -26,9 +26,9 @@ from benchmarks.single_run import chosen_method
 from benchmarks.tasks import Task
 from hf_rgm import Attributor, ClusterMap, DistillationConfig, Trajectory
 from hf_rgm.engines.objectives import Queries, resolve_objective
-from hf_rgm.modeling import FunctionalModel
-from hf_rgm.rows import RowReader
-from hf_rgm.synset.targets import row_gradients
+from hf_rgm.model.functional_model import FunctionalModel
+from hf_rgm.model.row_gradients import row_gradients
+from hf_rgm.model.row_reader import RowReader
 
 FLIPPED_SHARE = 0.1
 INSPECTED = (0.05, 0.1, 0.2)

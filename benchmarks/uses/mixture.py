@@ -15,9 +15,9 @@ from benchmarks import truth as ground_truth
 from benchmarks.recorded import Recorded
 from benchmarks.tasks import Task
 from hf_rgm import Attributor, DistillationConfig, Objective
-from hf_rgm.attribution.mixture import MixtureSuggestion, mixture_weights
 from hf_rgm.engines.objectives import Forward, Queries, log_odds_margin
 from hf_rgm.fidelity.retraining import retrain
+from hf_rgm.results.mixture import MixtureSuggestion, mixture_weights
 
 SEEDS = (1, 2, 3, 4, 5)
 CONTROL_SEED = 13

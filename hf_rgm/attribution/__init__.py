@@ -1,1 +1,1 @@
-"""Online: what a synset says about a model: scores, replayed models, and the results to keep."""
+"""Questions about a model's training data, and their answers."""

@@ -8,14 +8,14 @@ from typing import Any
 
 import torch
 
-from hf_rgm.attribution.result import AttributionResult
 from hf_rgm.attribution.subject import Subject
 from hf_rgm.engines.adjoint import AdjointEngine
 from hf_rgm.engines.engine import Engine, Outcome
 from hf_rgm.engines.linear import LinearEngine
+from hf_rgm.engines.recorded_run import RecordedRun
 from hf_rgm.engines.request import Evaluation, Request
 from hf_rgm.engines.row_scores import RowScorer, ScoreFolder, cluster_sums, scores_identity
-from hf_rgm.engines.run import RecordedRun
+from hf_rgm.results.result import AttributionResult
 
 
 def answer(

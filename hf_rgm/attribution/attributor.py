@@ -13,10 +13,8 @@ from typing_extensions import Unpack
 
 from hf_rgm.attribution.answers import answer
 from hf_rgm.attribution.estimates import estimate
-from hf_rgm.attribution.mixture import MixtureSuggestion, check_request, maximized_by_default, trusted_mixture
+from hf_rgm.attribution.known_runs import KnownRuns
 from hf_rgm.attribution.options import UnlearningOptions, passes_options_to
-from hf_rgm.attribution.result import AttributionResult
-from hf_rgm.attribution.runs import KnownRuns
 from hf_rgm.attribution.subject import (
     Subject,
     checked_samples,
@@ -24,30 +22,32 @@ from hf_rgm.attribution.subject import (
     row_loss_of_runs,
     row_loss_of_synset,
 )
-from hf_rgm.attribution.unlearned import (
-    UnlearnedModel,
+from hf_rgm.attribution.unlearning import (
     chosen_clusters,
     compare_losses,
     engine_without,
     groups_to_compare,
 )
-from hf_rgm.clusters import ClusterMap
+from hf_rgm.clusters.cluster_map import ClusterMap
+from hf_rgm.distillation.config import memory_bytes
 from hf_rgm.engines.engine import Engine
-from hf_rgm.engines.memory import DEFAULT_MEMORY, free_bytes
+from hf_rgm.engines.gradient_sources import training_rows
+from hf_rgm.engines.memory_shares import DEFAULT_MEMORY, free_bytes
 from hf_rgm.engines.objectives import Objective, Queries, resolve_objective
+from hf_rgm.engines.recorded_run import RecordedRun
 from hf_rgm.engines.registry import check_engine, default_engine
 from hf_rgm.engines.request import Evaluation, Request
-from hf_rgm.engines.run import RecordedRun
-from hf_rgm.engines.sources import training_rows
-from hf_rgm.losses import LossFunction
-from hf_rgm.modeling import FunctionalModel
-from hf_rgm.out_of_memory import advice_on_memory
-from hf_rgm.processes import Processes
-from hf_rgm.rows import DataCollator, RowReader
-from hf_rgm.synset.config import memory_bytes
-from hf_rgm.synset.costs import CostEstimate
+from hf_rgm.model.cost_estimates import CostEstimate
+from hf_rgm.model.functional_model import FunctionalModel
+from hf_rgm.model.losses import LossFunction
+from hf_rgm.model.out_of_memory import advice_on_memory
+from hf_rgm.model.processes import Processes
+from hf_rgm.model.row_reader import DataCollator, RowReader
+from hf_rgm.results.mixture import MixtureSuggestion, check_request, maximized_by_default, trusted_mixture
+from hf_rgm.results.result import AttributionResult
+from hf_rgm.results.unlearned import UnlearnedModel
 from hf_rgm.synset.synset import Synset
-from hf_rgm.trajectory.storage import Trajectory
+from hf_rgm.trajectory.trajectory import Trajectory
 
 
 class Attributor:
@@ -239,7 +239,7 @@ class Attributor:
             engine, objective, rows, data_collator, rewind, num_masks: As in [`Attributor.attribute`].
 
         Returns:
-            [`~hf_rgm.synset.costs.CostEstimate`]: its disk is that of the saved result.
+            [`~hf_rgm.model.cost_estimates.CostEstimate`]: its disk is that of the saved result.
         """
         chosen = self.engine(engine, rows=rows, rewind=rewind, num_masks=num_masks)
         request = Request(resolve_objective(objective), self._queries(queries, data_collator), rewind, num_masks)

@@ -8,7 +8,7 @@ from hf_rgm.engines.adjoint import AdjointEngine
 from hf_rgm.engines.engine import Engine
 from hf_rgm.engines.request import Evaluation
 from hf_rgm.engines.row_scores import cost_of_row_scores
-from hf_rgm.synset.costs import CostEstimate, PieceOfWork, measured
+from hf_rgm.model.cost_estimates import CostEstimate, PieceOfWork, measured
 
 EMPTY_RESULT_BYTES = 16_000
 

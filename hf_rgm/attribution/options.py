@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, TypedDict, TypeVar
 
 from hf_rgm.engines.objectives import Objective
-from hf_rgm.rows import DataCollator
+from hf_rgm.model.row_reader import DataCollator
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 

@@ -20,19 +20,19 @@ from transformers.pipelines import PIPELINE_REGISTRY
 from typing_extensions import Unpack
 
 from hf_rgm.attribution.attributor import Attributor
-from hf_rgm.attribution.mixture import MixtureSuggestion
 from hf_rgm.attribution.options import CallOptions, MixtureOptions, UnlearningOptions, keywords_of, passes_options_to
-from hf_rgm.attribution.result import AttributionResult
-from hf_rgm.attribution.unlearned import UnlearnedModel
-from hf_rgm.clusters import ClusterMap
-from hf_rgm.engines.memory import DEFAULT_MEMORY
+from hf_rgm.clusters.cluster_map import ClusterMap
+from hf_rgm.engines.memory_shares import DEFAULT_MEMORY
 from hf_rgm.hub.artefact import CardOptions
 from hf_rgm.hub.repository import is_repo_id, link_model, model_address
-from hf_rgm.losses import LossFunction
-from hf_rgm.modeling import main_input_name
-from hf_rgm.rows import DataCollator, knows_words, padding_collator
+from hf_rgm.model.functional_model import main_input_name
+from hf_rgm.model.losses import LossFunction
+from hf_rgm.model.row_reader import DataCollator, knows_words, padding_collator
+from hf_rgm.results.mixture import MixtureSuggestion
+from hf_rgm.results.result import AttributionResult
+from hf_rgm.results.unlearned import UnlearnedModel
 from hf_rgm.synset.synset import Synset
-from hf_rgm.trajectory.storage import Trajectory
+from hf_rgm.trajectory.trajectory import Trajectory
 
 TASK = "data-attribution"
 MODEL_CLASSES: tuple[Any, ...] = (

@@ -7,15 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hf_rgm.clusters import ClusterMap
-from hf_rgm.engines.sources import SampleSource
-from hf_rgm.losses import LossFunction, RowLoss
-from hf_rgm.modeling import FunctionalModel, parameters_sha256
-from hf_rgm.rows import RowReader
+from hf_rgm.clusters.cluster_map import ClusterMap
+from hf_rgm.engines.gradient_sources import SampleSource
+from hf_rgm.model.functional_model import FunctionalModel, parameters_sha256
+from hf_rgm.model.losses import LossFunction, RowLoss
+from hf_rgm.model.row_reader import RowReader
 from hf_rgm.synset.compatibility import check_runs, check_samples, row_loss_of, warn_unless_matched
 from hf_rgm.synset.inputs import SPACES, input_space
 from hf_rgm.synset.synset import Synset
-from hf_rgm.trajectory.storage import Trajectory
+from hf_rgm.trajectory.trajectory import Trajectory
 
 
 @dataclass(frozen=True, eq=False)

@@ -97,8 +97,8 @@ def attribute(
     hf-rgm attribute my-model trajectory test.parquet -o my-attributions --rows train.parquet --cluster-column vendor
     """
     from hf_rgm import AttributionPipeline
-    from hf_rgm.attribution.storage import CONFIG_FILE
     from hf_rgm.cli.loading import load_object
+    from hf_rgm.results.result_files import CONFIG_FILE
 
     disable_tqdm = hide_bars(quiet)
     with interruptible("Nothing was written; the same command starts again."), clear_errors():
@@ -143,7 +143,7 @@ def attribute(
 def _known(source: str, revision: str | None, rows: Any, of_clusters: dict[str, Any]) -> dict[str, Any]:
     """The synset; or recorded run, rows and clusters, where the folder is that of a recorded run."""
     from hf_rgm import Synset
-    from hf_rgm.trajectory.storage import METADATA_FILE
+    from hf_rgm.trajectory.trajectory import METADATA_FILE
 
     if not (Path(source) / METADATA_FILE).is_file():
         synset = Synset.from_pretrained(source, revision=revision)

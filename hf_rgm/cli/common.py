@@ -79,7 +79,7 @@ def check_output_folder(folder: Path, marker: str, *, overwrite: bool) -> None:
         FileExistsError: If it holds something finished that is not to be replaced, or something else.
         OSError: If it is a mount point.
     """
-    from hf_rgm.files import check_replaceable, finish_replacement
+    from hf_rgm.files.writing import check_replaceable, finish_replacement
 
     target = folder.resolve()
     finish_replacement(target)

@@ -37,7 +37,7 @@ from hf_rgm.cli.loading import (
     load_model,
     load_rows,
 )
-from hf_rgm.synset.config import PRESETS, DistillationConfig
+from hf_rgm.distillation.config import PRESETS, DistillationConfig
 
 SETTINGS = "Settings of the distiller"
 
@@ -112,9 +112,9 @@ def distill(
     Example: hf-rgm distill trajectory my-model train.parquet -o my-synset --cluster-column source --preset quick
     """
     from hf_rgm import ReverseGradientMatchingDistiller
-    from hf_rgm.hub.description import describe
-    from hf_rgm.processes import Processes
-    from hf_rgm.synset.storage import CONFIG_FILE
+    from hf_rgm.cli.artefact_info import describe
+    from hf_rgm.model.processes import Processes
+    from hf_rgm.synset.synset_files import CONFIG_FILE
 
     disable_tqdm = hide_bars(quiet)
     blocks = work_dir or output_dir.with_name(f"{output_dir.name}-unfinished")

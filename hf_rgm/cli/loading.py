@@ -174,7 +174,7 @@ def load_collator(reference: str | None, rows: Any, model_name: str, revision: s
         return None
     from transformers import AutoTokenizer
 
-    from hf_rgm.rows import padding_collator
+    from hf_rgm.model.row_reader import padding_collator
 
     try:
         return padding_collator(AutoTokenizer.from_pretrained(model_name, revision=revision))
@@ -196,8 +196,8 @@ def find_tokenizer(model: Any, name: str, revision: str | None = None) -> Any:
     """
     from transformers import AutoTokenizer
 
-    from hf_rgm.modeling import main_input_name
-    from hf_rgm.rows import knows_words
+    from hf_rgm.model.functional_model import main_input_name
+    from hf_rgm.model.row_reader import knows_words
 
     if main_input_name(model) != "input_ids":
         return None

@@ -33,7 +33,7 @@ def info(target: TARGET, revision: REVISION = None, as_json: AS_JSON = False) ->
 
     Example: hf-rgm info hf-rgm-demo/synset
     """
-    from hf_rgm.hub.description import describe
+    from hf_rgm.cli.artefact_info import describe
 
     hide_bars()
     with clear_errors():
@@ -79,8 +79,8 @@ def pull(
 
     Example: hf-rgm pull me/my-synset my-synset
     """
-    from hf_rgm.files import staged_folder
-    from hf_rgm.hub.description import describe
+    from hf_rgm.cli.artefact_info import describe
+    from hf_rgm.files.writing import staged_folder
     from hf_rgm.hub.repository import HubFolder, open_artefact
 
     hide_bars(quiet)
@@ -101,7 +101,7 @@ def pull(
 def _kind(target: str, revision: str | None = None) -> type[DatasetArtefact]:
     """The class of what is at a folder or repository, which was read to see that it is whole."""
     from hf_rgm import AttributionResult, Synset
-    from hf_rgm.hub.description import describe
+    from hf_rgm.cli.artefact_info import describe
 
     classes = {"synset": Synset, "attributions": AttributionResult}
     description = describe(target, revision=revision)

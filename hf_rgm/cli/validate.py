@@ -69,7 +69,7 @@ def validate(
     Example: hf-rgm validate my-model my-synset test.parquet train.parquet --build-trainer train.py:build_trainer
     """
     from hf_rgm import AttributionPipeline, FidelityReport, Synset
-    from hf_rgm.fidelity.processes import Launch
+    from hf_rgm.fidelity.launch import Launch
 
     folder = Path(f"{synset.resolve()}-retrainings") if work_dir is None else work_dir
     go_on = f"Finished retrainings are kept in {folder}; the same command goes on from there."
@@ -114,11 +114,11 @@ def _keep(synset: Synset, folder: Path, report: FidelityReport) -> bool:
     """Writes the figures into the synset's folder, and on its card where that is as it was generated."""
     from huggingface_hub import RepoCard
 
-    from hf_rgm.files import replacing, write_json
+    from hf_rgm.files.writing import replacing, write_json
     from hf_rgm.hub import CardOptions
-    from hf_rgm.hub.cards import synset_card
     from hf_rgm.hub.repository import CARD
-    from hf_rgm.synset.storage import CONFIG_FILE
+    from hf_rgm.synset.card import synset_card
+    from hf_rgm.synset.synset_files import CONFIG_FILE
 
     card = folder / CARD
     options = CardOptions(license=RepoCard.load(card).data.get("license")) if card.is_file() else None

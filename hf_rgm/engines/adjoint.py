@@ -8,7 +8,7 @@ from torch import Tensor
 from hf_rgm.engines.engine import Outcome
 from hf_rgm.engines.linear import LinearEngine
 from hf_rgm.engines.request import Evaluation
-from hf_rgm.synset.costs import PieceOfWork, measured
+from hf_rgm.model.cost_estimates import PieceOfWork, measured
 
 
 class AdjointEngine(LinearEngine):

@@ -8,11 +8,11 @@ from torch.func import grad, vmap
 from tqdm.auto import tqdm
 
 from hf_rgm.engines.engine import Engine
-from hf_rgm.engines.memory import MemoryShares
-from hf_rgm.engines.run import RecordedRun
-from hf_rgm.engines.sources import SampleSource, force
+from hf_rgm.engines.gradient_sources import SampleSource, force
+from hf_rgm.engines.memory_shares import MemoryShares
+from hf_rgm.engines.recorded_run import RecordedRun
 from hf_rgm.exceptions import DivergenceError
-from hf_rgm.synset.costs import PieceOfWork, measured
+from hf_rgm.model.cost_estimates import PieceOfWork, measured
 from hf_rgm.synset.samples import broadcast_masks, soft_cross_entropy
 from hf_rgm.trajectory.path import automatic_stride, deviation_step
 

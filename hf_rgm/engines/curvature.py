@@ -14,9 +14,9 @@ from torch.func import grad
 
 from hf_rgm.engines.gradient_form import GradientForm, WholeGradients
 from hf_rgm.exceptions import DivergenceError
-from hf_rgm.modeling import FunctionalModel
-from hf_rgm.padding import batches_by_length
-from hf_rgm.vectorize import map_rows
+from hf_rgm.model.functional_model import FunctionalModel
+from hf_rgm.model.padding import batches_by_length
+from hf_rgm.model.vectorize import map_rows
 
 MAX_EXACT_OUTPUTS = 64
 """Labels of a sample up to which the eigenvectors of its softmax covariance are taken; beyond, random signs are."""

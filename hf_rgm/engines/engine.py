@@ -14,10 +14,10 @@ from torch import Tensor
 
 from hf_rgm.engines.gradient_form import GradientForm, WholeGradients
 from hf_rgm.engines.perturbations import check_masks, leave_one_out, random_subsets, ridge_scores
+from hf_rgm.engines.recorded_run import RecordedRun
 from hf_rgm.engines.request import Evaluation
-from hf_rgm.engines.run import RecordedRun
 from hf_rgm.exceptions import DivergenceError
-from hf_rgm.synset.costs import PieceOfWork
+from hf_rgm.model.cost_estimates import PieceOfWork
 
 logger = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hf_rgm.engines.segments import Segment, segments_of
-from hf_rgm.modeling import FunctionalModel, ParameterSpace
+from hf_rgm.model.functional_model import FunctionalModel, ParameterSpace
 from hf_rgm.trajectory.path import RecordedPath
 
 SKETCH_LENGTH = 2**16

@@ -9,10 +9,10 @@ from torch import Tensor
 from hf_rgm.engines.engine import Engine
 from hf_rgm.engines.linear import LinearEngine
 from hf_rgm.engines.perturbations import leave_one_out
+from hf_rgm.engines.recorded_run import RecordedRun
 from hf_rgm.engines.request import Evaluation
-from hf_rgm.engines.run import RecordedRun
 from hf_rgm.exceptions import DivergenceError
-from hf_rgm.synset.costs import PieceOfWork
+from hf_rgm.model.cost_estimates import PieceOfWork
 from hf_rgm.synset.responses import Responses
 
 logger = logging.getLogger(__name__)

@@ -10,12 +10,12 @@ from tqdm.auto import tqdm
 
 from hf_rgm.engines.engine import Engine, Outcome, probed
 from hf_rgm.engines.gradient_form import GradientForm
+from hf_rgm.engines.gradient_sources import ClusterGradients, force
 from hf_rgm.engines.perturbations import check_masks, leave_one_out
+from hf_rgm.engines.recorded_run import RecordedRun
 from hf_rgm.engines.request import Evaluation
-from hf_rgm.engines.run import RecordedRun
-from hf_rgm.engines.sources import ClusterGradients, force
 from hf_rgm.exceptions import DivergenceError
-from hf_rgm.synset.costs import PieceOfWork, measured
+from hf_rgm.model.cost_estimates import PieceOfWork, measured
 
 
 class LinearEngine(Engine):

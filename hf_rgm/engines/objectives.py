@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.func import grad, jacrev
 
-from hf_rgm.losses import IGNORED_LABEL, check_labels, label_losses
-from hf_rgm.modeling import FunctionalModel, ToVector
-from hf_rgm.vectorize import map_rows
+from hf_rgm.model.functional_model import FunctionalModel, ToVector
+from hf_rgm.model.losses import IGNORED_LABEL, check_labels, label_losses
+from hf_rgm.model.vectorize import map_rows
 
 Forward = Callable[[Mapping[str, Tensor]], Tensor]
 """A model at some parameters: maps the forward's keyword arguments to logits."""

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from hf_rgm.engines.anchored_replay import MAX_MODELS_AT_ONCE, finite, mask_gradients, progress
 from hf_rgm.engines.engine import Engine
-from hf_rgm.engines.memory import MemoryShares
-from hf_rgm.synset.costs import PieceOfWork, measured
+from hf_rgm.engines.memory_shares import MemoryShares
+from hf_rgm.model.cost_estimates import PieceOfWork, measured
 from hf_rgm.trajectory.optimizers import apply_update
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hf_rgm.engines.gradient_form import GradientForm
 from hf_rgm.engines.objectives import Objective, Queries
-from hf_rgm.modeling import FunctionalModel
+from hf_rgm.model.functional_model import FunctionalModel
 
 logger = logging.getLogger(__name__)
 

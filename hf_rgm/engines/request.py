@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from hf_rgm.engines.gradient_form import GradientForm
-from hf_rgm.engines.memory import MemoryShares
+from hf_rgm.engines.memory_shares import MemoryShares
 from hf_rgm.engines.objectives import Objective, Queries
 from hf_rgm.engines.query_gradients import QueryGradients
-from hf_rgm.engines.run import RecordedRun
+from hf_rgm.engines.recorded_run import RecordedRun
 
 
 @dataclass(frozen=True, eq=False)

@@ -17,15 +17,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from hf_rgm.clusters import ClusterMap
+from hf_rgm.clusters.cluster_map import ClusterMap
 from hf_rgm.engines.adjoint import AdjointEngine
+from hf_rgm.engines.gradient_sources import RowSource
 from hf_rgm.engines.request import Evaluation
-from hf_rgm.engines.sources import RowSource
-from hf_rgm.files import remove_unfinished, replacing
-from hf_rgm.modeling import parameters_sha256
-from hf_rgm.padding import batches_by_length
-from hf_rgm.synset.costs import PieceOfWork, measured
-from hf_rgm.synset.targets import row_derivatives
+from hf_rgm.files.writing import remove_unfinished, replacing
+from hf_rgm.model.cost_estimates import PieceOfWork, measured
+from hf_rgm.model.functional_model import parameters_sha256
+from hf_rgm.model.padding import batches_by_length
+from hf_rgm.model.row_gradients import row_derivatives
 
 DIGITS = 16
 MAX_ROWS_AT_ONCE, FIRST_ROWS = 256, 8

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from hf_rgm.engines.anchored_replay import finite, progress
 from hf_rgm.engines.engine import Engine
-from hf_rgm.engines.sources import RowSource
-from hf_rgm.synset.costs import PieceOfWork, measured
+from hf_rgm.engines.gradient_sources import RowSource
+from hf_rgm.model.cost_estimates import PieceOfWork, measured
 from hf_rgm.trajectory.optimizers import apply_update
 
 CLIPPING_EPSILON = 1e-6

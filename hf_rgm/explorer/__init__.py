@@ -1,1 +1,1 @@
-"""Pictures and pages to look at."""
+"""The explorer, an app around the pages."""

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hf_rgm.attribution.result import AttributionResult
-from hf_rgm.explorer.exhibit import Exhibit, of_query
-from hf_rgm.explorer.html import STYLE, Section, banner_html, heading_html
-from hf_rgm.explorer.items import shortened
-from hf_rgm.explorer.opening import open_exhibit
-from hf_rgm.explorer.views import (
+from hf_rgm.explorer.open_exhibit import open_exhibit
+from hf_rgm.explorer.what_if import NEEDS, Replayed, replay_without, what_if_section
+from hf_rgm.model.row_reader import DataCollator
+from hf_rgm.pages.exhibit import Exhibit, of_query
+from hf_rgm.pages.html import STYLE, Section, banner_html, heading_html
+from hf_rgm.pages.shown_rows import shortened
+from hf_rgm.pages.views import (
     banner,
     cluster_section,
     clusters_section,
@@ -23,8 +24,7 @@ from hf_rgm.explorer.views import (
     query_section,
     rows_section,
 )
-from hf_rgm.explorer.what_if import NEEDS, Replayed, replay_without, what_if_section
-from hf_rgm.rows import DataCollator
+from hf_rgm.results.result import AttributionResult
 from hf_rgm.synset.synset import Synset
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ class Explorer:
     What the page shows for what is chosen on it: functions that return HTML, without Gradio.
 
     Args:
-        exhibit ([`~hf_rgm.explorer.exhibit.Exhibit`]): What there is.
+        exhibit ([`~hf_rgm.pages.exhibit.Exhibit`]): What there is.
     """
 
     def __init__(self, exhibit: Exhibit) -> None:
@@ -125,7 +125,7 @@ def build_app(exhibit: Exhibit, *, title: str = TITLE) -> gradio.Blocks:
     The page, not yet served. `app.launch(**launch_settings())` serves it.
 
     Args:
-        exhibit ([`~hf_rgm.explorer.exhibit.Exhibit`]): What to show.
+        exhibit ([`~hf_rgm.pages.exhibit.Exhibit`]): What to show.
         title (`str`, *optional*): Title of the page.
 
     Raises:
@@ -226,7 +226,7 @@ def explore(
 
     Args:
         attributions, synset, model, rows, queries, tokenizer, data_collator, revision, token: Those of
-            [`~hf_rgm.explorer.opening.open_exhibit`]: attributions alone will do, more shows more.
+            [`~hf_rgm.explorer.open_exhibit.open_exhibit`]: attributions alone will do, more shows more.
         title (`str`, *optional*): Title of the page.
         launch (`bool`, *optional*, defaults to `True`): Serve it. Otherwise it is only built.
         launch_options: Those of `gradio.Blocks.launch`, such as `server_port` or `inbrowser`.
@@ -236,7 +236,7 @@ def explore(
 
     Raises:
         ImportError: If Gradio is not installed.
-        FileNotFoundError, ParameterMismatchError, ValueError: As [`~hf_rgm.explorer.opening.open_exhibit`].
+        FileNotFoundError, ParameterMismatchError, ValueError: As [`~hf_rgm.explorer.open_exhibit.open_exhibit`].
 
     Example:
 

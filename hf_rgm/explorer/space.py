@@ -9,12 +9,12 @@ import datasets
 from huggingface_hub import SpaceCard, SpaceCardData
 
 from hf_rgm import __version__
-from hf_rgm.attribution.result import AttributionResult
 from hf_rgm.explorer.app import TITLE
-from hf_rgm.explorer.opening import ATTRIBUTIONS, MODEL, QUERIES, ROWS, SYNSET, with_neighbours
-from hf_rgm.files import staged_folder
+from hf_rgm.explorer.open_exhibit import ATTRIBUTIONS, MODEL, QUERIES, ROWS, SYNSET, with_neighbours
+from hf_rgm.files.writing import staged_folder
 from hf_rgm.hub.cards import escaped
 from hf_rgm.hub.repository import is_repo_id
+from hf_rgm.results.result import AttributionResult
 
 MARKER = "hf-rgm-space.txt"
 """Tells a folder that was written here from others, which are not replaced."""

@@ -9,13 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hf_rgm.attribution.result import AttributionResult
 from hf_rgm.engines.objectives import OBJECTIVES, Forward, Objective, Queries
 from hf_rgm.engines.registry import ENGINES
-from hf_rgm.explorer.exhibit import Exhibit
-from hf_rgm.explorer.html import Section, signed
-from hf_rgm.explorer.items import shortened
-from hf_rgm.explorer.views import query_name
+from hf_rgm.pages.exhibit import Exhibit
+from hf_rgm.pages.html import Section, signed
+from hf_rgm.pages.shown_rows import shortened
+from hf_rgm.pages.views import query_name
+from hf_rgm.results.result import AttributionResult
 
 SHOWN_LABELS = 5
 SHOWN_CHANGES = 8
@@ -46,7 +46,7 @@ def replay_without(exhibit: Exhibit, clusters: Iterable[int]) -> Replayed:
     Replays training without some clusters.
 
     Args:
-        exhibit ([`~hf_rgm.explorer.exhibit.Exhibit`]): With an attributor and the queries.
+        exhibit ([`~hf_rgm.pages.exhibit.Exhibit`]): With an attributor and the queries.
         clusters (`Iterable[int]`): Indices of the clusters to remove.
 
     Returns:
@@ -111,7 +111,7 @@ def what_if_section(exhibit: Exhibit, replayed: Replayed, clusters: Iterable[int
     Predictions before and after, of a query and over all of them.
 
     Args:
-        exhibit ([`~hf_rgm.explorer.exhibit.Exhibit`]): What was replayed.
+        exhibit ([`~hf_rgm.pages.exhibit.Exhibit`]): What was replayed.
         replayed ([`Replayed`]): What came out.
         clusters (`Iterable[int]`): Indices of the removed clusters.
         position (`int`, *optional*): A query to show by itself.

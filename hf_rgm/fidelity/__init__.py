@@ -1,1 +1,1 @@
-"""Ground truth by retraining, and how well scores agree with it."""
+"""Retraining on subsets, and how well answers agree with it."""

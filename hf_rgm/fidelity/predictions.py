@@ -9,13 +9,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from hf_rgm.agreement.budget import LDS_CLUSTERS, LDS_ROWS, LEAVE_CLUSTER_OUT
+from hf_rgm.agreement.subsets import leave_one_out_masks, random_masks
 from hf_rgm.attribution.attributor import Attributor
-from hf_rgm.clusters import ClusterMap
+from hf_rgm.clusters.cluster_map import ClusterMap
 from hf_rgm.engines.objectives import Objective
-from hf_rgm.fidelity.budget import LDS_CLUSTERS, LDS_ROWS, LEAVE_CLUSTER_OUT
-from hf_rgm.fidelity.subsets import leave_one_out_masks, random_masks
-from hf_rgm.modeling import FunctionalModel
-from hf_rgm.rows import DataCollator, RowReader
+from hf_rgm.model.functional_model import FunctionalModel
+from hf_rgm.model.row_reader import DataCollator, RowReader
 
 
 def subset_masks(name: str, count: int, clusters: ClusterMap, seed: int) -> NDArray[np.bool_]:

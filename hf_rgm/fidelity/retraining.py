@@ -14,10 +14,10 @@ from tqdm.auto import tqdm
 from transformers import Trainer
 
 from hf_rgm.engines.objectives import Objective, Queries, resolve_objective
-from hf_rgm.fidelity.processes import Launch, claimed
-from hf_rgm.files import replacing
-from hf_rgm.modeling import FunctionalModel
-from hf_rgm.rows import DataCollator, RowReader
+from hf_rgm.fidelity.launch import Launch, claimed
+from hf_rgm.files.writing import replacing
+from hf_rgm.model.functional_model import FunctionalModel
+from hf_rgm.model.row_reader import DataCollator, RowReader
 
 POLL_SECONDS = 0.2
 
@@ -51,7 +51,7 @@ def retrain(
             `TrainingArguments`, everything random seeded with `seed`.
         train_dataset (`datasets.Dataset` or sequence): All the rows.
         subsets (`Sequence[Sequence[int]]`): Row indices that each retraining keeps, in any order; a row that is named
-            several times is there several times. [`~hf_rgm.fidelity.subsets.kept_rows`] makes them from masks.
+            several times is there several times. [`~hf_rgm.agreement.subsets.kept_rows`] makes them from masks.
         queries: Rows the objective is evaluated on, with labels.
         seeds (`Sequence[int]`, *optional*, defaults to `(0,)`): Each subset is retrained once per seed.
         objective (`str` or `Objective`, *optional*, defaults to `"margin"`): What to evaluate.

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 from huggingface_hub import CommitInfo, RepoCard
 from typing_extensions import Self
 
-from hf_rgm.artefacts import ArtefactFolder
+from hf_rgm.files.reading import ArtefactFolder
 from hf_rgm.hub.repository import CARD, open_artefact, push_folder
 
 LOCAL = "path/to/this/folder"

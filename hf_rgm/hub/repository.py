@@ -21,8 +21,8 @@ from huggingface_hub import (
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
-from hf_rgm.artefacts import ArtefactFolder, check_name, leads_out
-from hf_rgm.files import finish_replacement
+from hf_rgm.files.reading import ArtefactFolder, check_name, leads_out
+from hf_rgm.files.writing import finish_replacement
 
 ATTEMPTS = 5
 CARD = "README.md"

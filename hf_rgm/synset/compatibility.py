@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_rgm.artefacts import printable
-from hf_rgm.losses import LossFunction, RowLoss
-from hf_rgm.modeling import FunctionalModel, parameters_sha256
-from hf_rgm.rows import RowReader
+from hf_rgm.files.reading import printable
+from hf_rgm.model.functional_model import FunctionalModel, parameters_sha256
+from hf_rgm.model.losses import LossFunction, RowLoss
+from hf_rgm.model.row_reader import RowReader
 from hf_rgm.synset.inputs import InputSpace
+from hf_rgm.synset.matched_states import MatchedState
 from hf_rgm.synset.samples import SyntheticSamples
-from hf_rgm.synset.states import MatchedState
-from hf_rgm.trajectory.storage import Trajectory
+from hf_rgm.trajectory.trajectory import Trajectory
 
 logger = logging.getLogger(__name__)
 

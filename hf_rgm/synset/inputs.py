@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from hf_rgm.modeling import SOFT_TOKEN_IDS, SOFT_TOKEN_LOGITS, FunctionalModel
+from hf_rgm.model.functional_model import SOFT_TOKEN_IDS, SOFT_TOKEN_LOGITS, FunctionalModel
 from hf_rgm.synset.samples import SyntheticSamples, smoothed_one_hot
 
 TOKENS = "input_ids"
@@ -53,7 +53,7 @@ class InputSpace(ABC):
         First inputs of a cluster's samples.
 
         Args:
-            init (`str`): One of [`~hf_rgm.synset.config.INITIALISATIONS`].
+            init (`str`): One of [`~hf_rgm.distillation.config.INITIALISATIONS`].
             real (`Tensor`): The cluster's rows, as `read` gives them.
             chosen (`Tensor`): `(samples_per_cluster,)`, rows to start from.
             generator (`torch.Generator`): For noise.

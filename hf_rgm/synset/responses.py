@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from hf_rgm.artefacts import DTYPE_BYTES, WAY_OUT, ArtefactFolder, check_memory, printable
+from hf_rgm.files.reading import DTYPE_BYTES, WAY_OUT, ArtefactFolder, check_memory, printable
 from hf_rgm.synset.responses_file import (
     SCALES,
     VALUES,
@@ -85,7 +85,8 @@ class Responses:
 
         Args:
             deviations (`Tensor`): `(num_clusters, num_parameters)`, float32, on any device: parameters without the
-                cluster minus the trained ones, as [`~hf_rgm.modeling.ParameterSpace.flatten`] lays them out.
+                cluster minus the trained ones, laid out as in
+                [`~hf_rgm.model.functional_model.ParameterSpace.flatten`].
             parameter_shapes (`Mapping[str, tuple[int, ...]]`): Those of the recorded run, in its order.
             precision (`str`, *optional*, defaults to `"int8"`): `"int8"`, off by at most half a level of 127 from zero
                 to the largest value of a cluster's parameter tensor, or `"bfloat16"`.

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_rgm.artefacts import WAY_OUT, ArtefactFolder, TensorFile, printable
+from hf_rgm.files.reading import WAY_OUT, ArtefactFolder, TensorFile, printable
 
 RESPONSES_FILE = "responses.safetensors"
 PRECISIONS = ("bfloat16", "int8")

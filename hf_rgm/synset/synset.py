@@ -12,18 +12,19 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from hf_rgm.artefacts import ArtefactFolder, printable
-from hf_rgm.clusters import ClusterMap
+from hf_rgm.clusters.cluster_map import ClusterMap
 from hf_rgm.exceptions import ParameterMismatchError
-from hf_rgm.files import staged_folder
+from hf_rgm.files.reading import ArtefactFolder, printable
+from hf_rgm.files.writing import staged_folder
 from hf_rgm.hub.artefact import CardOptions, DatasetArtefact
-from hf_rgm.modeling import FunctionalModel, parameters_sha256
+from hf_rgm.model.functional_model import FunctionalModel, parameters_sha256
+from hf_rgm.synset.card import synset_card
 from hf_rgm.synset.inputs import SoftTokens
+from hf_rgm.synset.matched_states import MatchedState
 from hf_rgm.synset.responses import Responses
 from hf_rgm.synset.samples import SyntheticSamples
-from hf_rgm.synset.states import MatchedState
-from hf_rgm.synset.storage import CONFIG_FILE, FILES, read_synset, with_pictures, write_synset
-from hf_rgm.trajectory.storage import Trajectory
+from hf_rgm.synset.synset_files import CONFIG_FILE, FILES, read_synset, with_pictures, write_synset
+from hf_rgm.trajectory.trajectory import Trajectory
 
 logger = logging.getLogger(__name__)
 
@@ -251,8 +252,6 @@ class Synset(DatasetArtefact):
             FileExistsError: If the folder holds something else.
             ValueError: If `fidelity` is not a whole report, or one of other samples, or the precision is unknown.
         """
-        from hf_rgm.hub.cards import synset_card
-
         self._check_fidelity()
         self._check_responses()
         kept = self if with_responses else replace(self, responses=None)

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hf_rgm.modeling import ParameterSpace
-from hf_rgm.trajectory.storage import Trajectory
+from hf_rgm.model.functional_model import ParameterSpace
+from hf_rgm.trajectory.trajectory import Trajectory
 
 logger = logging.getLogger(__name__)
 

@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from hf_rgm.artefacts import ArtefactFolder, TensorFile, printable
-from hf_rgm.files import replacing
+from hf_rgm.files.reading import ArtefactFolder, TensorFile, printable
+from hf_rgm.files.writing import replacing
 from hf_rgm.trajectory.optimizers import Moments
 from hf_rgm.trajectory.precision import (
     PRECISIONS,

@@ -12,8 +12,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from hf_rgm.artefacts import ArtefactFolder, check_columns, check_no_nulls, check_table, printable
-from hf_rgm.files import replacing
+from hf_rgm.files.reading import ArtefactFolder, check_columns, check_no_nulls, check_table, printable
+from hf_rgm.files.writing import replacing
 from hf_rgm.trajectory.optimizers import MAX_CONSTANT
 
 STEPS_FOLDER = "steps"

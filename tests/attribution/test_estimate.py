@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from hf_rgm import Attributor, Objective
-from hf_rgm.synset.costs import PieceOfWork
-from hf_rgm.synset.memory import PeakTensors
+from hf_rgm.model.cost_estimates import PieceOfWork
+from hf_rgm.model.peak_memory import PeakTensors
 from hf_rgm.testing import tiny_recorded_run, tiny_synset
 
 RUN = tiny_recorded_run()
@@ -65,7 +65,7 @@ class TestTime:
         )
         for module in ("attribution.estimates", *(f"engines.{name}" for name in engines)):
             monkeypatch.setattr(f"hf_rgm.{module}.measured", lambda work: PieceOfWork(1.0, 0))
-        monkeypatch.setattr("hf_rgm.engines.sources.measure_rows", lambda *_: PieceOfWork(1.0, 0))
+        monkeypatch.setattr("hf_rgm.engines.gradient_sources.measure_rows", lambda *_: PieceOfWork(1.0, 0))
 
     def test_what_is_known_already_is_told_as_if_it_were_not(self, attributor):
         before = attributor.estimate(RUN.queries).seconds

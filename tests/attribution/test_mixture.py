@@ -9,12 +9,12 @@ from torch.nn import functional as F
 from transformers import pipeline
 
 from hf_rgm.attribution.attributor import Attributor
-from hf_rgm.attribution.mixture import MixtureSuggestion, mixture_weights, trusted_mixture
-from hf_rgm.clusters import ClusterMap
+from hf_rgm.clusters.cluster_map import ClusterMap
 from hf_rgm.engines.objectives import OBJECTIVES, Objective, log_odds_margin
 from hf_rgm.exceptions import DivergenceError
-from hf_rgm.modeling import parameters_sha256
-from hf_rgm.synset.states import MatchedState
+from hf_rgm.model.functional_model import parameters_sha256
+from hf_rgm.results.mixture import MixtureSuggestion, mixture_weights, trusted_mixture
+from hf_rgm.synset.matched_states import MatchedState
 from hf_rgm.synset.synset import Synset
 from hf_rgm.testing import tiny_recorded_run, tiny_synset
 from tests.recorded import engine_parts, record
@@ -73,7 +73,7 @@ def convex():
 
 @pytest.mark.parametrize("objective", ["margin", "mean_loss"])
 def test_scores_are_the_derivative_of_retraining_by_the_weights(convex, objective, monkeypatch):
-    monkeypatch.setattr("hf_rgm.attribution.runs.states_by_epochs", lambda trajectory: trajectory.num_steps + 1)
+    monkeypatch.setattr("hf_rgm.attribution.known_runs.states_by_epochs", lambda trajectory: trajectory.num_steps + 1)
     attributor = Attributor(convex.run.model, convex.synset, disable_tqdm=True)
     mixture = attributor.suggest_mixture(convex.queries, objective=objective, rewind=0)
     derivative = torch.autograd.functional.jacobian(

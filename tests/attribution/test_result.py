@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 import torch
 
-from hf_rgm.attribution.result import AttributionResult
+from hf_rgm.results.result import AttributionResult
 
 CLUSTER_IDS = np.array([0, 0, 1, 1, 1, 2])
 

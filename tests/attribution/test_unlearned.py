@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from hf_rgm import Attributor
-from hf_rgm.attribution.unlearned import UnlearnedModel
+from hf_rgm.results.unlearned import UnlearnedModel
 from hf_rgm.testing import TinyModel, tiny_recorded_run, tiny_synset
 
 RUN = tiny_recorded_run()

@@ -8,12 +8,12 @@ import torch
 from transformers import pipeline
 
 from hf_rgm import Attributor, ClusterMap, FidelityReport
-from hf_rgm.attribution.result import AttributionResult
-from hf_rgm.engines import run as run_module
-from hf_rgm.engines import sources
+from hf_rgm.engines import gradient_sources as sources
+from hf_rgm.engines import recorded_run as run_module
 from hf_rgm.exceptions import ParameterMismatchError
+from hf_rgm.recording.callback import TrajectoryCallback
+from hf_rgm.results.result import AttributionResult
 from hf_rgm.testing import tiny_dataset, tiny_recorded_run, tiny_synset, tiny_trainer
-from hf_rgm.trajectory.callback import TrajectoryCallback
 from tests.vision import vit_run
 
 RUN = tiny_recorded_run()

@@ -9,7 +9,7 @@ from benchmarks import estimates
 from benchmarks.costs import Meter
 from benchmarks.estimates import CASES, MODELS, Case, compared, measure, open_report, run, table
 from hf_rgm import DistillationConfig
-from hf_rgm.synset.costs import CostEstimate
+from hf_rgm.model.cost_estimates import CostEstimate
 
 TINY = Case("digits CNN", num_rows=20, num_clusters=2, num_queries=2, num_steps=4, config={"num_iterations": 2})
 ENTRY = {

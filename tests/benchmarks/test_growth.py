@@ -14,8 +14,8 @@ from benchmarks.growth_plots import BYTES, TIMES, draw, growth_table, measured_a
 from benchmarks.launched import work
 from benchmarks.models import SmallCnnConfig, SmallCnnForImageClassification
 from hf_rgm import DistillationConfig
-from hf_rgm.files import write_json
-from hf_rgm.synset.learner import BlockLearner
+from hf_rgm.distillation.learner import BlockLearner
+from hf_rgm.files.writing import write_json
 
 RECIPE = Recipe(num_steps=8, batch_size=8, num_queries=4, num_iterations=2)
 TINY = Setup(num_rows=60, num_clusters=10, hidden_sizes=(2, 3))

@@ -22,7 +22,7 @@ def recorded(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def few_resamples(monkeypatch):
     """Intervals are not looked at here."""
-    monkeypatch.setattr("hf_rgm.fidelity.scores.NUM_RESAMPLES", 3)
+    monkeypatch.setattr("hf_rgm.agreement.correlations.NUM_RESAMPLES", 3)
 
 
 @pytest.fixture

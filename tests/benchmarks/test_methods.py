@@ -15,7 +15,7 @@ from benchmarks.recorded import Recorded
 from hf_rgm import Attributor, DistillationConfig
 from hf_rgm.engines.objectives import log_odds_margin
 from hf_rgm.synset.samples import soft_cross_entropy
-from hf_rgm.trajectory.storage import Trajectory
+from hf_rgm.trajectory.trajectory import Trajectory
 from tests.benchmarks import tiny
 
 FAST = {"num_iterations": 3}

@@ -12,7 +12,7 @@ from benchmarks import single_run, tables
 from benchmarks import truth as ground_truth
 from benchmarks.recorded import Entrant
 from benchmarks.single_run import SingleRunTruth, chosen_setting, figures, numbered, removals, single_run_trainer
-from hf_rgm.files import write_json
+from hf_rgm.files.writing import write_json
 from hf_rgm.testing import tiny_trainer
 from tests.benchmarks import tiny
 
@@ -79,7 +79,7 @@ def additive_truth(task):
 
 @pytest.mark.parametrize(("method", "expected"), [(tiny.exact, 1.0), (tiny.opposite, -1.0)])
 def test_exact_scores_get_full_marks(monkeypatch, method, expected):
-    monkeypatch.setattr("hf_rgm.fidelity.scores.NUM_RESAMPLES", 3)
+    monkeypatch.setattr("hf_rgm.agreement.correlations.NUM_RESAMPLES", 3)
     monkeypatch.setattr(single_run, "REMOVED_SHARE", 0.1)
     task = tiny.task()
     found = figures(task, additive_truth(task), method(None, task.queries))
@@ -128,7 +128,7 @@ def test_the_script_writes_what_the_tables_read(monkeypatch, tmp_path):
     monkeypatch.setattr(single_run, "NUM_REMOVALS", 3)
     monkeypatch.setattr(single_run, "REMOVED_SHARE", 0.1)
     monkeypatch.setattr(single_run, "NUM_HALVES", 3)
-    monkeypatch.setattr("hf_rgm.fidelity.scores.NUM_RESAMPLES", 3)
+    monkeypatch.setattr("hf_rgm.agreement.correlations.NUM_RESAMPLES", 3)
     monkeypatch.setitem(single_run.METHODS, "exact", Entrant("exact", "tests", {"": tiny.exact}))
     single_run.main("made-up", ["exact"], anew=False)
     found = json.loads((tmp_path / "results" / "single-run-made-up.json").read_text())

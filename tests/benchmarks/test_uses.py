@@ -16,9 +16,9 @@ from benchmarks.recorded import Entrant, Recorded
 from benchmarks.uses import __main__ as script
 from benchmarks.uses import brittleness, mislabels, mixture
 from hf_rgm import ClusterMap
-from hf_rgm.attribution.mixture import MixtureSuggestion
 from hf_rgm.engines.objectives import Queries
 from hf_rgm.fidelity.retraining import retrain
+from hf_rgm.results.mixture import MixtureSuggestion
 from hf_rgm.testing import tiny_trainer
 from tests.benchmarks import tiny
 

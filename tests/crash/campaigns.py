@@ -19,10 +19,10 @@ from typing import Any
 
 from safetensors import safe_open
 
-from hf_rgm.files import finish_replacement
-from hf_rgm.trajectory import Trajectory
+from hf_rgm.files.writing import finish_replacement
 from hf_rgm.trajectory.states import state_path
 from hf_rgm.trajectory.steps import read_part
+from hf_rgm.trajectory.trajectory import Trajectory
 from tests.crash.tasks import load
 from tests.crash.workers import Outcome, Workers
 from tests.hub_server import LocalHub

@@ -15,7 +15,7 @@ import safetensors.numpy
 import safetensors.torch
 from safetensors import SafetensorError
 
-import hf_rgm.files
+import hf_rgm.files.writing
 
 MAKING = ("os.mkdir", "shutil.copyfile")
 CHANGING = ("os.rename", "os.remove", "os.rmdir", "os.chmod")
@@ -52,7 +52,7 @@ class Operations:
         self._kill_at = kill_at
         self._full_from = full_from
         self._wrap(os, "fsync")
-        self._wrap(hf_rgm.files, "exchange")
+        self._wrap(hf_rgm.files.writing, "exchange")
         for module in (safetensors.torch, safetensors.numpy):
             self._tear(module, "serialize_file", 1, SafetensorError(f"I/O error: {FULL} (os error {FULL.errno})"))
         self._tear(pq, "write_table", 1, FULL)

@@ -13,11 +13,12 @@ from typing import Any
 import numpy as np
 import torch
 
-import hf_rgm.files
+import hf_rgm.files.writing
 from hf_rgm import AttributionResult, Attributor, ClusterMap, ReverseGradientMatchingDistiller, Synset
-from hf_rgm.synset.config import DistillationConfig
+from hf_rgm.distillation.config import DistillationConfig
+from hf_rgm.recording.callback import TrajectoryCallback
 from hf_rgm.testing import TinyModel, tiny_recorded_run, tiny_synset
-from hf_rgm.trajectory import Trajectory, TrajectoryCallback
+from hf_rgm.trajectory.trajectory import Trajectory
 from tests.trajectory.helpers import MeanModel, make_trainer
 
 KINDS = ("clusters", "trajectory", "synset", "result", "unlearned")
@@ -45,7 +46,7 @@ def artefact(kind: str, version: int) -> Any:
 def save(kind: str, version: int, folder: str, exchange: bool = True) -> None:
     """Saves an artefact; `exchange=False` as on a system that cannot swap two folders in one step."""
     if not exchange:
-        hf_rgm.files.exchange = lambda first, second: False
+        hf_rgm.files.writing.exchange = lambda first, second: False
     value = artefact(kind, version)
     if kind in ("clusters", "trajectory"):
         value.save(folder)

@@ -7,11 +7,12 @@ import torch
 from torch import Tensor
 
 from hf_rgm.engines.curvature import CurvatureRows
-from hf_rgm.modeling import ParameterSpace
+from hf_rgm.model.functional_model import ParameterSpace
 from hf_rgm.trajectory.optimizers import OptimizerRule, ParameterGroup
 from hf_rgm.trajectory.path import RecordedPath
 from hf_rgm.trajectory.states import TrajectoryState
-from hf_rgm.trajectory.storage import StepTable, Trajectory
+from hf_rgm.trajectory.steps import StepTable
+from hf_rgm.trajectory.trajectory import Trajectory
 
 SHAPES = {"a": (4,), "b": (3,)}
 NUM_PARAMETERS, NUM_CLUSTERS = 7, 3

@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hf_rgm.clusters import ClusterMap
-from hf_rgm.engines.run import RecordedRun
-from hf_rgm.engines.sources import RowSource, SampleSource
-from hf_rgm.losses import RowLoss
-from hf_rgm.modeling import FunctionalModel
-from hf_rgm.processes import Processes
-from hf_rgm.rows import RowReader
+from hf_rgm.clusters.cluster_map import ClusterMap
+from hf_rgm.engines.gradient_sources import RowSource, SampleSource
+from hf_rgm.engines.recorded_run import RecordedRun
+from hf_rgm.model.functional_model import FunctionalModel
+from hf_rgm.model.losses import RowLoss
+from hf_rgm.model.processes import Processes
+from hf_rgm.model.row_reader import RowReader
 from tests.recorded import Run, engine_parts
 
 ROWS_PER_CLUSTER = 3

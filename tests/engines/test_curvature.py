@@ -10,15 +10,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_rgm.clusters import ClusterMap
+from hf_rgm.clusters.cluster_map import ClusterMap
 from hf_rgm.engines import curvature as module
 from hf_rgm.engines.curvature import choose_terms, curvature_rows
-from hf_rgm.engines.sources import RowSource
+from hf_rgm.engines.gradient_sources import RowSource
 from hf_rgm.exceptions import DivergenceError
-from hf_rgm.losses import RowLoss
-from hf_rgm.modeling import FunctionalModel
-from hf_rgm.processes import Processes
-from hf_rgm.rows import RowReader
+from hf_rgm.model.functional_model import FunctionalModel
+from hf_rgm.model.losses import RowLoss
+from hf_rgm.model.processes import Processes
+from hf_rgm.model.row_reader import RowReader
 from tests.engines.parts import flat, row_run, sample_run
 from tests.recorded import TinyNet, record
 from tests.text import language_model, texts

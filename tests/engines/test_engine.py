@@ -13,7 +13,7 @@ from hf_rgm.engines.objectives import Objective, Queries
 from hf_rgm.engines.perturbations import leave_one_out, random_subsets, ridge_scores
 from hf_rgm.engines.request import Evaluation, Request
 from hf_rgm.exceptions import DivergenceError
-from hf_rgm.synset.costs import PieceOfWork
+from hf_rgm.model.cost_estimates import PieceOfWork
 from tests.engines.parts import row_run, sample_run
 from tests.recorded import record
 

@@ -6,12 +6,12 @@ from scipy.stats import spearmanr
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification
 
-import hf_rgm.engines.run as run_module
+import hf_rgm.engines.recorded_run as run_module
 from hf_rgm import Attributor
 from hf_rgm.engines.adjoint import AdjointEngine
 from hf_rgm.engines.gradient_form import SketchedGradients, WholeGradients
 from hf_rgm.engines.linear import LinearEngine
-from hf_rgm.modeling import FunctionalModel
+from hf_rgm.model.functional_model import FunctionalModel
 from hf_rgm.testing import tiny_recorded_run
 from tests.engines.parts import MASKS, flat, row_run, sample_run
 from tests.recorded import TinyNet, record
@@ -173,7 +173,7 @@ class TestAttribution:
         other = Attributor(
             RUN.model, trajectory=RUN.trajectory, rows=RUN.train_dataset, clusters=RUN.clusters, disable_tqdm=True
         )
-        monkeypatch.setattr("hf_rgm.engines.sources.RowSource.keeps_rows", lambda *_: False)
+        monkeypatch.setattr("hf_rgm.engines.gradient_sources.RowSource.keeps_rows", lambda *_: False)
         again = other.attribute(RUN.queries)
         assert spearmanr(again.row_scores.ravel(), found.row_scores.ravel())[0] > 0.99
 

@@ -29,8 +29,8 @@ def without_work(monkeypatch):
     def refuse(*arguments, **options):
         raise AssertionError("responses need neither gradients nor curvature")
 
-    monkeypatch.setattr("hf_rgm.engines.run.curvature_rows", refuse)
-    monkeypatch.setattr("hf_rgm.engines.sources.cluster_gradients", refuse)
+    monkeypatch.setattr("hf_rgm.engines.recorded_run.curvature_rows", refuse)
+    monkeypatch.setattr("hf_rgm.engines.gradient_sources.cluster_gradients", refuse)
 
 
 def test_they_are_what_the_linear_engine_finds_with_the_rows():
@@ -127,8 +127,8 @@ def test_those_that_do_not_fit_are_left_out(caplog):
 def test_the_distiller_uses_the_gradients_it_has_taken(monkeypatch):
     """One pass over the rows of each cluster, for the match and for the responses."""
     passes = []
-    for module in ("hf_rgm.synset.distiller", "hf_rgm.engines.sources"):
-        from hf_rgm.synset.targets import cluster_gradients
+    for module in ("hf_rgm.distillation.distiller", "hf_rgm.engines.gradient_sources"):
+        from hf_rgm.model.row_gradients import cluster_gradients
 
         monkeypatch.setattr(
             f"{module}.cluster_gradients",
@@ -145,4 +145,4 @@ def test_the_distiller_uses_the_gradients_it_has_taken(monkeypatch):
         config=DistillationConfig(num_iterations=10),
         disable_tqdm=True,
     ).distill()
-    assert passes == ["hf_rgm.synset.distiller"]
+    assert passes == ["hf_rgm.distillation.distiller"]

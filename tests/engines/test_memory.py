@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from hf_rgm import Attributor
-from hf_rgm.engines import sources
-from hf_rgm.engines.memory import MemoryShares
-from hf_rgm.engines.run import MAX_RANK
-from hf_rgm.synset.memory import PeakTensors
+from hf_rgm.engines import gradient_sources as sources
+from hf_rgm.engines.memory_shares import MemoryShares
+from hf_rgm.engines.recorded_run import MAX_RANK
+from hf_rgm.model.peak_memory import PeakTensors
 from hf_rgm.testing import tiny_recorded_run, tiny_synset
 
 RUN = tiny_recorded_run()

@@ -5,7 +5,7 @@ import torch
 from torch.func import jacrev
 
 from hf_rgm.engines.objectives import OBJECTIVES, Objective, Queries, log_odds_margin, resolve_objective
-from hf_rgm.modeling import FunctionalModel
+from hf_rgm.model.functional_model import FunctionalModel
 from tests.recorded import TinyNet
 from tests.vision import vit
 

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from hf_rgm import Attributor
-from hf_rgm.attribution.result import AttributionResult
 from hf_rgm.engines import row_scores
 from hf_rgm.engines.adjoint import AdjointEngine
 from hf_rgm.engines.row_scores import ScoreFolder, cluster_sums, score_blocks
+from hf_rgm.results.result import AttributionResult
 from hf_rgm.testing import tiny_recorded_run, tiny_synset
 
 RUN = tiny_recorded_run()

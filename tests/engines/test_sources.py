@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hf_rgm.clusters import ClusterMap
-from hf_rgm.engines import sources as module
-from hf_rgm.engines.sources import RowSource, SampleSource, force, training_rows
-from hf_rgm.losses import RowLoss
-from hf_rgm.modeling import FunctionalModel
-from hf_rgm.processes import Processes
-from hf_rgm.rows import RowReader
+from hf_rgm.clusters.cluster_map import ClusterMap
+from hf_rgm.engines import gradient_sources as module
+from hf_rgm.engines.gradient_sources import RowSource, SampleSource, force, training_rows
+from hf_rgm.model.functional_model import FunctionalModel
+from hf_rgm.model.losses import RowLoss
+from hf_rgm.model.processes import Processes
+from hf_rgm.model.row_reader import RowReader
 from hf_rgm.trajectory.path import RecordedPath
 from tests.engines.parts import flat, row_run, sample_run
 from tests.recorded import TinyNet, record

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from hf_rgm.explorer.exhibit import Exhibit
+from hf_rgm.pages.exhibit import Exhibit
 from tests.explorer.tiny import tiny_exhibit
 
 gradio = pytest.importorskip("gradio")

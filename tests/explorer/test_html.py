@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 from matplotlib.figure import Figure
 
-from hf_rgm.explorer.html import HtmlReport
+from hf_rgm.pages.html import HtmlReport
 
 EVIL = "</td><script>alert('x')</script><img src=\"http://example.com\" onerror='y'>&"
 

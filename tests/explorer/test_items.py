@@ -6,7 +6,7 @@ import torch
 from datasets import Dataset
 from PIL import Image
 
-from hf_rgm.explorer.items import MAX_CHARACTERS, MAX_PIXELS, item_of, png_of
+from hf_rgm.pages.shown_rows import MAX_CHARACTERS, MAX_PIXELS, item_of, png_of
 
 
 def opened(png):

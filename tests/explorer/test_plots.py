@@ -7,8 +7,8 @@ import torch
 from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 
-from hf_rgm.explorer.drawing import NEGATIVE, POSITIVE
-from hf_rgm.explorer.plots import (
+from hf_rgm.agreement.correlations import linear_datamodeling_score
+from hf_rgm.plots import (
     plot_bars,
     plot_heatmap,
     plot_inspection_curve,
@@ -16,7 +16,7 @@ from hf_rgm.explorer.plots import (
     plot_predicted_against_actual,
     plot_synset_gallery,
 )
-from hf_rgm.fidelity.scores import linear_datamodeling_score
+from hf_rgm.plots.drawing import NEGATIVE, POSITIVE
 
 AWKWARD = "$\\frac{1}{ & <b>\n" + "long " * 30
 

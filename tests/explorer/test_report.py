@@ -3,7 +3,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from hf_rgm.attribution.result import AttributionResult
+from hf_rgm.results.result import AttributionResult
 from tests.explorer.tiny import tiny_exhibit
 
 

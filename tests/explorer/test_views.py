@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from hf_rgm import AttributionResult, ClusterMap
-from hf_rgm.explorer.exhibit import Exhibit
-from hf_rgm.explorer.items import png_of
-from hf_rgm.explorer.views import (
+from hf_rgm.pages.exhibit import Exhibit
+from hf_rgm.pages.shown_rows import png_of
+from hf_rgm.pages.views import (
     NOT_MEASURED,
     ROWS_IN_GROUPS,
     banner,

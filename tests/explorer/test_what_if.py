@@ -7,8 +7,8 @@ import torch
 from hf_rgm import Objective
 from hf_rgm.engines.objectives import OBJECTIVES
 from hf_rgm.explorer.app import ALL_QUERIES, Explorer
-from hf_rgm.explorer.exhibit import Exhibit
 from hf_rgm.explorer.what_if import engine_of, replay_without, what_if_section
+from hf_rgm.pages.exhibit import Exhibit
 from hf_rgm.testing import tiny_recorded_run
 from tests.explorer.tiny import tiny_exhibit
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 
 from hf_rgm import Attributor
-from hf_rgm.explorer.exhibit import Exhibit
+from hf_rgm.pages.exhibit import Exhibit
 from hf_rgm.testing import tiny_recorded_run, tiny_synset
 
 

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from hf_rgm.fidelity.budget import plan_retrainings
+from hf_rgm.agreement.budget import plan_retrainings
 
 
 def plan(budget, *, num_clusters=50, num_rows=10**7, row_scores=True, **settings):

@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import TrainingArguments
 
-from hf_rgm.fidelity.processes import Launch, claimed
+from hf_rgm.fidelity.launch import Launch, claimed
 from hf_rgm.fidelity.retraining import retrain
 from hf_rgm.testing import tiny_dataset, tiny_trainer
 

@@ -7,16 +7,17 @@ import numpy as np
 import pytest
 import torch
 
-from hf_rgm.attribution.attributor import Attributor
-from hf_rgm.engines.objectives import Objective
-from hf_rgm.fidelity import report as module
-from hf_rgm.fidelity.report import Agreement, FidelityReport
-from hf_rgm.fidelity.scores import (
+from hf_rgm.agreement.correlations import (
     Estimate,
     leave_cluster_out_correlation,
     linear_datamodeling_score,
     noise_ceiling,
 )
+from hf_rgm.agreement.fidelity_figures import Agreement
+from hf_rgm.attribution.attributor import Attributor
+from hf_rgm.engines.objectives import Objective
+from hf_rgm.fidelity import report as module
+from hf_rgm.fidelity.report import FidelityReport
 from hf_rgm.testing import tiny_dataset, tiny_recorded_run, tiny_synset, tiny_trainer
 
 RUN = tiny_recorded_run()

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy.stats import spearmanr
 
-from hf_rgm.fidelity.scores import (
+from hf_rgm.agreement.correlations import (
     Estimate,
     average_distance,
     leave_cluster_out_correlation,

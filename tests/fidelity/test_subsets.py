@@ -3,8 +3,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from hf_rgm.clusters import ClusterMap
-from hf_rgm.fidelity.subsets import count_masks, kept_rows, leave_one_out_masks, random_masks
+from hf_rgm.agreement.subsets import count_masks, kept_rows, leave_one_out_masks, random_masks
+from hf_rgm.clusters.cluster_map import ClusterMap
 
 CLUSTERS = ClusterMap.from_ids([1, 0, 1, 2, 0, 1], names=["a", "b", "c"])
 

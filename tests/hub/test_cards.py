@@ -10,18 +10,15 @@ from huggingface_hub import DatasetCard, ModelCard
 from torch import nn
 
 from hf_rgm import AttributionResult, ClusterMap
-from hf_rgm.attribution.unlearned import UnlearnedModel, UnlearningCheck
-from hf_rgm.fidelity.report import Agreement, FidelityReport
-from hf_rgm.fidelity.scores import Estimate
+from hf_rgm.agreement.correlations import Estimate
+from hf_rgm.agreement.fidelity_figures import Agreement
+from hf_rgm.fidelity.report import FidelityReport
 from hf_rgm.hub import CardOptions, cards
-from hf_rgm.hub.cards import (
-    NOT_MEASURED,
-    attribution_card,
-    escaped,
-    fidelity_section,
-    synset_card,
-    unlearned_model_card,
-)
+from hf_rgm.hub.cards import NOT_MEASURED, escaped, fidelity_section
+from hf_rgm.results.result_card import attribution_card
+from hf_rgm.results.unlearned import UnlearnedModel, UnlearningCheck
+from hf_rgm.results.unlearned_card import unlearned_model_card
+from hf_rgm.synset.card import synset_card
 from hf_rgm.testing import tiny_synset
 
 REPORT = FidelityReport(

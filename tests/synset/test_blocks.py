@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hf_rgm.synset.blocks import BlockStore
+from hf_rgm.distillation.blocks import BlockStore
 
 BLOCK = range(2, 4)
 

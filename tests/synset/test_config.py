@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from hf_rgm.synset.config import DistillationConfig
+from hf_rgm.distillation.config import DistillationConfig
 
 
 def test_round_trip_through_json():

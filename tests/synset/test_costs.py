@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 
 from hf_rgm import DistillationConfig, ReverseGradientMatchingDistiller
-from hf_rgm.synset.costs import CostEstimate, PieceOfWork
-from hf_rgm.synset.learner import BlockLearner
+from hf_rgm.distillation.learner import BlockLearner
+from hf_rgm.model.cost_estimates import CostEstimate, PieceOfWork
 from hf_rgm.testing import tiny_recorded_run, tiny_synset
 
 RUN = tiny_recorded_run()
@@ -39,7 +39,7 @@ def test_time_is_that_of_the_rows_and_the_iterations(monkeypatch, settings):
 
     monkeypatch.setattr(BlockLearner, "time_iteration", one_second)
     monkeypatch.setattr(BlockLearner, "time_settling", lambda learner, start: 0.5)
-    monkeypatch.setattr("hf_rgm.synset.distiller.measure_rows", lambda *_: PieceOfWork(0.125, 0))
+    monkeypatch.setattr("hf_rgm.distillation.distiller.measure_rows", lambda *_: PieceOfWork(0.125, 0))
     estimate = distiller(num_iterations=100, cluster_block_size=3, sketch_dimension=80, **settings).estimate()
     assert taken[0] > 0
     rows, all_rounds, two_rounds = 0.125 * 48 * 5, 100 + 4 * 0.5, 30 + 2 * 0.5

@@ -7,8 +7,9 @@ from dataclasses import replace
 
 import pytest
 
-from hf_rgm.fidelity.report import Agreement, FidelityReport
-from hf_rgm.fidelity.scores import Estimate
+from hf_rgm.agreement.correlations import Estimate
+from hf_rgm.agreement.fidelity_figures import Agreement
+from hf_rgm.fidelity.report import FidelityReport
 from hf_rgm.synset.synset import Synset
 from hf_rgm.testing import tiny_synset
 

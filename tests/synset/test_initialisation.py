@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from hf_rgm.losses import CROSS_ENTROPY
-from hf_rgm.modeling import FunctionalModel
-from hf_rgm.rows import CachedBatches, RowReader
-from hf_rgm.synset.config import INITIALISATIONS, DistillationConfig
-from hf_rgm.synset.initialisation import initial_samples
+from hf_rgm.distillation.config import INITIALISATIONS, DistillationConfig
+from hf_rgm.distillation.initialisation import initial_samples
+from hf_rgm.model.functional_model import FunctionalModel
+from hf_rgm.model.losses import CROSS_ENTROPY
+from hf_rgm.model.row_reader import CachedBatches, RowReader
 from hf_rgm.synset.inputs import ContinuousInputs
 from hf_rgm.testing import tiny_recorded_run
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hf_rgm.modeling import FunctionalModel
+from hf_rgm.model.functional_model import FunctionalModel
 from hf_rgm.synset.inputs import ContinuousInputs
 from hf_rgm.synset.samples import SyntheticSamples
 from hf_rgm.testing import TinyConfig, TinyModel

@@ -7,10 +7,11 @@ import torch
 from torch.func import grad, vmap
 
 from hf_rgm import DistillationConfig
-from hf_rgm.modeling import FunctionalModel
+from hf_rgm.distillation.memory_plan import MatchMemory, measure_match, plan_memory
+from hf_rgm.model.functional_model import FunctionalModel
+from hf_rgm.model.peak_memory import HEAP_BLOCK_BYTES, PeakTensors
 from hf_rgm.synset.inputs import ContinuousInputs
-from hf_rgm.synset.matching import SynsetGradients, matching_error
-from hf_rgm.synset.memory import HEAP_BLOCK_BYTES, MatchMemory, PeakTensors, measure_match, plan_memory
+from hf_rgm.synset.synset_gradients import SynsetGradients, matching_error
 from hf_rgm.testing import tiny_recorded_run, tiny_synset
 
 MATCH = MatchMemory(fixed_bytes=1_000, cluster_bytes=20_000)

@@ -4,13 +4,13 @@ import pytest
 import torch
 
 from hf_rgm import DistillationConfig
-from hf_rgm.hub.cards import privacy_section
-from hf_rgm.losses import CROSS_ENTROPY
-from hf_rgm.modeling import FunctionalModel
-from hf_rgm.rows import CachedBatches, RowReader
-from hf_rgm.synset.initialisation import initial_samples
+from hf_rgm.distillation.initialisation import initial_samples
+from hf_rgm.distillation.privacy import measure_privacy
+from hf_rgm.model.functional_model import FunctionalModel
+from hf_rgm.model.losses import CROSS_ENTROPY
+from hf_rgm.model.row_reader import CachedBatches, RowReader
+from hf_rgm.synset.card import privacy_section
 from hf_rgm.synset.inputs import ContinuousInputs, input_space
-from hf_rgm.synset.privacy import measure_privacy
 from hf_rgm.synset.samples import SyntheticSamples
 from hf_rgm.testing import tiny_recorded_run, tiny_synset
 from tests.text import classifier, texts

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 
-from hf_rgm.artefacts import TensorFile
-from hf_rgm.modeling import ParameterSpace
+from hf_rgm.files.reading import TensorFile
+from hf_rgm.model.functional_model import ParameterSpace
 from hf_rgm.synset.responses import Responses
 from hf_rgm.synset.responses_file import RESPONSES_FILE
 from hf_rgm.synset.synset import Synset
@@ -298,7 +298,9 @@ def test_responses_of_other_clusters_parameters_or_steps_are_refused():
 
 def test_what_is_too_large_to_decode_is_said_so(monkeypatch):
     responses = tiny_responses()
-    monkeypatch.setattr("hf_rgm.artefacts.psutil.virtual_memory", lambda: type("Memory", (), {"available": 1000})())
+    monkeypatch.setattr(
+        "hf_rgm.files.reading.psutil.virtual_memory", lambda: type("Memory", (), {"available": 1000})()
+    )
     with pytest.raises(MemoryError, match="Decoding responses needs 3.9 kB"):
         responses.decode()
     responses.decode(slice(0, 1))

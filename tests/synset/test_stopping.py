@@ -10,8 +10,15 @@ from hypothesis import strategies as st
 from scipy.optimize import nnls
 from scipy.stats import spearmanr
 
+from hf_rgm.distillation.stopping import (
+    FIRST_ROUND,
+    SMALLEST_FACTOR,
+    MatchQuality,
+    SampleProducts,
+    round_lengths,
+    scaled,
+)
 from hf_rgm.synset.samples import SyntheticSamples
-from hf_rgm.synset.stopping import FIRST_ROUND, SMALLEST_FACTOR, MatchQuality, SampleProducts, round_lengths, scaled
 
 SOLVED = 1e-4
 """Relative; one weight after another comes near the solution, and is stopped."""

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from hf_rgm.attribution.attributor import Attributor
 from hf_rgm.exceptions import ParameterMismatchError
-from hf_rgm.modeling import parameters_sha256
+from hf_rgm.model.functional_model import parameters_sha256
 from hf_rgm.synset.samples import SyntheticSamples
 from hf_rgm.synset.synset import Synset
 from hf_rgm.testing import TinyConfig, TinyModel, tiny_recorded_run, tiny_synset

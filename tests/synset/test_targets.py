@@ -5,9 +5,9 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from hf_rgm.modeling import FunctionalModel
-from hf_rgm.rows import CachedBatches, RowReader
-from hf_rgm.synset.targets import cluster_gradients
+from hf_rgm.model.functional_model import FunctionalModel
+from hf_rgm.model.row_gradients import cluster_gradients
+from hf_rgm.model.row_reader import CachedBatches, RowReader
 from hf_rgm.testing import tiny_recorded_run
 
 

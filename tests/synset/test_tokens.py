@@ -3,13 +3,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hf_rgm.losses import RowLoss
-from hf_rgm.modeling import FunctionalModel
-from hf_rgm.rows import RowReader
+from hf_rgm.model.functional_model import FunctionalModel
+from hf_rgm.model.losses import RowLoss
+from hf_rgm.model.row_gradients import row_derivatives, row_gradients
+from hf_rgm.model.row_reader import RowReader
 from hf_rgm.synset.inputs import ContinuousInputs, EmbeddedTokens, SoftTokens, choose_ids, first_tokens, input_space
-from hf_rgm.synset.matching import SynsetGradients
 from hf_rgm.synset.samples import SyntheticSamples
-from hf_rgm.synset.targets import row_derivatives, row_gradients
+from hf_rgm.synset.synset_gradients import SynsetGradients
 from tests.text import DECODERS, ENCODERS, VOCABULARY, classifier, language_model, tagger, texts
 from tests.vision import vit
 

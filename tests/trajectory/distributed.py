@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-import hf_rgm.trajectory.recording
-from hf_rgm.trajectory import TrajectoryCallback
+import hf_rgm.recording.recording
+from hf_rgm.recording.callback import TrajectoryCallback
 from tests.trajectory.helpers import MeanModel, OutOfMemoryModel, UpdateModel, dataset, make_trainer, trainable
 
 # 22 rows in batches of 4: three batches for each process, of which the last has rows of the epoch's beginning.
@@ -68,18 +68,18 @@ def record(folder: Path, model: MeanModel, resume: bool = False, **arguments: An
 
 def full_disk(folder: Path, rank: int) -> dict[str, Any]:
     """The main process cannot write the second state."""
-    original: Callable[..., None] = hf_rgm.trajectory.recording.write_state
+    original: Callable[..., None] = hf_rgm.recording.recording.write_state
 
     def write_state(path: Path, state: Any) -> None:
         if state.step > 0:
             raise OSError(errno.ENOSPC, "No space left on device.")
         original(path, state)
 
-    hf_rgm.trajectory.recording.write_state = write_state
+    hf_rgm.recording.recording.write_state = write_state
     try:
         return record(folder, MeanModel())
     finally:
-        hf_rgm.trajectory.recording.write_state = original
+        hf_rgm.recording.recording.write_state = original
 
 
 def main(folder: Path) -> None:

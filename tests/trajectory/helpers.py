@@ -11,7 +11,10 @@ from torch.func import functional_call
 from torch.nn import functional as F
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from hf_rgm.trajectory import Trajectory, TrajectoryCallback, TrajectoryState, apply_update
+from hf_rgm.recording.callback import TrajectoryCallback
+from hf_rgm.trajectory.optimizers import apply_update
+from hf_rgm.trajectory.states import TrajectoryState
+from hf_rgm.trajectory.trajectory import Trajectory
 
 NUM_ROWS = 22
 

@@ -19,9 +19,9 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import GPT2Config, GPT2ForSequenceClassification, Trainer, TrainingArguments
 
-from hf_rgm.modeling import FunctionalModel
-from hf_rgm.sharding import whole
-from hf_rgm.trajectory import TrajectoryCallback
+from hf_rgm.model.functional_model import FunctionalModel
+from hf_rgm.model.sharding import whole
+from hf_rgm.recording.callback import TrajectoryCallback
 from tests.trajectory.helpers import MeanModel, OutOfMemoryModel, StopAt, UpdateModel, dataset
 
 FSDP: dict[str, Any] = {"fsdp": True, "fsdp_config": {"version": 2, "auto_wrap_policy": "NO_WRAP"}}

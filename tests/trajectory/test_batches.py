@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler
 
-from hf_rgm.trajectory.batches import RowSchedule
+from hf_rgm.recording.batches import RowSchedule
 
 
 def prepared(num_rows, batch_size, *, shuffle=True, seed=3, **arguments):

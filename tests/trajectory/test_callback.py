@@ -6,7 +6,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from hf_rgm.trajectory import Trajectory, TrajectoryCallback, dataset_fingerprint
+from hf_rgm.recording.callback import TrajectoryCallback
+from hf_rgm.trajectory.fingerprint import dataset_fingerprint
+from hf_rgm.trajectory.trajectory import Trajectory
 from tests.trajectory.helpers import (
     MeanModel,
     OutOfMemoryModel,

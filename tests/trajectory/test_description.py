@@ -11,8 +11,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from transformers import Trainer, TrainingArguments
 
-from hf_rgm.trajectory import TrajectoryCallback
-from hf_rgm.trajectory.description import check_supported, describe_run, fingerprint_columns, loss_reduction
+from hf_rgm.recording.callback import TrajectoryCallback
+from hf_rgm.recording.description import check_supported, describe_run, fingerprint_columns, loss_reduction
 from tests.trajectory.helpers import MeanModel, UpdateModel, dataset, make_trainer
 
 

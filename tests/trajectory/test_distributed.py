@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from hf_rgm.trajectory import Trajectory, TrajectoryCallback
+from hf_rgm.recording.callback import TrajectoryCallback
+from hf_rgm.trajectory.trajectory import Trajectory
 from tests.trajectory.distributed import CHECKPOINT, RESUMED, RUNS
 from tests.trajectory.helpers import MeanModel, OutOfMemoryModel, dataset, make_trainer, replay, trainable
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import EarlyStoppingCallback
 
-from hf_rgm.trajectory import TrajectoryCallback
+from hf_rgm.recording.callback import TrajectoryCallback
 from tests.trajectory.helpers import MeanModel, StopAt, assert_identical, train, trainable
 
 

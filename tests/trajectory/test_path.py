@@ -7,10 +7,12 @@ import pytest
 import torch
 from hypothesis import strategies as st
 
-from hf_rgm.modeling import ParameterSpace
+from hf_rgm.model.functional_model import ParameterSpace
 from hf_rgm.trajectory.optimizers import OptimizerRule, ParameterGroup
 from hf_rgm.trajectory.path import LinearStep, RecordedPath, deviation_step
-from hf_rgm.trajectory.storage import StepTable, Trajectory, TrajectoryState
+from hf_rgm.trajectory.states import TrajectoryState
+from hf_rgm.trajectory.steps import StepTable
+from hf_rgm.trajectory.trajectory import Trajectory
 
 SPACE = ParameterSpace(("a", "b"), (torch.Size([2]), torch.Size([1])))
 NUM_STEPS = 6

@@ -7,7 +7,6 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from hf_rgm.testing import tiny_recorded_run
-from hf_rgm.trajectory import Trajectory
 from hf_rgm.trajectory.precision import (
     BLOCK_SIZE,
     dequantize,
@@ -16,6 +15,7 @@ from hf_rgm.trajectory.precision import (
     quantize_logarithm,
     scale_shape,
 )
+from hf_rgm.trajectory.trajectory import Trajectory
 
 SHAPES = st.lists(st.integers(0, 20), max_size=3).map(tuple)
 BFLOAT16_ERROR = 2.0**-8

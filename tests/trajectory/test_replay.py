@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from hf_rgm.trajectory import Trajectory, TrajectoryCallback
+from hf_rgm.recording.callback import TrajectoryCallback
+from hf_rgm.trajectory.trajectory import Trajectory
 from tests.trajectory.helpers import MeanModel, UpdateModel, dataset, make_trainer, replay, trainable
 
 # float32 arithmetic in another order, over 18 updates.

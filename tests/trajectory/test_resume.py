@@ -8,7 +8,8 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from hf_rgm.trajectory import Trajectory, TrajectoryCallback
+from hf_rgm.recording.callback import TrajectoryCallback
+from hf_rgm.trajectory.trajectory import Trajectory
 from tests.trajectory.helpers import (
     MeanModel,
     OutOfMemoryModel,

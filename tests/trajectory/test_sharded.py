@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from hf_rgm.modeling import FunctionalModel
-from hf_rgm.trajectory import Trajectory
+from hf_rgm.model.functional_model import FunctionalModel
+from hf_rgm.trajectory.trajectory import Trajectory
 from tests.trajectory.helpers import MeanModel, assert_identical, dataset, replay, trainable
 from tests.trajectory.sharded import RUNS, lora
 

@@ -9,8 +9,9 @@ import time
 import pytest
 from transformers import TrainerCallback
 
-from hf_rgm.files import FOLDER_LOCK, FolderLock
-from hf_rgm.trajectory import Trajectory, TrajectoryCallback
+from hf_rgm.files.writing import FOLDER_LOCK, FolderLock
+from hf_rgm.recording.callback import TrajectoryCallback
+from hf_rgm.trajectory.trajectory import Trajectory
 from tests.test_files import HOLDER
 from tests.trajectory.helpers import MeanModel, StopAt, make_trainer, trainable
 from tests.trajectory.test_resume import ARGUMENTS, assert_same_steps, resume, uninterrupted
@@ -95,7 +96,7 @@ def test_what_could_not_be_written_stops_training_at_a_later_step(tmp_path, monk
         if state.step > 0:
             raise OSError(28, "No space left on device.")
 
-    monkeypatch.setattr("hf_rgm.trajectory.recording.write_state", write_state)
+    monkeypatch.setattr("hf_rgm.recording.recording.write_state", write_state)
     model = MeanModel()
     trainer = make_trainer(tmp_path, model, TrajectoryCallback(tmp_path / "trajectory", num_states=4))
     with pytest.raises(OSError, match="No space left on device. Training stops, as .* without a record of step 6"):
@@ -104,7 +105,7 @@ def test_what_could_not_be_written_stops_training_at_a_later_step(tmp_path, monk
 
 
 def test_states_are_those_of_their_step_however_late_they_are_written(tmp_path, monkeypatch):
-    import hf_rgm.trajectory.recording as recording
+    import hf_rgm.recording.recording as recording
 
     _, whole = uninterrupted(tmp_path / "elsewhere", num_states=10)
     original = recording.write_state

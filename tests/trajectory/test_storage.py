@@ -6,10 +6,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from hf_rgm.artefacts import ArtefactFolder
-from hf_rgm.trajectory import OptimizerRule, ParameterGroup, StepTable, Trajectory, TrajectoryState
-from hf_rgm.trajectory.states import write_state
-from hf_rgm.trajectory.steps import part_path, read_steps, write_part
+from hf_rgm.files.reading import ArtefactFolder
+from hf_rgm.trajectory.optimizers import OptimizerRule, ParameterGroup
+from hf_rgm.trajectory.states import TrajectoryState, write_state
+from hf_rgm.trajectory.steps import StepTable, part_path, read_steps, write_part
+from hf_rgm.trajectory.trajectory import Trajectory
 
 RULE = OptimizerRule("adam", (ParameterGroup(("a.weight",), weight_decay=0.1), ParameterGroup(("bias",))))
 SHAPES = {"a.weight": (2, 3), "bias": ()}

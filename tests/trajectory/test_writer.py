@@ -2,7 +2,7 @@ import threading
 
 import pytest
 
-from hf_rgm.trajectory.writer import BackgroundWriter
+from hf_rgm.recording.writer import BackgroundWriter
 
 
 def test_work_is_done_in_order_by_another_thread():

@@ -16,8 +16,8 @@ from benchmarks.peers.dattri_influence import conjugate_gradients
 from benchmarks.peers.kronfluence_ekfac import ekfac
 from benchmarks.peers.trak import trak
 from benchmarks.recorded import Prediction
-from hf_rgm.fidelity.scores import spearman_by_query
-from hf_rgm.trajectory.storage import Trajectory
+from hf_rgm.agreement.correlations import spearman_by_query
+from hf_rgm.trajectory.trajectory import Trajectory
 from tests.benchmarks.peers import linear
 
 MODULES = {"captum": "captum.influence", "kronfluence": "kronfluence", "dattri": "dattri.algorithm", "trak": "trak"}

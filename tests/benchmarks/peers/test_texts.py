@@ -16,10 +16,10 @@ from benchmarks.tasks import Task
 from benchmarks.tasks.trainers import quiet_trainer
 from hf_rgm import ClusterMap
 from hf_rgm.engines.objectives import Queries, resolve_objective
-from hf_rgm.modeling import FunctionalModel
-from hf_rgm.rows import RowReader
-from hf_rgm.synset.targets import row_gradients
-from hf_rgm.trajectory.storage import Trajectory
+from hf_rgm.model.functional_model import FunctionalModel
+from hf_rgm.model.row_gradients import row_gradients
+from hf_rgm.model.row_reader import RowReader
+from hf_rgm.trajectory.trajectory import Trajectory
 from tests import text
 from tests.benchmarks.peers.test_peers import need
 

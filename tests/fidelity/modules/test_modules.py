@@ -10,9 +10,9 @@ import evaluate
 import numpy as np
 import pytest
 
+from hf_rgm.agreement.correlations import leave_cluster_out_correlation, linear_datamodeling_score
 from hf_rgm.fidelity.modules.leave_one_out_correlation import LeaveOneOutCorrelation
 from hf_rgm.fidelity.modules.linear_datamodeling_score import LinearDatamodelingScore
-from hf_rgm.fidelity.scores import leave_cluster_out_correlation, linear_datamodeling_score
 
 ROOT = Path(__file__).parents[3]
 FOLDER = ROOT / "hf_rgm" / "fidelity" / "modules"

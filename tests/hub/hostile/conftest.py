@@ -43,7 +43,7 @@ def outcome_of(
 @pytest.fixture(autouse=True)
 def free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """On every machine 8 GB are said to be free."""
-    monkeypatch.setattr("hf_rgm.artefacts.psutil.virtual_memory", lambda: SimpleNamespace(available=8 * 10**9))
+    monkeypatch.setattr("hf_rgm.files.reading.psutil.virtual_memory", lambda: SimpleNamespace(available=8 * 10**9))
 
 
 @pytest.fixture(autouse=True)

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from hf_rgm.artefacts import MAX_JSON_BYTES
+from hf_rgm.files.reading import MAX_JSON_BYTES
 from tests.hub.hostile.artefacts import ARTEFACTS
 from tests.hub.hostile.edits import (
     Edit,

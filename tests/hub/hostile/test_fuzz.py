@@ -13,7 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from hf_rgm.artefacts import ArtefactFolder
+from hf_rgm.files.reading import ArtefactFolder
 from tests.hub.hostile.artefacts import ARTEFACTS, Artefact, is_refusal
 from tests.hub.hostile.edits import Route, replaced
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from hf_rgm import Synset
-from hf_rgm.artefacts import ArtefactFolder
+from hf_rgm.files.reading import ArtefactFolder
 from hf_rgm.hub.repository import open_artefact
 from tests.hub.hostile.artefacts import ARTEFACTS, Artefact, attribute, is_refusal
 from tests.hub.hostile.cases import CASES, VALUES

@@ -21,11 +21,11 @@ MEGABYTES = 200
 LOAD = """
 import resource, sys
 from types import SimpleNamespace
-import hf_rgm.artefacts
+import hf_rgm.files.reading
 from tests.hub.hostile.artefacts import ARTEFACTS
-from hf_rgm.artefacts import ArtefactFolder
+from hf_rgm.files.reading import ArtefactFolder
 
-hf_rgm.artefacts.psutil.virtual_memory = lambda: SimpleNamespace(available=8 * 10**9)
+hf_rgm.files.reading.psutil.virtual_memory = lambda: SimpleNamespace(available=8 * 10**9)
 ARTEFACTS["Synset"].read(ArtefactFolder(sys.argv[1]))
 for name, folder in zip(sys.argv[2::2], sys.argv[3::2]):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

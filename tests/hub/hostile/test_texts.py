@@ -11,10 +11,12 @@ from huggingface_hub import DatasetCard, ModelCard
 from markdown_it import MarkdownIt
 
 from hf_rgm import AttributionResult, ClusterMap
-from hf_rgm.artefacts import printable
-from hf_rgm.attribution.unlearned import UnlearnedModel
-from hf_rgm.explorer.html import HtmlReport
-from hf_rgm.hub.cards import attribution_card, synset_card, unlearned_model_card
+from hf_rgm.files.reading import printable
+from hf_rgm.pages.html import HtmlReport
+from hf_rgm.results.result_card import attribution_card
+from hf_rgm.results.unlearned import UnlearnedModel
+from hf_rgm.results.unlearned_card import unlearned_model_card
+from hf_rgm.synset.card import synset_card
 from hf_rgm.testing import tiny_recorded_run, tiny_synset
 from tests.hub.hostile.artefacts import is_plain
 

@@ -8,7 +8,7 @@ import datasets
 import evaluate
 import numpy as np
 
-from hf_rgm.fidelity.scores import leave_cluster_out_correlation
+from hf_rgm.agreement.correlations import leave_cluster_out_correlation
 
 _DESCRIPTION = """
 The leave-one-out correlation says how well training-data attributions predict what happens when one cluster (or row)

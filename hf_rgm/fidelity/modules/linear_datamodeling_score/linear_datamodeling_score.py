@@ -8,7 +8,7 @@ import datasets
 import evaluate
 import numpy as np
 
-from hf_rgm.fidelity.scores import linear_datamodeling_score
+from hf_rgm.agreement.correlations import linear_datamodeling_score
 
 _DESCRIPTION = """
 The linear datamodeling score (LDS) says how well training-data attributions predict what models trained on random

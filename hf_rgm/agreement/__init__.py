@@ -1,0 +1,1 @@
+"""Agreement with retraining: correlations, subsets, budgets and the figures that are kept."""

@@ -1,0 +1,186 @@
+"""Measured agreement with retraining, as artefacts keep it and pages and cards show it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from typing_extensions import Self
+
+from hf_rgm.agreement.budget import LDS_CLUSTERS, LDS_ROWS, LEAVE_CLUSTER_OUT, MEASURES
+from hf_rgm.agreement.correlations import Estimate
+from hf_rgm.files.reading import printable
+
+FORMAT_VERSION = 1
+DESCRIPTIONS = {
+    LDS_CLUSTERS: "random halves of the clusters (LDS)",
+    LEAVE_CLUSTER_OUT: "single clusters left out",
+    LDS_ROWS: "random halves of the rows (LDS)",
+}
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """
+    One measure of agreement with retraining.
+
+    Args:
+        estimate ([`Estimate`]): Mean over queries of the rank correlation of predicted with retrained values.
+        num_points (`int`): Subsets that were retrained, once a seed.
+        ceiling ([`Estimate`], *optional*): The same for one seed's retraining against the other seeds: what a perfect
+            method could be expected to reach. `None` if there was one seed only.
+    """
+
+    estimate: Estimate
+    num_points: int
+    ceiling: Estimate | None = None
+
+
+@dataclass(frozen=True)
+class FidelityFigures:
+    """
+    How well answers agree with retraining, as it is kept and shown.
+
+    Args:
+        agreements (`dict[str, Agreement]`): By measure: `"lds_clusters"` and `"lds_rows"`, rank correlation over
+            random halves of the clusters or rows; `"leave_cluster_out"`, over single clusters left out.
+        engine (`str`): The engine that answered.
+        objective (`str`): Name of the objective.
+        num_queries (`int`): Values the correlations are averaged over: queries, or one for objectives over a set.
+        seeds (`tuple[int, ...]`): Seeds of the retrainings.
+        rows (`bool`): Whether the attributor was given the training rows.
+        samples_sha256 (`str`): The synset that was measured, see [`Synset.samples_sha256`]; empty without a synset.
+        settings (`dict[str, float]`, *optional*): Settings of the engine other than its defaults.
+        points (`dict[str, tuple[np.ndarray, np.ndarray]]`, *optional*): By measure, for plots: predicted values and
+            retrained ones, mean over seeds, each `(num_values, num_subsets)`. Not kept in artefacts.
+
+    Raises:
+        ValueError: If there is no measure, or one is unknown.
+    """
+
+    agreements: dict[str, Agreement]
+    engine: str
+    objective: str
+    num_queries: int
+    seeds: tuple[int, ...]
+    rows: bool
+    samples_sha256: str
+    settings: dict[str, float] = field(default_factory=dict)
+    points: dict[str, tuple[NDArray[np.floating], NDArray[np.floating]]] = field(
+        default_factory=dict, compare=False, repr=False
+    )
+
+    def __post_init__(self) -> None:
+        if not self.agreements or not set(self.agreements) <= set(MEASURES):
+            raise ValueError(
+                f"`agreements` must hold some of {', '.join(MEASURES)}, got {', '.join(self.agreements) or 'nothing'}."
+            )
+
+    @property
+    def num_retrainings(self) -> int:
+        """Models that were trained."""
+        return sum(agreement.num_points for agreement in self.agreements.values()) * len(self.seeds)
+
+    @property
+    def source(self) -> str:
+        """What the engine had, in words."""
+        if not self.rows:
+            return "on the synset alone"
+        return "on synset and training rows" if self.samples_sha256 else "on the training rows"
+
+    def __str__(self) -> str:
+        seeds = f"{'seeds' if len(self.seeds) > 1 else 'seed'} {' and '.join(map(str, self.seeds))}"
+        queries = "1 query" if self.num_queries == 1 else f"{self.num_queries} queries"
+        lines = [
+            f"Agreement of the {self.engine} engine {self.source} with {self.num_retrainings} retrainings "
+            f"({seeds}), objective {self.objective}, mean over {queries}, 95% intervals:"
+        ]
+        for name, agreement in self.agreements.items():
+            ceiling = "" if agreement.ceiling is None else f"; noise ceiling {agreement.ceiling}"
+            lines.append(
+                f"- {DESCRIPTIONS[name]}: {agreement.estimate} over {agreement.num_points} retrained subsets{ceiling}"
+            )
+        scale = "1 is perfect agreement, 0 none."
+        if len(self.seeds) > 1:
+            lines.append(f"{scale} Noise ceiling: how well retraining with one seed agrees with the others.")
+        else:
+            lines.append(f"{scale} With one seed the noise ceiling, what retraining itself reaches, is unknown.")
+        return "\n".join(lines)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as JSON-safe values, with a `format_version`."""
+        content = asdict(replace(self, points={}))
+        del content["points"]
+        return {"format_version": FORMAT_VERSION, **content, "seeds": list(self.seeds)}
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> Self:
+        """
+        What [`FidelityFigures.to_dict`] gave.
+
+        Raises:
+            ValueError: If it is of another format version, or not a whole report.
+        """
+        if not isinstance(content, Mapping) or content.get("format_version") != FORMAT_VERSION:
+            found = content.get("format_version") if isinstance(content, Mapping) else type(content).__name__
+            raise ValueError(
+                f"The fidelity report has format version {found}, this release of hf_rgm reads {FORMAT_VERSION}. "
+                "Install the release that wrote it, or measure again."
+            )
+        try:
+            return cls(
+                agreements={name: _read_agreement(part) for name, part in content["agreements"].items()},
+                engine=printable(str(content["engine"])),
+                objective=printable(str(content["objective"])),
+                num_queries=int(content["num_queries"]),
+                seeds=tuple(int(seed) for seed in content["seeds"]),
+                rows=bool(content["rows"]),
+                samples_sha256=str(content["samples_sha256"]),
+                settings={printable(name): _number(value) for name, value in content["settings"].items()},
+            )
+        except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
+            raise ValueError(f"The fidelity report is damaged ({error!r}). Measure again.") from error
+
+
+def check_kept_report(content: Mapping[str, Any] | None, where: str) -> None:
+    """
+    Checks the report that an artefact keeps, if it has one.
+
+    Args:
+        content (`Mapping`, *optional*): What [`FidelityFigures.to_dict`] gave.
+        where (`str`): How the error calls it.
+
+    Raises:
+        ValueError: See [`FidelityFigures.from_dict`].
+    """
+    if content is not None:
+        try:
+            FidelityFigures.from_dict(content)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise ValueError(f"{value!r} is no number")
+    return value
+
+
+def _read_agreement(content: Mapping[str, Any]) -> Agreement:
+    ceiling = content["ceiling"]
+    return Agreement(
+        _read_estimate(content["estimate"]),
+        int(content["num_points"]),
+        None if ceiling is None else _read_estimate(ceiling),
+    )
+
+
+def _read_estimate(content: Mapping[str, Any]) -> Estimate:
+    value, low, high = (None if content[name] is None else float(content[name]) for name in ("value", "low", "high"))
+    if value is None or not all(math.isfinite(bound) for bound in (value, low, high) if bound is not None):
+        raise ValueError(f"{dict(content)} is not an estimate")
+    return Estimate(value, low, high, int(content["num_nan"]))

@@ -1,0 +1,180 @@
+"""What a folder or repository is, whether it is whole, and what can be done with it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub.errors import LocalEntryNotFoundError
+
+from hf_rgm.engines.registry import ENGINES
+from hf_rgm.fidelity.report import FidelityReport
+from hf_rgm.files.reading import ArtefactFolder, printable
+from hf_rgm.files.writing import format_size
+from hf_rgm.hub.repository import open_artefact
+from hf_rgm.results.result import AttributionResult
+from hf_rgm.synset.responses import Responses
+from hf_rgm.synset.synset import Synset
+from hf_rgm.trajectory.trajectory import METADATA_FILE, Trajectory
+
+HIGH = 0.5
+"""A matching error of scores that mean little without the rows."""
+
+MAX_DRIFTS = {name: engine.max_drift for name, engine in ENGINES.items() if engine.max_drift is not None}
+MARKERS = {METADATA_FILE: "trajectory", Synset.marker: "synset", AttributionResult.marker: "attributions"}
+
+
+@dataclass(frozen=True)
+class Description:
+    """
+    What is known of an artefact.
+
+    Args:
+        kind (`str`): `"trajectory"`, `"synset"` or `"attributions"`.
+        where (`str`): The folder, or the repository with its commit.
+        problem (`str`, *optional*): Why it cannot be used, where it is not whole.
+        facts (`dict[str, Any]`): What it holds, JSON-safe.
+        uses (`tuple[str, ...]`): What can be done with it.
+    """
+
+    kind: str
+    where: str
+    problem: str | None
+    facts: dict[str, Any]
+    uses: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-safe."""
+        return asdict(self) | {"whole": self.problem is None}
+
+    def __str__(self) -> str:
+        lines = [f"{self.kind} in {self.where}"]
+        lines += [f"  {name}: {value}" for name, value in self.facts.items()]
+        lines.append("  whole: yes" if self.problem is None else f"  whole: NO. {self.problem}")
+        return "\n".join([*lines, *(f"  -> {use}" for use in self.uses)])
+
+
+def describe(name_or_path: str | Path, *, revision: str | None = None, token: str | bool | None = None) -> Description:
+    """
+    Describes a folder, or a dataset repository on the Hub.
+
+    Args:
+        name_or_path (`str` or `Path`): A folder, or the id of a repository.
+        revision (`str`, *optional*): Branch, tag or commit of the repository.
+        token (`str` or `bool`, *optional*): As in `huggingface_hub`.
+
+    Raises:
+        FileNotFoundError: If there is no such folder or repository, or it holds nothing of hf_rgm.
+        RepositoryNotFoundError, RevisionNotFoundError: See [`Synset.from_pretrained`].
+    """
+    folder = _open(name_or_path, revision, token)
+    kind = next(kind for marker, kind in MARKERS.items() if folder.at_hand(marker))
+    read = {"trajectory": _trajectory, "synset": _synset, "attributions": _attributions}[kind]
+    try:
+        facts, uses = read(folder, str(name_or_path))
+    except (FileNotFoundError, MemoryError, ValueError) as error:
+        return Description(kind, str(folder), str(error), {}, ())
+    return Description(kind, str(folder), None, facts, tuple(uses))
+
+
+def _open(name_or_path: str | Path, revision: str | None, token: str | bool | None) -> ArtefactFolder:
+    """The folder or repository, with one of the markers at hand."""
+    for marker in MARKERS:
+        try:
+            folder = open_artefact(name_or_path, marker, revision=revision, token=token)
+        except FileNotFoundError as error:
+            if isinstance(error.__cause__, LocalEntryNotFoundError):
+                raise  # the Hub is not reached: nobody knows what is there
+            continue
+        if folder.at_hand(marker):
+            return folder
+    held = [path.parent.name for marker in MARKERS for path in Path(name_or_path).glob(f"*/{marker}")]
+    if held:
+        raise FileNotFoundError(
+            f"{str(name_or_path)!r} is no trajectory, synset or attributions itself, but holds {', '.join(held)}: "
+            f"name one, such as {Path(name_or_path) / held[0]}. `hf-rgm explore` takes the folder as it is."
+        )
+    raise FileNotFoundError(
+        f"{str(name_or_path)!r} is no folder or dataset repository with a trajectory, synset or attributions: none of "
+        f"{', '.join(MARKERS)} is there."
+    )
+
+
+def _trajectory(folder: ArtefactFolder, name: str) -> tuple[dict[str, Any], list[str]]:
+    trajectory = Trajectory.load(folder)
+    facts = {
+        "model": _model(trajectory),
+        "parameters": sum(tensor.numel() for tensor in trajectory.final.parameters.values()),
+        "optimizer": trajectory.optimizer.name,
+        "steps": trajectory.num_steps,
+        "recorded states": f"{len(trajectory.state_steps)}, {format_size(trajectory.states_bytes)}",
+        "training rows": trajectory.num_rows,
+    }
+    return facts, [
+        f"distil it: hf-rgm distill {name} MODEL DATASET -o SYNSET --cluster-column COLUMN",
+        f"or: ReverseGradientMatchingDistiller(model, {name!r}, train_dataset, clusters).distill()",
+    ]
+
+
+def _synset(folder: ArtefactFolder, name: str) -> tuple[dict[str, Any], list[str]]:
+    synset = Synset.from_pretrained(folder)
+    facts = {
+        "model": f"{_model(synset.trajectory)}, trained parameters with SHA-256 {synset.parameters_sha256[:16]}",
+        "samples": f"{synset.num_samples} of {synset.input_name}, {synset.num_clusters} clusters, "
+        f"{len(synset.trajectories)} recorded {'run' if len(synset.trajectories) == 1 else 'runs'}",
+        "training rows": synset.clusters.num_rows,
+        "matching error": round(synset.matching_error, 4),
+        "fidelity": _fidelity(synset.fidelity),
+    }
+    if synset.matching_error > HIGH:
+        facts["caution"] = "the matching error is high: give the training rows, or distil again with more samples"
+    if synset.responses is not None:
+        facts["responses"] = _responses(synset.responses, synset.trajectory.num_steps)
+    uses = [
+        f"attribute: hf-rgm attribute MODEL {name} QUERIES -o ATTRIBUTIONS",
+        f'or: pipeline("data-attribution", model=..., synset={name!r}), whose model_without([...]) unlearns',
+    ]
+    if synset.fidelity is None:
+        uses.append(f"measure: hf-rgm validate MODEL {name} QUERIES DATASET --build-trainer FILE.py:NAME")
+    return facts, uses if folder.is_remote else [*uses, f"share: hf-rgm push {name} NAMESPACE/NAME"]
+
+
+def _attributions(folder: ArtefactFolder, name: str) -> tuple[dict[str, Any], list[str]]:
+    result = AttributionResult.from_pretrained(folder)
+    facts = {
+        "scores": f"{result.num_queries} queries x {result.num_clusters} clusters",
+        "training rows scored": 0 if result.row_scores is None else result.row_scores.shape[1],
+        "objective": result.objective,
+        "engine": result.engine,
+        "sign": result.SIGN_CONVENTION,
+        "fidelity": _fidelity(result.metadata.get("fidelity")),
+    }
+    drift = result.metadata.get("drift")
+    if isinstance(drift, float) and drift > MAX_DRIFTS.get(result.engine, float("inf")):
+        facts["caution"] = f"replays drifted by {drift:.3g}: do not rely on these scores"
+    uses = [f"look: hf-rgm explore {name}", f"or: AttributionResult.from_pretrained({name!r}).top()"]
+    return facts, uses if folder.is_remote else [*uses, f"share: hf-rgm push {name} NAMESPACE/NAME"]
+
+
+def _model(trajectory: Trajectory) -> str:
+    described = trajectory.metadata.get("model")
+    return printable(str(described.get("class", "not known"))) if isinstance(described, dict) else "not known"
+
+
+def _responses(responses: Responses, num_steps: int) -> str:
+    """What they are, after they were read to see that they are whole, unless they would have to be fetched."""
+    if responses.at_hand:
+        responses.check()
+    return (
+        f"{responses.precision}, {format_size(responses.num_bytes)}: the parameter changes of leaving each of "
+        f"{responses.num_clusters} clusters out, from real rows' gradients, followed from step "
+        f"{responses.rewind_step} of {num_steps}{'' if responses.at_hand else '; fetched when asked for'}"
+    )
+
+
+def _fidelity(fidelity: dict[str, Any] | None) -> str:
+    if fidelity is None:
+        return "not measured"
+    report = FidelityReport.from_dict(fidelity)
+    return ", ".join(f"{name} {agreement.estimate}" for name, agreement in report.agreements.items())

@@ -1,0 +1,1 @@
+"""The map from training rows to clusters."""

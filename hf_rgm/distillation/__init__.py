@@ -1,0 +1,1 @@
+"""Distilling a synset: matching gradients, until it is done."""

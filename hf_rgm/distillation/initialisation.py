@@ -1,0 +1,105 @@
+"""Where synthetic samples start."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hf_rgm.distillation.config import DistillationConfig
+from hf_rgm.model.losses import IGNORED_LABEL, RowLoss
+from hf_rgm.model.row_reader import CachedBatches
+from hf_rgm.synset.inputs import InputSpace, choose_ids
+from hf_rgm.synset.samples import SyntheticSamples, smoothed_one_hot
+
+MAX_ROWS = 2000
+"""Rows of a cluster that are looked at, drawn at random where it has more: it need not fit in memory."""
+
+UNLABELLED_LOG_WEIGHT = -3.0
+"""Log-weight, beside that of other positions, of a position that starts from a token without a label."""
+
+
+def initial_samples(
+    batches: CachedBatches,
+    rows: Sequence[np.ndarray],
+    clusters: Sequence[int],
+    inputs: InputSpace,
+    num_labels: int,
+    row_loss: RowLoss,
+    config: DistillationConfig,
+) -> SyntheticSamples:
+    """
+    First values of the synthetic samples of some clusters.
+
+    Each cluster draws from its own generator, seeded with the config's seed and the cluster's index, so that the
+    result does not depend on which clusters are distilled together.
+
+    Args:
+        batches (`CachedBatches`): The training rows, grouped by cluster.
+        rows (`Sequence[np.ndarray]`): Row indices of every cluster.
+        clusters (`Sequence[int]`): The clusters to start.
+        inputs (`InputSpace`): The space of the synthetic inputs.
+        num_labels (`int`): Length of the model's logits.
+        row_loss (`RowLoss`): The loss of a row.
+        config (`DistillationConfig`): `init`, `samples_per_cluster`, `target_smoothing`, `num_target_choices` and
+            `seed` matter here.
+
+    Returns:
+        `SyntheticSamples`: `(len(clusters), samples_per_cluster, ...)` each.
+    """
+    count = config.samples_per_cluster
+    num_rows = sum(len(r) for r in rows)
+    parts = []
+    for cluster in clusters:
+        generator = torch.Generator().manual_seed(config.seed * 1_000_003 + cluster)
+        pieces = [inputs.read(x, y) for x, y in batches.sample(cluster, MAX_ROWS, generator)]
+        real = torch.cat([x for x, _ in pieces])
+        labels = torch.cat([y for _, y in pieces])
+        chosen = _chosen(config, inputs, real, generator).to(real.device)
+        samples = inputs.start(config.init, real, chosen, generator)
+        own = None if config.init in ("mean", "noise") else labels[chosen]
+        samples |= _targets(labels, own, num_labels, config, generator)
+        positions = labels[chosen] if own is not None else labels.new_zeros(count, *labels.shape[1:])
+        weight = math.log(len(rows[cluster]) / num_rows / count)
+        if labels.dim() == 2:
+            labelled = float((labels != IGNORED_LABEL).sum()) / len(labels)
+            weight += math.log(max(labelled, 1.0) / row_loss.labels_per_row / labels.shape[1])
+        samples["log_weights"] = weight + UNLABELLED_LOG_WEIGHT * (positions == IGNORED_LABEL).float()
+        parts.append(samples)
+    return SyntheticSamples(**{name: torch.stack([part[name] for part in parts]).contiguous() for name in parts[0]})
+
+
+def _chosen(config: DistillationConfig, inputs: InputSpace, real: Tensor, generator: torch.Generator) -> Tensor:
+    count = config.samples_per_cluster
+    chosen = torch.randint(len(real), (count,), generator=generator)
+    if len(real) >= count:
+        chosen = torch.randperm(len(real), generator=generator)[:count]
+    if config.init == "nearest":
+        vectors = inputs.vectors(real).flatten(1)
+        nearest = int((vectors - vectors.mean(0)).norm(dim=1).argmin())
+        chosen = torch.cat([torch.tensor([nearest]), chosen[chosen != nearest], chosen])[:count]
+    return chosen
+
+
+def _targets(
+    labels: Tensor, own: Tensor | None, num_labels: int, config: DistillationConfig, generator: torch.Generator
+) -> dict[str, Tensor]:
+    """Logits of the targets; over some of the labels only where there are more than `num_target_choices`."""
+    count, smoothing = config.samples_per_cluster, config.target_smoothing
+    shape = (count, *labels.shape[1:])
+    known = labels[labels != IGNORED_LABEL]
+    if num_labels <= config.num_target_choices:
+        if own is not None:
+            return {"targets": smoothed_one_hot(own.clamp_min(0), num_labels, smoothing)}
+        share = torch.nn.functional.one_hot(known, num_labels).float().mean(0)
+        return {"targets": (share * (1 - smoothing) + smoothing / num_labels).log().expand(*shape, num_labels)}
+    if own is not None:
+        # A position without a label starts from any of the cluster's.
+        own = torch.where(own == IGNORED_LABEL, known[0], own)
+    ids = choose_ids(known, own, shape, config.num_target_choices, num_labels, generator)
+    if own is None:
+        return {"targets": torch.zeros(ids.shape, device=ids.device), "target_ids": ids}
+    return {"targets": smoothed_one_hot(torch.zeros_like(own), ids.shape[-1], smoothing), "target_ids": ids}

@@ -1,0 +1,79 @@
+"""JSON from strangers: what two readers could read differently, or Python could not write again, is refused."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from typing import Any
+
+MAX_DEPTH = 50
+_MAX_DIGITS = 20
+_SHOWN = 40
+
+
+def parse_json(text: str) -> Any:
+    """
+    Parses JSON.
+
+    Args:
+        text (`str`): The JSON.
+
+    Raises:
+        ValueError: If it is no JSON, is nested more than 50 deep, or has a key twice, a number that is NaN, infinite
+            or beyond double precision, or an integer beyond 64 bits.
+
+    Example:
+
+    ```python
+    >>> from hf_rgm.files.strict_json import parse_json
+    >>> parse_json('{"num_runs": 1, "num_runs": 2}')
+    Traceback (most recent call last):
+    ValueError: the key 'num_runs' is there twice
+
+    ```
+    """
+    try:
+        content = json.loads(
+            text,
+            parse_constant=_refuse_constant,
+            parse_float=_finite,
+            parse_int=_in_64_bits,
+            object_pairs_hook=_without_repeats,
+        )
+    except RecursionError as error:
+        raise ValueError(f"it is nested more than {MAX_DEPTH} deep") from error
+    level = [content] if isinstance(content, (dict, list)) else []
+    for _ in range(MAX_DEPTH):
+        members = (item.values() if isinstance(item, dict) else item for item in level)
+        level = [value for values in members for value in values if isinstance(value, (dict, list))]
+    if level:
+        raise ValueError(f"it is nested more than {MAX_DEPTH} deep")
+    return content
+
+
+def _refuse_constant(name: str) -> float:
+    raise ValueError(f"{name} is no number")
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text[:_SHOWN]} is too large a number")
+    return number
+
+
+def _in_64_bits(text: str) -> int:
+    # Longer ones take Python time quadratic in their length.
+    number = int(text) if len(text) <= _MAX_DIGITS else None
+    if number is None or not -(2**63) <= number < 2**64:
+        raise ValueError(f"{text[:_SHOWN]} is too large an integer")
+    return number
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        repeated = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        raise ValueError(f"the key {repeated[:_SHOWN]!r} is there twice")
+    return content

@@ -1,0 +1,343 @@
+"""
+Writing artefacts so that nothing half-written is ever taken for whole, and nothing whole is ever lost.
+
+Files and folders are written in a hidden folder beside their target (`.name.hf-rgm-saving`), flushed to disk and put
+into place by one rename. A process that is killed leaves the target as it was, and the hidden folder, which the next
+one that writes the target removes: a lock of the operating system, which ends with its process, tells whether it is
+still in use.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import json
+import logging
+import os
+import re
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError
+
+logger = logging.getLogger(__name__)
+
+_WORKSPACE = ".hf-rgm-saving"
+_LOCK = ".lock"
+FOLDER_LOCK = ".hf-rgm.lock"
+_EXCHANGE = 2
+_CURRENT_FOLDER = -100
+_CANNOT_EXCHANGE = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+_NO_ACCESS = (errno.EACCES, errno.EPERM, errno.EROFS)
+
+
+def format_size(num_bytes: float) -> str:
+    """A number of bytes in words: `1.8 MB`."""
+    if num_bytes < 1000:
+        return f"{num_bytes:.0f} B"
+    for unit in ("kB", "MB", "GB"):
+        num_bytes /= 1000
+        if num_bytes < 1000:
+            return f"{num_bytes:.1f} {unit}"
+    return f"{num_bytes / 1000:.1f} TB"
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """
+    Yields a temporary path that takes the place of a file, flushed to disk, if the block ends without error.
+
+    Args:
+        path (`Path`): The file to write. Its folder is made if need be.
+
+    Raises:
+        OSError: If the disk is full or the folder cannot be written; the file is as it was.
+    """
+    with _explained(path), _workspace(path) as workspace:
+        yield workspace / path.name
+        _flush(workspace / path.name)
+        os.replace(workspace / path.name, path)
+        _flush(path.parent)
+
+
+@contextlib.contextmanager
+def staged_folder(target: str | Path, marker: str) -> Iterator[Path]:
+    """
+    Yields a temporary folder beside `target` and puts it in the target's place when the block ends without error.
+
+    Args:
+        target (`str` or `Path`): The folder to write; of a link, the folder it leads to.
+        marker (`str`): Name of the file that identifies such a folder. An existing target is only replaced if it is
+            empty or holds this file.
+
+    Raises:
+        FileExistsError: If the target holds something else.
+        OSError: If the disk is full, the folder cannot be written or is a mount point; the target is as it was.
+    """
+    target = Path(target).resolve()
+    with _explained(target):
+        finish_replacement(target)
+        check_replaceable(target, marker)
+        with _workspace(target) as workspace:
+            staging = workspace / "new"
+            staging.mkdir()
+            yield staging
+            for path in staging.rglob("*"):
+                _flush(path)
+            _flush(staging)
+            _put_in_place(staging, target, retired=workspace / "old")
+            _flush(target.parent)
+
+
+class FolderLock:
+    """
+    Keeps other processes from writing to a folder, until it is released or this process ends, however that ends.
+
+    Within one process the last one to acquire it has it: what had it before has failed, or nobody would begin anew.
+
+    Args:
+        folder (`Path`): The folder, made if need be. A hidden file in it is locked.
+
+    Example:
+
+    ```python
+    >>> import tempfile
+    >>> from pathlib import Path
+    >>> from hf_rgm.files.writing import FolderLock
+    >>> with tempfile.TemporaryDirectory() as parent:
+    ...     lock = FolderLock(Path(parent) / "trajectory")
+    ...     lock.acquire()
+    ...     lock.release()
+    ...     print(list(lock.folder.iterdir()))
+    []
+
+    ```
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder.resolve()
+        # One object for one folder and process: a former holder that failed may still be alive.
+        self._lock = FileLock(self.folder / FOLDER_LOCK, is_singleton=True, thread_local=False)
+
+    def acquire(self) -> None:
+        """
+        Takes the lock.
+
+        Raises:
+            OSError: If the folder cannot be written.
+            RuntimeError: If another process has it.
+        """
+        with _explained(self.folder / FOLDER_LOCK):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            try:
+                self._lock.acquire(blocking=False)
+            except Timeout as error:
+                raise RuntimeError(
+                    f"Another process is recording into {self.folder}. Choose another folder, or wait until it has "
+                    f"ended. (If there is none: where the file system knows no locks, a killed process leaves "
+                    f"{self._lock.lock_file} behind, which can then be deleted.)"
+                ) from error
+
+    def release(self) -> None:
+        """Gives the lock back, if this process has it."""
+        if self._lock.is_locked:
+            with contextlib.suppress(PermissionError):  # Windows keeps open files
+                Path(self._lock.lock_file).unlink(missing_ok=True)
+            self._lock.release(force=True)
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """
+    Writes a JSON file whole or not at all; see [`replacing`].
+
+    Raises:
+        OSError: If the disk is full or the folder cannot be written; the file is as it was.
+        TypeError, ValueError: If the content does not fit into JSON, NaN and infinity included.
+    """
+    text = json.dumps(content, indent=2, allow_nan=False) + "\n"
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Removes what killed processes left half-written in a folder, but nothing that a living one is writing."""
+    for name in sorted({path.name.removesuffix(_LOCK) for path in folder.glob(f".*{_WORKSPACE}*")}):
+        finish_replacement(folder / name.removeprefix(".").removesuffix(_WORKSPACE))
+        with contextlib.suppress(Timeout), _locked(folder / name, blocking=False):
+            if (folder / name).exists():
+                shutil.rmtree(folder / name)
+
+
+def finish_replacement(target: Path) -> None:
+    """
+    Puts a folder in its place that a killed process had finished, and whose predecessor it had moved away already.
+
+    Only where folders cannot be exchanged in one step does a moment exist in which there is neither.
+    """
+    new, old = (_workspace_of(target) / name for name in ("new", "old"))
+    if target.exists() or not (new.is_dir() and old.is_dir()):
+        return
+    with _locked(_workspace_of(target)):
+        if not target.exists() and new.is_dir() and old.is_dir():
+            os.rename(new, target)
+            _flush(target.parent)
+
+
+def exchange(first: Path, second: Path) -> bool:
+    """
+    Swaps two folders in one step.
+
+    Returns:
+        `bool`: `False` where that cannot be done: outside Linux, and on some network file systems.
+    """
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None) if sys.platform == "linux" else None
+    if renameat2 is None:
+        return False
+    if renameat2(_CURRENT_FOLDER, os.fsencode(first), _CURRENT_FOLDER, os.fsencode(second), _EXCHANGE) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in _CANNOT_EXCHANGE:
+        return False
+    raise OSError(code, os.strerror(code), str(second))
+
+
+def _put_in_place(new: Path, target: Path, *, retired: Path) -> None:
+    if not target.exists():
+        os.rename(new, target)
+        return
+    if exchange(new, target):
+        return
+    os.rename(target, retired)
+    try:
+        os.rename(new, target)
+    except BaseException:
+        os.rename(retired, target)
+        raise
+
+
+def check_replaceable(target: Path, marker: str) -> None:
+    """
+    Checks what [`staged_folder`] will check, before work is done whose result could then not be kept.
+
+    Raises:
+        FileExistsError: If the target is a file, or a folder that is neither empty nor has the marker.
+        OSError: If it is a mount point.
+    """
+    if not target.exists():
+        return
+    if not target.is_dir():
+        raise FileExistsError(f"{target} is a file. Choose a folder that does not exist yet.")
+    if any(target.iterdir()) and not (target / marker).is_file():
+        raise FileExistsError(
+            f"{target} is not empty and has no {marker}, so it is left alone. Choose another folder."
+        )
+    if os.path.ismount(target):
+        raise OSError(errno.EBUSY, f"{target} is a mount point, which is not replaced. Choose a folder in it.")
+
+
+def _workspace_of(target: Path) -> Path:
+    # A folder may be named by where it is seen from, as `.`.
+    absolute = Path(os.path.abspath(target))
+    return absolute.with_name(f".{absolute.name}{_WORKSPACE}")
+
+
+@contextlib.contextmanager
+def _workspace(target: Path) -> Iterator[Path]:
+    """An empty hidden folder beside the target, for this process alone."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    workspace = _workspace_of(target)
+    with _locked(workspace):
+        if workspace.exists():
+            shutil.rmtree(workspace)
+        workspace.mkdir()
+        try:
+            yield workspace
+        finally:
+            # All is done or given up by now: an error here must not say otherwise, and the next writer tries again.
+            # What was there before stays where it is if it could not be put back; see `finish_replacement`.
+            if target.exists() or not (workspace / "old").exists():
+                shutil.rmtree(workspace, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _locked(workspace: Path, *, blocking: bool = True) -> Iterator[None]:
+    lock = FileLock(f"{workspace}{_LOCK}")
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        if not blocking:
+            raise
+        logger.info("Waiting for another process that writes beside %s.", workspace)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        with contextlib.suppress(PermissionError):  # Windows keeps open files
+            os.unlink(lock.lock_file)
+        lock.release()
+
+
+def _flush(path: Path) -> None:
+    """Asks the system to bring a file, or the names in a folder, to the disk."""
+    is_folder = path.is_dir()
+    if is_folder and os.name == "nt":  # Windows opens no folders
+        return
+    descriptor = os.open(path, os.O_RDONLY if is_folder else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if not is_folder or error.errno != errno.EINVAL:  # some file systems flush no folders
+            raise
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _explained(target: Path) -> Iterator[None]:
+    """Says of errors of the disk what they mean for the target."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        code = _error_number(error)
+        if code is None or not _concerns(error, target):
+            raise
+        if code in _NO_SPACE:
+            free = shutil.disk_usage(_existing(target.parent)).free
+            reason = f"it needs more than the {format_size(free)} that are free there. Make room"
+        elif code == errno.EFBIG:
+            reason = "a file in it is larger than files may be there. Raise the limit (`ulimit -f`)"
+        elif code in _NO_ACCESS:
+            reason = f"files must be made in {target.parent}. Allow it"
+        else:
+            raise
+        raise OSError(
+            code,
+            f"{os.strerror(code)}: {target} is not written, {reason} or choose another folder. What was there before "
+            "is untouched.",
+        ) from error
+
+
+def _error_number(error: BaseException) -> int | None:
+    """The system's number of an error; safetensors tells it in the message only."""
+    if isinstance(error, OSError):
+        return error.errno
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    return int(found[1]) if found else None
+
+
+def _concerns(error: BaseException, target: Path) -> bool:
+    """Whether an error is of the folder that is written, or of one above, not of something that is read."""
+    names = [getattr(error, attribute, None) for attribute in ("filename", "filename2")]
+    paths = [Path(os.path.abspath(name)) for name in names if isinstance(name, str | os.PathLike)]
+    folder = Path(os.path.abspath(target.parent))
+    return not paths or any(path.is_relative_to(folder) or folder.is_relative_to(path) for path in paths)
+
+
+def _existing(folder: Path) -> Path:
+    return next(parent for parent in (folder, *folder.parents) if parent.is_dir())

@@ -1,0 +1,1 @@
+"""A user's model, loss and rows as functions of tensors."""

@@ -1,0 +1,256 @@
+"""Dataset rows as batches of tensors, the way a `Trainer` would collate them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import (
+    DataCollatorForSeq2Seq,
+    DataCollatorWithPadding,
+    PreTrainedTokenizerBase,
+    default_data_collator,
+)
+
+from hf_rgm.model.functional_model import LABEL_NAMES, FunctionalModel
+from hf_rgm.model.losses import IGNORED_LABEL
+
+DataCollator = Callable[[list[Any]], Mapping[str, Any]]
+
+
+def knows_words(tokenizer: Any) -> bool:
+    """Whether a tokenizer has any but special tokens: transformers makes one up for a model that was saved alone."""
+    return bool({*tokenizer.get_vocab()} - {*tokenizer.all_special_tokens})
+
+
+def padding_collator(tokenizer: PreTrainedTokenizerBase) -> DataCollator:
+    """
+    What a `Trainer` with this tokenizer collates by; labels of tokens are padded too, with -100.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`): The model's.
+    """
+    of_rows, of_tokens = DataCollatorWithPadding(tokenizer), DataCollatorForSeq2Seq(tokenizer)
+
+    def collate(items: list[Any]) -> Mapping[str, Any]:
+        labels = next((items[0][name] for name in LABEL_NAMES if name in items[0]), 0)
+        return (of_tokens if np.ndim(labels) else of_rows)(items)
+
+    return collate
+
+
+class RowReader:
+    """
+    Reads rows of a map-style dataset by index and collates them for a model.
+
+    Args:
+        dataset: A `datasets.Dataset`, a map-style `torch.utils.data.Dataset` or a list, whose items are dictionaries.
+        model (`FunctionalModel`): Columns its forward does not take are dropped, as the `Trainer` does.
+        data_collator (`Callable`, *optional*): Defaults to `transformers.default_data_collator`.
+        remove_unused_columns (`bool`, *optional*, defaults to `True`): As in `TrainingArguments`.
+        what (`str`, *optional*, defaults to `"train_dataset"`): How errors call the dataset.
+        predict_labels (`bool`, *optional*, defaults to `False`): Rows without labels get the model's own prediction.
+
+    Raises:
+        TypeError: If the dataset has no length.
+        ValueError: If it is empty, or none of its columns is an input of the model.
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        model: FunctionalModel,
+        *,
+        data_collator: DataCollator | None = None,
+        remove_unused_columns: bool = True,
+        what: str = "train_dataset",
+        predict_labels: bool = False,
+    ) -> None:
+        if not hasattr(dataset, "__len__"):
+            raise TypeError(
+                f"`{what}` must be a map-style dataset with a length, got {type(dataset).__name__}. "
+                "Materialise streaming data first, for example with `datasets.Dataset.from_list(list(stream))`."
+            )
+        if len(dataset) == 0:
+            raise ValueError(f"`{what}` is empty. Pass the rows to work on.")
+        keep = {*model.forward_arguments, *LABEL_NAMES}
+        if remove_unused_columns and isinstance(dataset, datasets.Dataset):
+            columns = [name for name in dataset.column_names if name in keep]
+            if not {*columns} - {*LABEL_NAMES}:
+                raise ValueError(
+                    f"`{what}` has the columns {', '.join(dataset.column_names)}; the model's forward takes none of "
+                    f"them as input ({', '.join(model.forward_arguments)}). Tokenise or rename them as for training "
+                    "(command line: `--prepare`), or pass `remove_unused_columns=False` with a `data_collator`."
+                )
+            dataset = dataset.select_columns(columns)
+        self.dataset = dataset
+        self.what = what
+        self._keep = keep if remove_unused_columns else None
+        self._collate = data_collator or default_data_collator
+        self._model = model
+        self._predict_labels = predict_labels
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def batch(self, rows: Sequence[int] | np.ndarray) -> tuple[dict[str, Tensor], Tensor]:
+        """
+        Collates some rows.
+
+        Returns:
+            `tuple[dict[str, Tensor], Tensor]`: the forward's inputs (float tensors in float32) and the labels
+            `(len(rows),)`, or `(len(rows), length)` for labels of tokens, int64, on the model's device. Those of a
+            causal language model stand where they are predicted: one place further left than in the batch.
+
+        Raises:
+            NotImplementedError: If the collator flattens rows into one sequence.
+            ValueError: If the rows do not collate, carry no labels, or a floating-point input is NaN or infinite (rows
+                are named).
+        """
+        indices = [int(row) for row in rows]
+        if isinstance(self.dataset, datasets.Dataset):
+            items = self.dataset.__getitems__(indices)  # all at once, as PyTorch's `DataLoader` reads them
+        else:
+            items = [self.dataset[index] for index in indices]
+        if self._keep is not None and isinstance(items[0], Mapping):
+            items = [{name: value for name, value in item.items() if name in self._keep} for item in items]
+        batch = dict(self._collated(items))
+        labels = next((batch.pop(name) for name in LABEL_NAMES if name in batch), None)
+        if labels is None and not self._predict_labels:
+            raise ValueError(
+                f"Rows of `{self.what}` have no {' / '.join(LABEL_NAMES)} after collating (they have: "
+                f"{', '.join(batch) or 'nothing'}). Attribution compares losses, so every row needs its label."
+            )
+        if labels is not None and len(labels) != len(items):
+            raise NotImplementedError(
+                f"The `data_collator` turns {len(items)} rows of `{self.what}` into {len(labels)}, so that one cannot "
+                "be told from another. Train and distil with one that pads rows and does not flatten them into one "
+                "sequence (`DataCollatorWithFlattening`, `padding_free=True`)."
+            )
+        inputs = {}
+        for name, value in batch.items():
+            if not isinstance(value, Tensor):
+                raise TypeError(
+                    f"Column `{name}` of `{self.what}` is collated to {type(value).__name__}, not to a tensor. Pass "
+                    "the `data_collator` that the Trainer used."
+                )
+            if value.is_floating_point():
+                finite = torch.isfinite(value).reshape(len(value), -1).all(1)
+                if not finite.all():
+                    bad = [int(rows[i]) for i in torch.nonzero(~finite).flatten().tolist()]
+                    raise ValueError(f"`{name}` of `{self.what}` has NaN or infinite values in rows {bad[:10]}.")
+                value = value.float()
+            inputs[name] = value.to(self._model.device)
+        if labels is None:
+            labels = self._own_labels(inputs)
+        labels = labels.to(self._model.device)
+        return inputs, _shifted(labels) if self._model.shifts_labels else labels
+
+    def labels_per_row(self, batch_size: int = 256) -> float:
+        """Mean number of labels of a row, those of -100 left out; reads every row where labels are those of tokens."""
+        count = 0
+        for start in range(0, len(self), batch_size):
+            _, labels = self.batch(range(start, min(start + batch_size, len(self))))
+            if labels.dim() == 1:
+                return 1.0
+            count += int((labels != IGNORED_LABEL).sum())
+        if count == 0:
+            raise ValueError(
+                f"No row of `{self.what}` has a label other than {IGNORED_LABEL}: nothing is learned from it."
+            )
+        return count / len(self)
+
+    def _collated(self, items: list[Any]) -> Mapping[str, Any]:
+        strange = next((item for item in items if not isinstance(item, Mapping)), None)
+        if strange is not None:
+            raise ValueError(
+                f"Rows of `{self.what}` must be dictionaries as the Trainer gets them, such as tokenised texts with "
+                f"their labels, got a {type(strange).__name__}. Tokenise them as for training, or give the pipeline "
+                "the `tokenizer`."
+            )
+        try:
+            return self._collate(items)
+        except (ValueError, TypeError) as error:
+            if self._collate is not default_data_collator:
+                raise
+            raise ValueError(
+                f"Rows of `{self.what}` do not collate by `default_data_collator` ({error}). Pass the `data_collator` "
+                "that the Trainer used, such as `DataCollatorWithPadding(tokenizer)` for texts of different lengths."
+            ) from error
+
+    def _own_labels(self, inputs: dict[str, Tensor]) -> Tensor:
+        """The text itself for causal language models, else what the model predicts."""
+        mask = inputs.get("attention_mask")
+        if self._model.shifts_labels and "input_ids" in inputs:
+            labels = inputs["input_ids"]
+        else:
+            with torch.no_grad():
+                labels = self._model.logits(self._model.parameters(), inputs).argmax(-1)
+        return labels if mask is None or labels.dim() == 1 else labels.masked_fill(mask == 0, IGNORED_LABEL)
+
+
+def _shifted(labels: Tensor) -> Tensor:
+    return torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], IGNORED_LABEL)], dim=1)
+
+
+class CachedBatches:
+    """
+    Batches over fixed groups of rows, collated once and kept while they fit in memory.
+
+    Args:
+        reader (`RowReader`): Where the rows come from.
+        groups (`Sequence[Sequence[int]]`): Row indices of each group; a batch never crosses groups.
+        batch_size (`int`): At most this many rows a batch.
+        max_bytes (`int`, *optional*, defaults to `2**30`): Memory for kept batches; the rest is collated anew.
+    """
+
+    def __init__(
+        self,
+        reader: RowReader,
+        groups: Sequence[Sequence[int] | np.ndarray],
+        *,
+        batch_size: int,
+        max_bytes: int = 2**30,
+    ) -> None:
+        self._reader = reader
+        self._kept: dict[tuple[int, int], tuple[dict[str, Tensor], Tensor]] = {}
+        self._free = max_bytes
+        self._groups = groups
+        self._batch_size = batch_size
+
+    def __len__(self) -> int:
+        return len(self._groups)
+
+    def num_rows(self, index: int) -> int:
+        """Number of rows of one group."""
+        return len(self._groups[index])
+
+    def sample(
+        self, index: int, at_most: int, generator: torch.Generator
+    ) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
+        """Batches of so many rows of a group, drawn at random and not kept; of the whole group if it has no more."""
+        rows = np.asarray(self._groups[index])
+        if len(rows) <= at_most:
+            yield from self.group(index)
+            return
+        drawn = rows[torch.randperm(len(rows), generator=generator)[:at_most].numpy()]
+        for start in range(0, at_most, self._batch_size):
+            yield self._reader.batch(drawn[start : start + self._batch_size])
+
+    def group(self, index: int) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
+        """Iterates over the batches `(inputs, labels)` of one group."""
+        rows = self._groups[index]
+        for start in range(0, len(rows), self._batch_size):
+            key = (index, start)
+            batch = self._kept.get(key)
+            if batch is None:
+                batch = self._reader.batch(rows[start : start + self._batch_size])
+                size = sum(t.numel() * t.element_size() for t in (*batch[0].values(), batch[1]))
+                if size <= self._free:
+                    self._kept[key] = batch
+                    self._free -= size
+            yield batch

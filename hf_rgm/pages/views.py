@@ -1,0 +1,181 @@
+"""The parts of a page about attributions, for the report and the explorer alike."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from hf_rgm.agreement.fidelity_figures import DESCRIPTIONS, FidelityFigures
+from hf_rgm.pages.exhibit import Exhibit, card_of, of_query, scores_of
+from hf_rgm.pages.html import Section
+from hf_rgm.pages.shown_rows import shortened
+from hf_rgm.plots.score_plots import plot_heatmap
+
+if TYPE_CHECKING:
+    from hf_rgm.results.result import AttributionResult
+
+SHOWN_CLUSTERS = 8
+SHOWN_ROWS = 6
+# More would be too small to read on a page.
+SHOWN_LINES = 40
+NOT_MEASURED = "not measured: how well these scores agree with retraining is not known."
+
+ROWS_IN_GROUPS = (
+    "Take these rows together: on the digits benchmark a query's gap to the next class fell by 0.334 ± 0.051 without "
+    "the 3 rows that score highest for it, by 0.012 ± 0.043 without 3 random rows. What one row does was not "
+    "measured: its score says where to look, and differences between neighbours in rank are not meaningful."
+)
+"""What a single row's score is good for; figures from docs/benchmarks.md."""
+
+
+def banner(result: AttributionResult, fidelity: str | None = None) -> list[str]:
+    """
+    What must be in sight wherever a score is: its sign, and how far to trust it.
+
+    Args:
+        result ([`AttributionResult`]): What is shown.
+        fidelity (`str`, *optional*): A sentence on the fidelity. Defaults to what was measured for the synset.
+    """
+    sign = f"Score > 0: presence of the data raises the {result.objective}; score = f(with) − f(without)."
+    return [sign, f"Fidelity: {fidelity or fidelity_line(result)}"]
+
+
+def fidelity_line(result: AttributionResult) -> str:
+    """The measured agreement with retraining in a line, with its interval, or that it was not measured."""
+    if result.metadata.get("fidelity") is None:
+        return NOT_MEASURED
+    report = FidelityFigures.from_dict(result.metadata["fidelity"])
+    name, agreement = next(iter(report.agreements.items()))
+    return (
+        f"rank correlation with retraining {agreement.estimate}, {DESCRIPTIONS[name]}, {agreement.num_points} "
+        f"retrained subsets, engine {report.engine}."
+    )
+
+
+def query_name(result: AttributionResult, position: int | None) -> str:
+    """What a query is called; `None` stands for all of them."""
+    if position is None:
+        return f"mean over {result.num_queries} queries"
+    return shortened(f"query {result.query_ids[position]}", 80)
+
+
+def query_section(exhibit: Exhibit, position: int | None) -> Section:
+    """The picture or text of a query, and the objective of the trained model."""
+    result = exhibit.result
+    if position is None:
+        section = Section("All queries")
+        section.text(
+            f"The trained model's mean {result.objective} over {result.num_queries} queries: "
+            f"{result.objective_values.mean():.4g}."
+        )
+        return section
+    section = Section(query_name(result, position).capitalize())
+    item = exhibit.query(position)
+    if item is not None:
+        section.cards([card_of(item, "query")])
+    section.text(f"The trained model's {result.objective}: {result.objective_values[position]:.4g}.")
+    if item is None:
+        section.text("What it looks like is not known here: start with the queries to see it.")
+    return section
+
+
+def clusters_section(exhibit: Exhibit, position: int | None, *, k: int = SHOWN_CLUSTERS) -> Section:
+    """The clusters that raise and lower the objective most, as bars."""
+    result = exhibit.result
+    section = Section("Clusters that raise and lower the objective most")
+    section.bars(
+        [f"{name} ({size} rows)" for name, size in zip(result.cluster_names, result.cluster_sizes, strict=True)],
+        of_query(result.scores, position),
+        k=k,
+        caption=f"Change of the {result.objective}, {query_name(result, position)}",
+    )
+    return section
+
+
+def cluster_section(exhibit: Exhibit, cluster: int, position: int | None) -> Section:
+    """Real rows and synthetic samples of a cluster beside each other."""
+    result = exhibit.result
+    score = of_query(result.scores, position)[cluster]
+    section = Section(f"Cluster {shortened(str(result.cluster_names[cluster]), 80)}")
+    section.text(
+        f"{result.cluster_sizes[cluster]} training rows; score {score:+.3g} ({query_name(result, position)}): with "
+        f"them the {result.objective} is {'higher' if score > 0 else 'lower' if score < 0 else 'the same'}."
+    )
+    rows, samples = exhibit.cluster_rows(cluster, position), exhibit.cluster_samples(cluster)
+    groups = {name: cards for name, cards in (("Real rows", rows), ("Synthetic samples", samples)) if cards}
+    if groups:
+        section.beside(groups)
+    for known, what in (
+        (result.cluster_ids is not None, "Which rows it has is not part of these attributions."),
+        (exhibit.rows is not None, "What rows look like is not known here: start with the training rows to see them."),
+        (exhibit.synset is not None, "Synthetic samples are not at hand: start with the synset to see them."),
+    ):
+        if not known:
+            section.text(what)
+    return section
+
+
+def rows_section(exhibit: Exhibit, position: int | None, *, k: int = SHOWN_ROWS) -> Section:
+    """The training rows that raise and lower the objective most."""
+    result = exhibit.result
+    section = Section("Rows that raise and lower the objective most")
+    scores = scores_of(result.row_scores, position)
+    if scores is None:
+        section.text("Rows were not scored: attribute with the training rows (`rows=...`) for that.")
+        return section
+    query = None if position is None else result.query_ids[position]
+    section.text(ROWS_IN_GROUPS)
+    best, worst = (result.top(k, query, rows=True, largest=largest) for largest in (True, False))
+    if exhibit.rows is None:
+        for frame, what in ((best, "Rows that raise it most"), (worst, "Rows that lower it most")):
+            section.frame(frame, caption=f"{what}, {query_name(result, position)}")
+        return section
+    section.text(f"Change of the {result.objective}, {query_name(result, position)}.")
+    section.beside(
+        {
+            heading: [
+                exhibit.row_card(int(row), float(score))
+                for row, score in zip(frame["row"], frame["score"], strict=True)
+            ]
+            for heading, frame in (("Raise it most", best), ("Lower it most", worst))
+        }
+    )
+    return section
+
+
+def heatmap_section(result: AttributionResult) -> Section:
+    """The attribution matrix as colours."""
+    section = Section("Queries and clusters")
+    drawing = plot_heatmap(
+        result.scores, result.query_ids, result.cluster_names, max_queries=SHOWN_LINES, max_clusters=SHOWN_LINES
+    )
+    section.figure(drawing, caption="Scores of queries and clusters; alike ones stand together.")
+    return section
+
+
+def facts_section(result: AttributionResult) -> Section:
+    """How the scores were computed, and all that was measured of their fidelity."""
+    section = Section("How this was computed")
+    used = result.metadata.get("used_rows")
+    model = result.metadata.get("model")
+    described: dict[str, Any] = model if isinstance(model, dict) else {}
+    steps = result.metadata.get("num_steps")
+    rewind = result.metadata.get("rewind_step")
+    facts = {
+        "model": described.get("class"),
+        "trained from": described.get("name_or_path"),
+        "objective": result.objective,
+        "its mean for the trained model": f"{result.objective_values.mean():.4g}",
+        "engine": result.engine,
+        "scored with": None if used is None else "the training rows" if used else "the synset alone",
+        "rewound to": None if rewind is None else f"step {rewind} of {steps}",
+        "recorded runs": result.metadata.get("num_runs"),
+        "queries": result.num_queries,
+        "clusters": result.num_clusters,
+        "training rows": int(result.cluster_sizes.sum()),
+        "trained parameters (SHA-256)": result.metadata.get("parameters_sha256"),
+    }
+    section.table(["setting", "value"], [[n, shortened(str(v), 200)] for n, v in facts.items() if v not in (None, "")])
+    section.text(result.SIGN_CONVENTION)
+    fidelity = result.metadata.get("fidelity")
+    section.text(f"Fidelity: {NOT_MEASURED}" if fidelity is None else str(FidelityFigures.from_dict(fidelity)))
+    return section

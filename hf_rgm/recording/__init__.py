@@ -1,0 +1,1 @@
+"""The callback that records a run, and what it needs of the Trainer."""

@@ -1,0 +1,116 @@
+"""Reading the state of training off a model and its optimizer."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hf_rgm.model.sharding import whole
+from hf_rgm.trajectory.optimizers import OptimizerRule
+from hf_rgm.trajectory.states import TrajectoryState
+from hf_rgm.trajectory.steps import StepTable
+
+logger = logging.getLogger(__name__)
+
+
+def optimizer_updates(optimizer: torch.optim.Optimizer, parameters: Mapping[str, torch.nn.Parameter]) -> int:
+    """
+    How many updates Adam has counted, 0 for optimizers that do not count.
+
+    Warns if it differs between parameters, as it does where some had no gradient in some updates.
+    """
+    counts = {
+        name: int(optimizer.state[parameter]["step"])
+        for name, parameter in parameters.items()
+        if "step" in optimizer.state.get(parameter, {})
+    }
+    most = max(counts.values(), default=0)
+    fewer = sorted(name for name, count in counts.items() if count < most)
+    if fewer:
+        logger.warning(
+            "Parameters %s (%d in all) had no gradient in some of the %d updates. A replay takes the number of all "
+            "updates to correct Adam's bias, so it is approximate for them.",
+            fewer[:3],
+            len(fewer),
+            most,
+        )
+    return most
+
+
+def capture_state(
+    step: int,
+    parameters: Mapping[str, torch.nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    rule: OptimizerRule,
+    *,
+    keep: bool = True,
+) -> TrajectoryState:
+    """
+    The state as it is now, without copying: tensors are the live ones, in their own dtype and on their own device.
+
+    Moments that the optimizer has not initialised are absent. Where FSDP2 has split the model, tensors are put
+    together on the CPU, one after the other: every process must call, and those that need nothing do not `keep` them.
+    """
+    moments: dict[str, dict[str, Tensor]] = {}
+    for kind in rule.moment_names:
+        for name, parameter in parameters.items():
+            moment = optimizer.state.get(parameter, {}).get(kind)
+            if moment is not None:
+                moments.setdefault(kind, {})[name] = whole(moment, keep=keep)
+    return TrajectoryState(step, {name: whole(p, keep=keep) for name, p in parameters.items()}, moments)
+
+
+def same_parameters(state: TrajectoryState, other: TrajectoryState) -> bool:
+    """Whether a model captured as it is now has exactly the parameters of a recorded state."""
+    return all(
+        torch.equal(state.parameters[name], parameter.detach().to(device="cpu", dtype=torch.float32))
+        for name, parameter in other.parameters.items()
+    )
+
+
+@dataclass
+class PendingStep:
+    """
+    A step that is not written yet. Norm and factor stay on the device until it is.
+
+    Args:
+        learning_rates (`list[float]`): One per parameter group.
+        gradient_norm (`Tensor`): `()`, float32.
+        clip_factor (`Tensor`): `()`, float32.
+        batches (`list[np.ndarray]`): Rows of each batch, int64.
+        scaled (`bool`): Whether the loss was scaled, so that an update with a gradient that is not finite is left out.
+        skipped (`bool`): Whether the optimizer is known to have left the update out.
+        epoch (`float`): Epochs done after it.
+    """
+
+    learning_rates: list[float]
+    gradient_norm: Tensor
+    clip_factor: Tensor
+    batches: list[np.ndarray]
+    scaled: bool = False
+    skipped: bool = False
+    epoch: float = 0.0
+
+
+def as_table(steps: list[PendingStep]) -> StepTable:
+    """The steps as a table. Waits for the device once."""
+    device = steps[0].gradient_norm.device
+    measured = torch.stack([value.to(device) for step in steps for value in (step.gradient_norm, step.clip_factor)])
+    norms, factors = measured.double().cpu().view(len(steps), 2).unbind(1)
+    scaled, skipped = (np.array([getattr(step, name) for step in steps]) for name in ("scaled", "skipped"))
+    # Fused optimizers look for themselves whether gradients are finite, and Accelerate does not hear of it.
+    skipped |= scaled & ~np.isfinite(norms.numpy())
+    return StepTable(
+        epoch=np.array([step.epoch for step in steps]),
+        learning_rates=np.array([step.learning_rates for step in steps]),
+        gradient_norm=norms.numpy(),
+        clip_factor=np.where(skipped, 1.0, factors.numpy()),
+        skipped=skipped,
+        rows=[np.concatenate(step.batches) for step in steps],
+        micro_batch_sizes=[[len(batch) for batch in step.batches] for step in steps],
+    )

@@ -1,0 +1,1 @@
+"""What an attribution gives: scores, mixtures, models without data."""

@@ -1,0 +1,160 @@
+"""Results as folders: what is written, and what is checked when it is read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+import torch
+from safetensors.torch import save_file
+
+from hf_rgm.agreement.fidelity_figures import check_kept_report
+from hf_rgm.files.reading import WAY_OUT, ArtefactFolder, parsed, printable
+from hf_rgm.files.writing import write_json
+
+if TYPE_CHECKING:
+    from hf_rgm.results.result import AttributionResult
+
+FORMAT_VERSION = 2
+CONFIG_FILE = "attribution.json"
+TENSORS_FILE = "attribution.safetensors"
+TABLES = ("top", "scores", "clusters", "queries")
+FILES = ("README.md", CONFIG_FILE, TENSORS_FILE, *(f"{table}/*" for table in TABLES))
+"""Patterns of all files of a result."""
+
+TOP_CLUSTERS = 10
+
+
+@dataclass
+class ResultDescription:
+    """
+    What `attribution.json` must hold.
+
+    Args:
+        cluster_names (`list`): Names of the clusters.
+        query_ids (`list`): Ids of the queries, text or numbers.
+        objective, engine (`str`): Their names.
+        num_rows (`int`, *optional*): Number of training rows, where rows are scored.
+        has_cluster_ids (`bool`): Whether it is known which rows a cluster has.
+        metadata (`dict`): See [`AttributionResult`].
+    """
+
+    cluster_names: list[str]
+    query_ids: list[str | int]
+    objective: str
+    engine: str
+    num_rows: int | None
+    has_cluster_ids: bool
+    metadata: dict[str, Any]
+
+
+def write_result(result: AttributionResult, folder: Path, card: str) -> None:
+    """
+    Writes a result's files to an empty folder.
+
+    Args:
+        result (`AttributionResult`): What to write.
+        folder (`Path`): Where to.
+        card (`str`): The content of its `README.md`.
+    """
+    tensors = {
+        "scores": result.scores,
+        "cluster_sizes": result.cluster_sizes,
+        "objective_values": result.objective_values,
+        "row_scores": result.row_scores,
+        "cluster_ids": result.cluster_ids,
+    }
+    # PyTorch's writer takes arrays from where they are, so that a mapped one goes from file to file.
+    save_file(
+        {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in tensors.items() if array is not None},
+        folder / TENSORS_FILE,
+    )
+    tables = {
+        "top": result.to_dataset(TOP_CLUSTERS).to_pandas(),
+        "scores": pd.DataFrame({"query_id": result.query_ids, "scores": list(result.scores)}),
+        "clusters": pd.DataFrame(
+            {"cluster": result.cluster_names, "size": result.cluster_sizes, "mean_score": result.scores.mean(axis=0)}
+        ),
+        "queries": pd.DataFrame({"query_id": result.query_ids, "objective_value": result.objective_values}),
+    }
+    for name, table in tables.items():
+        (folder / name).mkdir()
+        table.to_parquet(folder / name / "train.parquet", index=False)
+    write_json(
+        folder / CONFIG_FILE,
+        {
+            "format_version": FORMAT_VERSION,
+            "objective": result.objective,
+            "engine": result.engine,
+            "sign_convention": result.SIGN_CONVENTION,
+            "num_queries": result.num_queries,
+            "num_clusters": result.num_clusters,
+            "num_rows": None if result.row_scores is None else result.row_scores.shape[1],
+            "has_cluster_ids": result.cluster_ids is not None,
+            "cluster_names": list(result.cluster_names),
+            "query_ids": list(result.query_ids),
+            "metadata": result.metadata,
+        },
+    )
+    (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def read_result(folder: ArtefactFolder) -> dict[str, Any]:
+    """
+    The arguments of [`AttributionResult`] from a folder that [`write_result`] wrote.
+
+    Raises:
+        FileNotFoundError: If a file is missing.
+        MemoryError: If it is larger than the memory that is free.
+        ValueError: If a file is damaged or of another format version.
+    """
+    source = f"{folder}/{CONFIG_FILE}"
+    content = folder.read_json(CONFIG_FILE, format_version=FORMAT_VERSION)
+    description = parsed(ResultDescription, content, source)
+    _check_description(description, source)
+    num_queries, num_clusters = len(description.query_ids), len(description.cluster_names)
+    with folder.open_tensors(TENSORS_FILE) as file:
+        arguments = {
+            "scores": file.read("scores", shape=(num_queries, num_clusters), dtypes=("F32",)),
+            "cluster_sizes": file.read("cluster_sizes", shape=(num_clusters,), dtypes=("I64",)),
+            "objective_values": file.read("objective_values", shape=(num_queries,), dtypes=("F32",)),
+        }
+        if description.num_rows is not None:
+            shape = (num_queries, description.num_rows)
+            arguments["row_scores"] = file.read("row_scores", shape=shape, dtypes=("F32",))
+        sizes = arguments["cluster_sizes"].tolist()
+        if min(sizes) < 0 or sum(sizes) >= 2**63:
+            raise ValueError(
+                f"{file.path} has cluster sizes from {min(sizes)} to {max(sizes)}; they must be numbers of rows. "
+                f"{WAY_OUT}"
+            )
+        if description.has_cluster_ids:
+            ids = file.read("cluster_ids", shape=(sum(sizes),), dtypes=("I64",))
+            if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < num_clusters:
+                raise ValueError(
+                    f"{file.path} has cluster ids from {int(ids.min())} to {int(ids.max())} for {num_clusters} "
+                    f"clusters. {WAY_OUT}"
+                )
+            arguments["cluster_ids"] = ids
+    return {
+        **{name: tensor.numpy() for name, tensor in arguments.items()},
+        "cluster_names": description.cluster_names,
+        "query_ids": description.query_ids,
+        "objective": printable(description.objective),
+        "engine": printable(description.engine),
+        "metadata": description.metadata,
+    }
+
+
+def _check_description(description: ResultDescription, source: str) -> None:
+    if not description.query_ids or not description.cluster_names:
+        raise ValueError(
+            f"{source} names {len(description.query_ids)} queries and {len(description.cluster_names)} clusters; "
+            f"there must be at least one of each. {WAY_OUT}"
+        )
+    if any(isinstance(query, int) and query >= 2**63 for query in description.query_ids):
+        raise ValueError(f"{source} has query ids that are no 64-bit integers. {WAY_OUT}")
+    check_kept_report(description.metadata.get("fidelity"), f"`metadata` of {source}")

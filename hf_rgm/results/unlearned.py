@@ -1,0 +1,130 @@
+"""A model without some of its training data: what was removed, how it was checked, and the model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+from torch import nn
+
+from hf_rgm.files.writing import staged_folder, write_json
+from hf_rgm.hub.artefact import CardOptions, HubArtefact
+from hf_rgm.results.unlearned_card import unlearned_model_card
+
+FORMAT_VERSION = 1
+CONFIG_FILE = "unlearning.json"
+
+
+@dataclass(frozen=True)
+class UnlearningCheck:
+    """
+    The mean loss of some rows, before and after.
+
+    Args:
+        what (`str`): Which rows.
+        num_rows (`int`): How many.
+        loss_before, loss_after (`float`): Mean cross entropy under the original model and under the new one.
+    """
+
+    what: str
+    num_rows: int
+    loss_before: float
+    loss_after: float
+
+    def __str__(self) -> str:
+        return f"mean loss on {self.what} ({self.num_rows} rows): {self.loss_before:.4g} -> {self.loss_after:.4g}"
+
+
+@dataclass(eq=False)
+class UnlearnedModel(HubArtefact):
+    """
+    The model as it would be had some clusters never been trained on. Made by [`Attributor.unlearn`].
+
+    Args:
+        model (`nn.Module`): A model of the same class, in evaluation mode.
+        clusters (`Sequence[str]`): Names of the removed clusters.
+        sizes (`Sequence[int]`): Their numbers of training rows.
+        checks (`Sequence[UnlearningCheck]`): What was compared; none without rows and queries.
+        engine (`str`): What computed it.
+        rewind_step, num_steps (`int`): Training step that it was computed from, of all steps.
+        parameters_sha256 (`str`): Identity of the original model's trained parameters.
+        model_name (`str`, *optional*): The checkpoint that the original's training started from.
+        fidelity (`dict`, *optional*): How well the synset agrees with retraining; see [`Synset`].
+
+    Example:
+
+    ```python
+    >>> from hf_rgm import Attributor
+    >>> from hf_rgm.testing import tiny_recorded_run, tiny_synset
+    >>> run = tiny_recorded_run()
+    >>> unlearned = Attributor(run.model, tiny_synset(), disable_tqdm=True).unlearn(
+    ...     ["class 0, first half"], rows=run.train_dataset
+    ... )
+    >>> [check.what for check in unlearned.checks]
+    ['removed rows', 'the other training rows']
+    >>> unlearned.checks[0].loss_after > unlearned.checks[0].loss_before
+    True
+
+    ```
+    """
+
+    marker: ClassVar = CONFIG_FILE
+    files: ClassVar = ("README.md", CONFIG_FILE, "*.safetensors", "*.safetensors.index.json")
+    kind: ClassVar = "model without some of its training data"
+    repo_type: ClassVar = "model"
+
+    model: nn.Module = field(repr=False)
+    clusters: Sequence[str]
+    sizes: Sequence[int]
+    checks: Sequence[UnlearningCheck]
+    engine: str
+    rewind_step: int
+    num_steps: int
+    parameters_sha256: str
+    model_name: str | None = None
+    fidelity: dict[str, Any] | None = field(default=None, repr=False)
+
+    def save_pretrained(self, save_directory: str | Path, *, card: CardOptions | None = None) -> Path:
+        """
+        Writes the model with a card and `unlearning.json` (replaces such a folder); it loads like any other model.
+
+        What reads its inputs, a tokenizer or processor, is not saved: use the original model's.
+
+        Args:
+            save_directory (`str` or `Path`): The folder.
+            card (`CardOptions`, *optional*): What its card says besides.
+
+        Returns:
+            `Path`: the folder.
+
+        Raises:
+            FileExistsError: If the folder holds something else.
+            TypeError: If the model cannot be saved.
+        """
+        save: Any = getattr(self.model, "save_pretrained", None)
+        if save is None:
+            raise TypeError(
+                f"{type(self.model).__name__} has no `save_pretrained`. Save its `state_dict()` with safetensors."
+            )
+        text = unlearned_model_card(self, card)
+        content = {
+            name: value
+            for name, value in vars(self).items()
+            if name not in ("model", "checks", "clusters", "sizes", "fidelity")
+        }
+        with staged_folder(save_directory, CONFIG_FILE) as folder:
+            save(folder)
+            write_json(
+                folder / CONFIG_FILE,
+                {
+                    "format_version": FORMAT_VERSION,
+                    **content,
+                    "removed": dict(zip(self.clusters, map(int, self.sizes), strict=True)),
+                    "checks": [asdict(check) for check in self.checks],
+                    "fidelity": self.fidelity,
+                },
+            )
+            (folder / "README.md").write_text(text, encoding="utf-8")
+        return Path(save_directory)

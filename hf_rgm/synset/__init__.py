@@ -1,0 +1,1 @@
+"""The synset: its samples, its responses and its files."""

@@ -1,0 +1,355 @@
+"""A recorded training run, as a folder and as an object."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hf_rgm.files.reading import WAY_OUT, ArtefactFolder, parsed, with_defaults
+from hf_rgm.files.writing import staged_folder, write_json
+from hf_rgm.trajectory.fingerprint import dataset_fingerprint
+from hf_rgm.trajectory.optimizers import OptimizerRule
+from hf_rgm.trajectory.precision import PRECISIONS, check_precision
+from hf_rgm.trajectory.states import StateFile, TrajectoryState, state_path, write_state
+from hf_rgm.trajectory.steps import StepTable, check_rows, part_path, read_steps, write_part
+
+__all__ = ["FORMAT_VERSION", "METADATA_FILE", "StepTable", "Trajectory", "TrajectoryState"]
+
+FORMAT_VERSION = 1
+METADATA_FILE = "trajectory.json"
+MAX_UPDATES = 2**53
+"""Larger numbers are not exact in float64, in which bias corrections are computed."""
+
+
+@dataclass
+class _Description:
+    """What a finished trajectory's JSON file must hold; the rest is metadata."""
+
+    format_version: int
+    complete: bool
+    optimizer: dict[str, Any]
+    parameters: dict[str, list[int]]
+    num_rows: int
+    dataset_fingerprint: str
+    num_steps: int
+    state_steps: list[int]
+
+
+@dataclass
+class _Metadata:
+    """The metadata that is computed with."""
+
+    updates_before: int = 0
+    fingerprint_columns: list[str] | None = None
+    seeds: dict[str, int | None] | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.updates_before <= MAX_UPDATES:
+            raise ValueError(f"updates_before must be from 0 to {MAX_UPDATES}, got {self.updates_before}")
+
+
+_OWN_KEYS = tuple(item.name for item in fields(_Description))
+
+
+class Trajectory:
+    """
+    The path that training took: recorded states, and what happened at every step between them.
+
+    [`TrajectoryCallback`] records one; [`~Trajectory.load`] opens it. States stay on disk until they are asked for.
+
+    Args:
+        optimizer (`OptimizerRule`): Which update rule was used.
+        parameter_shapes (`Mapping[str, tuple[int, ...]]`): Shapes of the trainable parameters, by name, in the order
+            of `model.named_parameters()`.
+        steps (`StepTable`): What happened at every step.
+        states (`Mapping[int, TrajectoryState | StateFile]`): States by step, in memory or as files. One must belong to
+            the last step.
+        num_rows (`int`): Length of the training set.
+        dataset_fingerprint (`str`): Result of [`dataset_fingerprint`] for the training set.
+        metadata (`Mapping[str, Any]`, *optional*): What else is known of the run, JSON-safe: see
+            [`TrajectoryCallback`].
+        folder (`Path`, *optional*): Where it was loaded from.
+
+    Raises:
+        ValueError: If these do not belong together.
+
+    Example:
+
+    ```python
+    >>> import tempfile, torch
+    >>> from hf_rgm.trajectory.optimizers import OptimizerRule, ParameterGroup
+    >>> from hf_rgm.trajectory.trajectory import StepTable, Trajectory, TrajectoryState
+
+    >>> trajectory = Trajectory(
+    ...     optimizer=OptimizerRule("sgd", (ParameterGroup(("w",)),)),
+    ...     parameter_shapes={"w": (2,)},
+    ...     steps=StepTable(
+    ...         epoch=[1.0], learning_rates=[[0.1]], gradient_norm=[1.0], clip_factor=[1.0], skipped=[False]
+    ...     ),
+    ...     states={step: TrajectoryState(step, {"w": torch.ones(2)}, {}) for step in (0, 1)},
+    ...     num_rows=3,
+    ...     dataset_fingerprint="",
+    ... )
+    >>> with tempfile.TemporaryDirectory() as parent:
+    ...     trajectory.save(f"{parent}/trajectory")
+    ...     loaded = Trajectory.load(f"{parent}/trajectory")
+    ...     print(loaded.num_steps, loaded.state_steps, loaded.final.parameters["w"])
+    1 (0, 1) tensor([1., 1.])
+
+    ```
+    """
+
+    def __init__(
+        self,
+        *,
+        optimizer: OptimizerRule,
+        parameter_shapes: Mapping[str, tuple[int, ...]],
+        steps: StepTable,
+        states: Mapping[int, TrajectoryState | StateFile],
+        num_rows: int,
+        dataset_fingerprint: str,
+        metadata: Mapping[str, Any] | None = None,
+        folder: Path | None = None,
+    ) -> None:
+        if not states or max(states) != len(steps) or min(states) < 0:
+            raise ValueError(
+                f"`states` are at steps {sorted(states)}; the last must be at step {len(steps)}, where `steps` ends."
+            )
+        if steps.learning_rates.shape[1] != len(optimizer.groups):
+            raise ValueError(
+                f"`steps` has {steps.learning_rates.shape[1]} learning rates a step, the optimizer has "
+                f"{len(optimizer.groups)} parameter groups."
+            )
+        grouped = {name for group in optimizer.groups for name in group.names}
+        if grouped != set(parameter_shapes):
+            differing = sorted(grouped ^ set(parameter_shapes))
+            raise ValueError(f"The optimizer's groups and `parameter_shapes` differ in {differing[:5]}.")
+        self.optimizer = optimizer
+        self.parameter_shapes = {name: tuple(shape) for name, shape in parameter_shapes.items()}
+        self.steps = steps
+        self.num_rows = num_rows
+        self.dataset_fingerprint = dataset_fingerprint
+        self.metadata = dict(metadata or {})
+        self.folder = folder
+        self._states = {step: states[step] for step in sorted(states)}
+
+    def __repr__(self) -> str:
+        return (
+            f"Trajectory({self.optimizer.name}, {self.num_steps} steps, states at {list(self.state_steps)}, "
+            f"{len(self.parameter_shapes)} parameters, {self.num_rows} rows)"
+        )
+
+    @property
+    def num_steps(self) -> int:
+        """Number of updates, skipped ones included."""
+        return len(self.steps)
+
+    @property
+    def state_steps(self) -> tuple[int, ...]:
+        """Steps whose states are recorded, ascending; the last is `num_steps`, the trained model."""
+        return tuple(self._states)
+
+    @property
+    def update_numbers(self) -> np.ndarray:
+        """
+        Number of every update for Adam's bias correction, `(num_steps,)`, int64.
+
+        It is `step + 1`, unless updates were skipped or the optimizer had been used before this run.
+        """
+        return int(self.metadata.get("updates_before", 0)) + np.cumsum(~self.steps.skipped)
+
+    def state(self, step: int) -> TrajectoryState:
+        """
+        A recorded state, read from disk at every call.
+
+        Raises:
+            KeyError: If this step's state is not recorded.
+            FileNotFoundError: If its file is gone.
+        """
+        if step not in self._states:
+            raise KeyError(f"No state is recorded at step {step}. Choose one of {list(self.state_steps)}.")
+        state = self._states[step]
+        return state if isinstance(state, TrajectoryState) else state.read()
+
+    @property
+    def final(self) -> TrajectoryState:
+        """The trained model: the state at `num_steps`."""
+        return self.state(self.num_steps)
+
+    @property
+    def states_bytes(self) -> int:
+        """Size of the recorded states on disk, to the size of the final one for each."""
+        final = self.final
+        moments = (tensor for moment in final.moments.values() for tensor in moment.values())
+        return len(self.state_steps) * sum(tensor.nbytes for tensor in (*final.parameters.values(), *moments))
+
+    def check_dataset(self, dataset: Any, what: str = "train_dataset") -> None:
+        """
+        Raises a `ValueError` unless `dataset` has the rows that were trained on, in the same order.
+
+        Args:
+            dataset: A map-style dataset.
+            what (`str`, *optional*, defaults to `"train_dataset"`): How the error calls it.
+        """
+        if len(dataset) != self.num_rows:
+            raise ValueError(
+                f"`{what}` has {len(dataset)} rows, the recorded run had {self.num_rows}. Pass the dataset exactly as "
+                "it was given to the Trainer."
+            )
+        fingerprint = dataset_fingerprint(dataset, self.metadata.get("fingerprint_columns"))
+        if fingerprint != self.dataset_fingerprint:
+            raise ValueError(
+                f"`{what}` has fingerprint {fingerprint[:12]}, the recorded run's dataset had "
+                f"{self.dataset_fingerprint[:12]}: same length, other rows or another order. Pass the dataset exactly "
+                "as it was given to the Trainer."
+            )
+
+    def without_rows(self) -> Trajectory:
+        """The same run without telling which rows were in which step, to be shared."""
+        return Trajectory(
+            optimizer=self.optimizer,
+            parameter_shapes=self.parameter_shapes,
+            steps=StepTable(
+                epoch=self.steps.epoch,
+                learning_rates=self.steps.learning_rates,
+                gradient_norm=self.steps.gradient_norm,
+                clip_factor=self.steps.clip_factor,
+                skipped=self.steps.skipped,
+            ),
+            states=self._states,
+            num_rows=self.num_rows,
+            dataset_fingerprint=self.dataset_fingerprint,
+            metadata=self.metadata,
+            folder=self.folder,
+        )
+
+    def save(self, folder: str | Path, *, precision: str | None = None) -> None:
+        """
+        Writes the trajectory. An older trajectory in the folder is replaced.
+
+        Args:
+            folder (`str` or `Path`): Where to.
+            precision (`str`, *optional*): `"float32"`, `"bfloat16"` or `"int8"`, of all states but the last, which
+                stays as it is. Defaults to the precision the states have.
+
+        Raises:
+            FileExistsError: If the folder holds something else.
+            ValueError: If the precision is unknown.
+        """
+        if precision is not None:
+            check_precision(precision)
+        final = None if precision in (None, PRECISIONS[0]) else self.final.parameters
+        with staged_folder(folder, METADATA_FILE) as staging:
+            for step, state in self._states.items():
+                target = state_path(staging, step)
+                if isinstance(state, StateFile) and (precision is None or step == self.num_steps):
+                    target.parent.mkdir(exist_ok=True)
+                    shutil.copyfile(state.path(), target)
+                elif precision is None or step == self.num_steps:
+                    write_state(target, self.state(step))
+                else:
+                    write_state(target, self.state(step), precision=precision, final=final)
+            write_part(part_path(staging, 0), self.steps)
+            write_json(staging / METADATA_FILE, self._to_dict())
+
+    def _to_dict(self) -> dict[str, Any]:
+        return self.metadata | {
+            "format_version": FORMAT_VERSION,
+            "complete": True,
+            "optimizer": self.optimizer.to_dict(),
+            "parameters": {name: list(shape) for name, shape in self.parameter_shapes.items()},
+            "num_rows": self.num_rows,
+            "dataset_fingerprint": self.dataset_fingerprint,
+            "num_steps": self.num_steps,
+            "state_steps": list(self.state_steps),
+        }
+
+    @classmethod
+    def load(cls, folder: str | Path | ArtefactFolder) -> Trajectory:
+        """
+        Opens a trajectory folder, after checking that it is whole.
+
+        Raises:
+            FileNotFoundError: If the folder, its description or a state is missing.
+            ValueError: If the recording was not finished, was written by another release, or is damaged.
+        """
+        folder = folder if isinstance(folder, ArtefactFolder) else ArtefactFolder(folder)
+        content = read_metadata(folder)
+        if not content["complete"]:
+            raise ValueError(
+                f"The trajectory in {folder} is not complete: training is still running, or was interrupted. Let it "
+                "finish, or resume it with `trainer.train(resume_from_checkpoint=True)` and the same callback."
+            )
+        source = f"{folder}/{METADATA_FILE}"
+        description = parsed(_Description, content, source)
+        metadata = {key: value for key, value in content.items() if key not in _OWN_KEYS}
+        parsed(_Metadata, with_defaults(_Metadata, metadata), f"What {source} says of the run")
+        steps_of_states = description.state_steps
+        if description.num_rows < 1 or not 0 < description.num_steps <= MAX_UPDATES:
+            raise ValueError(
+                f"{source} has {description.num_steps} steps on {description.num_rows} rows; there must be at least "
+                f"one of each. {WAY_OUT}"
+            )
+        if min(steps_of_states, default=-1) < 0 or max(steps_of_states) != description.num_steps:
+            raise ValueError(
+                f"{source} names states at steps {steps_of_states[:5]}...; the last must be at step "
+                f"{description.num_steps}, none before 0. {WAY_OUT}"
+            )
+        try:
+            optimizer = OptimizerRule.from_dict(description.optimizer)
+        except ValueError as error:
+            raise ValueError(f"The optimizer in {source} is damaged: {error}") from error
+        shapes = {name: tuple(shape) for name, shape in description.parameters.items()}
+
+        def state_file(step: int, reference: StateFile | None = None) -> StateFile:
+            return StateFile(folder, step, shapes, optimizer.moment_names, reference)
+
+        final = state_file(description.num_steps)
+        states = {step: state_file(step, final) for step in description.state_steps if step != final.step}
+        if final.step in description.state_steps:
+            states[final.step] = final
+        for state in states.values():
+            if state.at_hand or state is final or not folder.is_remote:
+                state.check()
+        steps = read_steps(folder, description.num_steps)
+        check_rows(steps, description.num_rows, str(folder))
+        try:
+            return cls(
+                optimizer=optimizer,
+                parameter_shapes=shapes,
+                steps=steps,
+                states=states,
+                num_rows=description.num_rows,
+                dataset_fingerprint=description.dataset_fingerprint,
+                metadata=metadata,
+                folder=folder.root,
+            )
+        except ValueError as error:
+            raise ValueError(f"The trajectory in {folder} is damaged: {error} {WAY_OUT}") from error
+
+
+def read_metadata(folder: ArtefactFolder) -> dict[str, Any]:
+    """
+    Reads the description of a trajectory, complete or not.
+
+    Raises:
+        FileNotFoundError: If there is none.
+        ValueError: If it is damaged or of another format version.
+    """
+    if not folder.root.is_dir() and not folder.is_remote:
+        raise FileNotFoundError(
+            f"There is no folder {folder}. Record a training run with `TrajectoryCallback({str(folder)!r})` first."
+        )
+    content = folder.read_json(METADATA_FILE, format_version=FORMAT_VERSION)
+    missing = [key for key in _OWN_KEYS if key not in content]
+    if missing:
+        raise ValueError(
+            f"{folder}/{METADATA_FILE} lacks {', '.join(missing)}. Copy the folder again, or record the training run "
+            "again."
+        )
+    return content
