@@ -54,14 +54,14 @@ class TestTime:
     @pytest.fixture(autouse=True)
     def seconds(self, monkeypatch):
         engines = (
-            "run",
+            "recorded_run",
             "adjoint",
             "linear",
             "anchored_replay",
             "plain_replay",
             "training_on",
             "row_scores",
-            "sources",
+            "gradient_sources",
         )
         for module in ("attribution.estimates", *(f"engines.{name}" for name in engines)):
             monkeypatch.setattr(f"hf_rgm.{module}.measured", lambda work: PieceOfWork(1.0, 0))
