@@ -11,6 +11,7 @@ import hf_rgm
 LIBRARY = Path(hf_rgm.__file__).parent
 ROOMS = (
     "exceptions",
+    "registration",
     "files",
     "model",
     "clusters",

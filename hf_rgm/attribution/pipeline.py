@@ -345,3 +345,6 @@ def register() -> None:
             pt_model=MODEL_CLASSES,
             type="multimodal",
         )
+
+
+register()
