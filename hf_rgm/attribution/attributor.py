@@ -11,34 +11,25 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from hf_rgm.attribution.answers import answer
+from hf_rgm.attribution.answers import completed, from_rows
 from hf_rgm.attribution.estimates import estimate
 from hf_rgm.attribution.known_runs import KnownRuns
 from hf_rgm.attribution.options import UnlearningOptions, passes_options_to
-from hf_rgm.attribution.subject import (
-    Subject,
-    checked_samples,
-    recorded_trajectories,
-    row_loss_of_runs,
-    row_loss_of_synset,
-)
+from hf_rgm.attribution.subject import of_runs, of_synset, recorded_trajectories
 from hf_rgm.attribution.unlearning import (
     chosen_clusters,
-    compare_losses,
     engine_without,
-    groups_to_compare,
+    without_clusters,
 )
 from hf_rgm.clusters.cluster_map import ClusterMap
 from hf_rgm.distillation.config import memory_bytes
 from hf_rgm.engines.engine import Engine
-from hf_rgm.engines.gradient_sources import training_rows
 from hf_rgm.engines.memory_shares import DEFAULT_MEMORY, free_bytes
 from hf_rgm.engines.objectives import Objective, Queries, resolve_objective
 from hf_rgm.engines.recorded_run import RecordedRun
 from hf_rgm.engines.registry import check_engine, default_engine
 from hf_rgm.engines.request import Evaluation, Request
 from hf_rgm.model.cost_estimates import CostEstimate
-from hf_rgm.model.functional_model import FunctionalModel
 from hf_rgm.model.losses import LossFunction
 from hf_rgm.model.out_of_memory import advice_on_memory
 from hf_rgm.model.processes import Processes
@@ -113,26 +104,17 @@ class Attributor:
         max_bytes = memory_bytes(max_memory)
         self._original = model
         self.disable_tqdm = disable_tqdm
-        self.synset: Synset | None = None
-        samples = None
         if synset is None:
-            trajectories, clusters = recorded_trajectories(trajectory, rows=rows, clusters=clusters)
-            self.model = FunctionalModel(model, trainable_names=tuple(trajectories[0].parameter_shapes), device=device)
-            reader = training_rows(rows, self.model, clusters, data_collator)
-            self.row_loss = row_loss_of_runs(self.model, trajectories, rows, reader, row_loss, force=force)
-            self.subject = Subject.of_runs(self.model, trajectories, clusters)
+            recorded = recorded_trajectories(trajectory, rows=rows, clusters=clusters)
+            opened = of_runs(model, *recorded, rows, data_collator, device=device, function=row_loss, force=force)
         elif trajectory is not None or clusters is not None:
             raise ValueError(
                 "The synset knows its recorded run and its clusters. Pass either `synset=`, or `trajectory=`, `rows=` "
                 "and `clusters=`."
             )
         else:
-            self.synset = synset if isinstance(synset, Synset) else Synset.from_pretrained(synset)
-            names = tuple(self.synset.trajectory.parameter_shapes)
-            self.model = FunctionalModel(model, trainable_names=names, device=device)
-            samples = checked_samples(self.synset, self.model, force=force)
-            self.row_loss = row_loss_of_synset(self.synset, row_loss)
-            self.subject = Subject.of_synset(self.synset)
+            opened = of_synset(model, synset, device=device, function=row_loss, force=force)
+        self.model, self.subject, self.synset, samples, self.row_loss = opened
         self._known_runs = KnownRuns(
             self.model,
             self.subject,
@@ -207,11 +189,16 @@ class Attributor:
                 "`output_dir` is for the scores of rows. Pass the training dataset as `rows`, or leave it out."
             )
         request = Request(resolve_objective(objective), self._queries(queries, data_collator), rewind, num_masks, seed)
+        runs = self._runs(rows, data_collator)
+        evaluations = [Evaluation(run, request) for run in runs]
         with self.model.differentiable():
-            return answer(
+            # Named here, and not where it is first needed: a question shall not pass many rooms to its arithmetic.
+            evaluations[0].values = request.objective.values(self.model, runs[0].final, request.queries)
+            by_run = [chosen(own.run).scores(own) for own in evaluations if not from_rows(chosen, own)]
+            return completed(
                 chosen,
-                request,
-                self._runs(rows, data_collator),
+                evaluations,
+                by_run,
                 self.subject,
                 query_ids=query_ids,
                 output_dir=output_dir,
@@ -324,24 +311,19 @@ class Attributor:
         known = self.subject.clusters
         removed = chosen_clusters(clusters, known)
         run = self._runs(rows, data_collator)[0]
-        reader = None if queries is None else self._reader(queries, data_collator)
-        groups = groups_to_compare(removed, known, run.rows and run.rows.reader, reader)
         available = self._available(rows)  # rows are for the checks too, whatever the engine takes
         name = engine or engine_without(removed, known, available, rewind=rewind, whole=run.form.is_whole)
         chosen = check_engine(name, available=available, replays=True)
-        mask = torch.ones(1, known.num_clusters)
-        mask[0, removed] = 0
+        reader = None if queries is None else self._reader(queries, data_collator)
         with self.model.differentiable():
-            outcome = chosen(run).parameters(mask, rewind)
-            vector = outcome.values[0].to(self.model.device)
-            checks = [compare_losses(self.model, run.final, vector, *group) for group in groups]
+            vector, start, checks = without_clusters(chosen(run), removed, rewind, reader)
         return UnlearnedModel(
             model=self.model.module_with(self.model.space.unflatten(vector), like=self._original).eval(),
             clusters=[known.names[k] for k in removed],
             sizes=[int(known.sizes[k]) for k in removed],
             checks=checks,
             engine=chosen.name,
-            rewind_step=outcome.start,
+            rewind_step=start,
             num_steps=self.subject.trajectory.num_steps,
             parameters_sha256=self.subject.parameters_sha256,
             model_name=self.subject.model_description.get("name_or_path"),

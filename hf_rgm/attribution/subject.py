@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
 
 from hf_rgm.clusters.cluster_map import ClusterMap
-from hf_rgm.engines.gradient_sources import SampleSource
+from hf_rgm.engines.gradient_sources import SampleSource, training_rows
 from hf_rgm.model.functional_model import FunctionalModel, parameters_sha256
 from hf_rgm.model.losses import LossFunction, RowLoss
-from hf_rgm.model.row_reader import RowReader
+from hf_rgm.model.row_reader import DataCollator
 from hf_rgm.synset.compatibility import check_runs, check_samples, row_loss_of, warn_unless_matched
 from hf_rgm.synset.inputs import SPACES, input_space
 from hf_rgm.synset.synset import Synset
@@ -94,50 +97,71 @@ def recorded_trajectories(
     return tuple(t if isinstance(t, Trajectory) else Trajectory.load(t) for t in recorded), clusters
 
 
-def row_loss_of_synset(synset: Synset, function: LossFunction | None) -> RowLoss:
-    """The loss that a synset's rows were trained by."""
-    return RowLoss(
-        labels_per_row=float(synset.metadata.get("labels_per_row", 1.0)),
-        label_smoothing=float(synset.metadata.get("label_smoothing_factor", 0.0)),
-        function=function,
-    )
+class Opened(NamedTuple):
+    """A model with what is asked about."""
+
+    model: FunctionalModel
+    subject: Subject
+    synset: Synset | None
+    samples: SampleSource | None
+    row_loss: RowLoss
 
 
-def row_loss_of_runs(
-    model: FunctionalModel,
+def of_runs(
+    model: nn.Module,
     trajectories: tuple[Trajectory, ...],
+    clusters: ClusterMap,
     rows: Any,
-    reader: RowReader,
-    function: LossFunction | None,
+    data_collator: DataCollator | None,
     *,
+    device: torch.device | str | None,
+    function: LossFunction | None,
     force: bool,
-) -> RowLoss:
+) -> Opened:
     """
-    The loss that rows were trained by, once runs, rows and model are seen to belong together.
+    A model with its recorded runs, once runs, rows and model are seen to belong together.
 
     Raises:
         ValueError: If they do not, or the loss is none that is known.
     """
+    functional = FunctionalModel(model, trainable_names=tuple(trajectories[0].parameter_shapes), device=device)
+    reader = training_rows(rows, functional, clusters, data_collator)
     if not force:
-        check_runs(model, trajectories, rows, called="rows")
-    return row_loss_of(trajectories, reader, function)
+        check_runs(functional, trajectories, rows, called="rows")
+    row_loss = row_loss_of(trajectories, reader, function)
+    return Opened(functional, Subject.of_runs(functional, trajectories, clusters), None, None, row_loss)
 
 
-def checked_samples(synset: Synset, model: FunctionalModel, *, force: bool) -> SampleSource:
+def of_synset(
+    model: nn.Module,
+    synset: Synset | str | Path,
+    *,
+    device: torch.device | str | None,
+    function: LossFunction | None,
+    force: bool,
+) -> Opened:
     """
-    The synset's samples, once they are seen to be the model's.
+    A model with its synset, once the samples are seen to be the model's.
 
     Raises:
         ParameterMismatchError: If the synset was distilled for other parameters.
         ValueError: If the model does not take the samples.
     """
-    synset.check_model(model, force=force)
+    synset = synset if isinstance(synset, Synset) else Synset.from_pretrained(synset)
+    functional = FunctionalModel(model, trainable_names=tuple(synset.trajectory.parameter_shapes), device=device)
+    synset.check_model(functional, force=force)
     warn_unless_matched(synset.matched_states, synset.residuals)
     name = synset.input_name
-    inputs = input_space(model, name if name in SPACES else "auto")
+    inputs = input_space(functional, name if name in SPACES else "auto")
     if inputs.name != name:
         raise ValueError(
             f"The synset's samples are `{name}`, the model takes `{inputs.name}`. Pass the model that was recorded."
         )
-    check_samples(model, inputs, synset.samples)
-    return SampleSource(model, inputs, synset.samples.map(lambda tensor: tensor.to(model.device)))
+    check_samples(functional, inputs, synset.samples)
+    row_loss = RowLoss(
+        labels_per_row=float(synset.metadata.get("labels_per_row", 1.0)),
+        label_smoothing=float(synset.metadata.get("label_smoothing_factor", 0.0)),
+        function=function,
+    )
+    samples = SampleSource(functional, inputs, synset.samples.map(lambda tensor: tensor.to(functional.device)))
+    return Opened(functional, Subject.of_synset(synset), synset, samples, row_loss)

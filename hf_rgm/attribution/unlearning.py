@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from hf_rgm.clusters.cluster_map import ClusterMap
 from hf_rgm.engines.anchored_replay import AnchoredReplayEngine
+from hf_rgm.engines.engine import Engine
 from hf_rgm.engines.linear import LinearEngine
 from hf_rgm.engines.objectives import Queries, resolve_objective
 from hf_rgm.engines.registry import default_engine
@@ -72,33 +74,30 @@ def engine_without(
     return TrainingOnEngine.name if available["rows"] else AnchoredReplayEngine.name
 
 
-def groups_to_compare(
-    chosen: Sequence[int], clusters: ClusterMap, rows: RowReader | None, queries: RowReader | None
-) -> list[tuple[str, RowReader, np.ndarray]]:
-    """Rows whose losses tell what was removed, as far as there are any: how they are called, their reader, which."""
+def without_clusters(
+    engine: Engine, removed: Sequence[int], rewind: float | None, queries: RowReader | None
+) -> tuple[Tensor, int, list[UnlearningCheck]]:
+    """Parameters without some clusters, `(num_parameters,)`, the step they are followed from, and comparisons."""
+    run = engine.run
+    mask = torch.ones(1, run.clusters.num_clusters)
+    mask[0, removed] = 0
+    outcome = engine.parameters(mask, rewind)
+    vector = outcome.values[0].to(run.model.device)
     groups: list[tuple[str, RowReader, np.ndarray]] = []
-    if rows is not None:
-        removed = np.isin(clusters.cluster_ids, chosen)
-        groups.append(("removed rows", rows, np.flatnonzero(removed)))
-        groups.append(("the other training rows", rows, np.flatnonzero(~removed)))
+    if run.rows is not None:
+        is_removed = np.isin(run.clusters.cluster_ids, removed)
+        groups.append(("removed rows", run.rows.reader, np.flatnonzero(is_removed)))
+        groups.append(("the other training rows", run.rows.reader, np.flatnonzero(~is_removed)))
     if queries is not None:
         groups.append(("queries", queries, np.arange(len(queries))))
-    return groups
+    checks = [_compared(run.model, run.final, vector, *group) for group in groups]
+    return vector, outcome.start, checks
 
 
-def compare_losses(
+def _compared(
     model: FunctionalModel, before: Tensor, after: Tensor, what: str, reader: RowReader, rows: np.ndarray
 ) -> UnlearningCheck:
-    """
-    The mean loss of some rows under two vectors of parameters.
-
-    Args:
-        model (`FunctionalModel`): The model, within its `differentiable()`.
-        before, after (`Tensor`): `(num_parameters,)`.
-        what (`str`): How the rows are called.
-        reader (`RowReader`): Reads them.
-        rows (`np.ndarray`): Which, `(num_rows,)`, int64.
-    """
+    """Mean losses of some rows under two vectors of parameters."""
     objective = resolve_objective("loss")
     totals = [0.0, 0.0]
     for start in range(0, len(rows), ROWS_AT_ONCE):

@@ -1,10 +1,11 @@
-"""What every engine offers: scores, values and models under cluster weights, as far back as can be trusted."""
+"""What every engine offers: scores, values and models under cluster weights, from as far back as can be trusted."""
 
 from __future__ import annotations
 
+import functools
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -22,23 +23,22 @@ from hf_rgm.model.cost_estimates import PieceOfWork
 logger = logging.getLogger(__name__)
 
 LATER_REWINDS = (0.4, 0.6, 0.8, 0.9)
-"""Fractions of training to go back to where the engine's own is too far."""
+"""Fractions of training to go back to where the engine's own is too far (docs/method.md, how far back)."""
 
 NUM_PROBES = 4
-"""Masks of a question whose replays are looked at."""
+"""Masks of a question whose replays are checked for drift."""
 
 
 @dataclass(frozen=True)
 class Outcome:
     """
-    What came of a question.
+    The answer of an engine.
 
     Args:
         values (`Tensor`): On the CPU, float32: scores `(num_values, num_clusters)`, values of an objective
             `(num_masks, num_values)` or parameters `(num_masks, num_parameters)`.
         start (`int`): Training step that the engine went back to.
-        drift (`float`, *optional*): Mean drift of the models that were looked at; see
-            [`~hf_rgm.engines.drift.DriftMeter`]. `None` where none were.
+        drift (`float`, *optional*): Mean drift of the probed models; see [`~hf_rgm.engines.drift.DriftMeter`].
     """
 
     values: Tensor
@@ -48,18 +48,15 @@ class Outcome:
 
 class Engine(ABC):
     """
-    A way to the models, or to effects, under other cluster weights.
+    A way to the models, or to effects, under other cluster weights along one recorded run.
 
-    An engine goes back as far as the request says or, where nothing is said, as far as it can be trusted: its own
-    default, or the first of [`LATER_REWINDS`] from which the replayed models drift little.
-
-    Args:
-        run (`RecordedRun`): The recorded run.
+    An engine goes back as far as the request says. Where it says nothing, it goes back to its own default, or to the
+    first of [`LATER_REWINDS`] from which the replayed models drift little.
     """
 
     name: ClassVar[str]
     needs: ClassVar[str] = ""
-    """`"rows"`, `"samples"` or `"responses"`, without which the engine cannot work; else either rows or samples."""
+    """`"rows"`, `"samples"` or `"responses"`, without which the engine cannot work; else rows or samples suffice."""
     takes_rows: ClassVar[bool] = True
     replays: ClassVar[bool] = True
     """Whether there are models under any cluster weights."""
@@ -69,7 +66,7 @@ class Engine(ABC):
     max_drift: ClassVar[float | None] = None
     """Drift of replays that are trusted; `None` where it is not measured."""
     is_dear: ClassVar[bool] = True
-    """Whether every model takes its time, so that a few are tried first."""
+    """Whether every model takes its time, so that the probes are tried first."""
 
     def __init__(self, run: RecordedRun) -> None:
         self.run = run
@@ -81,20 +78,14 @@ class Engine(ABC):
 
     @property
     def form(self) -> GradientForm:
-        """The form that it takes the clusters' gradients in."""
+        """The form of the clusters' gradients."""
         return WholeGradients(self.run.model.space)
 
     @abstractmethod
     def replay(self, masks: Tensor, rewind: float) -> Tensor:
         """
-        Models under cluster weights.
-
-        Args:
-            masks (`Tensor`): `(num_masks, num_clusters)`, float32, on the model's device.
-            rewind (`float`): Fraction of training at which the replay starts.
-
-        Returns:
-            `Tensor`: final parameters, `(num_masks, num_parameters)`, float32, unless the engine says otherwise.
+        Models under cluster weights `(num_masks, num_clusters)`, from a fraction of training on: final parameters
+        `(num_masks, num_parameters)`, float32, unless the engine says otherwise.
 
         Raises:
             DivergenceError: If parameters explode.
@@ -102,15 +93,15 @@ class Engine(ABC):
 
     @abstractmethod
     def costs(self, num_masks: int, rewind: float | None) -> PieceOfWork:
-        """What [`Engine.replay`] of so many masks takes, from a little of each part of the work."""
+        """The cost of [`Engine.replay`] of so many masks, from a little of each part of the work."""
 
     def start(self, rewind: float) -> int:
-        """Training step that a fraction of training stands for."""
+        """Training step at a fraction of training."""
         return self.run.path(rewind).start
 
-    def evaluate(self, evaluation: Evaluation, parameters: Tensor) -> Tensor:
+    def evaluate(self, evaluation: Evaluation, models: Tensor) -> Tensor:
         """The objective of replayed models, `(num_models, num_values)`."""
-        return evaluation.of_models(parameters)
+        return evaluation.of_models(models)
 
     def drifts(self, models: Tensor, masks: Tensor) -> Tensor:
         """Drift of replayed models, `(num_models,)`, float64."""
@@ -120,132 +111,155 @@ class Engine(ABC):
         """Final parameters of replayed models, `(num_models, num_parameters)`."""
         return models
 
-    def scores(self, evaluation: Evaluation) -> Outcome:
-        """
-        Effect of each cluster's presence: each left out, or by regression on random halves.
+    def prepare(self, rewind: float) -> None:
+        """Takes the clusters' gradients, which all processes take together before they share the masks."""
+        if self.run.rows is not None and self.takes_rows:
+            self.run.rows.gradients(self.run.path(rewind), self.form)
 
-        Returns:
-            [`Outcome`]: its values are `(num_values, num_clusters)`.
-        """
+    def scores(self, evaluation: Evaluation) -> Outcome:
+        """Effect of each cluster's presence, `(num_values, num_clusters)`: left out, or by regression on halves."""
         request, num_clusters = evaluation.request, self.run.clusters.num_clusters
         if request.num_masks is not None:
             masks = random_subsets(num_clusters, request.num_masks, seed=request.seed)
             found = self.values(evaluation, masks)
             return replace(found, values=ridge_scores(masks, found.values))
         masks = leave_one_out(num_clusters)
-        if self.anchored:
-            found = self.values(evaluation, masks)
-            return replace(found, values=(evaluation.values.cpu() - found.values).T)
-        found = self.values(evaluation, torch.cat([masks, torch.ones(1, num_clusters)]))
-        return replace(found, values=(found.values[-1] - found.values[:-1]).T)
+        if not self.anchored:
+            masks = torch.cat([masks, torch.ones(1, num_clusters)])
+        found = self.follow(masks, functools.partial(self.evaluate, evaluation), request.rewind)
+        everything = evaluation.values.cpu() if self.anchored else found.values[-1]
+        return replace(found, values=(everything - found.values[:num_clusters]).T)
 
     def values(self, evaluation: Evaluation, masks: Tensor) -> Outcome:
-        """
-        The objective of models under cluster weights.
-
-        Returns:
-            [`Outcome`]: its values are `(num_masks, num_values)`.
-        """
-        return self._trusted(masks, lambda models: self.evaluate(evaluation, models), evaluation.request.rewind)
+        """The objective under cluster weights, `(num_masks, num_values)`."""
+        return self.follow(masks, functools.partial(self.evaluate, evaluation), evaluation.request.rewind)
 
     def parameters(self, masks: Tensor, rewind: float | None) -> Outcome:
-        """
-        Models under cluster weights.
+        """Models under cluster weights, `(num_masks, num_parameters)`."""
+        return self.follow(masks, self.to_parameters, rewind)
 
-        Returns:
-            [`Outcome`]: its values are `(num_masks, num_parameters)`.
-        """
-        return self._trusted(masks, self.to_parameters, rewind)
-
-    def _trusted(self, masks: Tensor, evaluate: Callable[[Tensor], Tensor], rewind: float | None) -> Outcome:
-        """Evaluates all masks from as far back as is said, or as can be trusted."""
+    def follow(self, masks: Tensor, evaluate: Callable[[Tensor], Tensor], rewind: float | None) -> Outcome:
+        """Replays all masks, some at a time, each process its share, and evaluates the models."""
         check_masks(masks, self.run.clusters.num_clusters)
-        every = list(range(len(masks)))
-        probes = probed(len(masks))
-        limit = self.max_drift if self.max_drift is not None else float("inf")
-        first = probes if self.is_dear and rewind is None and self.max_drift is not None else every
-        looked_at = [] if self.max_drift is None else [first.index(probe) for probe in probes]
-        chosen = self.rewind if rewind is None else rewind
-        attempt = self._attempt(chosen, masks[first], looked_at, evaluate)
-        for later in LATER_REWINDS if rewind is None else ():
-            if attempt.drift <= limit:
-                break
-            if later <= chosen:
-                continue
-            logger.info(
-                "Replays from step %d diverge or drift by %.3g, more than %.3g. Trying again from %.0f%% of training.",
-                *(self.start(chosen), attempt.drift, limit, 100 * later),
-            )
-            again = self._attempt(later, masks[first], looked_at, evaluate)
-            if again.drift <= attempt.drift:
-                chosen, attempt = later, again
-        values = attempt.complete()
-        rest = sorted({*every} - {*first})
-        if rest:
-            more = self._attempt(chosen, masks[rest], [], evaluate).complete()
-            values = torch.cat([values, more])[torch.tensor([*first, *rest]).argsort()]
-        if attempt.drift > limit:
-            instead = "pass the training rows as `rows`, " if self.run.rows is None and self.takes_rows else ""
-            logger.warning(
-                "Replays leave what training could lead to (drift %.3g from step %d of %d on, the least of what was "
-                "tried; up to %.3g is trusted): do not rely on them, but %sdistil again with more "
-                "`samples_per_cluster`, record more states, or remove less at once.",
-                *(attempt.drift, self.start(chosen), self.run.trajectory.num_steps, limit, instead),
-            )
-        return Outcome(values, self.start(chosen), attempt.drift if looked_at else None)
-
-    def _attempt(
-        self, rewind: float, masks: Tensor, looked_at: list[int], evaluate: Callable[[Tensor], Tensor]
-    ) -> _Attempt:
-        """Evaluates some masks at a time, each process its share, and looks at the models of some of them."""
-        parts = self.run.processes.parts(len(masks), at_most=self.batch_size)
-        self.prepare(rewind)
-
-        def work(part: range) -> tuple[Tensor | None, list[float], str]:
-            some = masks[part.start : part.stop].to(self.run.model.device, torch.float32)
-            try:
-                models = self.replay(some, rewind)
-                values = evaluate(models)
-            except DivergenceError as error:
-                return None, [], str(error)
-            own = [probe - part.start for probe in looked_at if probe in part]
-            drifts = self.drifts(models[own], some[own]).tolist() if own else []
-            return values.cpu(), drifts, ""
-
-        found = self.run.processes.map(work, parts)
-        failures = [failure for _, _, failure in found if failure]
-        if failures:
-            return _Attempt(None, float("inf"), failures[0])
-        drifts = [drift for _, some, _ in found for drift in some]
-        values = torch.cat([values for values, _, _ in found if values is not None])
-        return _Attempt(values, float(np.mean(drifts)) if drifts else 0.0)
-
-    def prepare(self, rewind: float) -> None:
-        """Takes the clusters' gradients, which all processes take together before they share the masks."""
-        if self.run.rows is not None and self.takes_rows:
-            self.run.rows.gradients(self.run.path(rewind), self.form)
+        search = _Search(self, len(masks), rewind)
+        for chosen, positions, probes in search.attempts():
+            self.prepare(chosen)
+            parts = self.run.processes.parts(len(positions), at_most=self.batch_size)
+            with self.run.processes.sharing(parts) as work:
+                for part in work.mine:
+                    own = positions[part.start : part.stop]
+                    some = masks[own].to(self.run.model.device, torch.float32)
+                    try:
+                        models = self.replay(some, chosen)
+                        values = evaluate(models).cpu()
+                    except DivergenceError as error:
+                        work.add((None, [], str(error)))
+                        continue
+                    probed = [index for index, position in enumerate(own) if position in probes]
+                    work.add((values, self.drifts(models[probed], some[probed]).tolist() if probed else [], ""))
+            search.add(work.results)
+        return search.outcome()
 
 
 def probed(num_masks: int) -> list[int]:
-    """Positions of the masks whose replays are looked at."""
+    """Positions of the masks whose replays are checked for drift."""
     return np.unique(np.linspace(0, num_masks - 1, NUM_PROBES).round().astype(int)).tolist()
 
 
 @dataclass(frozen=True)
 class _Attempt:
-    """Values under all masks, or why there are none; drift is the mean over the masks that are looked at."""
+    """Replays from one rewind: values of some masks, or why there are none; drift is the mean over the probes."""
 
+    rewind: float
+    positions: list[int]
     values: Tensor | None
     drift: float
-    failure: str = ""
+    failure: str
 
-    def complete(self) -> Tensor:
+
+class _Search:
+    """The search for a rewind point from which replays can be trusted."""
+
+    def __init__(self, engine: Engine, num_masks: int, rewind: float | None) -> None:
+        self._engine = engine
+        self._every = list(range(num_masks))
+        self._rewind = rewind
+        self._probes = [] if engine.max_drift is None else probed(num_masks)
+        self._limit = float("inf") if engine.max_drift is None else engine.max_drift
+        self._tried: list[_Attempt] = []
+        self._current: tuple[float, list[int]] = (0.0, [])
+
+    def attempts(self) -> Iterator[tuple[float, list[int], list[int]]]:
+        """What is to be replayed next: the rewind, positions of masks, and those among them to check for drift."""
+        first = self._engine.rewind if self._rewind is None else self._rewind
+        # A dear engine tries the probes before everything else.
+        tries_first = self._engine.is_dear and self._rewind is None
+        positions = self._probes if tries_first and self._probes else self._every
+        yield from self._attempt(first, positions)
+        for later in LATER_REWINDS if self._rewind is None else ():
+            if self._best.drift <= self._limit:
+                break
+            if later > first:
+                self._say_that_it_goes_on(self._best, later)
+                yield from self._attempt(later, positions)
+        if rest := sorted({*self._every} - {*positions}):
+            self._complete(self._best)
+            yield from self._attempt(self._best.rewind, rest, is_rest=True)
+
+    def add(self, found: list[tuple[Tensor | None, list[float], str]]) -> None:
+        """Takes the results of the last attempt: for each part its values, drifts and failure."""
+        rewind, positions = self._current
+        failure = next((failure for _, _, failure in found if failure), "")
+        drifts = [drift for _, some, _ in found for drift in some]
+        values = None if failure else torch.cat([values for values, _, _ in found if values is not None])
+        drift = float("inf") if failure else float(np.mean(drifts)) if drifts else 0.0
+        self._tried.append(_Attempt(rewind, positions, values, drift, failure))
+
+    def outcome(self) -> Outcome:
         """
-        The values.
+        The values of the best attempt, in the order of the masks.
 
         Raises:
             DivergenceError: If there are none.
         """
-        if self.values is None:
-            raise DivergenceError(self.failure)
-        return self.values
+        best, order = self._best, torch.tensor(self._best.positions)
+        values = self._complete(best)
+        if self._rest is not None:
+            values = torch.cat([values, self._complete(self._rest)])
+            order = torch.cat([order, torch.tensor(self._rest.positions)])
+        if best.drift > self._limit:
+            run = self._engine.run
+            instead = "pass the training rows as `rows`, " if run.rows is None and self._engine.takes_rows else ""
+            logger.warning(
+                "Replays leave what training could lead to (drift %.3g from step %d of %d on, the least of what was "
+                "tried; up to %.3g is trusted): do not rely on them, but %sdistil again with more "
+                "`samples_per_cluster`, record more states, or remove less at once.",
+                *(best.drift, self._engine.start(best.rewind), run.trajectory.num_steps, self._limit, instead),
+            )
+        return Outcome(values[order.argsort()], self._engine.start(best.rewind), best.drift if self._probes else None)
+
+    _rest: _Attempt | None = None
+
+    @property
+    def _best(self) -> _Attempt:
+        """The attempt of least drift; of equal ones the latest."""
+        return min(reversed(self._tried), key=lambda attempt: attempt.drift)
+
+    def _attempt(
+        self, rewind: float, positions: list[int], *, is_rest: bool = False
+    ) -> Iterator[tuple[float, list[int], list[int]]]:
+        self._current = rewind, positions
+        yield rewind, positions, [] if is_rest else self._probes
+        if is_rest:
+            self._rest = self._tried.pop()
+
+    def _complete(self, attempt: _Attempt) -> Tensor:
+        if attempt.values is None:
+            raise DivergenceError(attempt.failure)
+        return attempt.values
+
+    def _say_that_it_goes_on(self, attempt: _Attempt, later: float) -> None:
+        logger.info(
+            "Replays from step %d diverge or drift by %.3g, more than %.3g. Trying again from %.0f%% of training.",
+            *(self._engine.start(attempt.rewind), attempt.drift, self._limit, 100 * later),
+        )

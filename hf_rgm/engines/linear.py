@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -29,7 +30,7 @@ class LinearEngine(Engine):
 
     name = "linearized_replay"
     rewind = 0.14
-    max_drift = 0.25
+    max_drift: ClassVar[float] = 0.25
     is_dear = False
 
     def __init__(self, run: RecordedRun) -> None:
@@ -132,13 +133,20 @@ class LinearEngine(Engine):
         masks = masks.detach().float().cpu()
         changes = masks - 1
         if evaluation.request.rewind is None and bool((changes.abs().sum(1) > 1).any()):
-            singles = leave_one_out(self.run.clusters.num_clusters)[probed(self.run.clusters.num_clusters)]
-            looked_at = list(range(len(singles)))
-            tried = self._attempt(self.rewind, singles, looked_at, lambda models: models[:, :1])
-            if self.max_drift is not None and tried.drift > self.max_drift:
+            if self._singles_drift():
                 single = super().scores(Evaluation(self.run, replace(evaluation.request, num_masks=None)))
                 return replace(single, values=evaluation.values.cpu() + changes @ single.values.T)
         return super().values(evaluation, masks)
+
+    def _singles_drift(self) -> bool:
+        """Whether even replays without one cluster drift from the engine's own rewind point."""
+        num_clusters = self.run.clusters.num_clusters
+        singles = leave_one_out(num_clusters)[probed(num_clusters)].to(self.run.model.device)
+        try:
+            drift = float(self.drifts(self.replay(singles, self.rewind), singles).mean())
+        except DivergenceError:
+            return True
+        return drift > self.max_drift
 
     def directions(self, gradients: Tensor, rewind: float) -> dict[int, Tensor]:
         """

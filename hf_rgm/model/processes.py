@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 import torch.distributed
@@ -31,6 +32,19 @@ GRACE = timedelta(seconds=60)
 @dataclass(frozen=True)
 class _Failure:
     message: str
+
+
+class SharedWork(Generic[Item, Result]):
+    """Items that are this process's to do, and in the end the results of all."""
+
+    def __init__(self, mine: list[Item]) -> None:
+        self.mine = mine
+        self.own: list[Result] = []
+        self.results: list[Result] = []
+
+    def add(self, result: Result) -> None:
+        """Adds the result of the next item."""
+        self.own.append(result)
 
 
 class Processes:
@@ -94,7 +108,7 @@ class Processes:
 
     def parts(self, length: int, *, at_most: int) -> list[range]:
         """Divides so many items into equal parts, none longer than `at_most`, and at least one for each process."""
-        size = max(1, min(at_most, -(-length // self.count)))
+        size = max(1, min(at_most, math.ceil(length / self.count)))
         return [range(start, min(start + size, length)) for start in range(0, length, size)]
 
     def share(self, items: Sequence[Item]) -> list[Item]:
@@ -102,50 +116,45 @@ class Processes:
         return list(items[self.index :: self.count])
 
     def map(self, function: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
-        """
-        Applies a function to items, each on one of the processes.
-
-        Args:
-            function (`Callable`): Returns something that can be pickled, tensors on the CPU.
-            items (`Sequence`): The same on every process.
-
-        Returns:
-            `list`: one result for each item in their order, on every process.
-
-        Raises:
-            RuntimeError: See [`Processes.gather`].
-        """
-        shares = self.gather(lambda: [function(item) for item in self.share(items)])
-        return [shares[position % self.count][position // self.count] for position in range(len(items))]
+        """Applies a function to items, each on one of the processes; see [`Processes.sharing`]."""
+        with self.sharing(items) as work:
+            for item in work.mine:
+                work.add(function(item))
+        return work.results
 
     def gather(self, work: Callable[[], Result]) -> list[Result]:
+        """What every process's part gave, on every process; see [`Processes.sharing`]."""
+        return self.map(lambda _: work(), range(self.count))
+
+    @contextlib.contextmanager
+    def sharing(self, items: Sequence[Item]) -> Iterator[SharedWork[Item, Any]]:
         """
-        Does this process's part and waits for those of the others. All of them must come here.
+        Shares work on items, the same on every process. All processes must come here.
 
-        Args:
-            work (`Callable`): Does the part; returns something that can be pickled, tensors on the CPU.
-
-        Returns:
-            `list`: what each process's part returned, on every process.
+        Within the block each adds a result for every item of its `mine`, in order, that can be pickled, tensors on the
+        CPU; after it all know all `results`, in the order of the items.
 
         Raises:
             RuntimeError: If another process failed; its own error is named. The one that failed raises that error.
         """
+        work: SharedWork[Item, Any] = SharedWork(self.share(items))
         if self.count == 1:
-            return [work()]
+            yield work
+            work.results = work.own
+            return
         group = self._group
         try:
-            result = work()
+            yield work
         except Exception as error:
             logger.error("Process %d of %d failed, which ends them all: %s", self.index, self.count, error)
             with contextlib.suppress(RuntimeError):  # who comes too late learns it from the launcher
                 self._exchange(group, _Failure(f"{type(error).__name__}: {error}"), GRACE)
             raise
-        results = self._exchange(group, result, PATIENCE)
-        for index, other in enumerate(results):
+        shares = self._exchange(group, work.own, PATIENCE)
+        for index, other in enumerate(shares):
             if isinstance(other, _Failure):
                 raise RuntimeError(f"Process {index} of {self.count} failed, so this one stops. {other.message}")
-        return results
+        work.results = [shares[position % self.count][position // self.count] for position in range(len(items))]
 
     def _exchange(self, group: Any, mine: Any, patience: timedelta) -> list[Any]:
         torch.distributed.monitored_barrier(group, timeout=patience)
