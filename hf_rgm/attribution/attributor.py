@@ -15,12 +15,8 @@ from hf_rgm.attribution.answers import completed, from_rows
 from hf_rgm.attribution.estimates import estimate
 from hf_rgm.attribution.known_runs import KnownRuns
 from hf_rgm.attribution.options import UnlearningOptions, passes_options_to
-from hf_rgm.attribution.subject import of_runs, of_synset, recorded_trajectories
-from hf_rgm.attribution.unlearning import (
-    chosen_clusters,
-    engine_without,
-    without_clusters,
-)
+from hf_rgm.attribution.subject import check_only_synset, of_runs, of_synset, recorded_trajectories
+from hf_rgm.attribution.unlearning import chosen_clusters, engine_without, without_clusters
 from hf_rgm.clusters.cluster_map import ClusterMap
 from hf_rgm.distillation.config import memory_bytes
 from hf_rgm.engines.engine import Engine
@@ -58,10 +54,8 @@ class Attributor:
         clusters (`ClusterMap`, *optional*): Without a synset: which row belongs to which cluster.
         data_collator (`Callable`, *optional*): Collates `rows`. Defaults to `default_data_collator`.
         device (`torch.device`, *optional*): Where to compute. Defaults to the model's device.
-        row_loss (`Callable`, *optional*): Takes logits and labels and returns the loss of each row: needed where the
-            Trainer had a `compute_loss` of its own.
-        max_memory (`str`, *optional*, defaults to `"4GB"`): Memory beside the model, the queries and the result. With
-            less, more is done in parts: fewer models, queries or rows go together, and less of the curvature is taken.
+        row_loss (`Callable`, *optional*): Loss of each row by logits and labels, where the Trainer computed its own.
+        max_memory (`str`, *optional*, defaults to `"4GB"`): Memory beside the model, the queries and the result.
         force (`bool`, *optional*, defaults to `False`): Accept a model whose parameters are not those recorded.
         disable_tqdm (`bool`, *optional*, defaults to `False`): No progress bars.
 
@@ -104,16 +98,13 @@ class Attributor:
         max_bytes = memory_bytes(max_memory)
         self._original = model
         self.disable_tqdm = disable_tqdm
+        options: dict[str, Any] = {"device": device, "function": row_loss, "force": force}
         if synset is None:
             recorded = recorded_trajectories(trajectory, rows=rows, clusters=clusters)
-            opened = of_runs(model, *recorded, rows, data_collator, device=device, function=row_loss, force=force)
-        elif trajectory is not None or clusters is not None:
-            raise ValueError(
-                "The synset knows its recorded run and its clusters. Pass either `synset=`, or `trajectory=`, `rows=` "
-                "and `clusters=`."
-            )
+            opened = of_runs(model, *recorded, rows, data_collator, **options)
         else:
-            opened = of_synset(model, synset, device=device, function=row_loss, force=force)
+            check_only_synset(trajectory, clusters)
+            opened = of_synset(model, synset, **options)
         self.model, self.subject, self.synset, samples, self.row_loss = opened
         self._known_runs = KnownRuns(
             self.model,
@@ -167,12 +158,11 @@ class Attributor:
                 instead of leaving each out.
             seed (`int`, *optional*, defaults to `0`): Seed of the random masks.
             query_ids (`Sequence`, *optional*): Names of the queries. Defaults to their positions.
-            output_dir (`str` or `Path`, *optional*): Folder for the scores of rows, which go there block by block as
-                they are finished; a killed run continues there. The result's `row_scores` are then mapped from a file
-                in it, which has to stay, and need not fit in memory.
+            output_dir (`str` or `Path`, *optional*): Folder for scores of rows, written block by block; a killed run
+                continues there. The result's `row_scores` are then mapped from a file in it, which has to stay.
 
-        Under `torchrun` or `accelerate launch` the processes share the work, by cluster weights, queries and blocks of
-        rows, and all of them get the whole result. All have to call this, and to see one `output_dir`.
+        Under `torchrun` or `accelerate launch` all processes must call this and see one `output_dir`; they share the
+        work, and each gets the whole result.
 
         Returns:
             `AttributionResult`: positive where presence raises the objective.
@@ -184,26 +174,19 @@ class Attributor:
                 objective without gradient.
         """
         chosen = self.engine(engine, rows=rows, rewind=rewind, num_masks=num_masks)
-        if output_dir is not None and not self._has_rows(rows):
+        if output_dir is not None and not self._available(rows)["rows"]:
             raise ValueError(
                 "`output_dir` is for the scores of rows. Pass the training dataset as `rows`, or leave it out."
             )
         request = Request(resolve_objective(objective), self._queries(queries, data_collator), rewind, num_masks, seed)
-        runs = self._runs(rows, data_collator)
-        evaluations = [Evaluation(run, request) for run in runs]
+        evaluations = [Evaluation(run, request) for run in self._runs(rows, data_collator)]
         with self.model.differentiable():
-            # Named here, and not where it is first needed: a question shall not pass many rooms to its arithmetic.
-            evaluations[0].values = request.objective.values(self.model, runs[0].final, request.queries)
-            by_run = [chosen(own.run).scores(own) for own in evaluations if not from_rows(chosen, own)]
-            return completed(
-                chosen,
-                evaluations,
-                by_run,
-                self.subject,
-                query_ids=query_ids,
-                output_dir=output_dir,
-                disable_tqdm=self.disable_tqdm,
-            )
+            by_run = []
+            for own in evaluations:
+                if not from_rows(chosen, own):
+                    by_run.append(chosen(own.run).scores(own))
+            options: dict[str, Any] = {"query_ids": query_ids, "output_dir": output_dir}
+            return completed(chosen, evaluations, by_run, self.subject, disable_tqdm=self.disable_tqdm, **options)
 
     def estimate(
         self,
@@ -258,22 +241,18 @@ class Attributor:
             rewind (*optional*): As in [`Attributor.attribute`].
 
         Returns:
-            `np.ndarray`: `(num_masks, num_values)`, float32. With several recorded runs, the mean over them; anchored
+            `np.ndarray`: `(num_masks, num_values)`, float32. With several recorded runs the mean over them: anchored
             engines add the mean change to the value of the model itself.
         """
         chosen = self.engine(engine, rows=rows, rewind=rewind, replays=True)
         request = Request(resolve_objective(objective), self._queries(queries, data_collator), rewind)
-        by_run, own = [], None
+        evaluations = [Evaluation(run, request) for run in self._runs(rows, data_collator)]
         with self.model.differentiable():
-            for run in self._runs(rows, data_collator):
-                evaluation = Evaluation(run, request)
-                values = chosen(run).values(evaluation, masks).values
-                if own is None:
-                    own = evaluation.values.cpu()
-                elif chosen.anchored:
-                    values = own + values - evaluation.values.cpu()
-                by_run.append(values)
-        return torch.stack(by_run).mean(0).numpy()
+            by_run = [chosen(own.run).values(own, masks).values for own in evaluations]
+            if chosen.anchored:
+                changes = [values - own.values.cpu() for values, own in zip(by_run, evaluations, strict=True)]
+                return (evaluations[0].values.cpu() + torch.stack(changes).mean(0)).numpy()
+            return torch.stack(by_run).mean(0).numpy()
 
     def unlearn(
         self,
@@ -316,29 +295,11 @@ class Attributor:
         chosen = check_engine(name, available=available, replays=True)
         reader = None if queries is None else self._reader(queries, data_collator)
         with self.model.differentiable():
-            vector, start, checks = without_clusters(chosen(run), removed, rewind, reader)
-        return UnlearnedModel(
-            model=self.model.module_with(self.model.space.unflatten(vector), like=self._original).eval(),
-            clusters=[known.names[k] for k in removed],
-            sizes=[int(known.sizes[k]) for k in removed],
-            checks=checks,
-            engine=chosen.name,
-            rewind_step=start,
-            num_steps=self.subject.trajectory.num_steps,
-            parameters_sha256=self.subject.parameters_sha256,
-            model_name=self.subject.model_description.get("name_or_path"),
-            fidelity=self.subject.fidelity,
-        )
+            return without_clusters(chosen(run), removed, rewind, reader, subject=self.subject, like=self._original)
 
     @passes_options_to(unlearn)
     def model_without(self, clusters: Iterable[str | int], **options: Unpack[UnlearningOptions]) -> nn.Module:
-        """
-        The model had these clusters never been trained on: a copy of the same class, in evaluation mode.
-
-        Args:
-            clusters (`Iterable[str | int]`): Names or indices of the clusters to remove.
-            options: As in [`Attributor.unlearn`], which also raises the same.
-        """
+        """The model had these clusters never been trained on, in evaluation mode; see [`Attributor.unlearn`]."""
         return self.unlearn(clusters, **options).model
 
     def suggest_mixture(
@@ -381,8 +342,7 @@ class Attributor:
                 all score alike, or no replay agrees with the first-order prediction.
         """
         objective = resolve_objective(objective)
-        clusters = self.subject.clusters
-        check_request(objective, clusters.num_clusters, max_change, min_agreement)
+        check_request(objective, self.subject.clusters.num_clusters, max_change, min_agreement)
         options: dict[str, Any] = {"objective": objective, "data_collator": data_collator, "rewind": rewind}
         result = self.attribute(queries, engine="adjoint", rows=rows, **options)
         value = float(result.objective_values.mean())
@@ -390,12 +350,11 @@ class Attributor:
 
         def replayed_change(weights: np.ndarray) -> float:
             masks = torch.from_numpy(weights[None]).float()
-            replayed = self.replayed_values(queries, masks, engine=checking, **options)
-            return float(replayed.mean()) - value
+            return float(self.replayed_values(queries, masks, engine=checking, **options).mean()) - value
 
         return trusted_mixture(
             result.scores.mean(0).astype(np.float64),
-            clusters,
+            self.subject.clusters,
             objective.name,
             value,
             maximize=maximized_by_default(objective) if maximize is None else maximize,
@@ -413,19 +372,7 @@ class Attributor:
         num_masks: int | None = None,
         replays: bool = False,
     ) -> type[Engine]:
-        """
-        The engine of a name, or the default, once it is seen to be able to do what is asked.
-
-        Args:
-            name (`str`, *optional*): As in [`Attributor.attribute`].
-            rows (*optional*): The training dataset, if it comes with the question.
-            rewind (`float`, *optional*): The rewind point that is asked for.
-            num_masks (`int`, *optional*): Random halves that are asked for.
-            replays (`bool`, *optional*, defaults to `False`): Whether models under cluster weights are asked for.
-
-        Raises:
-            ValueError: If there is no such engine, or it cannot.
-        """
+        """The engine of a name, or the default, checked against what is asked; raises `ValueError` if it cannot."""
         available = self._available(rows)
         return check_engine(
             name or default_engine(available, rewind=rewind, num_masks=num_masks),
@@ -444,13 +391,10 @@ class Attributor:
         collator = data_collator or self._collator
         return RowReader(queries, self.model, data_collator=collator, what="queries", **options)
 
-    def _has_rows(self, rows: Any) -> bool:
-        return rows is not None or self.rows is not None
-
     def _available(self, rows: Any) -> dict[str, bool]:
-        synset = self.synset
+        synset, has_rows = self.synset, rows is not None or self.rows is not None
         responses = synset is not None and synset.responses is not None and len(synset.trajectories) == 1
-        return {"rows": self._has_rows(rows), "samples": self.synset is not None, "responses": responses}
+        return {"rows": has_rows, "samples": synset is not None, "responses": responses}
 
     def _runs(self, rows: Any, data_collator: DataCollator | None) -> list[RecordedRun]:
         return self._known_runs.of(self.rows if rows is None else rows, data_collator or self._collator)

@@ -97,6 +97,15 @@ def recorded_trajectories(
     return tuple(t if isinstance(t, Trajectory) else Trajectory.load(t) for t in recorded), clusters
 
 
+def check_only_synset(trajectory: Any, clusters: ClusterMap | None) -> None:
+    """Refuses a recorded run or clusters beside a synset, with a `ValueError`."""
+    if trajectory is not None or clusters is not None:
+        raise ValueError(
+            "The synset knows its recorded run and its clusters. Pass either `synset=`, or `trajectory=`, `rows=` "
+            "and `clusters=`."
+        )
+
+
 class Opened(NamedTuple):
     """A model with what is asked about."""
 

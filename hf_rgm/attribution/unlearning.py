@@ -6,8 +6,9 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from hf_rgm.attribution.subject import Subject
 from hf_rgm.clusters.cluster_map import ClusterMap
 from hf_rgm.engines.anchored_replay import AnchoredReplayEngine
 from hf_rgm.engines.engine import Engine
@@ -17,7 +18,7 @@ from hf_rgm.engines.registry import default_engine
 from hf_rgm.engines.training_on import TrainingOnEngine
 from hf_rgm.model.functional_model import FunctionalModel
 from hf_rgm.model.row_reader import RowReader
-from hf_rgm.results.unlearned import UnlearningCheck
+from hf_rgm.results.unlearned import UnlearnedModel, UnlearningCheck
 
 ROWS_AT_ONCE = 256
 MAX_LINEAR_SHARE = 0.25
@@ -75,9 +76,15 @@ def engine_without(
 
 
 def without_clusters(
-    engine: Engine, removed: Sequence[int], rewind: float | None, queries: RowReader | None
-) -> tuple[Tensor, int, list[UnlearningCheck]]:
-    """Parameters without some clusters, `(num_parameters,)`, the step they are followed from, and comparisons."""
+    engine: Engine,
+    removed: Sequence[int],
+    rewind: float | None,
+    queries: RowReader | None,
+    *,
+    subject: Subject,
+    like: nn.Module,
+) -> UnlearnedModel:
+    """The model without some clusters, a copy of `like`, compared with it on rows and queries at hand."""
     run = engine.run
     mask = torch.ones(1, run.clusters.num_clusters)
     mask[0, removed] = 0
@@ -91,7 +98,19 @@ def without_clusters(
     if queries is not None:
         groups.append(("queries", queries, np.arange(len(queries))))
     checks = [_compared(run.model, run.final, vector, *group) for group in groups]
-    return vector, outcome.start, checks
+    known = run.clusters
+    return UnlearnedModel(
+        model=run.model.module_with(run.model.space.unflatten(vector), like=like).eval(),
+        clusters=[known.names[k] for k in removed],
+        sizes=[int(known.sizes[k]) for k in removed],
+        checks=checks,
+        engine=engine.name,
+        rewind_step=outcome.start,
+        num_steps=run.trajectory.num_steps,
+        parameters_sha256=subject.parameters_sha256,
+        model_name=subject.model_description.get("name_or_path"),
+        fidelity=subject.fidelity,
+    )
 
 
 def _compared(
