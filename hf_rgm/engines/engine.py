@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from hf_rgm.engines.gradient_form import GradientForm, WholeGradients
+from hf_rgm.engines.objectives import Objective
 from hf_rgm.engines.perturbations import check_masks, leave_one_out, random_subsets, ridge_scores
 from hf_rgm.engines.recorded_run import RecordedRun
 from hf_rgm.engines.request import Evaluation
@@ -111,6 +112,9 @@ class Engine(ABC):
         """Final parameters of replayed models, `(num_models, num_parameters)`."""
         return models
 
+    def check(self, objective: Objective) -> None:
+        """Refuses an objective that the engine cannot evaluate, with a `ValueError`."""
+
     def prepare(self, rewind: float) -> None:
         """Takes the clusters' gradients, which all processes take together before they share the masks."""
         if self.run.rows is not None and self.takes_rows:
@@ -119,6 +123,7 @@ class Engine(ABC):
     def scores(self, evaluation: Evaluation) -> Outcome:
         """Effect of each cluster's presence, `(num_values, num_clusters)`: left out, or by regression on halves."""
         request, num_clusters = evaluation.request, self.run.clusters.num_clusters
+        self.check(request.objective)
         if request.num_masks is not None:
             masks = random_subsets(num_clusters, request.num_masks, seed=request.seed)
             found = self.values(evaluation, masks)
@@ -132,6 +137,7 @@ class Engine(ABC):
 
     def values(self, evaluation: Evaluation, masks: Tensor) -> Outcome:
         """The objective under cluster weights, `(num_masks, num_values)`."""
+        self.check(evaluation.request.objective)
         return self.follow(masks, functools.partial(self.evaluate, evaluation), evaluation.request.rewind)
 
     def parameters(self, masks: Tensor, rewind: float | None) -> Outcome:

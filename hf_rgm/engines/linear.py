@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import ClassVar
 
@@ -12,6 +13,7 @@ from tqdm.auto import tqdm
 from hf_rgm.engines.engine import Engine, Outcome, probed
 from hf_rgm.engines.gradient_form import GradientForm
 from hf_rgm.engines.gradient_sources import ClusterGradients, force
+from hf_rgm.engines.objectives import Objective
 from hf_rgm.engines.perturbations import check_masks, leave_one_out
 from hf_rgm.engines.recorded_run import RecordedRun
 from hf_rgm.engines.request import Evaluation
@@ -21,11 +23,10 @@ from hf_rgm.model.cost_estimates import PieceOfWork, measured
 
 class LinearEngine(Engine):
     """
-    Linearised replay, exact at every training step (docs/method.md, the linear engine).
+    Linearised replay, exact at every training step and in the cluster weights p (docs/method.md, the linear engine).
 
-    Under cluster weights p the gradient at `theta_t + delta` is taken to be `sum_k p_k (G_k + C_k delta)`, with each
-    cluster's gradient `G_k` and Gauss-Newton matrix `C_k` at the nearest recorded state. Exact in p: an absent cluster
-    takes its curvature with it. All weights go together.
+    The gradient at `theta_t + delta` is taken to be `sum_k p_k (G_k + C_k delta)`, with each cluster's gradient `G_k`
+    and Gauss-Newton matrix `C_k` at the nearest recorded state: an absent cluster takes its curvature with it.
     """
 
     name = "linearized_replay"
@@ -39,13 +40,23 @@ class LinearEngine(Engine):
 
     @property
     def batch_size(self) -> int:
-        """Models whose deviation, momentum, force and what a segment makes of them fit in memory."""
-        return max(1, self.run.shares.vectors // (28 * self.form.length))
+        """Models that fit in memory together."""
+        # Deviation, momentum and force, each before and after a segment, and one on the way, float32.
+        return max(1, self.run.shares.vectors // (7 * 4 * self.form.length))
 
     @property
     def form(self) -> GradientForm:
-        """Whole gradients, or of many parameters sketches."""
+        """Whole gradients, or sketches of long ones."""
         return self.run.form
+
+    def check(self, objective: Objective) -> None:
+        """Refuses objectives without a gradient where there are sketches, and so no models."""
+        if not objective.differentiable and not self.form.is_whole:
+            raise ValueError(
+                f"Objective {objective.name!r} has no gradient, and changes of {self.run.model.num_parameters} "
+                "parameters are held in short, so that there is no model to evaluate. Use "
+                '`engine="training_on"`, a differentiable objective, or raise `max_memory`.'
+            )
 
     def gradients(self, rewind: float) -> ClusterGradients:
         """The clusters' gradients along the path."""
@@ -99,15 +110,7 @@ class LinearEngine(Engine):
         return self.run.final + models
 
     def parameters(self, masks: Tensor, rewind: float | None) -> Outcome:
-        """
-        Models under cluster weights.
-
-        Returns:
-            [`Outcome`]: its values are `(num_masks, num_parameters)`.
-
-        Raises:
-            ValueError: If the model has too many parameters for `max_memory`.
-        """
+        """Models under cluster weights, `(num_masks, num_parameters)`."""
         self._check_whole()
         return super().parameters(masks, rewind)
 
@@ -120,15 +123,9 @@ class LinearEngine(Engine):
             )
 
     def values(self, evaluation: Evaluation, masks: Tensor) -> Outcome:
-        """
-        The objective of models under cluster weights.
-
-        Where even replays without a single cluster drift from the engine's own rewind point, those without many are
-        out of reach: effects of single clusters are then added up, which ranks halves better (docs/method.md).
-
-        Returns:
-            [`Outcome`]: its values are `(num_masks, num_values)`.
-        """
+        """The objective under cluster weights, `(num_masks, num_values)`."""
+        # Where even replays without a single cluster drift, those without many are out of reach. Effects of single
+        # clusters are then added up, which ranks halves better (docs/method.md, how far back).
         check_masks(masks, self.run.clusters.num_clusters)
         masks = masks.detach().float().cpu()
         changes = masks - 1
@@ -150,18 +147,8 @@ class LinearEngine(Engine):
 
     def directions(self, gradients: Tensor, rewind: float) -> dict[int, Tensor]:
         """
-        Sensitivity of objectives to the training gradient, summed over the steps nearest to each recorded state.
-
-        Args:
-            gradients (`Tensor`): `(num_values, length)`, of the objectives at the final parameters.
-            rewind (`float`): Fraction of training down to which effects are followed.
-
-        Returns:
-            `dict[int, Tensor]`: recorded step to `(num_values, length)`: adding `eps * g` to the training
-            gradient there raises objective i by `eps * <direction_i, g>`.
-
-        Raises:
-            ValueError: If a gradient is NaN or infinite.
+        Sensitivity of objectives, by their final gradients `(num_values, length)`, to the training gradient at each
+        recorded step, `(num_values, length)`: adding `eps * g` there raises objective i by `eps * <direction_i, g>`.
         """
         bad = torch.nonzero(~torch.isfinite(gradients).all(1)).flatten().tolist()
         if bad:
@@ -179,7 +166,7 @@ class LinearEngine(Engine):
         return result
 
     def costs(self, num_masks: int, rewind: float | None) -> PieceOfWork:
-        """From the rows of curvature at one state, and one segment."""
+        """The cost of a replay, from the curvature at one state and one segment."""
         run, rewind = self.run, self.rewind if rewind is None else rewind
         path, segments = run.path(rewind), run.segments(rewind)
         at_once = min(num_masks, self.batch_size)
@@ -189,7 +176,7 @@ class LinearEngine(Engine):
         segment_map = run.map_of(path, segments[-1])
         stepping = measured(lambda: segment_map.forward(vectors, vectors, vectors, masks))
         gradients = run.source.cost_of_gradients(run.final, self.form)
-        batches = -(-num_masks // at_once)
+        batches = math.ceil(num_masks / at_once)
         return PieceOfWork(
             seconds=len(segments) * (preparing.seconds + gradients.seconds + batches * stepping.seconds),
             peak_bytes=self.states_bytes
@@ -205,7 +192,7 @@ class LinearEngine(Engine):
         return 8 * len(self.run.trajectory.state_steps) * self.run.model.num_parameters
 
     def kept_bytes(self, preparing: PieceOfWork, num_segments: int) -> int:
-        """What stays of the maps of segments beside the one that is in use."""
+        """Memory of the maps of segments beside the one in use."""
         return (num_segments - 1) * preparing.held_bytes if self.run.keeps_maps else 0
 
     def _force(self, gradients: ClusterGradients, state: int, masks: Tensor) -> Tensor:

@@ -17,32 +17,19 @@ from hf_rgm.engines.recorded_run import RecordedRun
 
 @dataclass(frozen=True, eq=False)
 class Request:
-    """
-    What is asked; the same for every recorded run.
-
-    Args:
-        objective (`Objective`): What to explain.
-        queries (`Queries`): On what.
-        rewind (`float`, *optional*): Fraction of training to go back to. Defaults to the engine's.
-        num_masks (`int`, *optional*): Regress on so many random halves of the clusters instead of leaving each out.
-        seed (`int`, *optional*, defaults to `0`): Of these halves.
-    """
+    """A question, the same for every recorded run."""
 
     objective: Objective
     queries: Queries
     rewind: float | None = None
+    """Fraction of training to go back to; by default the engine's."""
     num_masks: int | None = None
+    """Regress on so many random halves of the clusters instead of leaving each out."""
     seed: int = 0
 
 
 class Evaluation:
-    """
-    The objective of a request at the parameters of one recorded run. Whatever is computed is computed once.
-
-    Args:
-        run (`RecordedRun`): The run.
-        request (`Request`): What is asked.
-    """
+    """The objective of a request along one recorded run, with everything computed once."""
 
     def __init__(self, run: RecordedRun, request: Request) -> None:
         self.run = run
@@ -55,12 +42,7 @@ class Evaluation:
         return self.at(self.run.final)
 
     def gradients(self, form: GradientForm) -> QueryGradients:
-        """
-        Gradients of the objective at the end of the run.
-
-        Raises:
-            ValueError: If the objective has none.
-        """
+        """Gradients of the objective at the end of the run; raises `ValueError` if it has none."""
         if form not in self._gradients:
             self._gradients[form] = QueryGradients(
                 self.run.model,
@@ -82,20 +64,10 @@ class Evaluation:
         return torch.stack([self.at(vector) for vector in parameters])
 
     def to_first_order(self, deviations: Tensor, form: GradientForm) -> Tensor:
-        """
-        The objective near the trained model, `(num_models, num_values)`, float32.
-
-        Deviations, `(num_models, length)`, that are of first order are met by the objective's derivative, where it has
-        one: those of random halves are large, and a margin far from where a deviation was computed says less than its
-        derivative.
-        """
+        """The objective near the trained model by deviations `(num_models, length)`: `(num_models, num_values)`."""
+        # Deviations of first order go with the objective's derivative: those of random halves are large, and a margin
+        # far from where a deviation was computed says less than its derivative.
         if not self.request.objective.differentiable:
-            if not form.is_whole:
-                raise ValueError(
-                    f"Objective {self.request.objective.name!r} has no gradient, and changes of "
-                    f"{self.run.model.num_parameters} parameters are held in short, so that there is no model to "
-                    'evaluate. Use `engine="training_on"`, a differentiable objective, or raise `max_memory`.'
-                )
             return self.of_models(self.run.final + deviations)
         gradients = self.gradients(form)
         changes = [deviations @ part.T for part in gradients.parts(range(len(gradients)))]
