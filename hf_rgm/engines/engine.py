@@ -112,7 +112,7 @@ class Engine(ABC):
         """Final parameters of replayed models, `(num_models, num_parameters)`."""
         return models
 
-    def check(self, objective: Objective) -> None:
+    def check(self, objective: Objective) -> None:  # noqa: B027
         """Refuses an objective that the engine cannot evaluate, with a `ValueError`."""
 
     def prepare(self, rewind: float) -> None:
