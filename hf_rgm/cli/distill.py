@@ -20,28 +20,22 @@ from hf_rgm.distillation.config import PRESETS, DistillationConfig
 SETTINGS = "Settings of the distiller"
 
 
-def with_fields(config_class: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Gives a command an option for each field of a dataclass; its `**settings` are those that are given or `None`."""
-
-    def decorate(command: Callable[..., None]) -> Callable[..., None]:
-        own = inspect.signature(command, eval_str=True)
-        *options, _ = own.parameters.values()
-        types = get_type_hints(config_class)
-        for field in dataclasses.fields(config_class):
-            about = typer.Option(
-                help=field.metadata["help"], rich_help_panel=SETTINGS, show_default=str(field.default)
-            )
-            annotation = Annotated[types[field.name] | None, about]  # type: ignore[valid-type]
-            options.append(
-                inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
-            )
-        command.__signature__ = own.replace(parameters=options)  # type: ignore[attr-defined]
-        return command
-
-    return decorate
+def with_settings(command: Callable[..., None]) -> Callable[..., None]:
+    """Replaces the `**settings` of a command by an option for each field of the config, `None` if not given."""
+    own = inspect.signature(command, eval_str=True)
+    *options, _ = own.parameters.values()
+    types = get_type_hints(DistillationConfig)
+    for field in dataclasses.fields(DistillationConfig):
+        about = typer.Option(help=field.metadata["help"], rich_help_panel=SETTINGS, show_default=str(field.default))
+        annotation = Annotated[types[field.name] | None, about]  # type: ignore[valid-type]
+        options.append(
+            inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+        )
+    command.__signature__ = own.replace(parameters=options)  # type: ignore[attr-defined]
+    return command
 
 
-@with_fields(DistillationConfig)
+@with_settings
 def distill(
     trajectory: Annotated[Path, typer.Argument(help="Folder that TrajectoryCallback recorded.", exists=True)],
     model: common.Model,

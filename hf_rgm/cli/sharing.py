@@ -14,10 +14,10 @@ from hf_rgm.cli.common import check_output_folder, clear_errors, hide_bars, inte
 if TYPE_CHECKING:
     from hf_rgm.hub.artefact import DatasetArtefact
 
-TARGET = Annotated[str, typer.Argument(help="A folder, or the id of a dataset repository on the Hub.")]
+Target = Annotated[str, typer.Argument(help="A folder, or the id of a dataset repository on the Hub.")]
 
 
-def info(target: TARGET, revision: common.Revision = None, as_json: common.AsJson = False) -> None:
+def info(target: Target, revision: common.Revision = None, as_json: common.AsJson = False) -> None:
     """
     What a trajectory, a synset or attributions are, whether they are whole, and what can be done with them.
 

@@ -28,16 +28,15 @@ from hf_rgm.files.writing import staged_folder
 @dataclass(frozen=True, eq=False, repr=False)
 class ClusterMap:
     """
-    A partition of the training rows into named clusters: the unit of attribution.
+    A partition of the training rows into named clusters, the unit of attribution. No cluster is empty.
 
-    Every row belongs to one cluster and no cluster is empty. Make one with [`ClusterMap.from_column`],
-    [`ClusterMap.from_ids`], [`ClusterMap.from_embeddings`] or [`ClusterMap.from_rows`].
+    Make one with `from_column`, `from_ids`, `from_embeddings` or `from_rows`.
 
     Args:
         cluster_ids (`np.ndarray`): The cluster of each row, `(num_rows,)`, int64.
         names (`tuple[str, ...]`): The name of each cluster, all different. Control characters are escaped.
-        parents (`np.ndarray`, *optional*): The cluster of a coarser map that each cluster is part of,
-            `(num_clusters,)`, int64. Set by [`ClusterMap.refine`].
+        parents (`np.ndarray`, *optional*): The cluster of the coarser map that [`ClusterMap.refine`] split,
+            `(num_clusters,)`, int64.
         parent_names (`tuple[str, ...]`, *optional*): Names of the coarser map's clusters.
 
     Raises:
@@ -83,8 +82,8 @@ class ClusterMap:
 
         Args:
             dataset: A `datasets.Dataset`, a list of dictionaries, or a map-style dataset whose items are dictionaries.
-            columns (`str` or `Sequence[str]`): One column (clusters are named by its text, its `ClassLabel` name, or
-                `"label=3"`), or several (`"source=imdb, label=1"`). Clusters are in sorted order.
+            columns (`str` or `Sequence[str]`): One column, whose text, `ClassLabel` names or `"label=3"` name the
+                clusters, or several (`"source=imdb, label=1"`). Clusters are in sorted order.
 
         Raises:
             KeyError: If the dataset has no such column.
