@@ -1,8 +1,7 @@
-"""`hf-rgm demo`: the whole path on real handwritten digits, without network, in a few minutes."""
+"""`hf-rgm demo`: training to attribution on real handwritten digits, without network, in a few minutes."""
 
 from __future__ import annotations
 
-import logging
 import tempfile
 import time
 from collections.abc import Callable
@@ -28,19 +27,11 @@ from hf_rgm.model.losses import label_losses
 from hf_rgm.model.row_reader import CachedBatches, RowReader
 from hf_rgm.pages.exhibit import Exhibit
 from hf_rgm.pages.report import attribution_report
-from hf_rgm.plots import (
-    plot_inspection_curve,
-    plot_matching_error,
-    plot_predicted_against_actual,
-    plot_synset_gallery,
-)
+from hf_rgm.plots import plot_inspection_curve, plot_matching_error, plot_predicted_against_actual, plot_synset_gallery
 from hf_rgm.recording.callback import TrajectoryCallback
 from hf_rgm.results.result import AttributionResult
 from hf_rgm.synset.synset import Synset
 
-logger = logging.getLogger(__name__)
-
-NUM_TRAIN, NUM_QUERIES = 1200, 120
 CELLS_PER_CLASS = 3
 MARKER = ".hf-rgm-demo"
 REPORT = "report.html"
@@ -49,44 +40,28 @@ INSPECTED_SHARES = (0.05, 0.1)
 
 @dataclass(frozen=True)
 class DemoSettings:
-    """
-    Sizes of the demo.
+    """Sizes of the demo."""
 
-    Args:
-        num_rows (`int`, *optional*, defaults to `1200`): Training digits.
-        num_queries (`int`, *optional*, defaults to `120`): Test digits to explain.
-        num_epochs (`int`, *optional*, defaults to `15`): Training epochs.
-        num_iterations (`int`, *optional*, defaults to `400`): Distilling iterations at most.
-        num_subsets (`int`, *optional*, defaults to `6`): Random halves of the clusters that the fidelity check
-            retrains on, with two seeds each.
-        flipped_share (`float`, *optional*, defaults to `0.05`): Share of the training labels that is flipped.
-        seed (`int`, *optional*, defaults to `0`): Seed of everything.
-    """
-
-    num_rows: int = NUM_TRAIN
-    num_queries: int = NUM_QUERIES
+    num_rows: int = 1200
+    num_queries: int = 120
     num_epochs: int = 15
-    num_iterations: int = 400
-    num_subsets: int = 6
-    flipped_share: float = 0.05
+    num_iterations: int = 400  # of distilling, at most
+    num_subsets: int = 6  # random halves of the clusters to retrain on, with two seeds each
+    flipped_share: float = 0.05  # of the training labels
     seed: int = 0
 
 
 @dataclass
 class DemoData:
-    """
-    Args:
-        train, queries (`Dataset`): `pixel_values` `(1, 8, 8)` float32 and `labels`; some training labels are flipped.
-        flipped (`np.ndarray`): `(num_rows,)`, bool, the rows whose label was flipped.
-    """
+    """Datasets of `pixel_values` `(1, 8, 8)` float32 and `labels`; `flipped` marks rows whose label is wrong."""
 
     train: Dataset
     queries: Dataset
-    flipped: np.ndarray
+    flipped: np.ndarray  # (num_rows,), bool
 
 
 def load_data(settings: DemoSettings) -> DemoData:
-    """Scikit-learn's digits, with a share of the training labels flipped to another class."""
+    """Digits of scikit-learn, with a share of the training labels flipped to another class."""
     pixels, labels = load_digits(return_X_y=True)
     generator = np.random.default_rng(settings.seed)
     order = generator.permutation(len(labels))
@@ -103,7 +78,7 @@ def load_data(settings: DemoSettings) -> DemoData:
 
 
 def build_trainer(settings: DemoSettings) -> Callable[..., Trainer]:
-    """A function that builds a fresh `Trainer` for a small vision Transformer."""
+    """Function of dataset and seed that builds a fresh `Trainer` for a small vision Transformer."""
 
     def build(dataset: Dataset, seed: int, callbacks=(), disable_tqdm: bool = True) -> Trainer:
         set_seed(seed)
@@ -142,7 +117,7 @@ def build_trainer(settings: DemoSettings) -> Callable[..., Trainer]:
 
 
 def inspection_order(result: AttributionResult) -> np.ndarray:
-    """Training rows, the one whose presence harms the queries most first: `(num_rows,)`, int64."""
+    """Training rows, the one that harms the queries most first: `(num_rows,)`, int64."""
     if result.row_scores is None:
         raise ValueError("The result has no row scores. Pass the training rows when attributing.")
     return np.argsort(result.row_scores.mean(0), kind="stable")
@@ -162,7 +137,7 @@ def share_found(order: np.ndarray, flipped: np.ndarray, inspected: float) -> flo
 
 
 def relative_size(predicted: np.ndarray, actual: np.ndarray) -> float:
-    """Least-squares slope of predicted on actual values, both `(num_values, num_subsets)` and less their means."""
+    """Least-squares slope of predicted on actual values, both `(num_values, num_subsets)`, after centring each row."""
     predicted, actual = (values - values.mean(1, keepdims=True) for values in (predicted, actual))
     return float((predicted * actual).sum() / (actual**2).sum())
 
@@ -175,45 +150,14 @@ def run_demo(
     overwrite: bool = False,
     disable_tqdm: bool = False,
 ) -> Path:
-    """
-    Trains, records, distils, attributes, checks, and writes everything to a folder.
-
-    Args:
-        output_dir (`str` or `Path`): Receives `model`, `synset`, `attributions`, `rows`, `queries`, `plots` and
-            `report.html`; the explorer opens it.
-        say (`Callable`): Receives each line of text.
-        settings (`DemoSettings`, *optional*): Sizes.
-        overwrite (`bool`, *optional*, defaults to `False`): Replace a finished demo; one that was cut short begins
-            again in any case.
-        disable_tqdm (`bool`, *optional*, defaults to `False`): No progress bars.
-
-    Returns:
-        `Path`: the folder.
-
-    Raises:
-        FileExistsError: If the folder holds a finished demo that is not to be replaced, or anything else.
-        ValueError: If no label would be flipped.
-    """
+    """Trains, records, distils, attributes and checks; returns the folder with all of it. `say` receives each line."""
     settings = settings or DemoSettings()
     data = load_data(settings)
     num_flipped = int(data.flipped.sum())
-    if num_flipped == 0:
-        raise ValueError(
-            f"`flipped_share` = {settings.flipped_share} flips no label of {settings.num_rows}. Raise it."
-        )
+    if not num_flipped:
+        raise ValueError(f"`flipped_share` = {settings.flipped_share} flips no label of {len(data.train)}. Raise it.")
     folder = Path(output_dir)
-    if folder.exists() and not (folder.is_dir() and ((folder / MARKER).is_file() or not any(folder.iterdir()))):
-        raise FileExistsError(f"{folder} holds something else than an earlier demo and is left alone. Choose another.")
-    if (folder / REPORT).exists() and not overwrite:
-        raise FileExistsError(
-            f"{folder} holds a finished demo. Choose another folder, or replace it: `overwrite=True`, on the command "
-            "line `--overwrite`."
-        )
-    if (folder / MARKER).is_file() and not (folder / REPORT).exists():
-        say(f"{folder} holds a demo that was cut short, which begins again.")
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / REPORT).unlink(missing_ok=True)  # it is written last: without it the demo is unfinished
-    (folder / MARKER).write_text("Written by `hf-rgm demo`, which may replace this folder's content.\n")
+    _begin(folder, overwrite, say)
     say(f"1. Training a small ViT on {len(data.train)} digits, {num_flipped} of them with a flipped label ...")
     callback = TrajectoryCallback(folder / "trajectory", overwrite=True)
     trainer = build_trainer(settings)(data.train, settings.seed, [callback], disable_tqdm)
@@ -229,17 +173,12 @@ def run_demo(
         images, labels=np.asarray(data.train["labels"]), num_clusters_per_class=CELLS_PER_CLASS, seed=settings.seed
     )
     say(f"2. Distilling {clusters.num_clusters} clusters (class x k-means) into a synset ...")
-    distiller = ReverseGradientMatchingDistiller(
-        model,
-        folder / "trajectory",
-        data.train,
-        clusters,
-        config=DistillationConfig.from_preset(
-            "quick", tolerance=0.01, num_iterations=settings.num_iterations, seed=settings.seed
-        ),
-        disable_tqdm=disable_tqdm,
+    config = DistillationConfig.from_preset(
+        "quick", tolerance=0.01, num_iterations=settings.num_iterations, seed=settings.seed
     )
-    synset = distiller.distill()
+    synset = ReverseGradientMatchingDistiller(
+        model, folder / "trajectory", data.train, clusters, config=config, disable_tqdm=disable_tqdm
+    ).distill()
     synset.save_pretrained(folder / "synset")
     size = sum(path.stat().st_size for path in (folder / "synset").rglob("*") if path.is_file())
     say(
@@ -252,7 +191,7 @@ def run_demo(
     result = attribute(data.queries, rows=data.train)
     result.save_pretrained(folder / "attributions")
     _save_data(data, folder)
-    _tell_queries(result, data, attribute, say)
+    _tell_queries(result, data, say)
 
     orders = {
         "row scores": inspection_order(result),
@@ -299,8 +238,24 @@ def run_demo(
     return folder
 
 
+def _begin(folder: Path, overwrite: bool, say: Callable[[str], object]) -> None:
+    """Makes the folder, or marks an earlier demo in it as unfinished."""
+    if folder.exists() and not (folder.is_dir() and ((folder / MARKER).is_file() or not any(folder.iterdir()))):
+        raise FileExistsError(f"{folder} holds something else than an earlier demo and is left alone. Choose another.")
+    if (folder / REPORT).exists() and not overwrite:
+        raise FileExistsError(
+            f"{folder} holds a finished demo. Choose another folder, or replace it: `overwrite=True`, on the command "
+            "line `--overwrite`."
+        )
+    if (folder / MARKER).is_file() and not (folder / REPORT).exists():
+        say(f"{folder} holds a demo that was cut short, which begins again.")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / REPORT).unlink(missing_ok=True)  # written last: without it the demo is unfinished
+    (folder / MARKER).write_text("Written by `hf-rgm demo`, which may replace this folder's content.\n")
+
+
 def _save_data(data: DemoData, folder: Path) -> None:
-    """Keeps what the explorer shows beside the scores; too quick for a progress bar."""
+    """Saves rows and queries for the explorer, without progress bars."""
     bars = not datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
     try:
@@ -311,20 +266,19 @@ def _save_data(data: DemoData, folder: Path) -> None:
             datasets.enable_progress_bars()
 
 
-def _tell_queries(result: AttributionResult, data: DemoData, attribute: AttributionPipeline, say: Callable) -> None:
+def _tell_queries(result: AttributionResult, data: DemoData, say: Callable[[str], object]) -> None:
     say(f"   {AttributionResult.SIGN_CONVENTION} Objective: {result.objective}.")
-    hardest = np.argsort(result.objective_values)[:3]
-    for position in hardest:
+
+    def words(query: str | int, largest: bool) -> str:
+        frame = result.top(2, query, largest=largest)
+        return ", ".join(f"{c} ({s:+.2f})" for c, s in zip(frame["cluster"], frame["score"], strict=True))
+
+    for position in np.argsort(result.objective_values)[:3]:
         query = result.query_ids[position]
         label = int(data.queries[int(position)]["labels"])
-        best, worst = (result.top(2, query, largest=largest) for largest in (True, False))
-
-        def words(frame) -> str:
-            return ", ".join(f"{c} ({s:+.2f})" for c, s in zip(frame["cluster"], frame["score"], strict=True))
-
         say(
             f"   test digit {query} (a {label}, margin {result.objective_values[position]:+.2f}): "
-            f"helped most by {words(best)}; harmed most by {words(worst)}"
+            f"helped most by {words(query, True)}; harmed most by {words(query, False)}"
         )
 
 
@@ -363,11 +317,7 @@ def _write_report(
             figure.savefig(folder / "plots" / f"{name}.png")
     hardest = [result.query_ids[i] for i in np.argsort(result.objective_values)[:4]]
     exhibit = Exhibit(result, synset=synset, rows=data.train, queries=data.queries)
-    report = attribution_report(
-        exhibit,
-        title="hf-rgm demo: which digits taught the model this?",
-        query_ids=hardest,
-    )
+    report = attribution_report(exhibit, title="hf-rgm demo: which digits taught the model this?", query_ids=hardest)
     check = report.section("How faithful is this?")
     check.text(str(fidelity))
     check.figure(drawings["fidelity"])

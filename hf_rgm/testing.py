@@ -52,23 +52,17 @@ class TinyModel(PreTrainedModel):
 
 @dataclass
 class RecordedRun:
-    """
-    Args:
-        model (`TinyModel`): The trained model.
-        trajectory (`Trajectory`): Its recorded training.
-        train_dataset, queries (`Dataset`): 48 and 12 rows of `pixel_values` and `labels`.
-        clusters (`ClusterMap`): Six clusters, two per class.
-    """
+    """A trained [`TinyModel`] with its recorded training."""
 
     model: TinyModel
     trajectory: Trajectory
-    train_dataset: Dataset
-    queries: Dataset
-    clusters: ClusterMap
+    train_dataset: Dataset  # 48 rows of `pixel_values` and `labels`
+    queries: Dataset  # 12 rows
+    clusters: ClusterMap  # six, two per class
 
 
 def tiny_dataset(num_rows: int, *, seed: int) -> Dataset:
-    """Three noisy patterns as classes: `pixel_values` `(1, 4, 4)` float32 and `labels`."""
+    """Dataset of three noisy patterns as classes: `pixel_values` `(1, 4, 4)` float32 and `labels`."""
     generator = torch.Generator().manual_seed(seed)
     patterns = torch.randn(3, 1, 4, 4, generator=torch.Generator().manual_seed(7))
     labels = torch.arange(num_rows) % 3
@@ -77,7 +71,7 @@ def tiny_dataset(num_rows: int, *, seed: int) -> Dataset:
 
 
 def tiny_trainer(dataset: Dataset, seed: int = 0, *, callbacks=(), **overrides) -> Trainer:
-    """A fresh `Trainer` for a [`TinyModel`], on the CPU and silent; `overrides` go to `TrainingArguments`."""
+    """Fresh, silent `Trainer` of a [`TinyModel`] on the CPU; `overrides` go to `TrainingArguments`."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = TinyModel(TinyConfig(num_labels=3))
@@ -93,16 +87,15 @@ def tiny_trainer(dataset: Dataset, seed: int = 0, *, callbacks=(), **overrides) 
         "disable_tqdm": True,
         "use_cpu": True,
     }
-    trainer = Trainer(
-        model, TrainingArguments(**{**settings, **overrides}), train_dataset=dataset, callbacks=list(callbacks)
-    )
+    arguments = TrainingArguments(**{**settings, **overrides})
+    trainer = Trainer(model, arguments, train_dataset=dataset, callbacks=list(callbacks))
     trainer.remove_callback(PrinterCallback)
     return trainer
 
 
 @functools.cache
 def tiny_recorded_run(seed: int = 0) -> RecordedRun:
-    """Trains and records a [`TinyModel`] on the same data whatever the seed; the same object for the same seed."""
+    """Recorded run of a [`TinyModel`], trained once for each seed on the same data."""
     train_dataset = tiny_dataset(48, seed=0)
     folder = Path(tempfile.mkdtemp(prefix="hf-rgm-tiny-")) / "trajectory"
     trainer = tiny_trainer(train_dataset, seed, callbacks=[TrajectoryCallback(folder, num_states=6)])
@@ -121,7 +114,7 @@ def tiny_recorded_run(seed: int = 0) -> RecordedRun:
 
 @functools.cache
 def tiny_synset(num_runs: int = 1, *, responses: str = "none") -> Synset:
-    """The synset of [`tiny_recorded_run`] with one or several seeds; the same object every time for the same."""
+    """Synset of [`tiny_recorded_run`] with one or several seeds, distilled once."""
     run = tiny_recorded_run()
     distiller = ReverseGradientMatchingDistiller(
         run.model,

@@ -1,4 +1,4 @@
-"""The `hf-rgm` command: one module per group of subcommands, each importing what it needs when it is called."""
+"""The `hf-rgm` command: one module per group of subcommands. Heavy imports happen when a command runs."""
 
 import typer
 
@@ -12,8 +12,8 @@ def main() -> None:
     """
     Training-data attribution for Hugging Face models.
 
-    Exit status: 0 if all went well, 1 if not, 2 if the command line is not understood, 130 if Ctrl-C cut it short (it
-    is how `explore` ends: 0). HF_RGM_DEBUG=1 in the environment shows where an error comes from.
+    Exit status: 0 if all went well, 1 if not, 2 if the command line is not understood, 130 after Ctrl-C, which
+    ends `explore` with 0. HF_RGM_DEBUG=1 in the environment shows where an error comes from.
     """
 
 

@@ -18,34 +18,22 @@ from hf_rgm.synset.responses import Responses
 from hf_rgm.synset.synset import Synset
 from hf_rgm.trajectory.trajectory import METADATA_FILE, Trajectory
 
-HIGH = 0.5
-"""A matching error of scores that mean little without the rows."""
-
+HIGH_ERROR = 0.5
 MAX_DRIFTS = {name: engine.max_drift for name, engine in ENGINES.items() if engine.max_drift is not None}
 MARKERS = {METADATA_FILE: "trajectory", Synset.marker: "synset", AttributionResult.marker: "attributions"}
 
 
 @dataclass(frozen=True)
 class Description:
-    """
-    What is known of an artefact.
-
-    Args:
-        kind (`str`): `"trajectory"`, `"synset"` or `"attributions"`.
-        where (`str`): The folder, or the repository with its commit.
-        problem (`str`, *optional*): Why it cannot be used, where it is not whole.
-        facts (`dict[str, Any]`): What it holds, JSON-safe.
-        uses (`tuple[str, ...]`): What can be done with it.
-    """
+    """What is known of an artefact: `problem` says why it cannot be used, `uses` what can be done with it."""
 
     kind: str
     where: str
     problem: str | None
-    facts: dict[str, Any]
+    facts: dict[str, Any]  # JSON-safe
     uses: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-safe."""
         return asdict(self) | {"whole": self.problem is None}
 
     def __str__(self) -> str:
@@ -55,20 +43,9 @@ class Description:
         return "\n".join([*lines, *(f"  -> {use}" for use in self.uses)])
 
 
-def describe(name_or_path: str | Path, *, revision: str | None = None, token: str | bool | None = None) -> Description:
-    """
-    Describes a folder, or a dataset repository on the Hub.
-
-    Args:
-        name_or_path (`str` or `Path`): A folder, or the id of a repository.
-        revision (`str`, *optional*): Branch, tag or commit of the repository.
-        token (`str` or `bool`, *optional*): As in `huggingface_hub`.
-
-    Raises:
-        FileNotFoundError: If there is no such folder or repository, or it holds nothing of hf_rgm.
-        RepositoryNotFoundError, RevisionNotFoundError: See [`Synset.from_pretrained`].
-    """
-    folder = _open(name_or_path, revision, token)
+def describe(name_or_path: str | Path, *, revision: str | None = None) -> Description:
+    """Description of a folder, or of a dataset repository on the Hub."""
+    folder = _open(name_or_path, revision)
     kind = next(kind for marker, kind in MARKERS.items() if folder.at_hand(marker))
     read = {"trajectory": _trajectory, "synset": _synset, "attributions": _attributions}[kind]
     try:
@@ -78,11 +55,11 @@ def describe(name_or_path: str | Path, *, revision: str | None = None, token: st
     return Description(kind, str(folder), None, facts, tuple(uses))
 
 
-def _open(name_or_path: str | Path, revision: str | None, token: str | bool | None) -> ArtefactFolder:
-    """The folder or repository, with one of the markers at hand."""
+def _open(name_or_path: str | Path, revision: str | None) -> ArtefactFolder:
+    """The folder or repository, after a check that it has one of the markers."""
     for marker in MARKERS:
         try:
-            folder = open_artefact(name_or_path, marker, revision=revision, token=token)
+            folder = open_artefact(name_or_path, marker, revision=revision)
         except FileNotFoundError as error:
             if isinstance(error.__cause__, LocalEntryNotFoundError):
                 raise  # the Hub is not reached: nobody knows what is there
@@ -127,7 +104,7 @@ def _synset(folder: ArtefactFolder, name: str) -> tuple[dict[str, Any], list[str
         "matching error": round(synset.matching_error, 4),
         "fidelity": _fidelity(synset.fidelity),
     }
-    if synset.matching_error > HIGH:
+    if synset.matching_error > HIGH_ERROR:
         facts["caution"] = "the matching error is high: give the training rows, or distil again with more samples"
     if synset.responses is not None:
         facts["responses"] = _responses(synset.responses, synset.trajectory.num_steps)
@@ -163,9 +140,8 @@ def _model(trajectory: Trajectory) -> str:
 
 
 def _responses(responses: Responses, num_steps: int) -> str:
-    """What they are, after they were read to see that they are whole, unless they would have to be fetched."""
     if responses.at_hand:
-        responses.check()
+        responses.check()  # reads all of them
     return (
         f"{responses.precision}, {format_size(responses.num_bytes)}: the parameter changes of leaving each of "
         f"{responses.num_clusters} clusters out, from real rows' gradients, followed from step "

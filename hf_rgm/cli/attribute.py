@@ -8,32 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hf_rgm.cli.common import (
-    AS_JSON,
-    OVERWRITE,
-    QUIET,
-    check_output_file,
-    check_output_folder,
-    clear_errors,
-    hide_bars,
-    interruptible,
-)
-from hf_rgm.cli.loading import (
-    CLUSTER_COLUMN,
-    CLUSTER_EMBEDDINGS,
-    CLUSTER_IDS,
-    DATA_COLLATOR,
-    LABEL_COLUMN,
-    MODEL_CLASS,
-    NUM_CLUSTERS,
-    NUM_CLUSTERS_PER_CLASS,
-    PREPARE,
-    find_tokenizer,
-    load_clusters,
-    load_collator,
-    load_model,
-    load_rows,
-)
+from hf_rgm.cli import common
+from hf_rgm.cli.common import check_output_file, check_output_folder, clear_errors, hide_bars, interruptible
+from hf_rgm.cli.loading import find_tokenizer, load_clusters, load_collator, load_model, load_objective, load_rows
 
 if TYPE_CHECKING:
     from hf_rgm import AttributionResult
@@ -42,7 +19,7 @@ ENGINE_NAMES = ("linearized_replay", "adjoint", "responses", "training_on", "rep
 
 
 def attribute(
-    model: Annotated[str, typer.Argument(help="The trained model: a folder, or a repository on the Hub.")],
+    model: common.Model,
     source: Annotated[
         str,
         typer.Argument(
@@ -50,24 +27,21 @@ def attribute(
             "recorded, with --rows and their clusters."
         ),
     ],
-    queries: Annotated[
-        str,
-        typer.Argument(help="Rows to explain: a parquet, JSON or CSV file, a saved folder, or REPOSITORY[:CONFIG]."),
-    ],
+    queries: Annotated[str, typer.Argument(help=f"Rows to explain: {common.ROWS}")],
     output_dir: Annotated[Path, typer.Option("--output-dir", "-o", help="Folder of the attributions.")],
-    split: Annotated[str | None, typer.Option(help="Split of the queries.", show_default="test")] = None,
-    num_queries: Annotated[int | None, typer.Option(min=1, help="Only the first so many queries.")] = None,
+    split: common.QueriesSplit = None,
+    num_queries: common.NumQueries = None,
     rows: Annotated[
         str | None,
         typer.Option(help="The training rows, named as queries are: more exact, and every row is scored too."),
     ] = None,
-    rows_split: Annotated[str | None, typer.Option(help="Split of the training rows.", show_default="train")] = None,
-    cluster_column: CLUSTER_COLUMN = None,
-    cluster_ids: CLUSTER_IDS = None,
-    cluster_embeddings: CLUSTER_EMBEDDINGS = None,
-    num_clusters: NUM_CLUSTERS = None,
-    num_clusters_per_class: NUM_CLUSTERS_PER_CLASS = None,
-    label_column: LABEL_COLUMN = None,
+    rows_split: common.RowsSplit = None,
+    cluster_column: common.ClusterColumn = None,
+    cluster_ids: common.ClusterIds = None,
+    cluster_embeddings: common.ClusterEmbeddings = None,
+    num_clusters: common.NumClusters = None,
+    num_clusters_per_class: common.NumClustersPerClass = None,
+    label_column: common.LabelColumn = None,
     engine: Annotated[
         str | None,
         typer.Option(help=f"One of {', '.join(ENGINE_NAMES)}; see docs/choosing.md.", show_default="what fits best"),
@@ -78,14 +52,14 @@ def attribute(
     rewind: Annotated[float | None, typer.Option(help="Fraction of training to go back to.")] = None,
     top: Annotated[int, typer.Option(min=1, help="Clusters to print.")] = 5,
     html: Annotated[Path | None, typer.Option(help="Also write a report, one HTML file.")] = None,
-    model_class: MODEL_CLASS = None,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the model.")] = None,
+    model_class: common.ModelClass = None,
+    revision: common.ModelRevision = None,
     synset_revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the synset.")] = None,
-    prepare: PREPARE = None,
-    data_collator: DATA_COLLATOR = None,
-    overwrite: OVERWRITE = False,
-    quiet: QUIET = False,
-    as_json: AS_JSON = False,
+    prepare: common.Prepare = None,
+    data_collator: common.DataCollator = None,
+    overwrite: common.Overwrite = False,
+    quiet: common.Quiet = False,
+    as_json: common.AsJson = False,
 ) -> None:
     """
     Score the clusters of the training data for some queries, and tell which help and harm most.
@@ -97,26 +71,16 @@ def attribute(
     hf-rgm attribute my-model trajectory test.parquet -o my-attributions --rows train.parquet --cluster-column vendor
     """
     from hf_rgm import AttributionPipeline
-    from hf_rgm.cli.loading import load_object
     from hf_rgm.results.result_files import CONFIG_FILE
 
     disable_tqdm = hide_bars(quiet)
     with interruptible("Nothing was written; the same command starts again."), clear_errors():
         check_output_folder(output_dir, CONFIG_FILE, overwrite=overwrite)
         check_output_file(html, overwrite=overwrite)
-        asked = load_rows(queries, split=split, default_split="test", prepare=prepare)
-        if num_queries is not None:
-            asked = asked.select(range(min(num_queries, len(asked))))
-        training = None if rows is None else load_rows(rows, split=rows_split, default_split="train", prepare=prepare)
-        of_clusters = {
-            "columns": cluster_column or [],
-            "ids": cluster_ids,
-            "embeddings": cluster_embeddings,
-            "num_clusters": num_clusters,
-            "num_clusters_per_class": num_clusters_per_class,
-            "label_column": label_column,
-        }
-        known = _known(source, synset_revision, training, of_clusters)
+        asked = load_rows(queries, split=split, default_split="test", prepare=prepare, limit=num_queries)
+        training = load_rows(rows, split=rows_split, default_split="train", prepare=prepare)
+        by = (cluster_column, cluster_ids, cluster_embeddings, num_clusters, num_clusters_per_class, label_column)
+        known = _known(source, synset_revision, training, by)
         synset = known.get("synset")
         pipeline = AttributionPipeline(
             load_model(model, model_class=model_class, revision=revision),
@@ -128,26 +92,25 @@ def attribute(
             asked,
             rows=training if synset is not None else None,
             engine=engine,
-            objective=load_object(objective) if ":" in objective else objective,
+            objective=load_objective(objective),
             rewind=rewind,
         )
         result.save_pretrained(output_dir)
         if html is not None:
             tokenizer = find_tokenizer(pipeline.model, model, revision)
             result.to_html(html, queries=asked, rows=training, synset=synset, tokenizer=tokenizer)
-        typer.echo(
-            json.dumps(_told(result, top, output_dir), indent=2) if as_json else _words(result, top, output_dir)
-        )
+        content = _content(result, top, output_dir)
+        typer.echo(json.dumps(content, indent=2) if as_json else _text(result, content))
 
 
-def _known(source: str, revision: str | None, rows: Any, of_clusters: dict[str, Any]) -> dict[str, Any]:
-    """The synset; or recorded run, rows and clusters, where the folder is that of a recorded run."""
+def _known(source: str, revision: str | None, rows: Any, by: tuple) -> dict[str, Any]:
+    """Arguments of the pipeline: the synset; or a recorded run, its rows, and their clusters by the given options."""
     from hf_rgm import Synset
     from hf_rgm.trajectory.trajectory import METADATA_FILE
 
     if not (Path(source) / METADATA_FILE).is_file():
         synset = Synset.from_pretrained(source, revision=revision)
-        if any(of_clusters.values()):
+        if any(by):
             raise ValueError(f"{source} is a synset, which knows its clusters. Leave the options of clusters out.")
         return {"synset": synset}
     if rows is None:
@@ -155,10 +118,10 @@ def _known(source: str, revision: str | None, rows: Any, of_clusters: dict[str, 
             f"{source} is a recorded run: scores by it need the training rows. Pass them as `--rows`, and their "
             "clusters, for example by `--cluster-column`."
         )
-    return {"trajectory": source, "rows": rows, "clusters": load_clusters(rows, **of_clusters, seed=0)}
+    return {"trajectory": source, "rows": rows, "clusters": load_clusters(rows, *by, seed=0)}
 
 
-def _told(result: AttributionResult, top: int, folder: Path) -> dict[str, Any]:
+def _content(result: AttributionResult, top: int, folder: Path) -> dict[str, Any]:
     return {
         "attributions": str(folder),
         "engine": result.engine,
@@ -175,22 +138,15 @@ def _told(result: AttributionResult, top: int, folder: Path) -> dict[str, Any]:
     }
 
 
-def _records(result: AttributionResult, top: int, *, largest: bool) -> list[dict[str, Any]]:
-    """Clusters of one sign, the strongest first."""
-    frame = result.top(top, largest=largest)
-    frame = frame[frame["score"] > 0] if largest else frame[frame["score"] < 0]
-    return [
-        {"cluster": str(name), "score": float(score), "size": int(size)}
-        for name, score, size in zip(frame["cluster"], frame["score"], frame["size"], strict=True)
-    ]
+def _records(result: AttributionResult, top: int, *, largest: bool) -> list[dict[Any, Any]]:
+    """Clusters with scores of one sign, the strongest first."""
+    return result.top(top, largest=largest).query("score > 0" if largest else "score < 0").to_dict("records")
 
 
-def _words(result: AttributionResult, top: int, folder: Path) -> str:
+def _text(result: AttributionResult, content: dict[str, Any]) -> str:
     lines = [f"{result.num_queries} queries, {result.num_clusters} clusters. {result.SIGN_CONVENTION}"]
-    for title, largest in (("Helped most", True), ("Harmed most", False)):
+    for title, records in (("Helped most", content["helped_most"]), ("Harmed most", content["harmed_most"])):
         lines.append(f"{title} ({result.objective}, mean over queries):")
-        lines += [
-            f"  {entry['score']:+.4g}  {entry['cluster']} ({entry['size']} rows)"
-            for entry in _records(result, top, largest=largest)
-        ] or ["  none"]
+        lines += [f"  {r['score']:+.4g}  {r['cluster']} ({r['size']} rows)" for r in records] or ["  none"]
+    folder = content["attributions"]
     return "\n".join([*lines, f"Written to {folder}. What it is: hf-rgm info {folder}"])

@@ -8,14 +8,15 @@ from typing import Annotated
 
 import typer
 
-from hf_rgm.cli.common import OVERWRITE, QUIET, hide_bars, interruptible
+from hf_rgm.cli import common
+from hf_rgm.cli.common import hide_bars, interruptible
 
 
 def demo(
     output_dir: Annotated[Path, typer.Option("--output-dir", "-o", help="Folder to write to.")] = Path("hf-rgm-demo"),
     seed: Annotated[int, typer.Option(help="Seed of data split, training and distilling.")] = 0,
-    overwrite: OVERWRITE = False,
-    quiet: QUIET = False,
+    overwrite: common.Overwrite = False,
+    quiet: common.Quiet = False,
 ) -> None:
     """
     Train, record, distil, attribute and check on real handwritten digits; needs no network.

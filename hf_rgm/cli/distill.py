@@ -12,75 +12,42 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
-from hf_rgm.cli.common import (
-    AS_JSON,
-    OVERWRITE,
-    QUIET,
-    check_output_folder,
-    clear_errors,
-    hide_bars,
-    interruptible,
-)
-from hf_rgm.cli.loading import (
-    CLUSTER_COLUMN,
-    CLUSTER_EMBEDDINGS,
-    CLUSTER_IDS,
-    DATA_COLLATOR,
-    LABEL_COLUMN,
-    MODEL_CLASS,
-    NUM_CLUSTERS,
-    NUM_CLUSTERS_PER_CLASS,
-    PREPARE,
-    find_tokenizer,
-    load_clusters,
-    load_collator,
-    load_model,
-    load_rows,
-)
+from hf_rgm.cli import common
+from hf_rgm.cli.common import check_output_folder, clear_errors, hide_bars, interruptible
+from hf_rgm.cli.loading import find_tokenizer, load_clusters, load_collator, load_model, load_rows
 from hf_rgm.distillation.config import PRESETS, DistillationConfig
 
 SETTINGS = "Settings of the distiller"
 
 
-def with_fields(config_class: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Gives a command that takes keyword arguments an option for each field of a dataclass, `None` where not given."""
-
-    def decorate(command: Callable[..., None]) -> Callable[..., None]:
-        own = inspect.signature(command, eval_str=True)
-        options = [
-            parameter for parameter in own.parameters.values() if parameter.kind is not inspect.Parameter.VAR_KEYWORD
-        ]
-        types = get_type_hints(config_class)
-        for field in dataclasses.fields(config_class):
-            about = typer.Option(
-                help=field.metadata["help"], rich_help_panel=SETTINGS, show_default=str(field.default)
-            )
-            annotation = Annotated[types[field.name] | None, about]  # type: ignore[valid-type]
-            options.append(
-                inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
-            )
-        command.__signature__ = own.replace(parameters=options)  # type: ignore[attr-defined]
-        return command
-
-    return decorate
+def with_settings(command: Callable[..., None]) -> Callable[..., None]:
+    """Replaces the `**settings` of a command by an option for each field of the config, `None` if not given."""
+    own = inspect.signature(command, eval_str=True)
+    *options, _ = own.parameters.values()
+    types = get_type_hints(DistillationConfig)
+    for field in dataclasses.fields(DistillationConfig):
+        about = typer.Option(help=field.metadata["help"], rich_help_panel=SETTINGS, show_default=str(field.default))
+        annotation = Annotated[types[field.name] | None, about]  # type: ignore[valid-type]
+        options.append(
+            inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+        )
+    command.__signature__ = own.replace(parameters=options)  # type: ignore[attr-defined]
+    return command
 
 
-@with_fields(DistillationConfig)
+@with_settings
 def distill(
     trajectory: Annotated[Path, typer.Argument(help="Folder that TrajectoryCallback recorded.", exists=True)],
-    model: Annotated[str, typer.Argument(help="The trained model: a folder, or a repository on the Hub.")],
-    dataset: Annotated[
-        str,
-        typer.Argument(help="The training rows: a parquet, JSON or CSV file, a saved folder, or REPOSITORY[:CONFIG]."),
-    ],
+    model: common.Model,
+    dataset: Annotated[str, typer.Argument(help=f"The training rows: {common.ROWS}")],
     output_dir: Annotated[Path, typer.Option("--output-dir", "-o", help="Folder of the synset.")],
     split: Annotated[str | None, typer.Option(help="Split of the dataset.", show_default="train")] = None,
-    cluster_column: CLUSTER_COLUMN = None,
-    cluster_ids: CLUSTER_IDS = None,
-    cluster_embeddings: CLUSTER_EMBEDDINGS = None,
-    num_clusters: NUM_CLUSTERS = None,
-    num_clusters_per_class: NUM_CLUSTERS_PER_CLASS = None,
-    label_column: LABEL_COLUMN = None,
+    cluster_column: common.ClusterColumn = None,
+    cluster_ids: common.ClusterIds = None,
+    cluster_embeddings: common.ClusterEmbeddings = None,
+    num_clusters: common.NumClusters = None,
+    num_clusters_per_class: common.NumClustersPerClass = None,
+    label_column: common.LabelColumn = None,
     other_run: Annotated[
         list[Path] | None,
         typer.Option(help="Folder of another recorded run that differs in its seed; may be repeated."),
@@ -91,19 +58,19 @@ def distill(
             help="Keeps finished blocks of clusters.", show_default="OUTPUT_DIR-unfinished, removed at the end"
         ),
     ] = None,
-    model_class: MODEL_CLASS = None,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the model.")] = None,
-    prepare: PREPARE = None,
-    data_collator: DATA_COLLATOR = None,
-    overwrite: OVERWRITE = False,
+    model_class: common.ModelClass = None,
+    revision: common.ModelRevision = None,
+    prepare: common.Prepare = None,
+    data_collator: common.DataCollator = None,
+    overwrite: common.Overwrite = False,
     estimate: Annotated[
         bool, typer.Option("--estimate", help="Only tell what memory, disk and time it needs.")
     ] = False,
     preset: Annotated[
         str, typer.Option(help=f"One of {', '.join(PRESETS)}; other settings come on top.", rich_help_panel=SETTINGS)
     ] = "accurate",
-    quiet: QUIET = False,
-    as_json: AS_JSON = False,
+    quiet: common.Quiet = False,
+    as_json: common.AsJson = False,
     **settings: Any,
 ) -> None:
     """
@@ -126,12 +93,12 @@ def distill(
         rows = load_rows(dataset, split=split, default_split="train", prepare=prepare)
         clusters = load_clusters(
             rows,
-            columns=cluster_column or [],
-            ids=cluster_ids,
-            embeddings=cluster_embeddings,
-            num_clusters=num_clusters,
-            num_clusters_per_class=num_clusters_per_class,
-            label_column=label_column,
+            cluster_column,
+            cluster_ids,
+            cluster_embeddings,
+            num_clusters,
+            num_clusters_per_class,
+            label_column,
             seed=config.seed,
         )
         trained = load_model(model, model_class=model_class, revision=revision)

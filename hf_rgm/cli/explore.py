@@ -7,16 +7,9 @@ from typing import Annotated, Any
 
 import typer
 
-from hf_rgm.cli.common import OVERWRITE, QUIET, REVISION, check_output_folder, clear_errors, hide_bars
-from hf_rgm.cli.loading import (
-    DATA_COLLATOR,
-    MODEL_CLASS,
-    PREPARE,
-    find_tokenizer,
-    load_collator,
-    load_model,
-    load_rows,
-)
+from hf_rgm.cli import common
+from hf_rgm.cli.common import check_output_folder, clear_errors, hide_bars
+from hf_rgm.cli.loading import find_tokenizer, load_collator, load_model, load_rows
 
 
 def explore(
@@ -27,21 +20,18 @@ def explore(
     model: Annotated[
         str | None, typer.Option(help="The trained model: with synset and queries, asks what if.")
     ] = None,
-    queries: Annotated[
-        str | None,
-        typer.Option(help="What was attributed: a parquet, JSON or CSV file, a saved folder, or REPOSITORY[:CONFIG]."),
-    ] = None,
-    split: Annotated[str | None, typer.Option(help="Split of the queries.", show_default="test")] = None,
-    num_queries: Annotated[int | None, typer.Option(min=1, help="Only the first so many queries.")] = None,
+    queries: Annotated[str | None, typer.Option(help=f"What was attributed: {common.ROWS}")] = None,
+    split: common.QueriesSplit = None,
+    num_queries: common.NumQueries = None,
     rows: Annotated[str | None, typer.Option(help="The training rows, named as queries are.")] = None,
-    rows_split: Annotated[str | None, typer.Option(help="Split of the training rows.", show_default="train")] = None,
+    rows_split: common.RowsSplit = None,
     tokenizer: Annotated[
         str | None, typer.Option(help="Folder or repository; reads tokens.", show_default="the model's")
     ] = None,
-    model_class: MODEL_CLASS = None,
-    revision: REVISION = None,
-    prepare: PREPARE = None,
-    data_collator: DATA_COLLATOR = None,
+    model_class: common.ModelClass = None,
+    revision: common.Revision = None,
+    prepare: common.Prepare = None,
+    data_collator: common.DataCollator = None,
     title: Annotated[str, typer.Option(help="Title of the page.")] = "Training-data attribution",
     port: Annotated[
         int | None, typer.Option(help="Port to serve at.", show_default="the first free from 7860")
@@ -49,8 +39,8 @@ def explore(
     space: Annotated[
         Path | None, typer.Option(help="Write a folder to push as a Space instead of serving the page.")
     ] = None,
-    overwrite: OVERWRITE = False,
-    quiet: QUIET = False,
+    overwrite: common.Overwrite = False,
+    quiet: common.Quiet = False,
 ) -> None:
     """
     Look at attributions in the browser: queries, clusters, rows, and what the model would say without some of them.
@@ -61,10 +51,8 @@ def explore(
     """
     hide_bars(quiet)
     with clear_errors():
-        asked = None if queries is None else load_rows(queries, split=split, default_split="test", prepare=prepare)
-        if asked is not None and num_queries is not None:
-            asked = asked.select(range(min(num_queries, len(asked))))
-        training = None if rows is None else load_rows(rows, split=rows_split, default_split="train", prepare=prepare)
+        asked = load_rows(queries, split=split, default_split="test", prepare=prepare, limit=num_queries)
+        training = load_rows(rows, split=rows_split, default_split="train", prepare=prepare)
         given: dict[str, Any] = {"synset": synset, "rows": training, "queries": asked, "title": title}
         if space is not None:
             from hf_rgm.explorer.space import MARKER, write_space

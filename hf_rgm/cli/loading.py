@@ -5,67 +5,15 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Annotated, Any
-
-import typer
+from typing import Any
 
 TABLE_FORMATS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv"}
 
-MODEL_CLASS = Annotated[
-    str | None,
-    typer.Option(help="MODULE:CLASS of a model that transformers does not have. Defaults to what its config names."),
-]
-PREPARE = Annotated[
-    str | None,
-    typer.Option(
-        help="MODULE:FUNCTION or FILE.py:FUNCTION that takes a loaded dataset and returns it as the Trainer gets it, "
-        "for example tokenised."
-    ),
-]
-DATA_COLLATOR = Annotated[
-    str | None,
-    typer.Option(
-        help="MODULE:OBJECT, the Trainer's collator. Defaults to padding by the model's tokenizer where rows have "
-        "input_ids, else to transformers' default."
-    ),
-]
-
-CLUSTERS = "Which row belongs to which cluster (one of them)"
-CLUSTER_COLUMN = Annotated[
-    list[str] | None,
-    typer.Option(help="Column that names the cluster; may be repeated.", rich_help_panel=CLUSTERS),
-]
-CLUSTER_IDS = Annotated[
-    str | None,
-    typer.Option(help="File with an integer a row (.npy or text), or a saved ClusterMap.", rich_help_panel=CLUSTERS),
-]
-CLUSTER_EMBEDDINGS = Annotated[
-    str | None,
-    typer.Option(help="Column or .npy file of vectors, divided by k-means.", rich_help_panel=CLUSTERS),
-]
-NUM_CLUSTERS = Annotated[
-    int | None, typer.Option(help="With embeddings: how many clusters.", rich_help_panel=CLUSTERS)
-]
-NUM_CLUSTERS_PER_CLASS = Annotated[
-    int | None, typer.Option(help="With embeddings and labels: how many of each class.", rich_help_panel=CLUSTERS)
-]
-LABEL_COLUMN = Annotated[
-    str | None, typer.Option(help="With embeddings: no cluster mixes its values.", rich_help_panel=CLUSTERS)
-]
-
 
 def load_object(reference: str) -> Any:
-    """
-    The object that `module:name` or `path/to/file.py:name` names; modules are found from the current folder too.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ImportError: If there is no such module, or no such name in it.
-        ValueError: If it is not of this form.
-    """
+    """Object that `module:name` or `path/to/file.py:name` names; modules are found from the current folder too."""
     where, _, name = reference.rpartition(":")
     if not where or not name:
         raise ValueError(f"{reference!r} must be MODULE:NAME or FILE.py:NAME, such as train.py:build_trainer.")
@@ -75,19 +23,13 @@ def load_object(reference: str) -> Any:
     return getattr(module, name)
 
 
+def load_objective(name: str) -> Any:
+    """Objective: the name of a built-in one, or the object that a reference names."""
+    return load_object(name) if ":" in name else name
+
+
 def load_model(name: str, *, model_class: str | None = None, revision: str | None = None) -> Any:
-    """
-    A trained model, in evaluation mode, as the class that its config names.
-
-    Args:
-        name (`str`): A folder or repository.
-        model_class (`str`, *optional*): `module:class`, for a class that transformers does not have.
-        revision (`str`, *optional*): Branch, tag or commit of the repository.
-
-    Raises:
-        OSError: If there is no such folder, and no repository that loads.
-        ValueError: If its config names no class of transformers, or it is an adapter without its base.
-    """
+    """Trained model from a folder or repository, in evaluation mode, as `model_class` or the class in its config."""
     import transformers
 
     from hf_rgm.hub.repository import folder_or_repository
@@ -117,20 +59,16 @@ def load_model(name: str, *, model_class: str | None = None, revision: str | Non
     return getattr(transformers, architectures[0]).from_pretrained(name, revision=revision).eval()
 
 
-def load_rows(name: str, *, split: str | None, default_split: str, prepare: str | None = None) -> Any:
+def load_rows(
+    name: str | None, *, split: str | None, default_split: str, prepare: str | None = None, limit: int | None = None
+) -> Any:
     """
-    A dataset: a parquet, JSON or CSV file, a folder of `save_to_disk`, or what `load_dataset` finds.
+    Dataset of a parquet, JSON or CSV file, a folder of `save_to_disk`, or a REPOSITORY[:CONFIG]; `None` for no name.
 
-    Args:
-        name (`str`): The file, folder or repository; `repository:config` names one of its configurations.
-        split (`str`, *optional*): Which part; a single file or dataset has none.
-        default_split (`str`): Part of a repository without `split`.
-        prepare (`str`, *optional*): Reference to a function that takes the dataset and returns another.
-
-    Raises:
-        FileNotFoundError: If there is no such dataset.
-        ValueError: If it has no such part.
+    `prepare` names a function to call with it; only the first `limit` rows are kept.
     """
+    if name is None:
+        return None
     import datasets
 
     path = Path(name)
@@ -158,16 +96,13 @@ def load_rows(name: str, *, split: str | None, default_split: str, prepare: str 
         if part not in found:
             raise ValueError(f"{name} has no split {part!r}. It has: {', '.join(map(str, found))}.")
         found = found[part]
-    return found if prepare is None else load_object(prepare)(found)
+    if prepare is not None:
+        found = load_object(prepare)(found)
+    return found if limit is None else found.select(range(min(limit, len(found))))
 
 
 def load_collator(reference: str | None, rows: Any, model_name: str, revision: str | None = None) -> Any:
-    """
-    The named collator, or padding by the model's tokenizer for rows of tokens, or `None` for other rows.
-
-    Raises:
-        OSError: If rows have tokens and the model no tokenizer.
-    """
+    """Collator that is named, or padding by the model's tokenizer for rows of tokens, or `None` for other rows."""
     if reference is not None:
         return load_object(reference)
     if "input_ids" not in (getattr(rows, "column_names", None) or []):
@@ -186,14 +121,7 @@ def load_collator(reference: str | None, rows: Any, model_name: str, revision: s
 
 
 def find_tokenizer(model: Any, name: str, revision: str | None = None) -> Any:
-    """
-    The tokenizer beside a model of tokens, or `None`: it is what shows tokens in words, and nothing else needs it.
-
-    Args:
-        model (`PreTrainedModel`): The loaded model.
-        name (`str`): The folder or repository it was loaded from.
-        revision (`str`, *optional*): Branch, tag or commit of the repository.
-    """
+    """Tokenizer saved with a model of tokens, or `None`; only showing tokens as words needs it."""
     from transformers import AutoTokenizer
 
     from hf_rgm.model.functional_model import main_input_name
@@ -201,7 +129,6 @@ def find_tokenizer(model: Any, name: str, revision: str | None = None) -> Any:
 
     if main_input_name(model) != "input_ids":
         return None
-
     try:
         found = AutoTokenizer.from_pretrained(name, revision=revision)
     except (OSError, ValueError):
@@ -211,30 +138,16 @@ def find_tokenizer(model: Any, name: str, revision: str | None = None) -> Any:
 
 def load_clusters(
     rows: Any,
-    *,
-    columns: Sequence[str],
+    columns: list[str] | None,
     ids: str | None,
     embeddings: str | None,
     num_clusters: int | None,
     num_clusters_per_class: int | None,
     label_column: str | None,
+    *,
     seed: int,
 ) -> Any:
-    """
-    The [`~hf_rgm.ClusterMap`] that is asked for: by columns, by a file of ids, or by k-means on embeddings.
-
-    Args:
-        rows: The training rows.
-        columns (`Sequence[str]`): Columns whose values name the clusters.
-        ids (`str`, *optional*): A `.npy` file or a text file with an integer a row, or a saved `ClusterMap`.
-        embeddings (`str`, *optional*): A column of vectors, or a `.npy` file of shape `(num_rows, ...)`.
-        num_clusters, num_clusters_per_class (`int`, *optional*): For k-means.
-        label_column (`str`, *optional*): The class of each row, for k-means within classes.
-        seed (`int`): Seed of k-means.
-
-    Raises:
-        ValueError: If none or several are asked for, or the file does not fit the rows.
-    """
+    """`ClusterMap` of the training rows by columns, by a file of ids, or by k-means on a column or file of vectors."""
     import numpy as np
 
     from hf_rgm import ClusterMap
@@ -245,7 +158,7 @@ def load_clusters(
             "`--cluster-embeddings COLUMN_OR_FILE`."
         )
     if columns:
-        return ClusterMap.from_column(rows, list(columns))
+        return ClusterMap.from_column(rows, columns)
     if ids is not None:
         found = ClusterMap.load(ids) if Path(ids).is_dir() else ClusterMap.from_ids(_read_ids(Path(ids)))
         found.check_num_rows(len(rows))

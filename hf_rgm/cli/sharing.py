@@ -8,24 +8,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from hf_rgm.cli.common import (
-    AS_JSON,
-    OVERWRITE,
-    QUIET,
-    REVISION,
-    check_output_folder,
-    clear_errors,
-    hide_bars,
-    interruptible,
-)
+from hf_rgm.cli import common
+from hf_rgm.cli.common import check_output_folder, clear_errors, hide_bars, interruptible
 
 if TYPE_CHECKING:
     from hf_rgm.hub.artefact import DatasetArtefact
 
-TARGET = Annotated[str, typer.Argument(help="A folder, or the id of a dataset repository on the Hub.")]
+Target = Annotated[str, typer.Argument(help="A folder, or the id of a dataset repository on the Hub.")]
 
 
-def info(target: TARGET, revision: REVISION = None, as_json: AS_JSON = False) -> None:
+def info(target: Target, revision: common.Revision = None, as_json: common.AsJson = False) -> None:
     """
     What a trajectory, a synset or attributions are, whether they are whole, and what can be done with them.
 
@@ -50,8 +42,8 @@ def push(
     revision: Annotated[str | None, typer.Option(help="Branch to commit to, created if there is none.")] = None,
     create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request.")] = False,
     license: Annotated[str | None, typer.Option(help="Licence for the card, such as mit.")] = None,
-    quiet: QUIET = False,
-    as_json: AS_JSON = False,
+    quiet: common.Quiet = False,
+    as_json: common.AsJson = False,
 ) -> None:
     """
     Upload a synset or attributions in one commit. The token is that of `hf auth login`, or HF_TOKEN.
@@ -70,9 +62,9 @@ def push(
 def pull(
     repo_id: Annotated[str, typer.Argument(help="NAMESPACE/NAME of the dataset repository.")],
     output_dir: Annotated[Path, typer.Argument(help="Folder to write to.")],
-    revision: REVISION = None,
-    overwrite: OVERWRITE = False,
-    quiet: QUIET = False,
+    revision: common.Revision = None,
+    overwrite: common.Overwrite = False,
+    quiet: common.Quiet = False,
 ) -> None:
     """
     Download all of a synset or of attributions to a folder, card included, and check them.
@@ -99,7 +91,7 @@ def pull(
 
 
 def _kind(target: str, revision: str | None = None) -> type[DatasetArtefact]:
-    """The class of what is at a folder or repository, which was read to see that it is whole."""
+    """Class of the artefact in a folder or repository, after a check that it is whole."""
     from hf_rgm import AttributionResult, Synset
     from hf_rgm.cli.artefact_info import describe
 

@@ -8,35 +8,21 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from hf_rgm.cli.common import AS_JSON, OVERWRITE, QUIET, clear_errors, hide_bars, interruptible
-from hf_rgm.cli.loading import (
-    DATA_COLLATOR,
-    MODEL_CLASS,
-    PREPARE,
-    load_collator,
-    load_model,
-    load_object,
-    load_rows,
-)
+from hf_rgm.cli import common
+from hf_rgm.cli.common import clear_errors, hide_bars, interruptible
+from hf_rgm.cli.loading import load_collator, load_model, load_object, load_objective, load_rows
 
 if TYPE_CHECKING:
     from hf_rgm import FidelityReport, Synset
 
 
 def validate(
-    model: Annotated[str, typer.Argument(help="The trained model: a folder, or a repository on the Hub.")],
+    model: common.Model,
     synset: Annotated[Path, typer.Argument(help="Folder of its synset, which keeps the result.", exists=True)],
-    queries: Annotated[
-        str,
-        typer.Argument(
-            help="Labelled rows that chose no setting: a parquet, JSON or CSV file, a saved folder, or "
-            "REPOSITORY[:CONFIG]."
-        ),
-    ],
+    queries: Annotated[str, typer.Argument(help=f"Labelled rows that chose no setting: {common.ROWS}")],
     dataset: Annotated[str, typer.Argument(help="The training rows, named likewise.")],
     build_trainer: Annotated[
-        str,
-        typer.Option(help="FILE.py:FUNCTION or MODULE:FUNCTION; function(dataset, seed) returns a fresh Trainer."),
+        str, typer.Option(help="FILE.py:FUNCTION or MODULE:FUNCTION; function(dataset, seed) returns a fresh Trainer.")
     ],
     budget: Annotated[int, typer.Option(help="Models to train at most.")] = 24,
     seeds: Annotated[
@@ -47,19 +33,19 @@ def validate(
     ] = False,
     engine: Annotated[str | None, typer.Option(help="As in `hf-rgm attribute`.")] = None,
     objective: Annotated[str, typer.Option(help="As in `hf-rgm attribute`.")] = "margin",
-    split: Annotated[str | None, typer.Option(help="Split of the queries.", show_default="test")] = None,
-    rows_split: Annotated[str | None, typer.Option(help="Split of the training rows.", show_default="train")] = None,
+    split: common.QueriesSplit = None,
+    rows_split: common.RowsSplit = None,
     work_dir: Annotated[
         Path | None, typer.Option(help="Keeps finished retrainings.", show_default="SYNSET-retrainings")
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the subsets and of the intervals.")] = 0,
-    model_class: MODEL_CLASS = None,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the model.")] = None,
-    prepare: PREPARE = None,
-    data_collator: DATA_COLLATOR = None,
-    overwrite: OVERWRITE = False,
-    quiet: QUIET = False,
-    as_json: AS_JSON = False,
+    model_class: common.ModelClass = None,
+    revision: common.ModelRevision = None,
+    prepare: common.Prepare = None,
+    data_collator: common.DataCollator = None,
+    overwrite: common.Overwrite = False,
+    quiet: common.Quiet = False,
+    as_json: common.AsJson = False,
 ) -> None:
     """
     Retrain without parts of the data and tell how well the synset had predicted it; the synset keeps the figures.
@@ -95,7 +81,7 @@ def validate(
             seeds=seeds or None,
             engine=engine,
             rows=with_rows,
-            objective=load_object(objective) if ":" in objective else objective,
+            objective=load_objective(objective),
             data_collator=load_collator(data_collator, asked, model, revision),
             output_dir=folder,
             seed=seed,
@@ -111,7 +97,7 @@ def validate(
 
 
 def _keep(synset: Synset, folder: Path, report: FidelityReport) -> bool:
-    """Writes the figures into the synset's folder, and on its card where that is as it was generated."""
+    """Writes the figures into the synset's folder; whether also on its card, which is left alone if edited."""
     from huggingface_hub import RepoCard
 
     from hf_rgm.files.writing import replacing, write_json

@@ -1,4 +1,4 @@
-"""Which cluster every training row belongs to."""
+"""The cluster of every training row."""
 
 from __future__ import annotations
 
@@ -28,17 +28,15 @@ from hf_rgm.files.writing import staged_folder
 @dataclass(frozen=True, eq=False, repr=False)
 class ClusterMap:
     """
-    A partition of the training rows into named clusters: the unit of attribution.
+    A partition of the training rows into named clusters, the unit of attribution. No cluster is empty.
 
-    Every row belongs to one cluster and no cluster is empty. Make one with [`ClusterMap.from_column`],
-    [`ClusterMap.from_ids`], [`ClusterMap.from_embeddings`] or [`ClusterMap.from_rows`].
+    Make one with `from_column`, `from_ids`, `from_embeddings` or `from_rows`.
 
     Args:
         cluster_ids (`np.ndarray`): The cluster of each row, `(num_rows,)`, int64.
-        names (`tuple[str, ...]`): The name of each cluster, all different. Control characters and line breaks are
-            spelled out.
-        parents (`np.ndarray`, *optional*): The cluster of a coarser map that each cluster is part of,
-            `(num_clusters,)`, int64. Set by [`ClusterMap.refine`].
+        names (`tuple[str, ...]`): The name of each cluster, all different. Control characters are escaped.
+        parents (`np.ndarray`, *optional*): The cluster of the coarser map that [`ClusterMap.refine`] split,
+            `(num_clusters,)`, int64.
         parent_names (`tuple[str, ...]`, *optional*): Names of the coarser map's clusters.
 
     Raises:
@@ -47,7 +45,7 @@ class ClusterMap:
     Example:
 
     ```python
-    >>> from hf_rgm.clusters.cluster_map import ClusterMap
+    >>> from hf_rgm import ClusterMap
     >>> rows = [{"source": "imdb"}, {"source": "yelp"}, {"source": "imdb"}]
     >>> clusters = ClusterMap.from_column(rows, "source")
     >>> clusters
@@ -84,8 +82,8 @@ class ClusterMap:
 
         Args:
             dataset: A `datasets.Dataset`, a list of dictionaries, or a map-style dataset whose items are dictionaries.
-            columns (`str` or `Sequence[str]`): One column (clusters are named by its text, its `ClassLabel` name, or
-                `"label=3"`), or several (`"source=imdb, label=1"`). Clusters are in sorted order.
+            columns (`str` or `Sequence[str]`): One column, whose text, `ClassLabel` names or `"label=3"` name the
+                clusters, or several (`"source=imdb, label=1"`). Clusters are in sorted order.
 
         Raises:
             KeyError: If the dataset has no such column.
@@ -98,7 +96,7 @@ class ClusterMap:
     @classmethod
     def from_ids(cls, ids: Any, names: Sequence[str] | None = None) -> ClusterMap:
         """
-        Clusters from the number of each row's cluster.
+        Clusters from the cluster number of each row.
 
         Args:
             ids (`np.ndarray` or `Sequence[int]`): `(num_rows,)`, integers from 0 to `num_clusters - 1`.
@@ -144,17 +142,16 @@ class ClusterMap:
         seed: int = 0,
     ) -> ClusterMap:
         """
-        Clusters of rows that lie near each other, by k-means, within each class if `labels` are given.
+        Clusters of nearby rows by k-means, within each class if `labels` are given.
 
         Args:
-            embeddings (`np.ndarray` or `torch.Tensor`): Model features or raw inputs, `(num_rows, ...)`; trailing
-                dimensions are flattened.
+            embeddings (`np.ndarray` or `torch.Tensor`): Model features or raw inputs, `(num_rows, ...)`, flattened.
             labels (`Sequence`, *optional*): The class of each row, `(num_rows,)`. No cluster mixes classes.
-            num_clusters (`int`, *optional*): Number of clusters in all. Needed without `labels`.
+            num_clusters (`int`, *optional*): Number of clusters, required without `labels`.
             num_clusters_per_class (`int`, *optional*, defaults to `5`): Number of clusters of each class, with
                 `labels`.
             label_names (`Sequence[str]`, *optional*): Name of class 0, 1, ..., such as
-                `dataset.features["label"].names`. Clusters are named `"label 3 / cell 2"` without.
+                `dataset.features["label"].names`. Without it clusters are named `"label 3 / cell 2"`.
             seed (`int`, *optional*, defaults to `0`): Seed of k-means.
 
         Raises:
@@ -188,16 +185,16 @@ class ClusterMap:
 
         Args:
             cluster (`str` or `int`): The cluster to split.
-            embeddings (`np.ndarray` or `torch.Tensor`, *optional*): Of all rows or of the cluster's rows (in the order
-                of `rows(cluster)`), `(num_rows or size, ...)`. Split by k-means into `num_clusters`.
+            embeddings (`np.ndarray` or `torch.Tensor`, *optional*): `(num_rows, ...)` for all rows, or `(size, ...)`
+                for the cluster's in the order of `rows(cluster)`. Split by k-means into `num_clusters`.
             num_clusters (`int`, *optional*): Number of parts, with `embeddings`.
-            ids (`Sequence[int]`, *optional*): Instead of embeddings, the part of each row: of all rows or of the
-                cluster's, integers from 0.
+            ids (`Sequence[int]`, *optional*): In place of `embeddings`, the part of each row, integers from 0,
+                `(num_rows,)` or `(size,)`.
             names (`Sequence[str]`, *optional*, defaults to `"<cluster> / cell 0"`, ...): One for each part.
             seed (`int`, *optional*, defaults to `0`): Seed of k-means.
 
         Returns:
-            `ClusterMap`: the parts stand where the cluster stood; `parents` says where each came from.
+            `ClusterMap`: the parts take the cluster's place; `parents` says where each came from.
 
         Raises:
             KeyError: If there is no such cluster.
@@ -245,8 +242,8 @@ class ClusterMap:
         Joins clusters under new names; clusters that are not mentioned stay.
 
         Args:
-            groups (`Mapping[str, Sequence[str | int]]`): New name to the clusters it takes in, such as
-                `{"reviews": ["imdb", "yelp"]}`. A merged cluster stands where its first member stood.
+            groups (`Mapping[str, Sequence[str | int]]`): New name to its clusters, such as
+                `{"reviews": ["imdb", "yelp"]}`. A merged cluster takes the place of its first member.
 
         Raises:
             KeyError: If there is no such cluster.
@@ -332,7 +329,7 @@ class ClusterMap:
             )
 
     def save(self, folder: str | Path) -> None:
-        """Writes the map to a folder (replaces a map already there): one parquet line a row, and a JSON header."""
+        """Writes the map to a folder, replacing an earlier one: a parquet line per row, and a JSON header."""
         with staged_folder(folder, CONFIG_FILE) as staging:
             write_clusters(self, staging)
 
@@ -343,8 +340,8 @@ class ClusterMap:
 
         Raises:
             FileNotFoundError: If a file is missing.
-            MemoryError: If it is larger than the memory that is free.
-            ValueError: If a file is damaged or of another format version.
+            MemoryError: If it is larger than the free memory.
+            ValueError: If a file is damaged or has another format version.
         """
         folder = folder if isinstance(folder, ArtefactFolder) else ArtefactFolder(folder)
         arguments = read_clusters(folder)

@@ -1,4 +1,4 @@
-"""Ways to divide dataset rows into groups: by columns, and by k-means on embeddings."""
+"""Grouping dataset rows: by columns, and by k-means on embeddings."""
 
 from __future__ import annotations
 
@@ -12,26 +12,9 @@ import numpy as np
 import torch
 from sklearn.cluster import KMeans
 
-# Starts of k-means, of which the best is kept. Any: scikit-learn's default "auto" makes type checkers expect text.
-RESTARTS: Any = 4
-
 
 def group_by_columns(dataset: Any, columns: Sequence[str]) -> tuple[np.ndarray, list[str]]:
-    """
-    Numbers the combinations of values of some columns, in sorted order.
-
-    Args:
-        dataset: A `datasets.Dataset`, a list of dictionaries, or a map-style dataset whose items are dictionaries.
-        columns (`Sequence[str]`): At least one.
-
-    Returns:
-        `tuple[np.ndarray, list[str]]`: the group of each row, `(num_rows,)`, int64, and the names of the groups.
-
-    Raises:
-        KeyError: If there is no such column.
-        TypeError: If the dataset has no length, its items are no dictionaries, or values are not text or numbers.
-        ValueError: If the dataset is empty or a value is missing.
-    """
+    """Group of each row `(num_rows,)` int64, and the groups' names: combinations of column values, in sorted order."""
     if not hasattr(dataset, "__len__"):
         raise TypeError(
             f"`dataset` must have a length, got {type(dataset).__name__}. Materialise streaming data first, for "
@@ -59,23 +42,7 @@ def group_by_columns(dataset: Any, columns: Sequence[str]) -> tuple[np.ndarray, 
 def group_by_embeddings(
     points: np.ndarray, labels: np.ndarray, cells_per_class: int, label_names: Sequence[str] | None, seed: int
 ) -> tuple[np.ndarray, list[str]]:
-    """
-    Divides each class into cells by k-means.
-
-    Args:
-        points (`np.ndarray`): `(num_rows, dim)`, float64.
-        labels (`np.ndarray`): The class of each row, `(num_rows,)`.
-        cells_per_class (`int`): Number of cells of each class.
-        label_names (`Sequence[str]`, *optional*): Name of class 0, 1, ...
-        seed (`int`): Seed of k-means.
-
-    Returns:
-        `tuple[np.ndarray, list[str]]`: the cell of each row, `(num_rows,)`, int64, and the cells' names.
-
-    Raises:
-        IndexError: If a label has no name.
-        ValueError: If lengths differ or a class has fewer distinct rows than cells.
-    """
+    """Cell of each row `(num_rows,)` int64, and the cells' names: k-means within each class."""
     if labels.shape != (len(points),):
         raise ValueError(f"`labels` have shape {labels.shape} for {len(points)} embeddings. Pass one label a row.")
     ids = np.empty(len(points), dtype=np.int64)
@@ -93,21 +60,7 @@ def group_by_embeddings(
 
 
 def k_means_cells(points: np.ndarray, num_cells: int, *, seed: int, what: str) -> np.ndarray:
-    """
-    Divides points by k-means, the largest cell first.
-
-    Args:
-        points (`np.ndarray`): `(num_points, dim)`, float64.
-        num_cells (`int`): Number of cells, each with at least one point.
-        seed (`int`): Seed of k-means.
-        what (`str`): How errors call the points.
-
-    Returns:
-        `np.ndarray`: the cell of each point, `(num_points,)`, int64.
-
-    Raises:
-        ValueError: If there are fewer distinct points than cells.
-    """
+    """Cells `(num_points,)` int64 of points `(num_points, dim)` by k-means, the largest first."""
     if num_cells < 1:
         raise ValueError(f"The number of clusters must be at least 1, got {num_cells}.")
     distinct = len(np.unique(points, axis=0))
@@ -116,18 +69,14 @@ def k_means_cells(points: np.ndarray, num_cells: int, *, seed: int, what: str) -
             f"Cannot divide {what} into {num_cells} clusters: it has {len(points)} rows, {distinct} of them distinct. "
             "Ask for fewer clusters."
         )
-    cells = KMeans(num_cells, n_init=RESTARTS, random_state=seed).fit_predict(points)
+    restarts: Any = 4  # scikit-learn's default "auto" makes type checkers expect text
+    cells = KMeans(num_cells, n_init=restarts, random_state=seed).fit_predict(points)
     by_size = np.argsort(-np.bincount(cells, minlength=num_cells), kind="stable")
     return np.argsort(by_size)[cells].astype(np.int64)
 
 
 def as_points(embeddings: Any) -> np.ndarray:
-    """
-    Embeddings as one finite vector a row, `(num_rows, dim)`, float64.
-
-    Raises:
-        ValueError: If they have no rows, are NaN or infinite (rows are named), or are not one vector a row.
-    """
+    """Embeddings as one finite vector per row, `(num_rows, dim)`, float64."""
     points = as_numpy(embeddings).astype(np.float64)
     if points.ndim < 2 or points.size == 0:
         raise ValueError(f"`embeddings` must have shape (num_rows, dim), got {points.shape}. Pass one vector a row.")
@@ -141,7 +90,7 @@ def as_points(embeddings: Any) -> np.ndarray:
 
 
 def as_numpy(values: Any) -> np.ndarray:
-    """An array of `values`, which may be a tensor of any dtype and device."""
+    """Array of `values`, which may be a tensor of any dtype and device."""
     if isinstance(values, torch.Tensor):
         values = values.detach().cpu()
         values = (values.float() if values.is_floating_point() else values).numpy()
@@ -149,19 +98,7 @@ def as_numpy(values: Any) -> np.ndarray:
 
 
 def checked_partition(ids: Any, names: Sequence[str], what: str) -> np.ndarray:
-    """
-    The ids as a read-only array, `(num_rows,)`, int64, in which every name occurs.
-
-    Args:
-        ids (`Sequence[int]`): The position in `names` for each row.
-        names (`Sequence[str]`): Names of the groups.
-        what (`str`): How errors call a group.
-
-    Raises:
-        TypeError: If the ids are not integers.
-        ValueError: If there are no rows or more groups than rows, a group has no rows or an id no group, or names
-            repeat.
-    """
+    """Read-only ids `(num_rows,)` int64 after a check that every name occurs; `what` names a group in errors."""
     ids = as_numpy(ids)
     if ids.ndim != 1 or len(ids) == 0:
         raise ValueError(f"There must be one {what} id for each of at least one row, got shape {ids.shape}.")

@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from accelerate.utils import convert_file_size_to_int
-
 INITIALISATIONS = ("nearest", "random", "mean", "noise")
 TOKEN_INPUTS = ("auto", "inputs_embeds", "soft_tokens")
 PRESETS: dict[str, dict[str, Any]] = {
@@ -29,6 +27,8 @@ def memory_bytes(max_memory: str) -> int:
     Raises:
         ValueError: If it is no size, or nothing.
     """
+    from accelerate.utils import convert_file_size_to_int  # imports torch
+
     try:
         size = convert_file_size_to_int(max_memory)
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""Cards of artefacts: what all of them show, from what is known to Markdown."""
+"""Cards of artefacts: the parts that all of them share, in Markdown."""
 
 from __future__ import annotations
 
@@ -16,8 +16,6 @@ from hf_rgm.hub.artefact import LOCAL, CardOptions
 from hf_rgm.hub.repository import dataset_address, is_repo_id, model_address
 
 PACKAGE = Path(__file__).parents[1]
-TEMPLATE_FOLDER = "model_card_templates"
-LIBRARY = "hf_rgm"
 TAGS = ("hf-rgm", "data-attribution")
 NOT_MEASURED = (
     "Not measured: how well the scores of this synset agree with retraining is not known. `FidelityReport.measure` of "
@@ -44,7 +42,7 @@ def render(
     base_model: str | None,
     tags: list[str],
     configs: list[dict[str, Any]] | None,
-    library: str = LIBRARY,
+    library: str = "hf_rgm",
     **variables: Any,
 ) -> str:
     known: dict[str, Any] = {
@@ -58,11 +56,11 @@ def render(
         "attribution": options.attribution_id,
     }
     header = {name: value for name, value in known.items() if value is not None}
-    data: Any = ModelCardData(**header) if configs is None else DatasetCardData(**header)
-    card_class: Any = ModelCard if configs is None else DatasetCard
+    card: Any
+    card, data = (ModelCard, ModelCardData) if configs is None else (DatasetCard, DatasetCardData)
     variables |= {"repo_id": options.repo_id or LOCAL, "links": _links(options), "citation": CITATION}
     path = options.template or _template(template)
-    return str(card_class.from_template(data, template_path=str(path), **variables))
+    return str(card.from_template(data(**header), template_path=str(path), **variables))
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
@@ -71,12 +69,12 @@ def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
 
 
 def escaped(text: Any) -> str:
-    """Text from data as Markdown that shows it as it is: no markup, no HTML, no line breaks."""
+    """Untrusted text as Markdown that shows it literally: no markup, no HTML, no line breaks."""
     return re.sub(r"([\\`*_{}\[\]()#+!|~$:])", r"\\\1", html.escape(printable(str(text)), quote=False))
 
 
 def fidelity_section(fidelity: dict[str, Any] | None) -> str:
-    """Measured fidelity as a table with intervals and a sentence on how it was measured, or that it was not."""
+    """Measured fidelity as a table with intervals and how it was measured, or a note that it was not."""
     if fidelity is None:
         return NOT_MEASURED
     report = FidelityFigures.from_dict(fidelity)
@@ -104,7 +102,7 @@ def fidelity_section(fidelity: dict[str, Any] | None) -> str:
 
 
 def recorded_model(described: Any) -> str | None:
-    """The checkpoint the recorded training started from, if it is one on the Hub."""
+    """Checkpoint that the recorded training started from, if it is one on the Hub."""
     name = described.get("name_or_path") if isinstance(described, dict) else None
     return name if isinstance(name, str) and "/" in name and is_repo_id(name) else None
 
@@ -133,6 +131,5 @@ def _links(options: CardOptions) -> str:
 
 
 def _template(name: str) -> Path:
-    """In the installed package, or beside it in a source tree."""
-    installed = PACKAGE / TEMPLATE_FOLDER / name
-    return installed if installed.is_file() else PACKAGE.parent / TEMPLATE_FOLDER / name
+    installed = PACKAGE / "model_card_templates" / name
+    return installed if installed.is_file() else PACKAGE.parent / "model_card_templates" / name  # in a source tree

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import re
+import subprocess
 import sys
+from pathlib import Path
 
 import datasets
 import pytest
@@ -10,6 +12,7 @@ import typer
 from hf_rgm.cli import app
 from hf_rgm.cli.common import hide_bars
 
+ROOT = Path(__file__).parents[2]
 COMMANDS = list(typer.main.get_command(app).commands.items())
 
 
@@ -22,6 +25,17 @@ def test_every_command_has_an_example_that_its_own_parser_takes(name, command, t
     assert example is not None
     assert example[1] == name
     assert command.make_context(name, example[2].split()).params
+
+
+def test_the_help_is_shown_without_loading_what_takes_seconds():
+    code = (
+        "import sys, types\n"
+        "package = sys.modules['hf_rgm'] = types.ModuleType('hf_rgm')\n"
+        "package.__path__ = ['hf_rgm']\n"
+        "import hf_rgm.cli\n"
+        "assert not {'torch', 'transformers', 'datasets', 'pandas', 'sklearn'} & {*sys.modules}, sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=60)
 
 
 @pytest.mark.parametrize(
