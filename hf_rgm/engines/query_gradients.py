@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hf_rgm.engines.gradient_form import GradientForm
+from hf_rgm.engines.memory_shares import ranges
 from hf_rgm.engines.objectives import Objective, Queries
 from hf_rgm.model.functional_model import FunctionalModel
 
@@ -16,21 +17,7 @@ logger = logging.getLogger(__name__)
 
 
 class QueryGradients:
-    """
-    Gradients of an objective's values, kept where they fit into memory, otherwise taken anew for each part.
-
-    Args:
-        model (`FunctionalModel`): The model, within its `differentiable()`.
-        objective (`Objective`): A differentiable one.
-        parameters (`Tensor`): `(num_parameters,)`, where.
-        queries (`Queries`): The queries.
-        form ([`GradientForm`]): That of the gradients.
-        num_values (`int`): Values of the objective.
-        max_bytes (`int`): Memory for them. Those of objectives over a set are taken together all the same.
-
-    Raises:
-        ValueError: If all gradients are zero, or the objective has none.
-    """
+    """Gradients of an objective's values `(num_values, length)`, kept if they fit into memory, else computed again."""
 
     def __init__(
         self,
@@ -49,9 +36,8 @@ class QueryGradients:
         self._queries = queries
         self._num_values = num_values
         self._form = form
-        # In short they are taken one by one: what is vectorised is whole.
-        at_once = max(1, max_bytes // (8 * model.num_parameters)) if form.is_whole else 1
-        self._at_once = at_once if objective.per_query else num_values
+        # Once more for what is made of them. Objectives over a set give all gradients together in any case.
+        self._at_once = form.at_once(max_bytes // 2) if objective.per_query else num_values
         self._kept: Tensor | None = None
         flat, fitting = 0, []
         for gradients in self.parts(range(num_values)):
@@ -75,22 +61,18 @@ class QueryGradients:
 
     def __call__(self, values: range) -> Tensor:
         """Gradients of some consecutive values, `(len(values), length)`, float32."""
-        if self._kept is not None:
-            return self._kept[values.start : values.stop]
-        return torch.cat(list(self.parts(values)))
+        parts = list(self.parts(values))
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def parts(self, values: range) -> Iterator[Tensor]:
         """Gradients of some consecutive values, as many at once as fit."""
         if self._kept is not None:
             yield self._kept[values.start : values.stop]
             return
-        for start in range(values.start, values.stop, self._at_once):
-            part = range(start, min(start + self._at_once, values.stop))
-            yield self._objective.gradients(self._model, self._parameters, self._chosen(part), form=self._form)
-
-    def _chosen(self, part: range) -> Queries:
-        if not self._objective.per_query:
-            return self._queries
-        chosen = slice(part.start, part.stop)
-        inputs = {name: value[chosen] for name, value in self._queries.inputs.items()}
-        return Queries(inputs, self._queries.labels[chosen])
+        for part in ranges(len(values), self._at_once):
+            queries = self._queries
+            if self._objective.per_query:
+                chosen = slice(values.start + part.start, values.start + part.stop)
+                inputs = {name: value[chosen] for name, value in queries.inputs.items()}
+                queries = Queries(inputs, queries.labels[chosen])
+            yield self._objective.gradients(self._model, self._parameters, queries, form=self._form)
