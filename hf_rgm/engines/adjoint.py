@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from hf_rgm.engines.engine import Outcome
-from hf_rgm.engines.gradient_sources import cluster_ranges
 from hf_rgm.engines.linear import LinearEngine
+from hf_rgm.engines.memory_shares import cluster_ranges
 from hf_rgm.engines.request import Evaluation
 from hf_rgm.model.cost_estimates import PieceOfWork, measured
 

@@ -18,9 +18,6 @@ from hf_rgm.trajectory.path import RecordedPath
 # Buckets of a sketch: the standard deviation of an inner product is about 1/256 of the gradients' lengths.
 SKETCH_LENGTH = 2**16
 
-# If more of a parameter's leading rows (tokens of an embedding) moved than this share, all are kept.
-MAX_KEPT_SHARE = 0.75
-
 
 class GradientForm(ABC):
     """Linear map from named gradients to the vectors `(length,)` in which deviations and sensitivities are held."""
@@ -164,7 +161,7 @@ class SketchedGradients(GradientForm):
             kept = None
             if metric.dim() > 1:
                 moving = torch.nonzero((metric > 0).flatten(1).any(1))[:, 0]
-                if len(moving) <= MAX_KEPT_SHARE * len(metric):
+                if len(moving) <= 0.75 * len(metric):  # most tokens of an embedding are in no text
                     kept, metric = moving, metric[moving]
             signs = torch.randint(2, (metric.numel(),), generator=generator, dtype=torch.int8) * 2 - 1
             roots[name] = kept, metric.reshape(-1).sqrt() * signs.to(metric.device)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -15,7 +14,7 @@ from torch import Tensor
 from hf_rgm.clusters.cluster_map import ClusterMap
 from hf_rgm.engines.curvature import WeightedInputs
 from hf_rgm.engines.gradient_form import GradientForm
-from hf_rgm.engines.memory_shares import ranges
+from hf_rgm.engines.memory_shares import cluster_ranges, ranges
 from hf_rgm.model.cost_estimates import PieceOfWork, measured
 from hf_rgm.model.functional_model import FunctionalModel
 from hf_rgm.model.losses import IGNORED_LABEL, RowLoss
@@ -41,30 +40,9 @@ ClusterGradients = Callable[[int, range], Tensor]
 Batch = tuple[Tensor, dict[str, Tensor], Tensor]
 
 
-class Source(ABC):
-    """Training losses of the clusters with their gradients and curvature."""
-
-    @functools.cached_property
-    @abstractmethod
-    def weighted_inputs(self) -> WeightedInputs:
-        """Samples or rows whose weighted curvature is that of the training loss, sorted by cluster."""
-
-    @abstractmethod
-    def gradients(self, path: RecordedPath, form: GradientForm) -> ClusterGradients:
-        """Gradients of the clusters at the recorded states of a path; all processes must call it together."""
-
-    @abstractmethod
-    def losses(self, vector: Tensor) -> Tensor:
-        """Summands of the training loss at `(num_parameters,)`, one per cluster: `(num_clusters,)`, float64, CPU."""
-
-    @abstractmethod
-    def cost_of_gradients(self, vector: Tensor, form: GradientForm) -> PieceOfWork:
-        """Cost of the clusters' gradients at one state."""
-
-
 @dataclass(eq=False, repr=False)
-class SampleSource(Source):
-    """Source made of a synset's samples."""
+class SampleSource:
+    """Source of the clusters' training losses, with gradients and curvature: a synset's samples."""
 
     model: FunctionalModel
     inputs: InputSpace
@@ -76,17 +54,18 @@ class SampleSource(Source):
 
     @functools.cached_property
     def weighted_inputs(self) -> WeightedInputs:
+        """Samples, or rows, whose weighted curvature is that of the training loss, sorted by cluster."""
         flat = self.samples.flatten()
-        clusters = torch.arange(self._num_clusters, device=flat.log_weights.device).repeat_interleave(
-            self._per_cluster
-        )
+        clusters = torch.arange(self._num_clusters).repeat_interleave(self._per_cluster).to(flat.log_weights.device)
         return WeightedInputs(self.inputs.to_forward(flat), flat.log_weights.exp(), clusters)
 
     def gradients(self, path: RecordedPath, form: GradientForm) -> ClusterGradients:
+        """Gradients of the clusters at the recorded states of a path; all processes must call it together."""
         return lambda state, clusters: self._taken(path.state(state), form, clusters)
 
     @torch.no_grad()
     def losses(self, vector: Tensor) -> Tensor:
+        """Summands of the training loss at `(num_parameters,)`, one per cluster: `(num_clusters,)`, float64, CPU."""
         parameters = self.model.space.unflatten(vector.to(self.model.device))
         losses = []
         for clusters in ranges(self._num_clusters, max(1, LOSS_ROWS // self._per_cluster)):
@@ -97,6 +76,7 @@ class SampleSource(Source):
         return torch.cat(losses)
 
     def cost_of_gradients(self, vector: Tensor, form: GradientForm) -> PieceOfWork:
+        """Cost of the clusters' gradients at one state."""
         self._gradients(self.model.space.unflatten(vector), self.samples[:2])  # decides how to vectorise
         clusters = range(self._num_clusters if form.is_whole else 1)
         some = measured(lambda: self._taken(vector, form, clusters))
@@ -130,8 +110,8 @@ class _Kept:
 
 
 @dataclass(eq=False, repr=False)
-class RowSource(Source):
-    """Source made of the training rows."""
+class RowSource:
+    """Source of the clusters' training losses, with gradients and curvature: the training rows."""
 
     model: FunctionalModel
     reader: RowReader
@@ -143,7 +123,7 @@ class RowSource(Source):
 
     @functools.cached_property
     def weighted_inputs(self) -> WeightedInputs:
-        # At equal distances in an order sorted by cluster and shuffled within: every cluster by its size.
+        # Rows at equal distances in an order sorted by cluster and shuffled within: every cluster by its size.
         ids = self.clusters.cluster_ids
         order = np.lexsort((np.random.default_rng(0).random(len(ids)), ids))
         rows = order[np.linspace(0, len(ids), min(MAX_CANDIDATES, len(ids)), endpoint=False).astype(int)]
@@ -248,6 +228,9 @@ class RowSource(Source):
         return rows
 
 
+Source = SampleSource | RowSource
+
+
 def force(gradients: ClusterGradients, state: int, masks: Tensor, *, length: int, max_bytes: int) -> Tensor:
     """Driving term of replays: mask-weighted cluster gradients at a recorded state, `(num_masks, length)`."""
     result = torch.zeros(len(masks), length, device=masks.device)
@@ -255,11 +238,6 @@ def force(gradients: ClusterGradients, state: int, masks: Tensor, *, length: int
         # sum_k (p_k - 1) G_k
         result += (masks[:, clusters.start : clusters.stop] - 1) @ gradients(state, clusters)
     return result
-
-
-def cluster_ranges(num_clusters: int, length: int, max_bytes: int) -> list[range]:
-    """Clusters whose gradients fit into memory together: float32, as they are computed, kept and multiplied."""
-    return ranges(num_clusters, max(1, max_bytes // (12 * length)))
 
 
 def training_rows(rows: Any, model: FunctionalModel, clusters: ClusterMap, data_collator: Any) -> RowReader:

@@ -37,6 +37,11 @@ def ranges(length: int, at_most: int) -> list[range]:
     return [range(length)[start : start + at_most] for start in range(0, length, at_most)]
 
 
+def cluster_ranges(num_clusters: int, length: int, max_bytes: int) -> list[range]:
+    """Clusters whose gradients `(length,)` fit into memory together."""
+    return ranges(num_clusters, max(1, max_bytes // (12 * length)))  # float32, and two temporaries
+
+
 def free_bytes(max_bytes: int, setting: str, trajectories: Iterable[Trajectory], num_parameters: int) -> int:
     """Memory left for engines beside the recorded states; raises a `ValueError` that quotes `setting` if none is."""
     num_states = sum(len(trajectory.state_steps) for trajectory in trajectories)

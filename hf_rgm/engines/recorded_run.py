@@ -131,9 +131,7 @@ class RecordedRun:
     def map_of(self, path: RecordedPath, segment: Segment) -> SegmentMap:
         """Linear map of a segment, kept if those of all states fit into memory."""
         key = (segment.state, segment.first, segment.last)
-        if key in self._maps:
-            return self._maps[key]
-        found = SegmentMap(segment, self.curvature_at(path, segment.state))
+        found = self._maps.get(key) or SegmentMap(segment, self.curvature_at(path, segment.state))
         if self.keeps_maps:
             self._maps[key] = found
         return found

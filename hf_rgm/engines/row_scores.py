@@ -29,9 +29,6 @@ from hf_rgm.model.cost_estimates import PieceOfWork, measured
 from hf_rgm.model.functional_model import parameters_sha256
 from hf_rgm.model.row_gradients import row_derivatives
 
-DIGITS = 16
-FIRST_ROWS = 8
-
 # Blocks of rows, as long as none is shorter or longer than the bounds: few files, and work for many processes.
 BLOCKS = 64
 MIN_BLOCK_ROWS, MAX_BLOCK_ROWS, MAX_BLOCK_BYTES = 1024, 2**16, 2**26
@@ -180,7 +177,7 @@ def scores_identity(
 ) -> dict[str, Any]:
     """Everything that scores of rows depend on, JSON-safe; the digest is empty without a synset."""
     request, run, source = evaluations[0].request, evaluations[0].run, _rows_of(evaluations[0])
-    inputs, labels = source.reader.batch(range(min(FIRST_ROWS, len(source.reader))))
+    inputs, labels = source.reader.batch(range(min(8, len(source.reader))))
     with torch.no_grad():
         losses = source.row_loss(run.model.logits(run.model.space.unflatten(run.final), inputs), labels)
     return {
@@ -215,7 +212,7 @@ class ScoreFolder:
 
     def __init__(self, parent: str | Path, identity: dict[str, Any]) -> None:
         digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-        self.folder = Path(parent) / f"row-scores-{digest[:DIGITS]}"
+        self.folder = Path(parent) / f"row-scores-{digest[:16]}"
         self.folder.mkdir(parents=True, exist_ok=True)
 
     @property

@@ -11,9 +11,6 @@ from torch import Tensor
 from hf_rgm.engines.curvature import CurvatureRows
 from hf_rgm.engines.segments import Segment
 
-# Smaller eigenvalues, relative to the largest, are rounding: their response is that of the floor.
-EIGENVALUE_FLOOR = 1e-7
-
 # Parameters whose share of the Gram matrix is computed at once.
 COLUMNS_AT_ONCE = 2**16
 
@@ -49,7 +46,8 @@ class SegmentMap:
         """Eigenvalues `(rank,)`, ascending, and eigenvectors `(rank, rank)` of K."""
         values, vectors = torch.linalg.eigh(self._gram)
         largest = float(values[-1]) if len(values) else 0.0
-        return values.double().cpu().numpy().clip(min=max(EIGENVALUE_FLOOR * largest, 1e-30)), vectors
+        # Smaller eigenvalues are rounding: their response is that of the floor.
+        return values.double().cpu().numpy().clip(min=max(1e-7 * largest, 1e-30)), vectors
 
     def prepare(self) -> None:
         """Does the work of the first use now."""

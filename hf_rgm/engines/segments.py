@@ -15,9 +15,6 @@ from hf_rgm.trajectory.path import RecordedPath
 
 Values = TypeVar("Values", NDArray[np.float64], Tensor)
 
-# A segment's preconditioner is the mean over this many steps.
-SECOND_MOMENTS_LOOKED_AT = 4
-
 # Segments are cut so that no element loses more than this share to a frozen decay, into so many pieces at most
 # (docs/method.md, the linear engine: unequal decays).
 MAX_FROZEN_DECAY, MAX_PIECES = 0.1, 16
@@ -143,7 +140,8 @@ def _segment(path: RecordedPath, state: int, first: int, last: int, uniform_deca
     rates = lengths.sum(1) / total if total > 0 else np.full(len(lengths), 1 / len(lengths))
     precondition = space.expand_groups(lengths.sum(0).tolist(), rule.group_of, path.device)
     if path.is_adaptive:
-        looked_at = np.unique(np.linspace(first, last - 1, SECOND_MOMENTS_LOOKED_AT).round()) + 1
+        # Adam's inverse root of the second moment: the mean over up to four steps.
+        looked_at = np.unique(np.linspace(first, last - 1, 4).round()) + 1
         inverse = torch.stack([path.inverse_root_moment(float(step)) for step in looked_at]).mean(0)
         precondition = precondition * inverse
     # A decay that is the same for all elements is in the recursion; others would leave the space of B.

@@ -13,8 +13,6 @@ from hf_rgm.engines.anchored_replay import finite, loss_gradient
 from hf_rgm.engines.plain_replay import ContinuingEngine
 from hf_rgm.engines.recorded_run import given
 
-CLIPPING_EPSILON = 1e-6  # as in torch.nn.utils.clip_grad_norm_
-
 
 class TrainingOnEngine(ContinuingEngine):
     """Continues the training itself on batches of the rows that are kept (docs/method.md, training on)."""
@@ -60,8 +58,8 @@ class TrainingOnEngine(ContinuingEngine):
         def clipped(_: int, current: Tensor) -> Tensor:
             batch = next(batches)
             gradient = self._gradient(current[0], batch, weights[torch.from_numpy(batch)])
-            if max_norm:
-                gradient = gradient * min(1.0, max_norm / (float(gradient.norm()) + CLIPPING_EPSILON))
+            if max_norm:  # as torch.nn.utils.clip_grad_norm_ does
+                gradient = gradient * min(1.0, max_norm / (float(gradient.norm()) + 1e-6))
             return gradient[None]
 
         return self.continued(start, 1, clipped)
