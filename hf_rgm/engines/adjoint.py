@@ -1,12 +1,15 @@
-"""The adjoint engine: derivatives by the cluster weights, at a cost that does not depend on the number of clusters."""
+"""Adjoint engine: derivatives by the cluster weights, at a cost that does not depend on the number of clusters."""
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
 
 from hf_rgm.engines.engine import Outcome
 from hf_rgm.engines.linear import LinearEngine
+from hf_rgm.engines.memory_shares import cluster_ranges
 from hf_rgm.engines.request import Evaluation
 from hf_rgm.model.cost_estimates import PieceOfWork, measured
 
@@ -24,15 +27,7 @@ class AdjointEngine(LinearEngine):
         return max(1, self.run.shares.vectors // per_value)
 
     def scores(self, evaluation: Evaluation) -> Outcome:
-        """
-        Derivative of the objective by each cluster's weight.
-
-        Returns:
-            [`Outcome`]: its values are `(num_values, num_clusters)`.
-
-        Raises:
-            ValueError: If the objective has no gradient.
-        """
+        """Derivatives of the objective by the cluster weights, `(num_values, num_clusters)`."""
         rewind = self.rewind if evaluation.request.rewind is None else evaluation.request.rewind
         self.prepare(rewind)
         gradients = evaluation.gradients(self.form)
@@ -41,28 +36,17 @@ class AdjointEngine(LinearEngine):
         return Outcome(torch.cat(found), self.start(rewind))
 
     def cluster_scores(self, gradients: Tensor, rewind: float) -> Tensor:
-        """
-        Scores of clusters for given gradients of objectives.
-
-        Args:
-            gradients (`Tensor`): `(num_values, length)`.
-            rewind (`float`): Fraction of training down to which effects are followed.
-
-        Returns:
-            `Tensor`: `(num_values, num_clusters)`, float32.
-        """
+        """Scores `(num_values, num_clusters)` for gradients of objectives `(num_values, length)`."""
         run, of_clusters = self.run, self.gradients(rewind)
-        num_clusters = run.clusters.num_clusters
-        at_once = max(1, run.shares.gradients // (12 * self.form.length))
-        scores = torch.zeros(len(gradients), num_clusters, device=run.model.device)
+        scores = torch.zeros(len(gradients), run.clusters.num_clusters, device=run.model.device)
         for state, direction in self.directions(gradients, rewind).items():
-            for start in range(0, num_clusters, at_once):
-                part = range(start, min(start + at_once, num_clusters))
+            for part in cluster_ranges(run.clusters.num_clusters, self.form.length, run.shares.gradients):
+                # sum over segments of <u, G_k>
                 scores[:, part.start : part.stop] += direction @ of_clusters(state, part).T
         return scores
 
     def costs_of_values(self, num_values: int, rewind: float | None) -> PieceOfWork:
-        """What directions of so many objectives take, from the rows of curvature at one state and one segment."""
+        """Cost of the directions of so many objectives, from the rows of curvature at one state and one segment."""
         run, rewind = self.run, self.rewind if rewind is None else rewind
         path, segments = run.path(rewind), run.segments(rewind)
         at_once = min(num_values, self.queries_at_once)
@@ -70,7 +54,7 @@ class AdjointEngine(LinearEngine):
         preparing = run.cost_of_map(path, segments[-1])
         segment_map = run.map_of(path, segments[-1])
         stepping = measured(lambda: segment_map.backward(vectors, vectors))
-        batches = -(-num_values // at_once)
+        batches = math.ceil(num_values / at_once)
         return PieceOfWork(
             seconds=len(segments) * (preparing.seconds + batches * stepping.seconds),
             peak_bytes=self.states_bytes

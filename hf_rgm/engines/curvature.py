@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -18,30 +17,23 @@ from hf_rgm.model.functional_model import FunctionalModel
 from hf_rgm.model.padding import batches_by_length
 from hf_rgm.model.vectorize import map_rows
 
+# With more labels than this, random signs take the place of eigenvectors.
 MAX_EXACT_OUTPUTS = 64
-"""Labels of a sample up to which the eigenvectors of its softmax covariance are taken; beyond, random signs are."""
 
+# Samples of a forward pass, and memory for their logits: large vocabularies take fewer samples.
 SAMPLES_AT_ONCE, LOGITS_BYTES = 256, 2**27
-"""Samples in one forward pass, and memory for their logits: large vocabularies take fewer."""
 
+# Gradients of one call, on the CPU (as much as its caches hold) and elsewhere.
 CHUNK_BYTES = {True: 2**25, False: 2**28}
-"""Of gradients taken in one call, on the CPU and elsewhere: on the CPU, what stays in its caches is fastest."""
 
 
 @dataclass(frozen=True, eq=False)
 class WeightedInputs:
-    """
-    Samples, or rows, whose Gauss-Newton matrices add up to the clusters'.
+    """Samples or rows whose Gauss-Newton matrices add up to those of the clusters."""
 
-    Args:
-        inputs (`dict[str, Tensor]`): The forward's keyword arguments, first dimension `num_samples`.
-        weights (`Tensor`): `(num_samples, *positions)`, float32, the weight of each output in the training loss.
-        clusters (`Tensor`): `(num_samples,)`, int64, the cluster of each.
-    """
-
-    inputs: Mapping[str, Tensor]
-    weights: Tensor
-    clusters: Tensor
+    inputs: Mapping[str, Tensor]  # the forward's keyword arguments
+    weights: Tensor  # (num_samples, *positions): weight of each output in the training loss
+    clusters: Tensor  # (num_samples,), int64
 
     def __len__(self) -> int:
         return len(self.clusters)
@@ -53,14 +45,10 @@ class WeightedInputs:
 
 @dataclass(frozen=True, eq=False)
 class CurvatureRows:
-    """
-    Args:
-        rows (`Tensor`): B, `(rank, length)`, float32; `B' B` is the Gauss-Newton matrix, or its expectation.
-        clusters (`Tensor`): `(rank,)`, int64, the cluster that each row is of.
-    """
+    """Rows B of the curvature at one state: `B' B` is the Gauss-Newton matrix, or its expectation."""
 
-    rows: Tensor
-    clusters: Tensor
+    rows: Tensor  # (rank, length), float32
+    clusters: Tensor  # (rank,), int64: the cluster of each row
 
 
 @torch.no_grad()
@@ -74,25 +62,11 @@ def curvature_rows(
     form: GradientForm | None = None,
 ) -> CurvatureRows:
     """
-    Rows of the square root of `C = sum over outputs o of w_o J_o' (diag p_o - p_o p_o') J_o`.
+    Rows of the square root of `C = sum over outputs o of w_o J_o' (diag p_o - p_o p_o') J_o`, at most `rank` of them.
 
-    The covariance of each output's softmax p is split into rank-one terms `c c'`; a term's row is `c' J`, one
-    backward pass. Terms are its eigenvectors where there are few labels. Else, and where a sample has several outputs,
-    one term stands for all of a sample: `c = sqrt(w) (sqrt(p) e - p (sqrt(p)' e))` with random signs e. Its second
-    moment is the covariance, and its length hardly varies (that of a drawn label's gradient varies much where the
-    model is sure). Of more terms than `rank`, the largest are taken and the others drawn in proportion to their trace
-    (systematic sampling), scaled so that the expectation stays.
-
-    Args:
-        model (`FunctionalModel`): The model, within its `differentiable()`.
-        samples (`WeightedInputs`): Of all clusters, those of a cluster next to each other.
-        parameters (`Tensor`): `(num_parameters,)`, the recorded state.
-        rank (`int`): The most rows.
-        seed (`int`): Of signs and draws.
-        form ([`GradientForm`], *optional*): That of the rows, whole by default.
-
-    Raises:
-        DivergenceError: If the model's outputs are not finite.
+    docs/method.md, which rows of curvature. The covariance of each output's softmax p is split into terms `c c'`; a
+    row is `c' J`, one backward pass. With few labels the terms are eigenvectors. Otherwise one term stands for all of
+    a sample: `c = sqrt(w) (sqrt(p) e - p (sqrt(p)' e))` with random signs e, whose second moment is the covariance.
     """
     generator = torch.Generator().manual_seed(seed)
     form = form or WholeGradients(model.space)
@@ -101,11 +75,24 @@ def curvature_rows(
     chosen, factors = choose_terms(traces.flatten().double().cpu().numpy(), rank, generator)
     owners = torch.from_numpy(chosen // draws).to(model.device)
     scales = torch.from_numpy(factors).to(model.device, torch.float32).sqrt()
-    is_exact, some = outputs is not None, samples[owners]
+    some = samples[owners]
+
+    def row(inputs: dict[str, Tensor], term: Tensor) -> Tensor:
+        def along(p: dict[str, Tensor]) -> Tensor:
+            logits = model.logits(p, {name: value[None] for name, value in inputs.items()})[0]
+            if outputs is not None:
+                return (logits * term).sum()
+            # With term = sqrt(w) e the gradient is c' J.
+            probabilities = logits.detach().softmax(-1)
+            signed = probabilities.sqrt() * term
+            return (logits * (signed - probabilities * signed.sum(-1, keepdim=True))).sum()
+
+        return form(grad(along)(named))
+
     result = torch.zeros(len(owners), form.length, device=model.device)
-    at_once = max(1, CHUNK_BYTES[model.device.type == "cpu"] // (4 * model.num_parameters)) if form.is_whole else 1
     positions = max(1, some.weights[:1].numel())
-    at_once = max(1, min(at_once, LOGITS_BYTES // (4 * positions * num_labels)))
+    fitting = LOGITS_BYTES // (4 * positions * num_labels)
+    at_once = max(1, min(form.at_once(CHUNK_BYTES[model.device.type == "cpu"]), fitting))
     for part, inputs, weights in batches_by_length(model, some.inputs, some.weights, at_once, ignored=0):
         if outputs is not None:  # the eigenvectors of some outputs, one for each chosen term
             own = torch.from_numpy(chosen[part.cpu().numpy()] % draws).to(model.device)
@@ -114,7 +101,7 @@ def curvature_rows(
             signs = torch.randint(2, (*weights.shape, num_labels), generator=generator, dtype=torch.int8) * 2 - 1
             own = (weights / draws).sqrt() * scales[part].reshape(-1, *[1] * (weights.dim() - 1))
             terms = signs.to(own) * own[..., None]
-        result[part] = map_rows(functools.partial(_row, model, named, form, is_exact), inputs, terms)
+        result[part] = map_rows(row, inputs, terms)
     return CurvatureRows(result, samples.clusters[owners])
 
 
@@ -122,8 +109,9 @@ def _traces(
     model: FunctionalModel, samples: WeightedInputs, named: dict[str, Tensor], rank: int
 ) -> tuple[Tensor, int, int, Tensor | None]:
     """
-    The trace of every term, `(num_samples, terms_per_sample)`, how many a sample has, the number of labels and, where
-    terms are eigenvectors, these times the root of their eigenvalue, `(num_samples, terms_per_sample, num_labels)`.
+    Traces of terms, `(num_samples, terms_per_sample)`, terms per sample, number of labels, and exact terms if any.
+
+    Exact terms are eigenvectors times the roots of their eigenvalues, `(num_samples, terms_per_sample, num_labels)`.
     """
     draws, num_labels = max(1, rank // len(samples)), 0
     each = 4 * model.logits(named, samples[:1].inputs).numel()
@@ -138,58 +126,32 @@ def _traces(
             )
         num_labels = p.shape[-1]
         if p.dim() == 2 and num_labels <= MAX_EXACT_OUTPUTS:
+            # Eigenvectors of diag p - p p' times sqrt(w * eigenvalue).
             values, basis = torch.linalg.eigh(torch.diag_embed(p) - p[:, :, None] * p[:, None])
             roots = (values.clamp_min(0) * weights[:, None]).sqrt()
             if vectors is None:
                 vectors = p.new_zeros(len(samples), num_labels, num_labels)
             vectors[part] = (basis * roots[:, None]).transpose(1, 2)
-        else:
+        else:  # the trace of diag p - p p' is 1 - |p|^2
             traces[part] = (weights * (1 - p.square().sum(-1))).reshape(len(part), -1).sum(1)
     if vectors is not None:
         return vectors.square().sum(-1), num_labels, num_labels, vectors
     return traces[:, None].expand(-1, draws) / draws, draws, num_labels, None
 
 
-def _row(
-    model: FunctionalModel,
-    named: dict[str, Tensor],
-    form: GradientForm,
-    is_exact: bool,
-    inputs: dict[str, Tensor],
-    term: Tensor,
-) -> Tensor:
-    """The gradient of one sample's logits along a term, or along the term that scaled signs make."""
-
-    def along(p: dict[str, Tensor]) -> Tensor:
-        logits = model.logits(p, {name: value[None] for name, value in inputs.items()})[0]
-        if is_exact:
-            return (logits * term).sum()
-        probabilities = logits.detach().softmax(-1)
-        signed = probabilities.sqrt() * term
-        return (logits * (signed - probabilities * signed.sum(-1, keepdim=True))).sum()
-
-    return form(grad(along)(named))
-
-
 def choose_terms(
     traces: NDArray[np.float64], count: int, generator: torch.Generator
 ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     """
-    Chooses terms of a sum so that the expectation of what is chosen, with its factors, is the sum.
+    Positions, ascending, and factors of `count` terms whose expected sum is that of all, by traces `(num_terms,)`.
 
-    Args:
-        traces (`np.ndarray`): `(num_terms,)`, how large each is.
-        count (`int`): How many.
-        generator (`torch.Generator`): Draws.
-
-    Returns:
-        `tuple[np.ndarray, np.ndarray]`: positions, ascending, and the factor of each, 1 for those that are certain.
+    The largest terms are certain, with factor 1; others are drawn in proportion to their trace (systematic sampling).
     """
     positive = np.flatnonzero(traces > 0)
     if len(positive) <= count:
         return positive, np.ones(len(positive))
     order = positive[np.argsort(-traces[positive], kind="stable")]
-    rest = traces[order][::-1].cumsum()[::-1]  # what is left when those before are certain
+    rest = traces[order][::-1].cumsum()[::-1]  # remaining trace when those before are certain
     left = count - np.arange(count)
     uncertain = np.flatnonzero(traces[order[:count]] * left < rest[:count])
     num_certain = int(uncertain[0]) if len(uncertain) else count

@@ -1,4 +1,4 @@
-"""The form that engines hold gradients in: whole, or of many parameters in short."""
+"""Form of the gradients that engines hold: whole, or sketches where there are many parameters."""
 
 from __future__ import annotations
 
@@ -15,80 +15,65 @@ from hf_rgm.engines.segments import Segment, segments_of
 from hf_rgm.model.functional_model import FunctionalModel, ParameterSpace
 from hf_rgm.trajectory.path import RecordedPath
 
+# Buckets of a sketch: the standard deviation of an inner product is about 1/256 of the gradients' lengths.
 SKETCH_LENGTH = 2**16
-"""Buckets of a sketch: inner products of gradients have a standard deviation of about 1/256 of their lengths."""
-
-MAX_KEPT_SHARE = 0.75
-"""Of the leading rows of a parameter, up to which those that never moved are left out: tokens that no text has."""
 
 
 class GradientForm(ABC):
-    """A linear map from named gradients to vectors, in which deviations and sensitivities are followed."""
+    """Linear map from named gradients to the vectors `(length,)` in which deviations and sensitivities are held."""
 
     is_whole: ClassVar[bool]
 
     @property
     @abstractmethod
-    def length(self) -> int:
-        """Of a vector."""
+    def length(self) -> int: ...
+
+    @abstractmethod
+    def at_once(self, max_bytes: int) -> int:
+        """Number of rows or queries whose gradients are computed together."""
 
     @abstractmethod
     def named(self, vector: Tensor) -> dict[str, Tensor]:
-        """Parameters `(num_parameters,)` by name, as gradients are to be taken by."""
+        """Parameters `(num_parameters,)` by name, to differentiate with respect to."""
 
     @abstractmethod
     def __call__(self, gradients: Mapping[str, Tensor]) -> Tensor:
-        """Gradients `(*batch, *shape)` as `(*batch, length)`, float32."""
+        """Vectors `(*batch, length)`, float32, of gradients `(*batch, *shape)`."""
 
     @abstractmethod
     def segments(self, path: RecordedPath) -> list[Segment]:
-        """The segments of a path for vectors of this form."""
+        """Segments of a path for vectors of this form."""
 
 
 @dataclass(frozen=True)
 class WholeGradients(GradientForm):
-    """
-    Gradients as they are, one after the other.
-
-    Args:
-        space (`ParameterSpace`): The trainable parameters.
-    """
+    """Gradients as they are, concatenated: `length` is the number of parameters."""
 
     space: ParameterSpace
     is_whole: ClassVar = True
 
     @property
     def length(self) -> int:
-        """Number of parameters."""
         return self.space.num_parameters
 
+    def at_once(self, max_bytes: int) -> int:
+        return max(1, max_bytes // (4 * self.length))  # float32
+
     def named(self, vector: Tensor) -> dict[str, Tensor]:
-        """Parameters `(num_parameters,)` by name."""
         return self.space.unflatten(vector)
 
     def __call__(self, gradients: Mapping[str, Tensor]) -> Tensor:
-        """Gradients `(*batch, *shape)` as `(*batch, num_parameters)`."""
         return self.space.flatten(gradients)
 
     def segments(self, path: RecordedPath) -> list[Segment]:
-        """The segments, each with a preconditioner of its own."""
         return segments_of(path)
 
 
 class SketchedGradients(GradientForm):
-    """
-    Gradients scaled by the root of one preconditioner, with random signs, folded into a few buckets.
+    """Sketches `S D^1/2 g`: scaled by one preconditioner, with random signs, folded into `length` buckets."""
 
-    Inner products of what is folded are, in expectation, those of gradients in the metric of the preconditioner, which
-    is all that the linear engine asks of parameters (docs/method.md, many parameters). One preconditioner stands for
-    all segments of a run, each with a factor of its own; elements that never moved are left out.
-
-    Args:
-        model (`FunctionalModel`): The model.
-        path (`RecordedPath`): A path of the run, whose states the preconditioner is the geometric mean of.
-        length (`int`): Buckets.
-        seed (`int`): Of the signs.
-    """
+    # docs/method.md, many parameters: the linear engine only needs inner products in the metric D, which sketches keep
+    # in expectation. One D serves all segments, each with a factor of its own; elements that never moved are left out.
 
     is_whole = False
 
@@ -100,16 +85,17 @@ class SketchedGradients(GradientForm):
 
     @property
     def length(self) -> int:
-        """Number of buckets."""
         return self._length
 
+    def at_once(self, max_bytes: int) -> int:
+        return 1  # vectorising would hold whole gradients
+
     def named(self, vector: Tensor) -> dict[str, Tensor]:
-        """Parameters `(num_parameters,)` by name, of embeddings those rows that ever moved."""
+        """Parameters by name; embeddings with only the rows that ever moved."""
         named = self._model.space.unflatten(vector)
         return {name: value[self._partial[name]] if name in self._partial else value for name, value in named.items()}
 
     def __call__(self, gradients: Mapping[str, Tensor]) -> Tensor:
-        """Gradients `(*batch, *shape)` as `(*batch, length)`."""
         space = self._path.space
         if gradients[space.names[0]].dim() > len(space.shapes[0]):
             rows = zip(*(gradients[name] for name in space.names), strict=True)
@@ -123,12 +109,7 @@ class SketchedGradients(GradientForm):
         return result
 
     def segments(self, path: RecordedPath) -> list[Segment]:
-        """
-        The segments, the preconditioner of each being one number: what it is times the common one.
-
-        Raises:
-            NotImplementedError: If weight decay goes through the gradient and differs between elements.
-        """
+        """Segments whose preconditioner is one number: its ratio to the common one."""
         found = []
         for segment in segments_of(path, uniform_decay=True):
             if segment.frozen_decay is not None:
@@ -143,7 +124,7 @@ class SketchedGradients(GradientForm):
 
     @functools.cached_property
     def _metric(self) -> Tensor:
-        """The common preconditioner, up to a factor: `(num_parameters,)`, float32."""
+        """Common preconditioner D up to a factor, `(num_parameters,)`: the geometric mean over the states in use."""
         path = self._path
         trajectory, rule = path.trajectory, path.trajectory.optimizer
         rates = trajectory.steps.learning_rates.sum(0).tolist()
@@ -159,7 +140,7 @@ class SketchedGradients(GradientForm):
 
     @functools.cached_property
     def _weights(self) -> Tensor:
-        """How much an element counts for a segment's factor: its mean squared gradient, where that is known."""
+        """Weight of each element in a segment's factor: its mean squared gradient, where known."""
         path = self._path
         if not path.is_adaptive:
             return torch.ones(1, device=path.device)
@@ -167,20 +148,20 @@ class SketchedGradients(GradientForm):
 
     @functools.cached_property
     def _partial(self) -> dict[str, Tensor]:
-        """The rows of embeddings that ever moved, where the others can be left out."""
+        """Rows that ever moved, for embeddings whose other rows the model can do without."""
         some = {name: kept for name, (kept, _) in self._roots.items() if kept is not None}
         return {name: kept for name, kept in some.items() if self._model.give_rows(name, kept)}
 
     @functools.cached_property
     def _roots(self) -> dict[str, tuple[Tensor | None, Tensor]]:
-        """For each parameter which of its leading rows ever move, if many do not, and the signed roots of these."""
+        """Leading rows of each parameter that ever moved (`None`: all are kept), and the signed roots of D there."""
         generator = torch.Generator().manual_seed(self._seed)
         roots: dict[str, tuple[Tensor | None, Tensor]] = {}
         for name, metric in self._path.space.unflatten(self._metric).items():
             kept = None
             if metric.dim() > 1:
                 moving = torch.nonzero((metric > 0).flatten(1).any(1))[:, 0]
-                if len(moving) <= MAX_KEPT_SHARE * len(metric):
+                if len(moving) <= 0.75 * len(metric):  # most tokens of an embedding are in no text
                     kept, metric = moving, metric[moving]
             signs = torch.randint(2, (metric.numel(),), generator=generator, dtype=torch.int8) * 2 - 1
             roots[name] = kept, metric.reshape(-1).sqrt() * signs.to(metric.device)
@@ -188,8 +169,8 @@ class SketchedGradients(GradientForm):
 
 
 def _fold(vector: Tensor, root: Tensor, result: Tensor, start: int) -> int:
-    """Adds `vector * root` to the buckets, one after the other from one on and round again; returns the next."""
-    # A bucket for each element in turn, so that the buckets stay in the processor's cache.
+    """Adds `vector * root` to the buckets in turn from `start` on, round and round; returns the next bucket."""
+    # In turn and not at random, so that the buckets stay in the processor's cache.
     position = 0
     while position < len(vector):
         count = min(len(result) - start, len(vector) - position)

@@ -1,11 +1,10 @@
-"""Where engines take gradients and curvature from: a synset's samples, or the training rows."""
+"""Sources of gradients and curvature for engines: a synset's samples, or the training rows."""
 
 from __future__ import annotations
 
 import functools
-from abc import ABC, abstractmethod
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -15,6 +14,7 @@ from torch import Tensor
 from hf_rgm.clusters.cluster_map import ClusterMap
 from hf_rgm.engines.curvature import WeightedInputs
 from hf_rgm.engines.gradient_form import GradientForm
+from hf_rgm.engines.memory_shares import cluster_ranges, ranges
 from hf_rgm.model.cost_estimates import PieceOfWork, measured
 from hf_rgm.model.functional_model import FunctionalModel
 from hf_rgm.model.losses import IGNORED_LABEL, RowLoss
@@ -29,312 +29,219 @@ from hf_rgm.trajectory.path import RecordedPath
 from hf_rgm.trajectory.trajectory import Trajectory
 
 ROWS_AT_ONCE, READ_AT_ONCE = 256, 1024
+# Rows from which rows of curvature are chosen (docs/method.md, which rows of curvature).
 MAX_CANDIDATES = 2048
-"""Training rows among which those are chosen whose curvature is taken."""
-
+# Rows that stand for the clusters' losses, at least one of each cluster (docs/method.md, how far back).
 LOSS_ROWS, LOSS_ROWS_AT_ONCE = 64, 32
-"""Training rows that stand for the clusters' losses, at least one of each cluster."""
 
+# Maps a recorded step and some clusters to their gradients there, `(len(clusters), length)`.
 ClusterGradients = Callable[[int, range], Tensor]
-"""Takes a recorded step and some clusters, and returns their gradients there, `(len(clusters), length)`."""
+
+Batch = tuple[Tensor, dict[str, Tensor], Tensor]
 
 
-class Source(ABC):
-    """What the training loss of each cluster is known by."""
+@dataclass(eq=False, repr=False)
+class SampleSource:
+    """Source of the clusters' training losses, with gradients and curvature: a synset's samples."""
 
-    num_clusters: int
+    model: FunctionalModel
+    inputs: InputSpace
+    samples: SyntheticSamples
 
-    @functools.cached_property
-    @abstractmethod
-    def weighted_inputs(self) -> WeightedInputs:
-        """Samples or rows whose weighted curvature is that of the training loss, those of a cluster side by side."""
-
-    @abstractmethod
-    def gradients(self, path: RecordedPath, form: GradientForm) -> ClusterGradients:
-        """The clusters' gradients at the recorded states of a path; every process must ask for them."""
-
-    @abstractmethod
-    def losses(self, vector: Tensor) -> Tensor:
-        """What each cluster adds to the training loss at `(num_parameters,)`: `(num_clusters,)`, float64, CPU."""
-
-    @abstractmethod
-    def cost_of_gradients(self, vector: Tensor, form: GradientForm) -> PieceOfWork:
-        """What the clusters' gradients at one state take."""
-
-
-class SampleSource(Source):
-    """
-    The synthetic samples of a synset.
-
-    Args:
-        model (`FunctionalModel`): The model as a function of its parameters.
-        inputs (`InputSpace`): The space of the synthetic inputs.
-        samples (`SyntheticSamples`): On the model's device.
-    """
-
-    def __init__(self, model: FunctionalModel, inputs: InputSpace, samples: SyntheticSamples) -> None:
-        self.model = model
-        self.inputs = inputs
-        self.samples = samples
-        self.num_clusters, self._per_cluster = samples.log_weights.shape[:2]
-        self._gradients = SynsetGradients(model, inputs)
+    def __post_init__(self) -> None:
+        self._num_clusters, self._per_cluster = self.samples.log_weights.shape[:2]
+        self._gradients = SynsetGradients(self.model, self.inputs)
 
     @functools.cached_property
     def weighted_inputs(self) -> WeightedInputs:
-        """All samples."""
+        """Samples, or rows, whose weighted curvature is that of the training loss, sorted by cluster."""
         flat = self.samples.flatten()
-        clusters = torch.arange(self.num_clusters, device=flat.log_weights.device).repeat_interleave(self._per_cluster)
+        clusters = torch.arange(self._num_clusters).repeat_interleave(self._per_cluster).to(flat.log_weights.device)
         return WeightedInputs(self.inputs.to_forward(flat), flat.log_weights.exp(), clusters)
 
     def gradients(self, path: RecordedPath, form: GradientForm) -> ClusterGradients:
-        """Those of the samples, taken anew at every call."""
-        space = self.model.space
-
-        def taken(state: int, clusters: range) -> Tensor:
-            named = space.unflatten(path.state(state))
-            if form.is_whole:
-                return self._gradients(named, self.samples[slice(clusters.start, clusters.stop)]).detach()
-            own = (self._gradients(named, self.samples[slice(k, k + 1)]).detach()[0] for k in clusters)
-            return torch.stack([form(space.unflatten(gradient)) for gradient in own])
-
-        return taken
+        """Gradients of the clusters at the recorded states of a path; all processes must call it together."""
+        return lambda state, clusters: self._taken(path.state(state), form, clusters)
 
     @torch.no_grad()
     def losses(self, vector: Tensor) -> Tensor:
-        """Weighted soft cross entropy of each cluster's samples."""
+        """Summands of the training loss at `(num_parameters,)`, one per cluster: `(num_clusters,)`, float64, CPU."""
         parameters = self.model.space.unflatten(vector.to(self.model.device))
-        at_once = max(1, LOSS_ROWS // self._per_cluster)
         losses = []
-        for start in range(0, self.num_clusters, at_once):
-            some = self.samples[slice(start, start + at_once)].flatten()
+        for clusters in ranges(self._num_clusters, max(1, LOSS_ROWS // self._per_cluster)):
+            some = self.samples[clusters.start : clusters.stop].flatten()
             logits = self.model.logits(parameters, self.inputs.to_forward(some))
             terms = soft_cross_entropies(logits, some.targets, some.log_weights, some.target_ids)
             losses.append(terms.unflatten(0, (-1, self._per_cluster)).flatten(1).sum(1).double().cpu())
         return torch.cat(losses)
 
     def cost_of_gradients(self, vector: Tensor, form: GradientForm) -> PieceOfWork:
-        """What the gradients of all samples at one state take."""
-        named = self.model.space.unflatten(vector)
-        self._gradients(named, self.samples[:2])  # decides how to vectorise
+        """Cost of the clusters' gradients at one state."""
+        self._gradients(self.model.space.unflatten(vector), self.samples[:2])  # decides how to vectorise
+        clusters = range(self._num_clusters if form.is_whole else 1)
+        some = measured(lambda: self._taken(vector, form, clusters))
+        return replace(some, seconds=some.seconds * self._num_clusters / len(clusters))
+
+    def _taken(self, vector: Tensor, form: GradientForm, clusters: range) -> Tensor:
+        """Gradients of some clusters at `(num_parameters,)`: `(len(clusters), length)`."""
+        space = self.model.space
+        named = space.unflatten(vector)
         if form.is_whole:
-            return measured(lambda: self._gradients(named, self.samples).detach())
-        one = measured(lambda: form(self.model.space.unflatten(self._gradients(named, self.samples[:1]).detach()[0])))
-        return replace(one, seconds=self.num_clusters * one.seconds)
+            return self._gradients(named, self.samples[clusters.start : clusters.stop]).detach()
+        own = (self._gradients(named, self.samples[k : k + 1]).detach()[0] for k in clusters)
+        return torch.stack([form(space.unflatten(gradient)) for gradient in own])
 
 
 @dataclass(frozen=True, eq=False)
 class _Kept:
-    """Gradients of the clusters at some states, `(num_states, num_clusters, length)`, and of rows at each of these."""
+    """Gradients kept for some states of a run: `(num_states, num_clusters, length)`, and `(num_rows, length)` each."""
 
     trajectory: Trajectory
     form: GradientForm
     states: list[int]
-    gradients: Tensor
-    of_rows: dict[int, Tensor]
+    of_clusters: Tensor
+    of_rows: dict[int, Tensor] = field(default_factory=dict)
 
-    def serves(self, trajectory: Trajectory, form: GradientForm, states: list[int]) -> bool:
-        """Whether they are those of these states of a run."""
-        return self.trajectory is trajectory and self.form == form and {*states} <= {*self.states}
+    def serves(self, path: RecordedPath, form: GradientForm, states: list[int]) -> bool:
+        return self.trajectory is path.trajectory and self.form == form and {*states} <= {*self.states}
+
+    def gradients(self, state: int, clusters: range) -> Tensor:
+        return self.of_clusters[self.states.index(state), clusters.start : clusters.stop]
 
 
-class RowSource(Source):
-    """
-    The training rows themselves.
+@dataclass(eq=False, repr=False)
+class RowSource:
+    """Source of the clusters' training losses, with gradients and curvature: the training rows."""
 
-    Args:
-        model (`FunctionalModel`): The model as a function of its parameters.
-        reader (`RowReader`): The rows.
-        clusters (`ClusterMap`): Their clusters.
-        row_loss (`RowLoss`): The loss of a row.
-        max_bytes (`int`): Memory for what is kept: gradients of clusters, or collated rows.
-        processes (`Processes`): Among which clusters are split.
-    """
-
-    def __init__(
-        self,
-        model: FunctionalModel,
-        reader: RowReader,
-        clusters: ClusterMap,
-        row_loss: RowLoss,
-        *,
-        max_bytes: int,
-        processes: Processes,
-    ) -> None:
-        self.model = model
-        self.reader = reader
-        self.clusters = clusters
-        self.row_loss = row_loss
-        self.num_clusters = clusters.num_clusters
-        self._max_bytes = max_bytes
-        self._processes = processes
-        self._kept: _Kept | None = None
+    model: FunctionalModel
+    reader: RowReader
+    clusters: ClusterMap
+    row_loss: RowLoss
+    max_bytes: int = field(kw_only=True)  # for what is kept: gradients, or collated batches
+    processes: Processes = field(kw_only=True)
+    _kept: _Kept | None = field(default=None, init=False)
 
     @functools.cached_property
     def weighted_inputs(self) -> WeightedInputs:
-        """All rows, or as many as are looked at, evenly over the clusters by their sizes."""
-        rows = self._evenly(min(MAX_CANDIDATES, len(self.reader)))
+        # Rows at equal distances in an order sorted by cluster and shuffled within: every cluster by its size.
+        ids = self.clusters.cluster_ids
+        order = np.lexsort((np.random.default_rng(0).random(len(ids)), ids))
+        rows = order[np.linspace(0, len(ids), min(MAX_CANDIDATES, len(ids)), endpoint=False).astype(int)]
         inputs, labels = self.reader.batch(rows)
-        weight = 1 / (len(rows) * self.row_loss.labels_per_row)
-        owners = torch.from_numpy(self.clusters.cluster_ids[rows]).to(labels.device, torch.int64)
-        return WeightedInputs(inputs, weight * (labels != IGNORED_LABEL).float(), owners)
+        weights = (labels != IGNORED_LABEL).float() * (1 / (len(rows) * self.row_loss.labels_per_row))
+        return WeightedInputs(inputs, weights, torch.from_numpy(ids[rows]).to(labels.device, torch.int64))
 
     def gradients(self, path: RecordedPath, form: GradientForm) -> ClusterGradients:
-        """
-        Those of all rows of each cluster.
-
-        Where those of all clusters at all states fit into memory, each process takes its share of them now, so that
-        all must come here; they stay for shorter paths of the same run. Otherwise each reads what it needs whenever it
-        needs it.
-        """
+        """Gradients of the clusters, kept for shorter paths of the same run where they fit into memory."""
         states = [state for state, _, _ in path.segments()]
-        if self._kept is not None and self._kept.serves(path.trajectory, form, states):
-            return self._kept_gradients
+        if self._kept is not None and self._kept.serves(path, form, states):
+            return self._kept.gradients
         if self.keeps_rows(form, len(states)):
-            found = [self._of_every_row(path, form, state) for state in states]
-            sums, of_rows = (list(part) for part in zip(*found, strict=True))
-            self._kept = _Kept(
-                path.trajectory, form, states, torch.stack(sums), dict(zip(states, of_rows, strict=True))
-            )
-            return self._kept_gradients
+            sums = torch.zeros(len(states), self.clusters.num_clusters, form.length, device=self.model.device)
+            rows = {state: self._every_row(path.state(state), form, sums[i]) for i, state in enumerate(states)}
+            self._kept = _Kept(path.trajectory, form, states, sums, rows)
+            return self._kept.gradients
         # Twice for a moment, when the parts are put together.
-        if 8 * len(states) * self.num_clusters * form.length > self._max_bytes:
-            batches = self._batches(self._max_bytes)
-            return lambda state, clusters: self._taken(path, form, [state], batches, clusters)[0]
-        batches = self._batches(0)
-        parts = self._processes.parts(self.num_clusters, at_most=self.num_clusters)
-        found = self._processes.map(lambda part: self._taken(path, form, states, batches, part).cpu(), parts)
+        if 8 * len(states) * self.clusters.num_clusters * form.length > self.max_bytes:
+            batches = self._by_cluster(self.max_bytes)
+            return lambda state, clusters: self._taken([path.state(state)], form, batches, clusters)[0]
+        batches, vectors = self._by_cluster(0), [path.state(state) for state in states]
+        parts = self.processes.parts(len(batches), at_most=len(batches))
+        found = self.processes.map(lambda part: self._taken(vectors, form, batches, part).cpu(), parts)
         self.keep(path.trajectory, form, states, torch.cat(found, dim=1).to(self.model.device))
-        return self._kept_gradients
+        return self.gradients(path, form)
 
     def keep(self, trajectory: Trajectory, form: GradientForm, states: list[int], gradients: Tensor) -> None:
-        """
-        Keeps gradients that are known already.
+        """Keeps gradients that are known already, `(len(states), num_clusters, length)`, float32."""
+        self._kept = _Kept(trajectory, form, states, gradients)
 
-        Args:
-            trajectory (`Trajectory`): The recorded run.
-            form ([`GradientForm`]): That of the gradients.
-            states (`list[int]`): Recorded steps.
-            gradients (`Tensor`): `(len(states), num_clusters, length)`, float32.
-        """
-        self._kept = _Kept(trajectory, form, states, gradients, {})
+    def keeps_rows(self, form: GradientForm, num_states: int) -> bool:
+        """Whether sketches of all rows are kept (bfloat16): they give clusters' gradients and the rows' scores."""
+        size = 2 * num_states * len(self.reader) * form.length + 4 * self.clusters.num_clusters * form.length
+        return not form.is_whole and self.processes.count == 1 and size <= self.max_bytes
 
     def kept_rows(self, path: RecordedPath, form: GradientForm, state: int) -> Tensor | None:
-        """Gradients of all rows in short, `(num_rows, length)`, bfloat16, where they are kept."""
+        """Sketched gradients of all rows, `(num_rows, length)`, bfloat16, where they are kept."""
         kept = self._kept
-        return kept.of_rows.get(state) if kept is not None and kept.serves(path.trajectory, form, [state]) else None
+        return kept.of_rows.get(state) if kept is not None and kept.serves(path, form, [state]) else None
+
+    def batches(self, rows: range, form: GradientForm, max_bytes: int) -> Iterator[Batch]:
+        """Positions within `rows`, `(batch_size,)`, inputs and labels: batches whose row gradients fit into memory."""
+        at_once = min(ROWS_AT_ONCE, form.at_once(max_bytes))
+        # The more texts are read together, the more of them have one length and form a batch.
+        reads_more = self.model.main_input_name == "input_ids" or not form.is_whole
+        for read in ranges(len(rows), READ_AT_ONCE if reads_more else at_once):
+            inputs, labels = self.reader.batch(rows[read.start : read.stop])
+            for part, some, own in batches_by_length(self.model, inputs, labels, at_once):
+                yield read.start + part, some, own
 
     def losses(self, vector: Tensor) -> Tensor:
-        """Mean loss of some rows of each cluster, times its share of all rows."""
+        """Mean loss of some rows of each cluster, times the cluster's share of all rows."""
         inputs, labels, owners = self._loss_rows
-        named, parts = self.model.space.unflatten(vector.to(self.model.device)), []
+        named, losses = self.model.space.unflatten(vector.to(self.model.device)), []
         with torch.no_grad():
-            for start in range(0, len(owners), LOSS_ROWS_AT_ONCE):
-                part = slice(start, start + LOSS_ROWS_AT_ONCE)
-                logits = self.model.logits(named, {name: value[part] for name, value in inputs.items()})
-                parts.append(self.row_loss(logits, labels[part]).double().cpu())
-        losses = torch.cat(parts)
-        sums = torch.zeros(self.num_clusters, dtype=torch.float64).index_add_(0, owners, losses)
-        counts = torch.bincount(owners, minlength=self.num_clusters).clamp_min(1)
+            for part in ranges(len(owners), LOSS_ROWS_AT_ONCE):
+                some = slice(part.start, part.stop)
+                logits = self.model.logits(named, {name: value[some] for name, value in inputs.items()})
+                losses.append(self.row_loss(logits, labels[some]).double().cpu())
+        sums = torch.zeros(self.clusters.num_clusters, dtype=torch.float64).index_add_(0, owners, torch.cat(losses))
+        counts = torch.bincount(owners, minlength=self.clusters.num_clusters).clamp_min(1)
         return sums / counts * torch.from_numpy(self.clusters.sizes / len(self.reader))
 
+    @torch.enable_grad()
     def cost_of_gradients(self, vector: Tensor, form: GradientForm) -> PieceOfWork:
-        """What one pass over all rows takes."""
-        with torch.enable_grad():
-            if self.keeps_rows(form, 1):
-                row = self._measured_row(vector, form)
-            else:
-                row = measure_rows(self.model, vector, self._batches(self._max_bytes), self.row_loss, form)
-        held = 4 * self.num_clusters * form.length
+        """Cost of one pass over all rows."""
+        if self.keeps_rows(form, 1):
+            count, named = min(LOSS_ROWS_AT_ONCE, len(self.reader)), form.named(vector)
+            some = list(self.batches(range(count), form, self.max_bytes))
+            row = measured(lambda: [row_gradients(self.model, named, x, y, self.row_loss, form) for _, x, y in some])
+            row = replace(row, seconds=row.seconds / count)
+        else:
+            row = measure_rows(self.model, vector, self._by_cluster(self.max_bytes), self.row_loss, form)
+        held = 4 * self.clusters.num_clusters * form.length
         return PieceOfWork(row.seconds * len(self.reader), row.peak_bytes + held, held)
 
     @functools.cached_property
     def _loss_rows(self) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-        each = max(1, LOSS_ROWS // self.num_clusters)
-        rows = np.concatenate([self.clusters.rows(k)[:each] for k in range(self.num_clusters)])
-        inputs, labels = self.reader.batch(rows)
-        return inputs, labels, torch.from_numpy(self.clusters.cluster_ids[rows]).to(torch.int64)
+        each = max(1, LOSS_ROWS // self.clusters.num_clusters)
+        rows = np.concatenate([self.clusters.rows(k)[:each] for k in range(self.clusters.num_clusters)])
+        return *self.reader.batch(rows), torch.from_numpy(self.clusters.cluster_ids[rows]).long()
 
-    def _evenly(self, count: int) -> np.ndarray:
-        """So many rows at equal distances, sorted by cluster and shuffled within: `(count,)`, int64."""
-        ids = self.clusters.cluster_ids
-        order = np.lexsort((np.random.default_rng(0).random(len(ids)), ids))
-        return order[np.linspace(0, len(ids), count, endpoint=False).astype(int)]
-
-    def _kept_gradients(self, state: int, clusters: range) -> Tensor:
-        if self._kept is None:
-            raise RuntimeError("No gradients are kept.")
-        return self._kept.gradients[self._kept.states.index(state), clusters.start : clusters.stop]
-
-    def keeps_rows(self, form: GradientForm, num_states: int) -> bool:
-        """Whether gradients of all rows are kept: in short, where they fit. They give the clusters' and the scores."""
-        size = 2 * num_states * len(self.reader) * form.length + 4 * self.num_clusters * form.length
-        return not form.is_whole and self._processes.count == 1 and size <= self._max_bytes
-
-    def _measured_row(self, vector: Tensor, form: GradientForm) -> PieceOfWork:
-        rows = range(min(LOSS_ROWS_AT_ONCE, len(self.reader)))
-        inputs, labels = self.reader.batch(rows)
-        named = form.named(vector)
-        some = list(batches_by_length(self.model, inputs, labels, 1))
-        piece = measured(lambda: [row_gradients(self.model, named, x, y, self.row_loss, form) for _, x, y in some])
-        return replace(piece, seconds=piece.seconds / len(rows))
-
-    def _batches(self, max_bytes: int) -> CachedBatches:
-        groups = [self.clusters.rows(k) for k in range(self.num_clusters)]
+    def _by_cluster(self, max_bytes: int) -> CachedBatches:
+        groups = [self.clusters.rows(k) for k in range(self.clusters.num_clusters)]
         return CachedBatches(self.reader, groups, batch_size=ROWS_AT_ONCE, max_bytes=max_bytes)
 
-    def _taken(
-        self, path: RecordedPath, form: GradientForm, states: list[int], batches: CachedBatches, clusters: range
-    ) -> Tensor:
-        vectors = [path.state(state) for state in states]
-        with torch.enable_grad():
-            return cluster_gradients(
-                self.model, vectors, batches, clusters, len(self.reader), self.row_loss, form=form
-            )
+    @torch.enable_grad()
+    def _taken(self, vectors: list[Tensor], form: GradientForm, batches: CachedBatches, clusters: range) -> Tensor:
+        """Gradients of some clusters at several states, `(len(vectors), len(clusters), length)`."""
+        return cluster_gradients(self.model, vectors, batches, clusters, len(self.reader), self.row_loss, form=form)
 
-    def _of_every_row(self, path: RecordedPath, form: GradientForm, state: int) -> tuple[Tensor, Tensor]:
-        """The clusters' gradients, `(num_clusters, length)`, and those of all rows, `(num_rows, length)`, bfloat16."""
-        named, num_rows = form.named(path.state(state)), len(self.reader)
-        sums = torch.zeros(self.num_clusters, form.length, device=self.model.device)
+    def _every_row(self, vector: Tensor, form: GradientForm, sums: Tensor) -> Tensor:
+        """Sketches of all rows, `(num_rows, length)`, bfloat16; adds them to `sums`, `(num_clusters, length)`."""
+        named, num_rows = form.named(vector), len(self.reader)
         rows = torch.empty(num_rows, form.length, dtype=torch.bfloat16, device=self.model.device)
-        for start in range(0, num_rows, READ_AT_ONCE):
-            inputs, labels = self.reader.batch(range(start, min(start + READ_AT_ONCE, num_rows)))
-            for part, some, own in batches_by_length(self.model, inputs, labels, 1):
-                row = start + int(part)
-                gradient = row_gradients(self.model, named, some, own, self.row_loss, form)[0]
-                sums[int(self.clusters.cluster_ids[row])] += gradient / num_rows
-                rows[row] = gradient.bfloat16()
-        return sums, rows
+        for part, inputs, labels in self.batches(range(num_rows), form, self.max_bytes):
+            row = int(part)  # sketches are computed one by one
+            gradient = row_gradients(self.model, named, inputs, labels, self.row_loss, form)[0]
+            sums[int(self.clusters.cluster_ids[row])] += gradient / num_rows
+            rows[row] = gradient.bfloat16()
+        return rows
+
+
+Source = SampleSource | RowSource
 
 
 def force(gradients: ClusterGradients, state: int, masks: Tensor, *, length: int, max_bytes: int) -> Tensor:
-    """
-    The driving term of replays: mask-weighted cluster gradients at a recorded state.
-
-    Args:
-        gradients (`ClusterGradients`): Of the clusters.
-        state (`int`): The recorded step.
-        masks (`Tensor`): `(num_masks, num_clusters)`, the weight p of each cluster.
-        length (`int`): Of a gradient.
-        max_bytes (`int`): Memory for gradients on their way.
-
-    Returns:
-        `Tensor`: `(num_masks, length)`, float32: `sum_k (p_k - 1) G_k`.
-    """
-    at_once = max(1, max_bytes // (12 * length))
+    """Driving term of replays: mask-weighted cluster gradients at a recorded state, `(num_masks, length)`."""
     result = torch.zeros(len(masks), length, device=masks.device)
-    for start in range(0, masks.shape[1], at_once):
-        clusters = range(start, min(start + at_once, masks.shape[1]))
+    for clusters in cluster_ranges(masks.shape[1], length, max_bytes):
+        # sum_k (p_k - 1) G_k
         result += (masks[:, clusters.start : clusters.stop] - 1) @ gradients(state, clusters)
     return result
 
 
 def training_rows(rows: Any, model: FunctionalModel, clusters: ClusterMap, data_collator: Any) -> RowReader:
-    """
-    Opens the training rows.
-
-    Raises:
-        ValueError: If there are more or fewer than the clusters have.
-    """
+    """Reader of the training rows; raises a `ValueError` if there are more or fewer than the clusters have."""
     reader = RowReader(rows, model, data_collator=data_collator, what="rows")
     if len(reader) != clusters.num_rows:
         raise ValueError(

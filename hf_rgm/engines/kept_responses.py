@@ -8,8 +8,9 @@ from torch import Tensor
 
 from hf_rgm.engines.engine import Engine
 from hf_rgm.engines.linear import LinearEngine
+from hf_rgm.engines.memory_shares import ranges
 from hf_rgm.engines.perturbations import leave_one_out
-from hf_rgm.engines.recorded_run import RecordedRun
+from hf_rgm.engines.recorded_run import RecordedRun, given
 from hf_rgm.engines.request import Evaluation
 from hf_rgm.exceptions import DivergenceError
 from hf_rgm.model.cost_estimates import PieceOfWork
@@ -19,12 +20,7 @@ logger = logging.getLogger(__name__)
 
 
 class ResponsesEngine(Engine):
-    """
-    Answers by the responses that a synset keeps: what leaving each cluster out changes in the trained parameters.
-
-    Without several clusters the changes are added up, which leaves out how clusters stand in for each other
-    (docs/method.md, responses).
-    """
+    """Adds up the changes of the parameters without each cluster, which a synset keeps (docs/method.md, responses)."""
 
     name = "responses"
     needs = "responses"
@@ -38,48 +34,35 @@ class ResponsesEngine(Engine):
 
     @property
     def _responses(self) -> Responses:
-        if self.run.responses is None:
-            raise RuntimeError("This engine needs a synset with responses.")
-        return self.run.responses
+        return given(self.run.responses, "a synset with responses")
 
     def start(self, rewind: float) -> int:
-        """Training step that the responses were followed from."""
+        """Training step from which the responses were computed."""
         return self._responses.rewind_step
 
     def replay(self, masks: Tensor, rewind: float) -> Tensor:
-        """Final parameters under each row of `masks`: the trained ones, and the changes of what is absent."""
+        """Final parameters under `masks`: the trained ones plus the changes without what is absent."""
         result = self.run.final.repeat(len(masks), 1)
-        for start in range(0, masks.shape[1], self.batch_size):
-            part = slice(start, start + self.batch_size)
+        for clusters in ranges(masks.shape[1], self.batch_size):
+            part = slice(clusters.start, clusters.stop)
             absent = 1 - masks[:, part]
             if bool(absent.any()):
                 result += absent @ self._responses.decode(part).to(result)
         return result
 
     def evaluate(self, evaluation: Evaluation, parameters: Tensor) -> Tensor:
-        """To first order in the objective, where it has a gradient."""
+        """Objective to first order, where it has a gradient."""
         return evaluation.to_first_order(parameters - self.run.final, self.form)
 
     def costs(self, num_masks: int, rewind: float | None) -> PieceOfWork:
-        """Next to nothing."""
+        """Memory alone; the time is negligible."""
         return PieceOfWork(0.0, 16 * self.run.model.num_parameters * min(num_masks, self.batch_size))
 
 
 def compute_responses(run: RecordedRun, *, precision: str, parameters_sha256: str) -> Responses | None:
-    """
-    What leaving each cluster out changes in the trained parameters, by the linear engine on the training rows.
-
-    Args:
-        run (`RecordedRun`): The run, with rows.
-        precision (`str`): `"int8"` or `"bfloat16"`.
-        parameters_sha256 (`str`): Identity of the trained parameters.
-
-    Returns:
-        `Responses`, or `None` where they cannot be had, for want of memory above all: nothing that is distilled is
-        lost for that. A warning says why.
-    """
+    """Responses to leaving each cluster out, by the linear engine on the rows; `None`, with a warning, if it fails."""
     num_clusters, num_parameters = run.clusters.num_clusters, run.model.num_parameters
-    if 8 * num_clusters * num_parameters > run.max_bytes:
+    if 8 * num_clusters * num_parameters > run.max_bytes:  # float32, and once more for a copy
         logger.warning(
             "Responses of %d clusters in %d parameters do not fit into `max_memory`, and are left out of the synset. "
             "Raise it, or use fewer clusters.",
@@ -96,6 +79,6 @@ def compute_responses(run: RecordedRun, *, precision: str, parameters_sha256: st
             cluster_names=run.clusters.names,
             parameters_sha256=parameters_sha256,
         )
-    except (DivergenceError, NotImplementedError, ValueError) as error:
+    except (DivergenceError, NotImplementedError, ValueError) as error:  # the synset is good without responses too
         logger.warning("The synset keeps no responses: %s", error)
         return None

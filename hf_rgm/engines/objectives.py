@@ -1,4 +1,4 @@
-"""What is being explained: functions of a model and some queries."""
+"""Objectives: what is explained, functions of a model and some queries."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from hf_rgm.model.functional_model import FunctionalModel, ToVector
 from hf_rgm.model.losses import IGNORED_LABEL, check_labels, label_losses
 from hf_rgm.model.vectorize import map_rows
 
+# A model at some parameters: maps the forward's keyword arguments to logits.
 Forward = Callable[[Mapping[str, Tensor]], Tensor]
-"""A model at some parameters: maps the forward's keyword arguments to logits."""
 
 
 @dataclass
@@ -24,8 +24,8 @@ class Queries:
 
     Args:
         inputs (`dict[str, Tensor]`): The forward's keyword arguments, first dimension `num_queries`.
-        labels (`Tensor`): `(num_queries,)`, or `(num_queries, length)` for labels of tokens, int64; -100 counts for
-            nothing. Those of a causal language model stand where they are predicted.
+        labels (`Tensor`): `(num_queries,)`, or `(num_queries, length)` for labels of tokens, int64; -100 is ignored.
+            Those of a causal language model stand where they are predicted.
     """
 
     inputs: dict[str, Tensor]
@@ -41,7 +41,7 @@ class Objective:
     An evaluation objective `f(model, queries)`.
 
     Args:
-        name (`str`): How results call it.
+        name (`str`): Its name in results.
         function (`Callable`): Takes `forward` (keyword arguments of the model to logits) and `queries`
             ([`Queries`]) and returns a tensor `(num_values,)`: one value per query, or fewer for objectives over a
             set.
@@ -121,17 +121,16 @@ class Objective:
                 '`engine="replay"`, or a differentiable stand-in such as "margin" for "accuracy".'
             )
         named, make = model.space.unflatten(parameters), form or model.space.flatten
-        if not self.per_query:
-            return make(
-                jacrev(lambda p: self._checked(self.function(lambda inputs: model.logits(p, inputs), queries)))(named)
-            )
 
-        def one(p: dict[str, Tensor], inputs: dict[str, Tensor], label: Tensor) -> Tensor:
-            query = Queries({name: value[None] for name, value in inputs.items()}, label[None])
-            return self.function(lambda x: model.logits(p, x), query)[0]
+        def values(p: dict[str, Tensor], some: Queries) -> Tensor:
+            return self.function(lambda inputs: model.logits(p, inputs), some)
+
+        if not self.per_query:
+            return make(jacrev(lambda p: self._checked(values(p, queries)))(named))
 
         def gradient(inputs: dict[str, Tensor], label: Tensor) -> Tensor:
-            return make(grad(one)(named, inputs, label))
+            query = Queries({name: value[None] for name, value in inputs.items()}, label[None])
+            return make(grad(lambda p: values(p, query)[0])(named))
 
         return map_rows(gradient, queries.inputs, queries.labels)
 
@@ -152,54 +151,36 @@ def log_odds_margin(logits: Tensor, labels: Tensor) -> Tensor:
     return logits.gather(-1, labels)[..., 0] - others.logsumexp(-1)
 
 
-def _mean_over_labels(values: Tensor, labels: Tensor) -> Tensor:
-    """Each query's mean over its labels that are not -100: `(num_queries,)`."""
-    if labels.dim() == 1:
-        return values
-    known = (labels != IGNORED_LABEL).flatten(1)
-    return (values.flatten(1) * known).sum(1) / known.sum(1).clamp_min(1)
+def _per_query(function: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Forward, Queries], Tensor]:
+    """Each query's mean over its labels that are not -100, of values of the labels' shape: `(num_queries,)`."""
+
+    def values(forward: Forward, queries: Queries) -> Tensor:
+        found = function(forward(queries.inputs), queries.labels)
+        if found.dim() == 1:
+            return found
+        known = (queries.labels != IGNORED_LABEL).flatten(1)
+        return (found.flatten(1) * known).sum(1) / known.sum(1).clamp_min(1)
+
+    return values
 
 
-def _margin(forward: Forward, queries: Queries) -> Tensor:
-    return _mean_over_labels(log_odds_margin(forward(queries.inputs), queries.labels), queries.labels)
-
-
-def _loss(forward: Forward, queries: Queries) -> Tensor:
-    return _mean_over_labels(label_losses(forward(queries.inputs), queries.labels), queries.labels)
-
-
-def _log_probability(forward: Forward, queries: Queries) -> Tensor:
-    return -_loss(forward, queries)
-
-
-def _mean_loss(forward: Forward, queries: Queries) -> Tensor:
-    return _loss(forward, queries).mean(0, keepdim=True)
-
-
-def _accuracy(forward: Forward, queries: Queries) -> Tensor:
-    right = (forward(queries.inputs).argmax(-1) == queries.labels).float()
-    return _mean_over_labels(right, queries.labels).mean(0, keepdim=True)
-
+_loss = _per_query(label_losses)
+_accuracies = _per_query(lambda logits, labels: (logits.argmax(-1) == labels).float())
 
 OBJECTIVES = {
     objective.name: objective
     for objective in (
-        Objective("margin", _margin, per_query=True),
+        Objective("margin", _per_query(log_odds_margin), per_query=True),
         Objective("loss", _loss, per_query=True),
-        Objective("log_probability", _log_probability, per_query=True),
-        Objective("mean_loss", _mean_loss),
-        Objective("accuracy", _accuracy, differentiable=False),
+        Objective("log_probability", lambda forward, queries: -_loss(forward, queries), per_query=True),
+        Objective("mean_loss", lambda forward, queries: _loss(forward, queries).mean(0, keepdim=True)),
+        Objective("accuracy", lambda *asked: _accuracies(*asked).mean(0, keepdim=True), differentiable=False),
     )
 }
 
 
 def resolve_objective(objective: str | Objective) -> Objective:
-    """
-    An objective by name, or itself.
-
-    Raises:
-        ValueError: If there is none of that name.
-    """
+    """Objective of a name, or the objective itself."""
     if isinstance(objective, Objective):
         return objective
     if objective not in OBJECTIVES:

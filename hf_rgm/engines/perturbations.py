@@ -1,4 +1,4 @@
-"""Which clusters are present: masks, and scores from replayed masks."""
+"""Masks of clusters that are present, and scores from values under masks."""
 
 from __future__ import annotations
 
@@ -7,28 +7,12 @@ from torch import Tensor
 
 
 def leave_one_out(num_clusters: int) -> Tensor:
-    """
-    Masks that drop one cluster each: `(num_clusters, num_clusters)`, float32, `1 - e_k`.
-    """
+    """Masks that drop one cluster each, `(num_clusters, num_clusters)`, float32: `1 - e_k`."""
     return 1 - torch.eye(num_clusters)
 
 
 def random_subsets(num_clusters: int, num_masks: int, *, keep: float = 0.5, seed: int = 0) -> Tensor:
-    """
-    Masks that keep a random share of the clusters, the same number in each.
-
-    Args:
-        num_clusters (`int`): Clusters.
-        num_masks (`int`): Masks.
-        keep (`float`, *optional*, defaults to `0.5`): Share of the clusters that stays.
-        seed (`int`, *optional*, defaults to `0`): Seed.
-
-    Returns:
-        `Tensor`: `(num_masks, num_clusters)`, float32, of zeros and ones.
-
-    Raises:
-        ValueError: If the share leaves no cluster, or all of them.
-    """
+    """Masks `(num_masks, num_clusters)` of zeros and ones that keep a random share, equally many clusters each."""
     kept = round(keep * num_clusters)
     if not 0 < kept < num_clusters:
         raise ValueError(
@@ -52,20 +36,10 @@ def check_masks(masks: Tensor, num_clusters: int) -> None:
 
 def ridge_scores(masks: Tensor, values: Tensor, *, penalty: float = 1e-2) -> Tensor:
     """
-    Cluster scores from objective values under random masks, by ridge regression with an intercept.
+    Cluster scores `(num_values, num_clusters)` by ridge regression of values `(num_masks, num_values)` on masks.
 
-    The least-squares datamodel of the paper: `values ~ masks @ scores + intercept`.
-
-    Args:
-        masks (`Tensor`): `(num_masks, num_clusters)`.
-        values (`Tensor`): `(num_masks, num_values)`.
-        penalty (`float`, *optional*, defaults to `1e-2`): Ridge penalty relative to the mean variance of a mask entry.
-
-    Returns:
-        `Tensor`: `(num_values, num_clusters)`, float32; positive where presence raises the value.
-
-    Raises:
-        ValueError: If the numbers of masks and values differ, or all masks are equal.
+    The least-squares datamodel of the paper: `values ~ masks @ scores + intercept`. The penalty is relative to the
+    mean variance of a mask entry.
     """
     if len(masks) != len(values):
         raise ValueError(f"{len(masks)} masks but {len(values)} rows of values. Pass one row of values per mask.")

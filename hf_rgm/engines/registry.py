@@ -1,4 +1,4 @@
-"""The engines by name, and which of them fits a question."""
+"""Engines by name, and which of them fits a question."""
 
 from __future__ import annotations
 
@@ -10,20 +10,18 @@ from hf_rgm.engines.linear import LinearEngine
 from hf_rgm.engines.plain_replay import PlainReplayEngine
 from hf_rgm.engines.training_on import TrainingOnEngine
 
-ENGINES: dict[str, type[Engine]] = {
-    engine.name: engine
-    for engine in (
-        LinearEngine,
-        AdjointEngine,
-        AnchoredReplayEngine,
-        PlainReplayEngine,
-        TrainingOnEngine,
-        ResponsesEngine,
-    )
-}
+_CLASSES: tuple[type[Engine], ...] = (
+    LinearEngine,
+    AdjointEngine,
+    AnchoredReplayEngine,
+    PlainReplayEngine,
+    TrainingOnEngine,
+    ResponsesEngine,
+)
+ENGINES = {engine.name: engine for engine in _CLASSES}
 
+# Engines that give models under any cluster weights.
 REPLAYS = tuple(name for name, engine in ENGINES.items() if engine.replays)
-"""Those that give models under any cluster weights."""
 
 MISSING = {
     "rows": "the training dataset: pass it as `rows`",
@@ -33,11 +31,8 @@ MISSING = {
 
 
 def default_engine(available: dict[str, bool], *, rewind: float | None = None, num_masks: int | None = None) -> str:
-    """
-    The engine where none is named: what the synset's author computed from the rows, where these are not at hand.
-
-    That was computed once, from one rewind point: other questions go to linearised replay.
-    """
+    """Name of the engine where the user names none: responses if rows are missing, else linearised replay."""
+    # Responses were computed once, from one rewind point.
     kept = available["responses"] and not available["rows"] and rewind is None and num_masks is None
     return ResponsesEngine.name if kept else LinearEngine.name
 
@@ -51,20 +46,7 @@ def check_engine(
     rows_given: bool = False,
     replays: bool = False,
 ) -> type[Engine]:
-    """
-    The engine of a name, once it is seen to be able to do what is asked.
-
-    Args:
-        name (`str`): The engine.
-        available (`dict[str, bool]`): Whether there are `"rows"`, `"samples"` and `"responses"`.
-        rewind (`float`, *optional*): The rewind point that is asked for.
-        num_masks (`int`, *optional*): Random halves that are asked for.
-        rows_given (`bool`, *optional*, defaults to `False`): Whether the question itself comes with rows.
-        replays (`bool`, *optional*, defaults to `False`): Whether models are asked for.
-
-    Raises:
-        ValueError: If there is no such engine, or it cannot; says what can.
-    """
+    """Engine of a name; raises a `ValueError` that says what can be done, if it cannot do what is asked."""
     known = REPLAYS if replays else tuple(ENGINES)
     if name not in known:
         raise ValueError(f"Unknown engine {name!r}. Use one of {', '.join(known)}.")

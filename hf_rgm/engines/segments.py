@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -12,20 +13,16 @@ from torch import Tensor
 
 from hf_rgm.trajectory.path import RecordedPath
 
-SECOND_MOMENTS_LOOKED_AT = 4
-"""Steps of a segment whose second moments its preconditioner is the mean of."""
+Values = TypeVar("Values", NDArray[np.float64], Tensor)
 
+# Segments are cut so that no element loses more than this share to a frozen decay, into so many pieces at most
+# (docs/method.md, the linear engine: unequal decays).
 MAX_FROZEN_DECAY, MAX_PIECES = 0.1, 16
-"""A coupled decay that differs between elements is held at a segment's start. Segments are cut for that, so that no
-element loses more than this in a piece, if so many pieces are enough."""
 
 
 @dataclass(frozen=True)
 class StepConstants:
-    """
-    One training step of the recursion; `direction = momentum_share * m + gradient_share * g`, `m <- momentum * m +
-    gain * g`, `delta <- (1 - decay) * delta - rate * D * direction`, `g = scale * (f + C delta) + coupled * delta`.
-    """
+    """Constants of one training step of the recursion, with `g = scale * (f + C delta) + coupled * delta`."""
 
     rate: float
     scale: float
@@ -36,61 +33,52 @@ class StepConstants:
     decay: float
     coupled: float
 
+    def advance(self, delta: Values, m: Values, g: Values) -> tuple[Values, Values]:
+        """Deviation and momentum after the step, without the preconditioner D."""
+        direction = self.momentum_share * m + self.gradient_share * g
+        return (1 - self.decay) * delta - self.rate * direction, self.momentum * m + self.gain * g
+
 
 @dataclass(frozen=True)
 class Segment:
-    """
-    Steps nearest to one recorded state (docs/method.md, the linear engine).
+    """Steps nearest to one recorded state, with one preconditioner D (docs/method.md, the linear engine)."""
 
-    Within a segment one preconditioner serves all steps, each with a rate of its own: rates sum to 1.
-
-    Args:
-        state (`int`): The recorded step whose gradients and curvature stand for the segment.
-        first, last (`int`): Its training steps, the last one excluded.
-        precondition (`Tensor`): D, `(num_parameters,)` or `(1,)`, float32: learning rates over Adam's root of the
-            second moment, summed over the steps.
-        steps (`tuple[StepConstants, ...]`): Those that were not skipped.
-        outer_decay (`Tensor`, *optional*): `(num_parameters,)`, what a decoupled decay that differs between elements
-            leaves over half of the segment; applied before and after it.
-        frozen_decay (`Tensor`, *optional*): `(num_parameters,)`, a coupled decay that differs between elements: held
-            at what it is when the segment begins.
-    """
-
-    state: int
+    state: int  # recorded step whose gradients and curvature stand for the segment
     first: int
-    last: int
-    precondition: Tensor
-    steps: tuple[StepConstants, ...]
+    last: int  # excluded
+    precondition: Tensor  # D, (num_parameters,) or (1,): learning rates over Adam's root of the second moment, summed
+    steps: tuple[StepConstants, ...]  # without the skipped ones; their rates sum to 1
+    # Unequal decays, (num_parameters,). Decoupled: what is left over half of the segment, applied before and after it.
     outer_decay: Tensor | None = None
+    # Coupled: the decay itself, of what an element is when the segment begins.
     frozen_decay: Tensor | None = None
 
     def responses(self, curvature: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """
-        The segment's map along directions of given curvature.
+        The map Phi `(2, 2, num_directions)` and Gamma `(2, num_directions)` along eigenvalues of `D^1/2 C D^1/2`.
 
-        Args:
-            curvature (`np.ndarray`): `(num_directions,)`, float64, eigenvalues of `D^1/2 C D^1/2`.
-
-        Returns:
-            `tuple[np.ndarray, np.ndarray]`: Phi, `(2, 2, num_directions)`, and Gamma, `(2, num_directions)`, float64:
-            `(delta, m)` at the end is `Phi (delta, m) + Gamma f`, all scaled by `D^-1/2`, `D^1/2` and `D^1/2`.
+        `(delta, m)` at the end is `Phi (delta, m) + Gamma f`, in coordinates scaled by `D^-1/2`, `D^1/2` and `D^1/2`.
         """
-        phi = np.zeros((2, 2, len(curvature)))
-        phi[0, 0] = phi[1, 1] = 1.0
-        state = np.concatenate([phi, np.zeros((2, 1, len(curvature)))], axis=1)  # columns: delta, m, f
+        state = np.repeat(np.eye(2, 3)[:, :, None], len(curvature), axis=2)  # columns: delta, m, f
         force = np.zeros_like(state[0])
         force[2] = 1.0
         for step in self.steps:
             gradient = step.scale * (force + curvature * state[0]) + step.coupled * state[0]
-            direction = step.momentum_share * state[1] + step.gradient_share * gradient
-            state = np.stack(
-                [(1 - step.decay) * state[0] - step.rate * direction, step.momentum * state[1] + step.gain * gradient]
-            )
+            state = np.stack(step.advance(*state, gradient))
         return state[:, :2], state[:, 2]
 
     @property
+    def frozen_rate(self) -> Tensor | None:
+        """What a frozen decay adds to the force for each unit of the deviation, `(num_parameters,)`."""
+        if self.frozen_decay is None:
+            return None
+        # Decay is not clipped, forces are: divided by the clipping factor beforehand.
+        scale = np.mean([step.scale for step in self.steps] or [1.0])
+        return self.frozen_decay / float(scale or 1.0)
+
+    @property
     def stable_curvature(self) -> float:
-        """The largest eigenvalue of `D^1/2 C D^1/2` at which no step of the segment amplifies a deviation."""
+        """Largest eigenvalue of `D^1/2 C D^1/2` at which no step of the segment amplifies a deviation."""
         limits = [
             _stable(step.momentum, step.gain, step.momentum_share, step.gradient_share) / (step.rate * step.scale)
             for step in self.steps
@@ -115,18 +103,8 @@ def _stable(momentum: float, gain: float, momentum_share: float, gradient_share:
 
 
 def segments_of(path: RecordedPath, *, uniform_decay: bool = False) -> list[Segment]:
-    """
-    The segments of a path, in training order.
-
-    Args:
-        path (`RecordedPath`): The path.
-        uniform_decay (`bool`, *optional*, defaults to `False`): Let all elements decay as most of them do.
-    """
-    return [
-        segment
-        for state, first, last in path.segments()
-        for segment in _pieces(path, state, first, last, uniform_decay)
-    ]
+    """Segments of a path, in training order; with `uniform_decay` all elements decay as most of them do."""
+    return [piece for own in path.segments() for piece in _pieces(path, *own, uniform_decay)]
 
 
 def _pieces(path: RecordedPath, state: int, first: int, last: int, uniform_decay: bool) -> Iterator[Segment]:
@@ -157,24 +135,26 @@ def _segment(path: RecordedPath, state: int, first: int, last: int, uniform_deca
     lengths = learning_rates
     if path.is_adaptive:
         lengths = learning_rates / (1 - rule.groups[0].betas[0] ** updates[:, None])
+    # Step t has the share rho_t of the preconditioner.
     total = float(lengths.sum())
     rates = lengths.sum(1) / total if total > 0 else np.full(len(lengths), 1 / len(lengths))
     precondition = space.expand_groups(lengths.sum(0).tolist(), rule.group_of, path.device)
     if path.is_adaptive:
-        looked_at = np.unique(np.linspace(first, last - 1, SECOND_MOMENTS_LOOKED_AT).round()) + 1
+        # Adam's inverse root of the second moment: the mean over up to four steps.
+        looked_at = np.unique(np.linspace(first, last - 1, 4).round()) + 1
         inverse = torch.stack([path.inverse_root_moment(float(step)) for step in looked_at]).mean(0)
         precondition = precondition * inverse
+    # A decay that is the same for all elements is in the recursion; others would leave the space of B.
     weight_decays = [group.weight_decay for group in rule.groups]
-    decoupled = rule.name == "adamw"
-    most = np.bincount([rule.group_of(name) for name in space.names], space.sizes, len(rule.groups)).argmax()
     decays, couplings = np.zeros(len(rates)), np.zeros(len(rates))
     outer, frozen = None, None
-    if decoupled and any(weight_decays):
-        kept = np.prod(1 - learning_rates * np.array(weight_decays), axis=0)  # (num_groups,)
-        per_step = learning_rates * np.array(weight_decays)
+    if rule.name == "adamw" and any(weight_decays):
+        per_step = learning_rates * np.array(weight_decays)  # (num_steps, num_groups)
+        most = np.bincount([rule.group_of(name) for name in space.names], space.sizes, len(rule.groups)).argmax()
         if uniform_decay or (per_step == per_step[:, :1]).all():
             decays = per_step[:, most]
         else:
+            kept = np.prod(1 - per_step, axis=0)
             outer = space.expand_groups(kept.tolist(), rule.group_of, path.device).clamp_min(0).sqrt()
     elif any(weight_decays):
         decay = space.expand_groups(weight_decays, rule.group_of, path.device)
@@ -182,20 +162,9 @@ def _segment(path: RecordedPath, state: int, first: int, last: int, uniform_deca
             couplings = np.full(len(rates), float(decay) * float(precondition))
         else:
             frozen = decay.expand(space.num_parameters)
-    constants = [path.momentum_of(int(update)) for update in updates]
+    scales = table.clip_factor[covered][active]
     steps = tuple(
-        StepConstants(
-            rate=float(rate),
-            scale=float(scale),
-            momentum=momentum,
-            gain=gain,
-            momentum_share=momentum_share,
-            gradient_share=gradient_share,
-            decay=float(decay),
-            coupled=float(coupled),
-        )
-        for rate, scale, (momentum, gain, momentum_share, gradient_share), decay, coupled in zip(
-            rates, table.clip_factor[covered][active], constants, decays, couplings, strict=True
-        )
+        StepConstants(float(rate), float(scale), *path.momentum_of(int(update)), float(decay), float(coupled))
+        for rate, scale, update, decay, coupled in zip(rates, scales, updates, decays, couplings, strict=True)
     )
     return Segment(state, first, last, precondition, steps, outer, frozen)

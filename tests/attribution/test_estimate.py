@@ -59,7 +59,6 @@ class TestTime:
             "linear",
             "anchored_replay",
             "plain_replay",
-            "training_on",
             "row_scores",
             "gradient_sources",
         )

@@ -83,7 +83,7 @@ def random_rows(rank: int = 9, *, seed: int = 0, scale: float = 0.6) -> Curvatur
     """Rows of the curvature, float64, a third of them of each cluster."""
     generator = torch.Generator().manual_seed(seed)
     rows = scale * torch.randn(rank, NUM_PARAMETERS, generator=generator, dtype=torch.float64)
-    return CurvatureRows(rows, torch.arange(rank) % NUM_CLUSTERS, 1.0)
+    return CurvatureRows(rows, torch.arange(rank) % NUM_CLUSTERS)
 
 
 def stepwise(

@@ -163,7 +163,7 @@ def test_elements_without_a_moment_do_not_bend_others():
     """An element that never had a gradient stays, and its entries in the curvature's rows count for nothing."""
     run = long_run("adamw", still=(2,))
     curvature = random_rows()
-    blind = CurvatureRows(curvature.rows.clone(), curvature.clusters, 1.0)
+    blind = CurvatureRows(curvature.rows.clone(), curvature.clusters)
     blind.rows[:, 2] = 0
     for segment in segments_of(path_of(run)):
         begin = [vectors(2, seed=seed) for seed in (1, 2, 3)]
@@ -175,7 +175,7 @@ def test_elements_without_a_moment_do_not_bend_others():
 def test_logistic_regression_in_closed_form():
     """Gradient descent without momentum on one direction: `delta_T = -f (1 - (1 - h c)^T) / c`."""
     run = long_run("sgd", momentum=0.0, states=(0, 24))
-    curvature = CurvatureRows(torch.zeros(1, NUM_PARAMETERS, dtype=torch.float64), torch.zeros(1).long(), 1.0)
+    curvature = CurvatureRows(torch.zeros(1, NUM_PARAMETERS, dtype=torch.float64), torch.zeros(1).long())
     curvature.rows[0, 3] = 0.9
     segment = segments_of(path_of(run))[0]
     zero, force = torch.zeros(1, NUM_PARAMETERS).double(), vectors(1)
@@ -203,7 +203,7 @@ class TestCap:
         rows = torch.zeros(3, NUM_PARAMETERS, dtype=torch.float64)
         for index, curvature in enumerate((factor * limit, 0.3 * limit, 0.01 * limit)):
             rows[index, index] = curvature**0.5
-        return segment, CurvatureRows(rows, torch.arange(3), 1.0)
+        return segment, CurvatureRows(rows, torch.arange(3))
 
     def test_too_stiff_a_direction_neither_explodes_nor_changes_others(self, monkeypatch):
         segment, curvature = self.stiff(3.0)
