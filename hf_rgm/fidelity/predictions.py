@@ -40,12 +40,7 @@ def evaluation_identity(
 
 
 def predicted_values(
-    attributor: Attributor,
-    queries: Any,
-    masks: dict[str, NDArray[np.bool_]],
-    *,
-    engine: str,
-    **options: Any,
+    attributor: Attributor, queries: Any, masks: dict[str, NDArray[np.bool_]], *, engine: str, **options: Any
 ) -> dict[str, NDArray[np.floating]]:
     """
     An attributor's predictions for subsets, up to a constant for each value: `(num_values, num_masks)` by measure.

@@ -12,11 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hf_rgm.agreement.budget import LDS_ROWS, LEAVE_CLUSTER_OUT, plan_retrainings
-from hf_rgm.agreement.correlations import (
-    leave_cluster_out_correlation,
-    linear_datamodeling_score,
-    noise_ceiling,
-)
+from hf_rgm.agreement.correlations import leave_cluster_out_correlation, linear_datamodeling_score, noise_ceiling
 from hf_rgm.agreement.fidelity_figures import Agreement, FidelityFigures
 from hf_rgm.agreement.subsets import kept_rows
 from hf_rgm.attribution.attributor import Attributor

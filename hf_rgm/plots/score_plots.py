@@ -78,12 +78,7 @@ def plot_heatmap(
 
 
 def plot_bars(
-    names: Sequence[Any],
-    scores: np.ndarray,
-    *,
-    k: int = 8,
-    ax: Axes | None = None,
-    title: str | None = None,
+    names: Sequence[Any], scores: np.ndarray, *, k: int = 8, ax: Axes | None = None, title: str | None = None
 ) -> Axes:
     """The `k` highest and `k` lowest scores, `(len(names),)`, as bars coloured by sign."""
     scores = finite(scores, "scores", num_dimensions=1)
@@ -120,12 +115,7 @@ def plot_bars(
 
 
 def plot_synset_gallery(
-    images: Any,
-    titles: Sequence[Any],
-    *,
-    columns: int = 10,
-    ax: Axes | None = None,
-    title: str | None = None,
+    images: Any, titles: Sequence[Any], *, columns: int = 10, ax: Axes | None = None, title: str | None = None
 ) -> Axes:
     """
     Pictures in a grid, each stretched to its own range of brightness.

@@ -145,7 +145,7 @@ def mixture_weights(
     """
     Weights `(num_clusters,)` that raise a linear objective at the same amount of data.
 
-    An exponentiated-gradient step, clipped: `p_k = max_change ** clip(z_k - shift, -1, 1)` with `z_k` the score per row
+    A clipped exponentiated-gradient step: `p_k = max_change ** clip(z_k - shift, -1, 1)` with `z_k` the score per row
     of cluster k in standard deviations (over rows), and the shift such that `sum_k p_k n_k = n`.
     """
     per_row = np.asarray(scores, dtype=np.float64) / sizes
