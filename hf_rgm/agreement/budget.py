@@ -1,4 +1,4 @@
-"""How a number of retrainings is best spent."""
+"""How a budget of retrainings is spent."""
 
 from __future__ import annotations
 
@@ -14,13 +14,7 @@ GOOD_NUM_POINTS = 12
 
 @dataclass(frozen=True)
 class RetrainingPlan:
-    """
-    What to retrain.
-
-    Args:
-        num_points (`dict[str, int]`): For each measure, how many subsets are retrained, once a seed.
-        seeds (`tuple[int, ...]`): Seeds of the retrainings.
-    """
+    """Retrainings: for each measure its number of subsets, each retrained once per seed."""
 
     num_points: dict[str, int]
     seeds: tuple[int, ...]
@@ -42,29 +36,18 @@ def plan_retrainings(
     recorded_seeds: Collection[int | None] = (),
 ) -> RetrainingPlan:
     """
-    Splits a budget of retrainings over measures, subsets and seeds.
+    Splits a budget of retrainings over measures, subsets and seeds; default seeds avoid those of the recorded runs.
 
-    - Every subset of a measure is retrained with the same seeds. Were each subset retrained with a seed of its own,
-      the seeds' differences would count as differences of the subsets.
+    - Every subset of a measure is retrained with the same seeds. Otherwise differences between seeds would count as
+      differences between subsets.
     - A second seed is worth its price from 24 retrainings on: 12 subsets with two seeds give as good an estimate as 24
       with one (within 0.01 of LDS on the benchmark's digits, better for rows and single clusters, where seeds differ
-      most), and a noise ceiling as well, without which a low score cannot be told from a noisy truth. With fewer
+      most), and also a noise ceiling, without which a low score cannot be told from a noisy truth. With fewer
       retrainings a second seed costs precision.
     - Half-subsets of clusters come first: they say most per retraining, because half of the data moves the model far
-      more than its seed does. Leaving out single clusters (what a cluster's score is about, but mostly hidden by
-      the noise of seeds) and half-subsets of rows (if rows are scored) follow where each measure still gets 12
-      subsets; clusters to leave out are drawn at random if there are more.
-
-    Args:
-        budget (`int`): Retrainings to spend at most.
-        num_clusters, num_rows (`int`): Of the training set.
-        row_scores (`bool`): Whether rows are scored.
-        measures (`Sequence[str]`, *optional*): Out of `"lds_clusters"`, `"leave_cluster_out"` and `"lds_rows"`.
-        seeds (`Sequence[int]`, *optional*): Seeds of the retrainings.
-        recorded_seeds (`Collection[int]`, *optional*): Seeds of the recorded runs, which default seeds avoid.
-
-    Raises:
-        ValueError: If the budget is too small for intervals, seeds repeat, or a measure is unknown or impossible.
+      more than its seed does. Single clusters left out (what a cluster's score is about, but mostly hidden by the
+      noise of seeds) and half-subsets of rows (if rows are scored) follow where each measure still gets 12 subsets;
+      clusters to leave out are drawn at random if there are more.
     """
     enough = max(budget, MIN_POINTS_FOR_INTERVAL)
     possible = {

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +11,7 @@ from scipy.special import log_softmax
 from scipy.stats import rankdata
 
 Array = NDArray[np.floating]
+Indices = NDArray[np.int64]
 
 MIN_POINTS = 3
 MIN_POINTS_FOR_INTERVAL = 5
@@ -21,22 +21,12 @@ NUM_RESAMPLES = 200
 
 @dataclass(frozen=True)
 class Estimate:
-    """
-    A figure with its bootstrap interval.
-
-    Args:
-        value (`float`): The estimate.
-        low, high (`float` or `None`): Bounds of the 95% interval: `value` plus and minus 1.96 bootstrap standard
-            deviations, within the range of the measure. `None` where there are fewer than 5 points (retrained
-            clusters, subsets or models), which are too few for an interval.
-        num_nan (`int`): Queries whose correlation is undefined (constant predictions or constant truth); they count
-            as 0 in `value`.
-    """
+    """A figure with its 95% bootstrap interval."""
 
     value: float
-    low: float | None
-    high: float | None
-    num_nan: int = 0
+    low: float | None  # `value` - 1.96 bootstrap standard deviations, within the range of the measure
+    high: float | None  # both bounds are `None` with fewer than 5 points (retrained clusters, subsets or models)
+    num_nan: int = 0  # queries with constant predictions or truth, which count as 0 in `value`
 
     def __str__(self) -> str:
         undefined = f", {self.num_nan} queries undefined" if self.num_nan else ""
@@ -46,54 +36,23 @@ class Estimate:
 
 
 def spearman_by_query(predicted: Array, actual: Array) -> Array:
-    """
-    Spearman correlation of each row.
-
-    Args:
-        predicted, actual (`np.ndarray`): `(num_queries, num_points)`.
-
-    Returns:
-        `np.ndarray`: `(num_queries,)`, float64; NaN where either row is constant.
-
-    Raises:
-        ValueError: If shapes differ, there are no queries or fewer than 3 points, or values are NaN.
-    """
+    """Spearman correlation of each row: `(num_queries, num_points)` to `(num_queries,)`, NaN where constant."""
     predicted, actual = _checked(predicted, actual)
     return _pearson(rankdata(predicted, axis=1), rankdata(actual, axis=1))
 
 
 def pearson_by_query(predicted: Array, actual: Array) -> Array:
-    """
-    Pearson correlation of each row; arguments, result and errors are those of [`spearman_by_query`].
-    """
+    """Pearson correlation of each row, with shapes as in [`spearman_by_query`]."""
     return _pearson(*_checked(predicted, actual))
 
 
-CORRELATIONS: dict[str, Callable[[Array, Array], Array]] = {
-    "spearman": spearman_by_query,
-    "pearson": pearson_by_query,
-}
+CORRELATIONS = {"spearman": spearman_by_query, "pearson": pearson_by_query}
 
 
 def leave_cluster_out_correlation(
     scores: Array, changes: Array, *, correlation: str = "spearman", seed: int = 0
 ) -> Estimate:
-    """
-    Mean over queries of the correlation, over clusters, of scores with retrained changes.
-
-    Args:
-        scores (`np.ndarray`): `(num_queries, num_clusters)`, predicted f(with) - f(without).
-        changes (`np.ndarray`): `(num_queries, num_clusters)`, the same by retraining.
-        correlation (`str`, *optional*, defaults to `"spearman"`): Or `"pearson"`.
-        seed (`int`, *optional*, defaults to `0`): Seed of the bootstrap over queries and clusters.
-
-    Returns:
-        [`Estimate`]
-
-    Raises:
-        ValueError: If shapes differ, there are no queries or fewer than 3 clusters, values are NaN, every query is
-            constant over the clusters, or there is no such correlation.
-    """
+    """Mean over queries of the correlation over clusters, both `(num_queries, num_clusters)`: f(with) - f(without)."""
     if correlation not in CORRELATIONS:
         raise ValueError(f"Unknown `correlation` {correlation!r}. Use one of {', '.join(CORRELATIONS)}.")
     return _mean_correlation(scores, changes, CORRELATIONS[correlation], seed)
@@ -101,23 +60,10 @@ def leave_cluster_out_correlation(
 
 def linear_datamodeling_score(predictions: Array, values: Array, *, seed: int = 0) -> Estimate:
     """
-    LDS: mean over queries of the Spearman correlation, over subsets, of predicted with retrained objectives.
+    LDS: mean over queries of the Spearman correlation over subsets, both `(num_queries, num_subsets)`.
 
-    With few subsets it is biased towards 0, as rank correlations of samples are: by about 0.05 with 12 subsets, 0.1
-    with 5.
-
-    Args:
-        predictions (`np.ndarray`): `(num_queries, num_subsets)`: sums of the scores of the kept clusters or rows, or
-            replayed objectives.
-        values (`np.ndarray`): `(num_queries, num_subsets)`: objectives of models retrained on the subsets.
-        seed (`int`, *optional*, defaults to `0`): Seed of the bootstrap over queries and subsets.
-
-    Returns:
-        [`Estimate`]
-
-    Raises:
-        ValueError: If shapes differ, there are no queries or fewer than 3 subsets, values are NaN, or every query is
-            constant over the subsets.
+    Predictions are sums of the scores of what a subset keeps, or replayed objectives. With few subsets the score is
+    biased towards 0, as rank correlations of samples are: by about 0.05 with 12 subsets, 0.1 with 5.
 
     Source: Park et al., "TRAK: Attributing Model Behavior at Scale", 2023.
     """
@@ -126,20 +72,9 @@ def linear_datamodeling_score(predictions: Array, values: Array, *, seed: int = 
 
 def average_distance(predicted: Array, retrained: Array, *, seed: int = 0) -> dict[str, Estimate]:
     """
-    AvgDist: mean distance between the outputs of perturbed (replayed) models and of models really retrained.
+    AvgDist between the logits, `(num_models, num_queries, num_labels)`, of replayed and of retrained models.
 
-    Args:
-        predicted, retrained (`np.ndarray`): Logits, `(num_models, num_queries, num_labels)`; model i of both lacks
-            the same clusters.
-        seed (`int`, *optional*, defaults to `0`): Seed of the bootstrap over queries and models.
-
-    Returns:
-        `dict[str, Estimate]`: `"softmax_l2"` and `"logits_l2"`, Euclidean distances of the softmax outputs and of the
-        logits; `"cross_entropy"`, in nats, of the predicted under the retrained softmax, whose least value is not 0
-        but the entropy of the retrained outputs.
-
-    Raises:
-        ValueError: If shapes differ or are not 3-dimensional, something is empty, or logits are NaN or infinite.
+    `cross_entropy` is in nats, of the predicted under the retrained softmax; its least value is the latter's entropy.
 
     Source: Ye et al., "Distilled Datamodel with Reverse Gradient Matching", CVPR 2024.
     """
@@ -158,23 +93,17 @@ def average_distance(predicted: Array, retrained: Array, *, seed: int = 0) -> di
     }
     estimates = {}
     for name, values in distances.items():
-        value, by_query = float(values.mean()), values.T
-        bounds = _interval(partial(_mean_at, by_query), by_query.shape, value, seed, 0, np.inf)
-        estimates[name] = Estimate(value, *bounds)
+
+        def mean(queries: Indices, models: Indices, by_query: Array = values.T) -> float:
+            return float(by_query[np.ix_(queries, models)].mean())
+
+        value = float(values.mean())
+        estimates[name] = Estimate(value, *_interval(mean, values.T.shape, value, seed, 0, np.inf))
     return estimates
 
 
 def noise_ceiling(by_seed: Array, measure: Callable[[Array, Array], Estimate]) -> Estimate:
-    """
-    The measure for one seed's retraining against the mean of the others, averaged over seeds.
-
-    Args:
-        by_seed (`np.ndarray`): `(num_seeds, num_queries, num_points)`, retrained values or changes.
-        measure (`Callable`): [`leave_cluster_out_correlation`] or [`linear_datamodeling_score`].
-
-    Raises:
-        ValueError: With fewer than two seeds.
-    """
+    """The measure of each seed's retraining, `by_seed[s]`, against the mean of the others; mean over seeds."""
     if len(by_seed) < 2:
         raise ValueError(f"A noise ceiling needs at least 2 seeds, got {len(by_seed)}. Retrain with more seeds.")
     estimates = [measure(by_seed[s], np.delete(by_seed, s, axis=0).mean(0)) for s in range(len(by_seed))]
@@ -190,9 +119,8 @@ def _mean_correlation(
     by_query = correlation(predicted, actual)
     undefined = int(np.isnan(by_query).sum())
     if undefined == len(by_query):
-        constant = [
-            name for name, values in (("predictions", predicted), ("retrained values", actual)) if _constant(values)
-        ]
+        both = {"predictions": predicted, "retrained values": actual}
+        constant = [name for name, values in both.items() if _constant(values).all()]
         raise ValueError(
             f"All {undefined} queries have constant {' and '.join(constant) or 'predictions or retrained values'} "
             f"over the {predicted.shape[1]} points: there is nothing to correlate. Check that scores and subsets "
@@ -200,19 +128,15 @@ def _mean_correlation(
         )
     value = float(np.nan_to_num(by_query).mean())
 
-    def resampled(queries: NDArray[np.int64], points: NDArray[np.int64]) -> float:
+    def resampled(queries: Indices, points: Indices) -> float:
         chosen = np.ix_(queries, points)
         return float(np.nan_to_num(correlation(predicted[chosen], actual[chosen])).mean())
 
     return Estimate(value, *_interval(resampled, predicted.shape, value, seed, -1, 1), num_nan=undefined)
 
 
-def _mean_at(values: Array, queries: NDArray[np.int64], points: NDArray[np.int64]) -> float:
-    return float(values[np.ix_(queries, points)].mean())
-
-
 def _interval(
-    resampled: Callable[[NDArray[np.int64], NDArray[np.int64]], float],
+    resampled: Callable[[Indices, Indices], float],
     shape: tuple[int, ...],
     value: float,
     seed: int,
@@ -220,10 +144,10 @@ def _interval(
     highest: float,
 ) -> tuple[float, float] | tuple[None, None]:
     """
-    Normal interval with the bootstrap's standard deviation, over queries and points alike.
+    Normal interval with the bootstrap's standard deviation over queries and points.
 
-    Percentiles would not do: repeated points lower rank correlations, so that in simulations with a true correlation
-    of 0.8 percentile intervals held it in only 5 to 8 of 10 cases with 5 to 40 points.
+    Percentiles fail: repeated points lower rank correlations. In simulations with a true correlation of 0.8,
+    percentile intervals held it in only 5 to 8 of 10 cases with 5 to 40 points.
     """
     num_queries, num_points = shape
     if num_points < MIN_POINTS_FOR_INTERVAL:
@@ -257,12 +181,12 @@ def _check_finite(**arrays: Array) -> None:
             raise ValueError(f"`{name}` has {int((~np.isfinite(values)).sum())} NaN or infinite values.")
 
 
-def _constant(values: Array) -> bool:
-    return bool((values == values[:, :1]).all())
+def _constant(values: Array) -> NDArray[np.bool_]:
+    return (values == values[:, :1]).all(1)
 
 
 def _pearson(left: Array, right: Array) -> Array:
-    constant = (left == left[:, :1]).all(1) | (right == right[:, :1]).all(1)
+    constant = _constant(left) | _constant(right)
     left = left - left.mean(1, keepdims=True)
     right = right - right.mean(1, keepdims=True)
     norms = np.sqrt((left**2).sum(1) * (right**2).sum(1))

@@ -25,42 +25,16 @@ DESCRIPTIONS = {
 
 @dataclass(frozen=True)
 class Agreement:
-    """
-    One measure of agreement with retraining.
-
-    Args:
-        estimate ([`Estimate`]): Mean over queries of the rank correlation of predicted with retrained values.
-        num_points (`int`): Subsets that were retrained, once a seed.
-        ceiling ([`Estimate`], *optional*): The same for one seed's retraining against the other seeds: what a perfect
-            method could be expected to reach. `None` if there was one seed only.
-    """
+    """One measure: mean over queries of the rank correlation of predicted with retrained values."""
 
     estimate: Estimate
-    num_points: int
-    ceiling: Estimate | None = None
+    num_points: int  # subsets, each retrained once per seed
+    ceiling: Estimate | None = None  # one seed's retraining against the others: the most a perfect method can reach
 
 
 @dataclass(frozen=True)
 class FidelityFigures:
-    """
-    How well answers agree with retraining, as it is kept and shown.
-
-    Args:
-        agreements (`dict[str, Agreement]`): By measure: `"lds_clusters"` and `"lds_rows"`, rank correlation over
-            random halves of the clusters or rows; `"leave_cluster_out"`, over single clusters left out.
-        engine (`str`): The engine that answered.
-        objective (`str`): Name of the objective.
-        num_queries (`int`): Values the correlations are averaged over: queries, or one for objectives over a set.
-        seeds (`tuple[int, ...]`): Seeds of the retrainings.
-        rows (`bool`): Whether the attributor was given the training rows.
-        samples_sha256 (`str`): The synset that was measured, see [`Synset.samples_sha256`]; empty without a synset.
-        settings (`dict[str, float]`, *optional*): Settings of the engine other than its defaults.
-        points (`dict[str, tuple[np.ndarray, np.ndarray]]`, *optional*): By measure, for plots: predicted values and
-            retrained ones, mean over seeds, each `(num_values, num_subsets)`. Not kept in artefacts.
-
-    Raises:
-        ValueError: If there is no measure, or one is unknown.
-    """
+    """Measured agreement with retraining, as artefacts keep it; [`FidelityReport`] says what the fields are."""
 
     agreements: dict[str, Agreement]
     engine: str
@@ -104,12 +78,10 @@ class FidelityFigures:
             lines.append(
                 f"- {DESCRIPTIONS[name]}: {agreement.estimate} over {agreement.num_points} retrained subsets{ceiling}"
             )
-        scale = "1 is perfect agreement, 0 none."
+        ceiling = "With one seed the noise ceiling, what retraining itself reaches, is unknown."
         if len(self.seeds) > 1:
-            lines.append(f"{scale} Noise ceiling: how well retraining with one seed agrees with the others.")
-        else:
-            lines.append(f"{scale} With one seed the noise ceiling, what retraining itself reaches, is unknown.")
-        return "\n".join(lines)
+            ceiling = "Noise ceiling: how well retraining with one seed agrees with the others."
+        return "\n".join([*lines, f"1 is perfect agreement, 0 none. {ceiling}"])
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as JSON-safe values, with a `format_version`."""
@@ -147,16 +119,7 @@ class FidelityFigures:
 
 
 def check_kept_report(content: Mapping[str, Any] | None, where: str) -> None:
-    """
-    Checks the report that an artefact keeps, if it has one.
-
-    Args:
-        content (`Mapping`, *optional*): What [`FidelityFigures.to_dict`] gave.
-        where (`str`): How the error calls it.
-
-    Raises:
-        ValueError: See [`FidelityFigures.from_dict`].
-    """
+    """Checks the report that an artefact keeps, if it has one; `where` names it in the error."""
     if content is not None:
         try:
             FidelityFigures.from_dict(content)

@@ -1,4 +1,4 @@
-"""Which rows the retrainings of a fidelity check keep."""
+"""Subsets of clusters or rows for retraining."""
 
 from __future__ import annotations
 
@@ -16,21 +16,7 @@ def leave_one_out_masks(num_items: int) -> NDArray[np.bool_]:
 
 
 def random_masks(num_items: int, num_masks: int, *, keep: float = 0.5, seed: int = 0) -> NDArray[np.bool_]:
-    """
-    Masks that keep a random share of the items, the same number in each, no two alike.
-
-    Args:
-        num_items (`int`): Clusters or rows.
-        num_masks (`int`): Masks.
-        keep (`float`, *optional*, defaults to `0.5`): Share of the items that stays, rounded down to whole items.
-        seed (`int`, *optional*, defaults to `0`): Seed. More masks with the same seed begin with the same masks.
-
-    Returns:
-        `np.ndarray`: `(num_masks, num_items)`, bool, `True` where an item is kept.
-
-    Raises:
-        ValueError: If the share keeps no item or all, or there are fewer such masks than asked for.
-    """
+    """Different masks `(num_masks, num_items)` that keep a share; more masks begin with the same ones."""
     kept = math.floor(keep * num_items + 1e-9)  # 0.29 * 100 is a little less than 29
     if not 0 < kept < num_items:
         raise ValueError(
@@ -50,7 +36,7 @@ def random_masks(num_items: int, num_masks: int, *, keep: float = 0.5, seed: int
 
 
 def count_masks(num_items: int, num_kept: int, *, at_most: int) -> int:
-    """In how many ways some items can be kept, counted no further than `at_most`."""
+    """Ways to keep some items, counted no further than `at_most`."""
     count = 1
     for i in range(1, min(num_kept, num_items - num_kept) + 1):
         count = count * (num_items - i + 1) // i
@@ -60,27 +46,7 @@ def count_masks(num_items: int, num_kept: int, *, at_most: int) -> int:
 
 
 def kept_rows(masks: NDArray[np.bool_], clusters: ClusterMap | None = None) -> list[NDArray[np.int64]]:
-    """
-    Row indices that each mask keeps, for [`~hf_rgm.fidelity.retraining.retrain`].
-
-    Args:
-        masks (`np.ndarray`): `(num_masks, num_rows)`, bool; with `clusters`, `(num_masks, num_clusters)`.
-        clusters (`ClusterMap`, *optional*): Whose clusters the masks keep.
-
-    Raises:
-        ValueError: If the masks are not boolean, or not one entry a cluster.
-
-    Example:
-
-    ```python
-    >>> from hf_rgm import ClusterMap
-    >>> from hf_rgm.agreement.subsets import kept_rows, leave_one_out_masks
-    >>> clusters = ClusterMap.from_ids([0, 1, 1, 2])
-    >>> [rows.tolist() for rows in kept_rows(leave_one_out_masks(3), clusters)]
-    [[1, 2, 3], [0, 3], [0, 1, 2]]
-
-    ```
-    """
+    """Row indices that each mask keeps: `(num_masks, num_rows)` or, with `clusters`, `(num_masks, num_clusters)`."""
     masks = np.asarray(masks)
     if masks.dtype != bool or masks.ndim != 2 or (clusters is not None and masks.shape[1] != clusters.num_clusters):
         expected = "num_rows" if clusters is None else f"{clusters.num_clusters} clusters"

@@ -1,4 +1,4 @@
-"""The explorer: a page in the browser on which attributions are looked at and clusters are dropped."""
+"""The explorer: a page in the browser that shows attributions and predicts without clusters."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hf_rgm.explorer.open_exhibit import open_exhibit
-from hf_rgm.explorer.what_if import NEEDS, Replayed, replay_without, what_if_section
+from hf_rgm.explorer.what_if import NEEDS, replay_without, what_if_section
 from hf_rgm.model.row_reader import DataCollator
 from hf_rgm.pages.exhibit import Exhibit, of_query
-from hf_rgm.pages.html import STYLE, Section, banner_html, heading_html
+from hf_rgm.pages.html import STYLE, Section, fragment, heading, paragraphs
 from hf_rgm.pages.shown_rows import shortened
 from hf_rgm.pages.views import (
     banner,
@@ -32,87 +32,50 @@ if TYPE_CHECKING:
 
 TITLE = "Training-data attribution"
 ALL_QUERIES = -1
-FONT = ("system-ui", "sans-serif")
 KEPT_REPLAYS = 32
 # The cards are light whatever the browser prefers, so the frame around them is too.
-APP_STYLE = (
-    STYLE
-    + """
-.gradio-container { max-width: 76rem !important; margin: 0 auto !important; }
-.gradio-container, .gradio-container .main { overflow: visible !important; }
-#rgm-banner { position: sticky; top: 0; z-index: 40; background: var(--body-background-fill);
-  border-bottom: 1px solid #dde1e6; }
-#rgm-banner .rgm { font-size: .875rem; line-height: 1.4; padding: .4rem 0; color: var(--body-text-color); }
-#rgm-banner .rgm p { margin: 0; }
-#rgm-heading .rgm { color: var(--body-text-color); }
-#rgm-heading .rgm h1 { margin: 0; }
-@media (max-width: 40rem) { .gradio-container > .main { padding: .5rem !important; } }
-"""
-)
+APP_STYLE = STYLE + Path(__file__).with_name("app.css").read_text(encoding="utf-8")
 
 
 class Explorer:
-    """
-    What the page shows for what is chosen on it: functions that return HTML, without Gradio.
-
-    Args:
-        exhibit ([`~hf_rgm.pages.exhibit.Exhibit`]): What there is.
-    """
+    """What the page shows for each choice: functions that return HTML, without Gradio."""
 
     def __init__(self, exhibit: Exhibit) -> None:
         self.exhibit = exhibit
         self._replayed = functools.lru_cache(maxsize=KEPT_REPLAYS)(functools.partial(replay_without, exhibit))
 
     def query_choices(self) -> list[tuple[str, int]]:
-        """Names and positions of the queries; the mean over all comes first."""
+        """Names and positions of the queries, after the mean over all."""
         result = self.exhibit.result
-        return [
-            (f"All {result.num_queries} queries (mean)", ALL_QUERIES),
-            *(
-                (shortened(f"{query} ({result.objective} {value:.3g})", 80), position)
-                for position, (query, value) in enumerate(
-                    zip(result.query_ids, result.objective_values.tolist(), strict=True)
-                )
-            ),
-        ]
+        values = zip(result.query_ids, result.objective_values.tolist(), strict=True)
+        names = [f"{query} ({result.objective} {value:.3g})" for query, value in values]
+        return [(f"All {result.num_queries} queries (mean)", ALL_QUERIES), *_choices(names)]
 
     def cluster_choices(self) -> list[tuple[str, int]]:
         """Names and indices of the clusters."""
-        return [(shortened(str(name), 80), index) for index, name in enumerate(self.exhibit.result.cluster_names)]
+        return _choices(self.exhibit.result.cluster_names)
 
     def strongest(self, query: int) -> int:
         """The cluster with the largest score, positive or negative."""
         return int(np.abs(of_query(self.exhibit.result.scores, _position(query))).argmax())
 
     def query(self, query: int) -> str:
-        """What the query looks like."""
         return _html(query_section(self.exhibit, _position(query)))
 
     def clusters(self, query: int) -> str:
-        """The clusters that matter to the query, as bars."""
         return _html(clusters_section(self.exhibit, _position(query)))
 
     def cluster(self, cluster: int, query: int) -> str:
-        """Real rows and synthetic samples of a cluster."""
         return _html(cluster_section(self.exhibit, cluster, _position(query)))
 
     def rows(self, query: int) -> str:
-        """The rows that matter to the query."""
         return _html(rows_section(self.exhibit, _position(query)))
-
-    def heatmap(self) -> str:
-        """All scores as colours."""
-        return _html(heatmap_section(self.exhibit.result))
-
-    def facts(self) -> str:
-        """How scores were computed, and their fidelity."""
-        return _html(facts_section(self.exhibit.result))
 
     def what_if(self, clusters: Sequence[int], query: int) -> str:
         """Predictions without some clusters, or why there are none."""
         chosen = tuple(sorted(set(clusters)))
         try:
-            replayed: Replayed = self._replayed(chosen)
+            replayed = self._replayed(chosen)
         except ValueError as error:
             section = Section("Nothing was replayed")
             section.text(str(error))
@@ -121,16 +84,7 @@ class Explorer:
 
 
 def build_app(exhibit: Exhibit, *, title: str = TITLE) -> gradio.Blocks:
-    """
-    The page, not yet served. `app.launch(**launch_settings())` serves it.
-
-    Args:
-        exhibit ([`~hf_rgm.pages.exhibit.Exhibit`]): What to show.
-        title (`str`, *optional*): Title of the page.
-
-    Raises:
-        ImportError: If Gradio is not installed.
-    """
+    """The page, not yet served: `app.launch(**launch_settings())` serves it."""
     gr = _gradio()
     explorer = Explorer(exhibit)
     queries, clusters = explorer.query_choices(), explorer.cluster_choices()
@@ -138,8 +92,8 @@ def build_app(exhibit: Exhibit, *, title: str = TITLE) -> gradio.Blocks:
     quiet: dict[str, Any] = {"show_progress": "minimal", "api_visibility": "private"}
     with gr.Blocks(title=title, analytics_enabled=False, fill_width=True) as app:
         html = functools.partial(gr.HTML, apply_default_css=False)
-        html(heading_html(title), elem_id="rgm-heading")
-        html(banner_html(banner(exhibit.result)), elem_id="rgm-banner")
+        html(fragment(heading(title)), elem_id="rgm-heading")
+        html(fragment(paragraphs(banner(exhibit.result))), elem_id="rgm-banner")
         with gr.Row():
             with gr.Column(scale=1, min_width=280):
                 query = gr.Dropdown(queries, value=first, label="Query", elem_id="rgm-query")
@@ -170,9 +124,9 @@ def build_app(exhibit: Exhibit, *, title: str = TITLE) -> gradio.Blocks:
                 what_if_view = html(_html(hint), elem_id="rgm-what-if-view")
                 replayed = gr.State([])
             with gr.Tab("All scores"):
-                html(explorer.heatmap(), elem_id="rgm-heatmap-view")
+                html(_html(heatmap_section(exhibit.result)), elem_id="rgm-heatmap-view")
             with gr.Tab("About"):
-                html(explorer.facts(), elem_id="rgm-facts-view")
+                html(_html(facts_section(exhibit.result)), elem_id="rgm-facts-view")
 
         def choose(query: int, removed: list[int]) -> tuple[Any, ...]:
             strongest = explorer.strongest(query)
@@ -196,13 +150,8 @@ def build_app(exhibit: Exhibit, *, title: str = TITLE) -> gradio.Blocks:
 
 
 def launch_settings() -> dict[str, Any]:
-    """
-    What `launch` of the page from [`build_app`] needs: its style, and nothing fetched from elsewhere.
-
-    Raises:
-        ImportError: If Gradio is not installed.
-    """
-    theme = _gradio().themes.Default(font=FONT, font_mono=("ui-monospace", "monospace"))
+    """Arguments of `launch` for the page from [`build_app`]: its style, and nothing fetched from elsewhere."""
+    theme = _gradio().themes.Default(font=("system-ui", "sans-serif"), font_mono=("ui-monospace", "monospace"))
     return {"theme": theme, "css": APP_STYLE, "footer_links": [], "ssr_mode": False}
 
 
@@ -222,34 +171,10 @@ def explore(
     **launch_options: Any,
 ) -> gradio.Blocks:
     """
-    Shows attributions in the browser. Needs the extra `explorer`.
+    Shows attributions in the browser; the more of [`~hf_rgm.explorer.open_exhibit.open_exhibit`] is given, the more.
 
-    Args:
-        attributions, synset, model, rows, queries, tokenizer, data_collator, revision, token: Those of
-            [`~hf_rgm.explorer.open_exhibit.open_exhibit`]: attributions alone will do, more shows more.
-        title (`str`, *optional*): Title of the page.
-        launch (`bool`, *optional*, defaults to `True`): Serve it. Otherwise it is only built.
-        launch_options: Those of `gradio.Blocks.launch`, such as `server_port` or `inbrowser`.
-
-    Returns:
-        `gradio.Blocks`: the page.
-
-    Raises:
-        ImportError: If Gradio is not installed.
-        FileNotFoundError, ParameterMismatchError, ValueError: As [`~hf_rgm.explorer.open_exhibit.open_exhibit`].
-
-    Example:
-
-    ```python
-    >>> from hf_rgm import Attributor
-    >>> from hf_rgm.explorer.app import explore
-    >>> from hf_rgm.testing import tiny_recorded_run, tiny_synset
-    >>> run = tiny_recorded_run()
-    >>> result = Attributor(run.model, tiny_synset(), disable_tqdm=True).attribute(run.queries)
-    >>> explore(result, synset=tiny_synset(), queries=run.queries, title="Tiny", launch=False).title
-    'Tiny'
-
-    ```
+    `launch=False` only builds the page. `launch_options` are those of `gradio.Blocks.launch`, such as `server_port`.
+    Needs the extra `explorer`.
     """
     _gradio()
     exhibit = open_exhibit(
@@ -282,4 +207,8 @@ def _position(query: int) -> int | None:
 
 
 def _html(section: Section) -> str:
-    return f'<div class="rgm">{section.to_html()}</div>'
+    return fragment(section.to_html())
+
+
+def _choices(names: Sequence[str]) -> list[tuple[str, int]]:
+    return [(shortened(name, 80), index) for index, name in enumerate(names)]

@@ -1,4 +1,4 @@
-"""Writes the explorer as a Space: a folder that the Hub serves."""
+"""The explorer as a Space: a folder that the Hub serves."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from huggingface_hub import SpaceCard, SpaceCardData
 
 from hf_rgm import __version__
 from hf_rgm.explorer.app import TITLE
-from hf_rgm.explorer.open_exhibit import ATTRIBUTIONS, MODEL, QUERIES, ROWS, SYNSET, with_neighbours
+from hf_rgm.explorer.open_exhibit import ATTRIBUTIONS, with_neighbours
 from hf_rgm.files.writing import staged_folder
 from hf_rgm.hub.cards import escaped
 from hf_rgm.hub.repository import is_repo_id
 from hf_rgm.results.result import AttributionResult
 
 MARKER = "hf-rgm-space.txt"
-"""Tells a folder that was written here from others, which are not replaced."""
+"""Marks folders that may be replaced."""
 
 GRADIO_VERSION = "6.31.0"
 APP = '''"""Shows training-data attributions. Written by `hf-rgm explore --space`; edit it as you like."""
@@ -57,31 +57,15 @@ def write_space(
     requirement: str = f"hf-rgm[explorer]=={__version__}",
 ) -> Path:
     """
-    Writes a folder to push as a Gradio Space, or to run with `python app.py`. What is local is copied into it.
+    Writes a folder to push as a Gradio Space, or to run with `python app.py`.
 
-    Args:
-        space_dir (`str` or `Path`): The folder; replaced if it was written here.
-        attributions (`str` or `Path`): A folder of a result or with `attributions` in it, such as the demo's, or a
-            repository on the Hub.
-        synset, model (`str` or `Path`, *optional*): Their folders or repositories.
-        rows, queries (`datasets.Dataset`, `str` or `Path`, *optional*): Datasets, or folders of their `save_to_disk`.
-            Everybody who can see the Space can see them.
-        title (`str`, *optional*): Title of the page.
-        tokenizer (`str` or `Path`, *optional*): Folder or repository. Defaults to the one beside the model.
-        requirement (`str`, *optional*): What pip installs there. Defaults to this release.
-
-    Returns:
-        `Path`: the folder.
-
-    Raises:
-        FileExistsError: If the folder holds something else.
-        FileNotFoundError: If something is neither a folder nor can be a repository.
-        ValueError: If the attributions are damaged, or the title or requirement has several lines.
+    What is local is copied into it, and shown to everybody who can see the Space. Arguments are those of
+    [`~hf_rgm.explorer.open_exhibit.open_exhibit`]; `requirement` is what pip installs there.
     """
     for name, text in (("title", title), ("requirement", requirement)):
         if len(text.splitlines()) != 1:
             raise ValueError(f"`{name}` must be one line, got {text!r}.")
-    given = {SYNSET: synset, MODEL: model, ROWS: rows, QUERIES: queries}
+    given = {"synset": synset, "model": model, "rows": rows, "queries": queries}
     attributions, given = with_neighbours(attributions, given)
     AttributionResult.from_pretrained(attributions)
     sources = {ATTRIBUTIONS: attributions, **given, "tokenizer": tokenizer}
@@ -98,27 +82,23 @@ def write_space(
 
 
 def _place(source: datasets.Dataset | str | Path, folder: Path, name: str) -> str:
-    """Copies what is local into the Space; returns how `app.py` names it."""
+    """Copies what is local into the Space; returns its expression in `app.py`."""
     if isinstance(source, datasets.Dataset):
         source.save_to_disk(folder / name)
         return f'HERE / "{name}"'
     if Path(source).is_dir():
         shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns(".*"))
         return f'HERE / "{name}"'
-    if name in (ROWS, QUERIES) or isinstance(source, Path) or not is_repo_id(source):
+    if name in ("rows", "queries") or isinstance(source, Path) or not is_repo_id(source):
         raise FileNotFoundError(f"`{name}`: there is no folder {source}. Save it there first, or pass another.")
     return repr(source)
 
 
 def _card(attributions: str | Path, title: str) -> SpaceCard:
-    remote = None if Path(attributions).is_dir() else [str(attributions)]
     data = SpaceCardData(
-        title=title,
-        sdk="gradio",
-        sdk_version=GRADIO_VERSION,
-        app_file="app.py",
-        python_version="3.11",
-        datasets=remote,
+        title=title, sdk="gradio", sdk_version=GRADIO_VERSION, app_file="app.py", python_version="3.11"
     )
+    if not Path(attributions).is_dir():
+        data.datasets = [str(attributions)]
     about = ABOUT.format(title=escaped(title), sign=AttributionResult.SIGN_CONVENTION)
     return SpaceCard(f"---\n{data.to_yaml()}\n---\n{about}")

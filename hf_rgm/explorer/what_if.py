@@ -1,4 +1,4 @@
-"""What the model would say without some clusters, by replay."""
+"""Predictions without some clusters, by replay."""
 
 from __future__ import annotations
 
@@ -28,33 +28,14 @@ NEEDS = (
 
 @dataclass(frozen=True)
 class Replayed:
-    """
-    Queries before and after some clusters were removed.
+    """Queries before and after some clusters were removed; with several recorded runs, the mean over them."""
 
-    Args:
-        objective (`np.ndarray`, *optional*): `(2, num_values)`, float32, where the objective is a built-in one.
-        probabilities (`np.ndarray`, *optional*): `(2, num_queries, num_labels)`, float32, for models that classify
-            whole rows.
-    """
-
-    objective: np.ndarray | None
-    probabilities: np.ndarray | None
+    objective: np.ndarray | None  # (2, num_values), float32, for built-in objectives
+    probabilities: np.ndarray | None  # (2, num_queries, num_labels), float32, for classifiers of whole rows
 
 
 def replay_without(exhibit: Exhibit, clusters: Iterable[int]) -> Replayed:
-    """
-    Replays training without some clusters.
-
-    Args:
-        exhibit ([`~hf_rgm.pages.exhibit.Exhibit`]): With an attributor and the queries.
-        clusters (`Iterable[int]`): Indices of the clusters to remove.
-
-    Returns:
-        [`Replayed`]: with several recorded runs, the mean over them.
-
-    Raises:
-        ValueError: If there is no attributor or no queries, or none or all of the clusters are to be removed.
-    """
+    """Replays training without some clusters."""
     dropped = sorted(set(clusters))
     num_clusters = exhibit.result.num_clusters
     if exhibit.attributor is None or exhibit.queries is None:
@@ -66,7 +47,7 @@ def replay_without(exhibit: Exhibit, clusters: Iterable[int]) -> Replayed:
     shifts_labels = exhibit.attributor.model.shifts_labels
 
     def function(forward: Forward, queries: Queries) -> Tensor:
-        # Both in one go: each of them alone would take a replay.
+        # Both from one replay.
         parts = [] if objective is None else [objective.function(forward, queries)]
         if not shifts_labels and (logits := forward(queries.inputs)).dim() == 2:
             parts.append(logits.flatten())
@@ -96,26 +77,14 @@ def replay_without(exhibit: Exhibit, clusters: Iterable[int]) -> Replayed:
 
 
 def engine_of(result: AttributionResult) -> str:
-    """
-    The engine that replays: that of the scores, so that both say the same.
-
-    Scores of the adjoint are derivatives; linearised replay is what integrates them. Training on takes the rows, and
-    too long to wait for.
-    """
+    """The engine that replays: that of the scores if it can, so that both agree."""
+    # The adjoint's scores are derivatives, which linearised replay integrates. Training on needs rows and is too slow.
     engine = ENGINES.get(result.engine)
     return result.engine if engine and engine.replays and engine.needs != "rows" else "linearized_replay"
 
 
 def what_if_section(exhibit: Exhibit, replayed: Replayed, clusters: Iterable[int], position: int | None) -> Section:
-    """
-    Predictions before and after, of a query and over all of them.
-
-    Args:
-        exhibit ([`~hf_rgm.pages.exhibit.Exhibit`]): What was replayed.
-        replayed ([`Replayed`]): What came out.
-        clusters (`Iterable[int]`): Indices of the removed clusters.
-        position (`int`, *optional*): A query to show by itself.
-    """
+    """Predictions before and after, of one query and over all."""
     result = exhibit.result
     engine, dropped = engine_of(result), sorted(set(clusters))
     names = ", ".join(str(result.cluster_names[k]) for k in dropped)

@@ -1,4 +1,4 @@
-"""Retrainings side by side: every launched process trains alone, and no two of them the same model."""
+"""Parallel retraining: each launched process trains alone, and no two train the same model."""
 
 from __future__ import annotations
 
@@ -18,13 +18,7 @@ SPLITTING_MODES = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "ACCELERAT
 
 @dataclass(frozen=True)
 class Launch:
-    """
-    Which of the processes of `torchrun` or `accelerate launch` this is.
-
-    Args:
-        index, count (`int`): Position among all processes, and their number.
-        local_index (`int`): Position among the processes of this machine.
-    """
+    """Which of the processes of `torchrun` or `accelerate launch` this is, among all and on this machine."""
 
     index: int
     count: int
@@ -32,29 +26,18 @@ class Launch:
 
     @classmethod
     def from_environment(cls) -> Launch:
-        """Reads what launchers set: `RANK`, `WORLD_SIZE` and `LOCAL_RANK`."""
+        """Reads `RANK`, `WORLD_SIZE` and `LOCAL_RANK`, which launchers set."""
         index, local_index = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))
         return cls(index, int(os.environ.get("WORLD_SIZE", 1)), local_index)
 
     def order(self, num_jobs: int) -> list[int]:
-        """All jobs, this process's share (every `count`-th) first."""
+        """All jobs, beginning with this process's share (every `count`-th)."""
         shares = [range((self.index + other) % self.count, num_jobs, self.count) for other in range(self.count)]
         return [job for share in shares for job in share]
 
     @contextlib.contextmanager
     def alone(self) -> Iterator[None]:
-        """
-        Lets a `Trainer` built in this context train on this process alone, on a device of its own.
-
-        A `Trainer` joins its fellow processes because `TrainingArguments` reads the launcher's environment. Here that
-        environment says that there is one process: without an index where there is at most one device, and with this
-        process's local index, which chooses the device, where there are several (Accelerate then opens a process group
-        of one, which stays).
-
-        Raises:
-            NotImplementedError: If the launcher was told to split models over processes.
-            RuntimeError: If the process is in one process group with others already.
-        """
+        """Lets a `Trainer` that is built in this context train on this process alone, on a device of its own."""
         if self.count == 1:
             yield
             return
@@ -71,6 +54,9 @@ class Launch:
                 "own, build everything that a `Trainer` needs inside `build_trainer`, or call "
                 "`torch.distributed.destroy_process_group()` first."
             )
+        # `TrainingArguments` joins processes by the launcher's environment, which here says that there is one process.
+        # The local index chooses the device where there are several; Accelerate then opens a process group of one,
+        # which stays. Without an index, the only device is used.
         num_devices = torch.accelerator.device_count()
         environment = {
             "RANK": 0,
@@ -87,12 +73,9 @@ class Launch:
 
 @contextlib.contextmanager
 def claimed(path: Path) -> Iterator[bool]:
-    """
-    Whether this process may now write a file that is missing: yields `False` where another is at it.
-
-    The claim is a lock of the operating system on a file beside it, so that it ends with its process, however that
-    ends. Where the file system knows no locks, a file takes their place that a killed process leaves behind.
-    """
+    """Whether this process may write a missing file: `False` while another is writing it."""
+    # A lock of the operating system ends with its process, however that ends. Where the file system has no locks, a
+    # file takes its place, which a killed process leaves behind.
     lock = FileLock(path.with_suffix(".lock"))
     try:
         lock.acquire(blocking=False)

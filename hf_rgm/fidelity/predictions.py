@@ -1,4 +1,4 @@
-"""What an attributor says of the subsets that are retrained."""
+"""Predictions of an attributor for the subsets that are retrained."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from hf_rgm.model.row_reader import DataCollator, RowReader
 
 
 def subset_masks(name: str, count: int, clusters: ClusterMap, seed: int) -> NDArray[np.bool_]:
-    """Subsets of a measure: masks `(count, num_clusters)` or, for subsets of rows, `(count, num_rows)`, bool."""
+    """Subsets of a measure: masks `(count, num_clusters)` or, for rows, `(count, num_rows)`, bool."""
     if name == LEAVE_CLUSTER_OUT:
         chosen = np.random.default_rng(seed).permutation(clusters.num_clusters)[:count]
         return leave_one_out_masks(clusters.num_clusters)[np.sort(chosen)]
@@ -29,7 +29,7 @@ def subset_masks(name: str, count: int, clusters: ClusterMap, seed: int) -> NDAr
 def evaluation_identity(
     model: FunctionalModel, queries: Any, objective: Objective, data_collator: DataCollator | None
 ) -> str:
-    """Names the content of the queries and the objective, so that retrainings of others are kept apart."""
+    """A digest of queries and objective, which keeps retrainings of different ones apart."""
     reader = RowReader(queries, model, data_collator=data_collator, what="queries")
     inputs, labels = reader.batch(range(len(reader)))
     digest = hashlib.sha256(objective.name.encode())
@@ -40,28 +40,12 @@ def evaluation_identity(
 
 
 def predicted_values(
-    attributor: Attributor,
-    queries: Any,
-    masks: dict[str, NDArray[np.bool_]],
-    *,
-    engine: str,
-    **options: Any,
+    attributor: Attributor, queries: Any, masks: dict[str, NDArray[np.bool_]], *, engine: str, **options: Any
 ) -> dict[str, NDArray[np.floating]]:
     """
-    What an attributor predicts of subsets, up to a constant for each value.
+    An attributor's predictions for subsets, up to a constant for each value: `(num_values, num_masks)` by measure.
 
-    Args:
-        attributor (`Attributor`): The attributor.
-        queries: Rows to evaluate.
-        masks (`dict[str, np.ndarray]`): By measure, from [`subset_masks`].
-        engine (`str`): As in [`Attributor.attribute`].
-        options: Those that [`Attributor.attribute`] and [`Attributor.replayed_values`] share.
-
-    Returns:
-        `dict[str, np.ndarray]`: By measure, `(num_values, num_masks)`.
-
-    Raises:
-        ValueError: If the same is predicted of all subsets of a measure.
+    `options` are those that [`Attributor.attribute`] and [`Attributor.replayed_values`] share.
     """
     weights = {name: mask.astype(np.float32) for name, mask in masks.items()}
     predicted = {}

@@ -1,9 +1,10 @@
-"""How faithful an attributor is to retraining, measured with a budget."""
+"""Fidelity of an attributor to retraining, measured with a budget."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hf_rgm.agreement.budget import LDS_ROWS, LEAVE_CLUSTER_OUT, plan_retrainings
-from hf_rgm.agreement.correlations import (
-    Estimate,
-    leave_cluster_out_correlation,
-    linear_datamodeling_score,
-    noise_ceiling,
-)
+from hf_rgm.agreement.correlations import leave_cluster_out_correlation, linear_datamodeling_score, noise_ceiling
 from hf_rgm.agreement.fidelity_figures import Agreement, FidelityFigures
 from hf_rgm.agreement.subsets import kept_rows
 from hf_rgm.attribution.attributor import Attributor
@@ -92,17 +88,17 @@ class FidelityReport(FidelityFigures):
         disable_tqdm: bool = False,
     ) -> FidelityReport:
         """
-        Retrains on subsets, within a budget, and compares with what the attributor says of them.
+        Retrains on subsets, within a budget, and compares with the attributor's predictions for them.
 
-        How the budget is spent, and why, is written at [`~hf_rgm.agreement.budget.plan_retrainings`]: random halves of
-        the clusters first, with two seeds from 24 retrainings on; then, from 48 and 72 on, single clusters left out
-        and, with `rows=True`, random halves of the rows. Replay engines replay the very subset of clusters; the
-        adjoint, and every engine for subsets of rows, predicts it by the sum of the scores of what is kept. Under
+        Random halves of the clusters come first, with two seeds from 24 retrainings on; then, from 48 and 72 on,
+        single clusters left out and, with `rows=True`, random halves of the rows (see
+        [`~hf_rgm.agreement.budget.plan_retrainings`]). Replay engines replay the subset of clusters itself; the
+        adjoint, and every engine for subsets of rows, predicts by the sum of the scores of what is kept. Under
         `torchrun` the retrainings are shared among processes, see [`~hf_rgm.fidelity.retraining.retrain`].
 
         Args:
             attributor (`Attributor`): What to measure.
-            queries: Rows with labels that were not used to choose any setting.
+            queries: Rows with labels that were not used to choose settings.
             build_trainer (`Callable`): `build_trainer(dataset, seed)` returns a fresh `Trainer` with the recipe of the
                 recorded run.
             train_dataset: The dataset of the recorded run.
@@ -112,14 +108,13 @@ class FidelityReport(FidelityFigures):
             seeds (`Sequence[int]`, *optional*): Seeds of the retrainings; each subset is trained with each. Defaults
                 to one or two, by the budget, other than the recorded runs'.
             engine (`str`, *optional*): As in [`Attributor.attribute`].
-            rows (`bool`, *optional*, defaults to `False`): Whether an attributor that has no rows is given them, so
-                that clusters are scored by their real gradients, and rows too. Else the synset alone is measured,
-                which is all that those have who are given it.
+            rows (`bool`, *optional*, defaults to `False`): Whether an attributor without rows is given them, so that
+                clusters are scored by their real gradients, and rows too. Otherwise the synset alone is measured.
             objective (`str` or `Objective`, *optional*, defaults to `"margin"`): What is predicted.
             rewind (*optional*): As in [`Attributor.attribute`].
             data_collator (`Callable`, *optional*): Collates queries and rows. Defaults to `default_data_collator`.
-            output_dir (`str` or `Path`, *optional*): Keeps finished retrainings, apart for other queries or another
-                objective's name; another recipe needs another folder.
+            output_dir (`str` or `Path`, *optional*): Keeps finished retrainings, separately for other queries or
+                another objective's name; another recipe needs another folder.
             seed (`int`, *optional*, defaults to `0`): Seed of the subsets and the bootstrap.
             disable_tqdm (`bool`, *optional*, defaults to `False`): No progress bar.
 
@@ -128,7 +123,7 @@ class FidelityReport(FidelityFigures):
 
         Raises:
             ValueError: Before any training, if the budget is too small, queries have no labels, the dataset is not the
-                recorded one, or the engine predicts the same of every subset.
+                recorded one, or the engine predicts the same for every subset.
         """
         with_rows = rows or attributor.rows is not None
         chosen = attributor.engine(engine, rows=train_dataset if rows else None, rewind=rewind)
@@ -156,7 +151,7 @@ class FidelityReport(FidelityFigures):
         folder = None
         if output_dir is not None:
             folder = Path(output_dir) / evaluation_identity(attributor.model, queries, objective, data_collator)
-        # Joined processes cannot retrain each on its own afterwards.
+        # Once joined, processes could no longer retrain each on its own.
         with Launch.from_environment().alone():
             predicted = predicted_values(
                 attributor,
@@ -168,15 +163,11 @@ class FidelityReport(FidelityFigures):
                 data_collator=data_collator,
                 **settings,
             )
-        subsets = [
-            subset
-            for name, part in masks.items()
-            for subset in kept_rows(part, None if name == LDS_ROWS else clusters)
-        ]
+        subsets = [kept_rows(part, None if name == LDS_ROWS else clusters) for name, part in masks.items()]
         values = retrain(
             build_trainer,
             train_dataset,
-            subsets,
+            sum(subsets, []),
             queries,
             seeds=plan.seeds,
             objective=objective,
@@ -202,10 +193,7 @@ class FidelityReport(FidelityFigures):
 def _agreement(name: str, predicted: NDArray[np.floating], by_seed: NDArray[np.floating], seed: int) -> Agreement:
     """`predicted` is `(num_values, num_points)`, `by_seed` `(num_seeds, num_values, num_points)`."""
     correlate = leave_cluster_out_correlation if name == LEAVE_CLUSTER_OUT else linear_datamodeling_score
-
-    def measure(left: NDArray[np.floating], right: NDArray[np.floating]) -> Estimate:
-        return correlate(left, right, seed=seed)
-
+    measure = partial(correlate, seed=seed)
     return Agreement(
         measure(predicted, by_seed.mean(0)),
         predicted.shape[1],

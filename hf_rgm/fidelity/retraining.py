@@ -1,10 +1,11 @@
-"""Ground truth: train again without some rows, and see what the model then does."""
+"""Ground truth: models trained again without some rows."""
 
 from __future__ import annotations
 
 import hashlib
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,6 @@ from hf_rgm.model.row_reader import DataCollator, RowReader
 POLL_SECONDS = 0.2
 
 BuildTrainer = Callable[[Any, int], Trainer]
-"""Takes a dataset and a seed and returns a fresh `Trainer` for a freshly initialised model."""
 
 
 def retrain(
@@ -38,36 +38,18 @@ def retrain(
     disable_tqdm: bool = False,
 ) -> NDArray[np.float32]:
     """
-    Objective values of models trained from scratch on subsets of the rows.
+    Objective values of models trained from scratch on subsets of the rows: `(num_subsets, num_seeds, num_values)`.
+
+    `build_trainer(dataset, seed)` returns a fresh `Trainer`: new model, new `TrainingArguments`, everything random
+    seeded with `seed`. `subsets` are row indices to keep, in any order; a row named twice is there twice. `output_dir`
+    keeps a file per finished retraining, which is not done again; use another folder for another model, dataset,
+    objective or other queries.
 
     The same script under `torchrun --nproc_per_node N` or `accelerate launch` shares the retrainings among the
-    processes through `output_dir`. Each `Trainer` trains alone on its process's own device; every process returns
-    everything. Who has finished its share takes over what nobody is training, so that the work of a process that died
-    is done by the others (`torchrun` ends them all when one fails; started again, they continue). Accelerate knows a
+    processes through `output_dir`, which all must see. Each `Trainer` trains alone on its process's own device; every
+    process returns everything. A process that has finished its share takes over what nobody is training, also from
+    processes that died (`torchrun` ends them all when one fails; started again, they continue). Accelerate knows a
     single process afterwards, so give retraining a script of its own.
-
-    Args:
-        build_trainer (`Callable`): `build_trainer(dataset, seed)` returns a fresh `Trainer`: new model, new
-            `TrainingArguments`, everything random seeded with `seed`.
-        train_dataset (`datasets.Dataset` or sequence): All the rows.
-        subsets (`Sequence[Sequence[int]]`): Row indices that each retraining keeps, in any order; a row that is named
-            several times is there several times. [`~hf_rgm.agreement.subsets.kept_rows`] makes them from masks.
-        queries: Rows the objective is evaluated on, with labels.
-        seeds (`Sequence[int]`, *optional*, defaults to `(0,)`): Each subset is retrained once per seed.
-        objective (`str` or `Objective`, *optional*, defaults to `"margin"`): What to evaluate.
-        data_collator (`Callable`, *optional*): Collates queries. Defaults to `default_data_collator`.
-        output_dir (`str` or `Path`, *optional*): One file per finished retraining; what is there is not done again.
-            Use another folder for another model, dataset, objective or other queries. Several processes need one that
-            all of them see.
-        disable_tqdm (`bool`, *optional*, defaults to `False`): No progress bar.
-
-    Returns:
-        `np.ndarray`: `(num_subsets, num_seeds, num_values)`, float32.
-
-    Raises:
-        RuntimeError: If several processes were launched and have been joined to one training already.
-        ValueError: If there are no subsets or seeds, a subset is empty or not made of row indices, several processes
-            have no `output_dir`, the file of a finished retraining is damaged, or files are of other queries.
     """
     for name, values in (("subsets", subsets), ("seeds", seeds)):
         if len(values) == 0:
@@ -110,26 +92,19 @@ def retrain(
     return np.stack([[finished[digest, seed] for seed in seeds] for digest in digests])
 
 
+@dataclass
 class _Worker:
     """Trains on rows and evaluates the objective."""
 
-    def __init__(
-        self,
-        build_trainer: BuildTrainer,
-        train_dataset: Any,
-        queries: Any,
-        objective: Objective,
-        data_collator: DataCollator | None,
-    ) -> None:
-        self._build_trainer = build_trainer
-        self._train_dataset = train_dataset
-        self._queries = queries
-        self._objective = objective
-        self._data_collator = data_collator
-        self._checked = False
+    build_trainer: BuildTrainer
+    train_dataset: Any
+    queries: Any
+    objective: Objective
+    data_collator: DataCollator | None
+    checked: bool = False
 
     def values(self, rows: NDArray[np.int64], seed: int, path: Path | None) -> NDArray[np.float32] | None:
-        """Read from the file or trained now; `None` while another process is training them."""
+        """Values read from the file or trained now; `None` while another process trains them."""
         if path is None:
             return self._train(rows, seed)
         if path.is_file():
@@ -145,24 +120,24 @@ class _Worker:
             return values
 
     def _train(self, rows: NDArray[np.int64], seed: int) -> NDArray[np.float32]:
-        trainer = self._build_trainer(_select(self._train_dataset, rows), seed)
+        trainer = self.build_trainer(_select(self.train_dataset, rows), seed)
         if trainer.args.world_size > 1:
             raise RuntimeError(
                 f"`build_trainer` returned a `Trainer` that trains on {trainer.args.world_size} processes together. "
                 "Make its `TrainingArguments` inside `build_trainer`, without `use_configured_state`."
             )
-        if not self._checked:
-            self._evaluate(trainer.model)  # bad queries and objectives show before the first training
-            self._checked = True
+        if not self.checked:
+            self._evaluate(trainer.model)  # raises for bad queries and objectives before the first training
+            self.checked = True
         trainer.train()
         return self._evaluate(trainer.model)
 
     def _evaluate(self, model: Any) -> NDArray[np.float32]:
         functional = FunctionalModel(model)
-        reader = RowReader(self._queries, functional, data_collator=self._data_collator, what="queries")
+        reader = RowReader(self.queries, functional, data_collator=self.data_collator, what="queries")
         batch = Queries(*reader.batch(range(len(reader))))
         parameters = functional.space.flatten(functional.parameters())
-        return self._objective.values(functional, parameters, batch).cpu().numpy()
+        return self.objective.values(functional, parameters, batch).cpu().numpy()
 
 
 def _checked(rows: Sequence[int] | NDArray[np.integer], index: int, num_rows: int) -> NDArray[np.int64]:

@@ -29,24 +29,9 @@ def attribution_report(
     query_ids: Sequence[str | int] | None = None,
     fidelity: str | None = None,
 ) -> HtmlReport:
-    """
-    A page with the attribution matrix, the clusters that matter on average, and some queries one by one.
-
-    Args:
-        exhibit ([`~hf_rgm.pages.exhibit.Exhibit`]): What to show.
-        title (`str`, *optional*): Title of the page.
-        lead (`str`, *optional*): A line below it.
-        query_ids (`Sequence`, *optional*): Ids of queries to show one by one. Defaults to the first four.
-        fidelity (`str`, *optional*): A sentence on the fidelity. Defaults to what was measured for the synset.
-
-    Returns:
-        `HtmlReport`: add sections of your own, then `save` it.
-
-    Raises:
-        KeyError: If there is no such query.
-    """
+    """A page with the attribution matrix, the clusters that matter on average, and some queries one by one."""
     result = exhibit.result
-    shown = list(result.query_ids[:SHOWN_QUERIES] if query_ids is None else query_ids)
+    shown = result.query_ids[:SHOWN_QUERIES] if query_ids is None else query_ids
     positions = [result.query_index(query) for query in shown]
     report = HtmlReport(title, lead=lead, banner=banner(result, fidelity))
     report.add(clusters_section(exhibit, None))

@@ -23,14 +23,7 @@ TOKENS = "input_ids"
 
 @dataclass(frozen=True)
 class Item:
-    """
-    A row as it is shown.
-
-    Args:
-        picture (`bytes`, *optional*): A PNG.
-        text (`str`): What it reads; empty for pictures.
-        label (`str`, *optional*): Its label's name or number, where it has one label.
-    """
+    """A row as it is shown: a picture (PNG) or a text, and its label if it has a single one."""
 
     picture: bytes | None
     text: str
@@ -40,20 +33,7 @@ class Item:
 def item_of(
     row: Any, *, tokenizer: PreTrainedTokenizerBase | None = None, label_names: Mapping[int, str] | None = None
 ) -> Item:
-    """
-    What to show of a row of a dataset.
-
-    The first picture among its columns (a PIL image, or an array with 1 or 3 channels), else its texts, else its
-    tokens in words where there is a tokenizer, else its plain values.
-
-    Args:
-        row: An item of a dataset, usually a dictionary.
-        tokenizer (`PreTrainedTokenizerBase`, *optional*): Reads columns of tokens.
-        label_names (`Mapping[int, str]`, *optional*): Names of labels, such as `model.config.id2label`.
-
-    Returns:
-        [`Item`]
-    """
+    """The first picture among a row's columns, else its texts, else its decoded tokens, else its plain values."""
     if not isinstance(row, Mapping):
         return Item(None, shortened(str(row)))
     label = _label(row, label_names or {})
@@ -71,15 +51,7 @@ def item_of(
 
 
 def png_of(pixels: Any) -> bytes:
-    """
-    A PNG, stretched to the full range of brightness.
-
-    Args:
-        pixels (`np.ndarray` or `torch.Tensor`): `(1 or 3, height, width)`, `(height, width, 3)` or `(height, width)`.
-
-    Raises:
-        ValueError: If the shape is another, or values are not finite.
-    """
+    """A PNG of `(1 or 3, height, width)`, `(height, width, 3)` or `(height, width)`, stretched to full brightness."""
     array = as_numpy(pixels).astype(np.float64)
     if not _is_picture(array) or not np.isfinite(array).all():
         raise ValueError(f"A picture must have 1 or 3 channels and finite values, got shape {array.shape}.")
@@ -91,7 +63,7 @@ def png_of(pixels: Any) -> bytes:
 
 
 def shortened(text: str, length: int = MAX_CHARACTERS) -> str:
-    """Text of at most this length, with an ellipsis where it was cut."""
+    """Text cut to this length, with an ellipsis."""
     return text if len(text) <= length else f"{text[: length - 1]}…"
 
 

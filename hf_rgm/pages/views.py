@@ -1,12 +1,14 @@
-"""The parts of a page about attributions, for the report and the explorer alike."""
+"""Sections of a page about attributions, shared by report and explorer."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import pandas as pd
+
 from hf_rgm.agreement.fidelity_figures import DESCRIPTIONS, FidelityFigures
-from hf_rgm.pages.exhibit import Exhibit, card_of, of_query, scores_of
-from hf_rgm.pages.html import Section
+from hf_rgm.pages.exhibit import Exhibit, card_of, of_query
+from hf_rgm.pages.html import Card, Section
 from hf_rgm.pages.shown_rows import shortened
 from hf_rgm.plots.score_plots import plot_heatmap
 
@@ -15,32 +17,25 @@ if TYPE_CHECKING:
 
 SHOWN_CLUSTERS = 8
 SHOWN_ROWS = 6
-# More would be too small to read on a page.
-SHOWN_LINES = 40
+SHOWN_LINES = 40  # more would be too small to read
 NOT_MEASURED = "not measured: how well these scores agree with retraining is not known."
 
+# Figures from docs/benchmarks.md.
 ROWS_IN_GROUPS = (
     "Take these rows together: on the digits benchmark a query's gap to the next class fell by 0.334 ± 0.051 without "
     "the 3 rows that score highest for it, by 0.012 ± 0.043 without 3 random rows. What one row does was not "
     "measured: its score says where to look, and differences between neighbours in rank are not meaningful."
 )
-"""What a single row's score is good for; figures from docs/benchmarks.md."""
 
 
 def banner(result: AttributionResult, fidelity: str | None = None) -> list[str]:
-    """
-    What must be in sight wherever a score is: its sign, and how far to trust it.
-
-    Args:
-        result ([`AttributionResult`]): What is shown.
-        fidelity (`str`, *optional*): A sentence on the fidelity. Defaults to what was measured for the synset.
-    """
+    """What stays in sight beside every score: its sign, and how far to trust it."""
     sign = f"Score > 0: presence of the data raises the {result.objective}; score = f(with) − f(without)."
     return [sign, f"Fidelity: {fidelity or fidelity_line(result)}"]
 
 
 def fidelity_line(result: AttributionResult) -> str:
-    """The measured agreement with retraining in a line, with its interval, or that it was not measured."""
+    """The measured agreement with retraining in one line, or that it was not measured."""
     if result.metadata.get("fidelity") is None:
         return NOT_MEASURED
     report = FidelityFigures.from_dict(result.metadata["fidelity"])
@@ -52,14 +47,14 @@ def fidelity_line(result: AttributionResult) -> str:
 
 
 def query_name(result: AttributionResult, position: int | None) -> str:
-    """What a query is called; `None` stands for all of them."""
+    """The name of a query; `None` is the mean over all."""
     if position is None:
         return f"mean over {result.num_queries} queries"
     return shortened(f"query {result.query_ids[position]}", 80)
 
 
 def query_section(exhibit: Exhibit, position: int | None) -> Section:
-    """The picture or text of a query, and the objective of the trained model."""
+    """The picture or text of a query, and its objective under the trained model."""
     result = exhibit.result
     if position is None:
         section = Section("All queries")
@@ -79,7 +74,7 @@ def query_section(exhibit: Exhibit, position: int | None) -> Section:
 
 
 def clusters_section(exhibit: Exhibit, position: int | None, *, k: int = SHOWN_CLUSTERS) -> Section:
-    """The clusters that raise and lower the objective most, as bars."""
+    """Bars of the clusters that raise and lower the objective most."""
     result = exhibit.result
     section = Section("Clusters that raise and lower the objective most")
     section.bars(
@@ -92,7 +87,7 @@ def clusters_section(exhibit: Exhibit, position: int | None, *, k: int = SHOWN_C
 
 
 def cluster_section(exhibit: Exhibit, cluster: int, position: int | None) -> Section:
-    """Real rows and synthetic samples of a cluster beside each other."""
+    """Real rows and synthetic samples of a cluster side by side."""
     result = exhibit.result
     score = of_query(result.scores, position)[cluster]
     section = Section(f"Cluster {shortened(str(result.cluster_names[cluster]), 80)}")
@@ -115,11 +110,10 @@ def cluster_section(exhibit: Exhibit, cluster: int, position: int | None) -> Sec
 
 
 def rows_section(exhibit: Exhibit, position: int | None, *, k: int = SHOWN_ROWS) -> Section:
-    """The training rows that raise and lower the objective most."""
+    """Training rows that raise and lower the objective most."""
     result = exhibit.result
     section = Section("Rows that raise and lower the objective most")
-    scores = scores_of(result.row_scores, position)
-    if scores is None:
+    if result.row_scores is None:
         section.text("Rows were not scored: attribute with the training rows (`rows=...`) for that.")
         return section
     query = None if position is None else result.query_ids[position]
@@ -130,15 +124,13 @@ def rows_section(exhibit: Exhibit, position: int | None, *, k: int = SHOWN_ROWS)
             section.frame(frame, caption=f"{what}, {query_name(result, position)}")
         return section
     section.text(f"Change of the {result.objective}, {query_name(result, position)}.")
-    section.beside(
-        {
-            heading: [
-                exhibit.row_card(int(row), float(score))
-                for row, score in zip(frame["row"], frame["score"], strict=True)
-            ]
-            for heading, frame in (("Raise it most", best), ("Lower it most", worst))
-        }
-    )
+
+    def cards(frame: pd.DataFrame) -> list[Card]:
+        return [
+            exhibit.row_card(int(row), float(score)) for row, score in zip(frame["row"], frame["score"], strict=True)
+        ]
+
+    section.beside({"Raise it most": cards(best), "Lower it most": cards(worst)})
     return section
 
 
@@ -153,13 +145,11 @@ def heatmap_section(result: AttributionResult) -> Section:
 
 
 def facts_section(result: AttributionResult) -> Section:
-    """How the scores were computed, and all that was measured of their fidelity."""
+    """How the scores were computed, and all measured fidelity."""
     section = Section("How this was computed")
-    used = result.metadata.get("used_rows")
-    model = result.metadata.get("model")
+    kept, model = result.metadata, result.metadata.get("model")
     described: dict[str, Any] = model if isinstance(model, dict) else {}
-    steps = result.metadata.get("num_steps")
-    rewind = result.metadata.get("rewind_step")
+    used, rewind = kept.get("used_rows"), kept.get("rewind_step")
     facts = {
         "model": described.get("class"),
         "trained from": described.get("name_or_path"),
@@ -167,15 +157,15 @@ def facts_section(result: AttributionResult) -> Section:
         "its mean for the trained model": f"{result.objective_values.mean():.4g}",
         "engine": result.engine,
         "scored with": None if used is None else "the training rows" if used else "the synset alone",
-        "rewound to": None if rewind is None else f"step {rewind} of {steps}",
-        "recorded runs": result.metadata.get("num_runs"),
+        "rewound to": None if rewind is None else f"step {rewind} of {kept.get('num_steps')}",
+        "recorded runs": kept.get("num_runs"),
         "queries": result.num_queries,
         "clusters": result.num_clusters,
         "training rows": int(result.cluster_sizes.sum()),
-        "trained parameters (SHA-256)": result.metadata.get("parameters_sha256"),
+        "trained parameters (SHA-256)": kept.get("parameters_sha256"),
     }
     section.table(["setting", "value"], [[n, shortened(str(v), 200)] for n, v in facts.items() if v not in (None, "")])
     section.text(result.SIGN_CONVENTION)
-    fidelity = result.metadata.get("fidelity")
+    fidelity = kept.get("fidelity")
     section.text(f"Fidelity: {NOT_MEASURED}" if fidelity is None else str(FidelityFigures.from_dict(fidelity)))
     return section

@@ -1,4 +1,4 @@
-"""Pictures of how far to trust: the matching error of a synset, and predictions against what really happens."""
+"""Plots of checks: the matching error of a synset, predictions against retraining, inspection curves."""
 
 from __future__ import annotations
 
@@ -9,7 +9,19 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from hf_rgm.agreement.correlations import MIN_POINTS, linear_datamodeling_score
-from hf_rgm.plots.drawing import GRID, LINES, NEUTRAL, POSITIVE, bare, count, finite, new_axes, one_line, titled
+from hf_rgm.plots.drawing import (
+    GRID,
+    LINES,
+    NEUTRAL,
+    POSITIVE,
+    bare,
+    colour_matrix,
+    count,
+    finite,
+    new_axes,
+    one_line,
+    titled,
+)
 
 
 def plot_matching_error(
@@ -22,22 +34,9 @@ def plot_matching_error(
     max_clusters: int = 50,
 ) -> Axes:
     """
-    How far the gradients of synthetic samples are from those of the data, by cluster and matched state.
+    The relative error of the synthetic samples' gradients, `(num_states, num_clusters)`, by cluster and matched state.
 
-    Args:
-        residuals (`np.ndarray` or `torch.Tensor`): `(num_states, num_clusters)`, `synset.residuals`.
-        states (`Sequence`): One name for each state, `synset.matched_states`.
-        cluster_names (`Sequence[str]`): One for each cluster, `synset.clusters.names`.
-        ax (`Axes`, *optional*): Where to draw.
-        title (`str`, *optional*): Title.
-        max_clusters (`int`, *optional*, defaults to `50`): If there are more, those with the largest errors are shown,
-            and the label says so.
-
-    Returns:
-        `Axes`: clusters with the largest mean error first.
-
-    Raises:
-        ValueError: If shapes do not fit or errors are not finite.
+    Clusters with the largest mean error come first; of more than `max_clusters`, only these are shown.
     """
     errors = finite(residuals, "residuals", num_dimensions=2)
     if errors.shape != (len(states), len(cluster_names)):
@@ -48,16 +47,10 @@ def plot_matching_error(
     order = np.argsort(-errors.mean(axis=0), kind="stable")[:max_clusters]
     if ax is None:
         ax = new_axes(4.2 + 0.2 * len(order), 2.4 + 0.24 * len(states))
-    image = ax.imshow(errors[:, order], cmap="Blues", vmin=0, aspect="auto", interpolation="nearest")
-    ax.set_xticks(range(len(order)), [one_line(cluster_names[k], 28) for k in order], rotation=90, fontsize=8)
-    ax.set_yticks(range(len(states)), [one_line(state, 28) for state in states], fontsize=8)
+    label, names = "relative squared error\n(0: gradients are equal)", [cluster_names[k] for k in order]
+    colour_matrix(ax, errors[:, order], states, names, label=label, extend="neither", cmap="Blues", vmin=0)
     ax.set_xlabel(count("clusters", len(order), len(cluster_names), "errors"))
-    ax.tick_params(length=0)
-    bar = ax.figure.colorbar(image, ax=ax, shrink=0.95, pad=0.02)
-    bar.set_label("relative squared error\n(0: gradients are equal)", fontsize=8)
-    bar.ax.tick_params(labelsize=8)
-    bar.outline.set_visible(False)
-    return titled(bare(ax, keep=()), title)
+    return titled(ax, title)
 
 
 def plot_predicted_against_actual(
@@ -70,23 +63,10 @@ def plot_predicted_against_actual(
     unit: str = "change of the objective",
 ) -> Axes:
     """
-    Predicted changes against those found by retraining, with their rank correlation and its 95% interval.
+    Predicted changes against those of retraining, with their rank correlation and its 95% interval.
 
-    Args:
-        predicted (`np.ndarray`): `(num_queries, num_subsets)`, for the mean over queries of the correlation over
-            subsets, the LDS; or any other shape, for the correlation of all points together.
-        actual (`np.ndarray`): The same shape and unit.
-        error (`np.ndarray`, *optional*): The same shape: how far to either side the interval of `actual` reaches, such
-            as 1.96 standard errors over seeds. Drawn as bars.
-        ax (`Axes`, *optional*): Where to draw.
-        title (`str`, *optional*): Title; the correlation stands in the corner.
-        unit (`str`, *optional*, defaults to `"change of the objective"`): What both measure.
-
-    Returns:
-        `Axes`
-
-    Raises:
-        ValueError: If shapes differ, there are fewer than 3 points or values are not finite.
+    Shape `(num_queries, num_subsets)` gives the LDS; any other, the correlation of all points. `error` (same shape)
+    is the half-width of the interval of `actual`.
     """
     x, y = finite(actual, "actual"), finite(predicted, "predicted")
     spread = None if error is None else finite(error, "error")
@@ -139,20 +119,9 @@ def plot_inspection_curve(
     what: str = "mislabelled rows",
 ) -> Axes:
     """
-    How much of what is sought is found when rows are inspected in the order of a score, and what chance would find.
+    The share of `what` that is found when rows are inspected in the order of a score, and what chance would find.
 
-    Args:
-        fractions (`np.ndarray`): Fractions of the rows inspected, `(num_points,)`, in [0, 1].
-        found_by_method (`Mapping[str, np.ndarray]`): Method to the fraction found, `(num_points,)`, in [0, 1].
-        ax (`Axes`, *optional*): Where to draw.
-        title (`str`, *optional*): Title.
-        what (`str`, *optional*, defaults to `"mislabelled rows"`): What is sought.
-
-    Returns:
-        `Axes`
-
-    Raises:
-        ValueError: If there is no method, lengths differ or values are not finite.
+    `fractions` of the rows inspected and, by method, fractions found: `(num_points,)`, in [0, 1].
     """
     fractions = finite(fractions, "fractions", num_dimensions=1)
     if not found_by_method:
@@ -162,14 +131,10 @@ def plot_inspection_curve(
         found = finite(found, f"found_by_method['{method}']", num_dimensions=1)
         if len(found) != len(fractions):
             raise ValueError(f"'{method}' has {len(found)} points for {len(fractions)} fractions. Pass one for each.")
-        style = ("-", "--", "-.", ":")[number % 4]
-        ax.plot(
-            100 * fractions, 100 * found, style, color=LINES[number % len(LINES)], linewidth=2, label=one_line(method)
-        )
-    reach = 100 * float(fractions.max())
-    ax.plot(
-        [0, reach], [0, reach], color=NEUTRAL, linewidth=0.9, linestyle=(0, (1, 3)), label="random order, expected"
-    )
+        style, color = ("-", "--", "-.", ":")[number % 4], LINES[number % len(LINES)]
+        ax.plot(100 * fractions, 100 * found, style, color=color, linewidth=2, label=one_line(method))
+    reach, dotted = 100 * float(fractions.max()), (0, (1, 3))
+    ax.plot([0, reach], [0, reach], color=NEUTRAL, linewidth=0.9, linestyle=dotted, label="random order, expected")
     ax.set_xlabel("rows inspected (%)")
     ax.set_ylabel(f"{one_line(what)} found (%)")
     ax.set_ylim(0, 103)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ from hf_rgm.plots.drawing import (
     SCORE_LABEL,
     SIGNED,
     bare,
+    colour_matrix,
     count,
     finite,
     new_axes,
@@ -37,25 +39,10 @@ def plot_heatmap(
     ordered: bool = True,
 ) -> Axes:
     """
-    The attribution matrix as colours, with queries and clusters that behave alike beside each other.
+    The attribution matrix `(num_queries, num_clusters)` as colours.
 
-    Args:
-        scores (`np.ndarray`): `(num_queries, num_clusters)`, in units of the objective.
-        query_names (`Sequence`): One for each query.
-        cluster_names (`Sequence[str]`): One for each cluster.
-        ax (`Axes`, *optional*): Where to draw.
-        title (`str`, *optional*): Title.
-        max_queries (`int`, *optional*, defaults to `40`): If there are more, those with the largest scores are shown,
-            and the label says so.
-        max_clusters (`int`, *optional*, defaults to `50`): The same for clusters.
-        ordered (`bool`, *optional*, defaults to `True`): Order both sides by hierarchical clustering. Otherwise as
-            given.
-
-    Returns:
-        `Axes`
-
-    Raises:
-        ValueError: If shapes do not fit or scores are not finite.
+    Hierarchical clustering puts similar queries and clusters beside each other, unless `ordered` is false. Of more
+    than `max_queries` or `max_clusters`, those with the largest scores are shown.
     """
     scores = finite(scores, "scores", num_dimensions=2)
     if scores.shape != (len(query_names), len(cluster_names)):
@@ -74,45 +61,26 @@ def plot_heatmap(
         ax = new_axes(3.5 + 0.2 * len(clusters), max(3.6, 2.4 + 0.2 * len(queries)))
     largest = float(np.abs(shown).max())
     limit = (float(np.quantile(np.abs(shown), 0.99)) if shown.size >= 200 else largest) or largest or 1.0
-    image = ax.imshow(shown, cmap=SIGNED, vmin=-limit, vmax=limit, aspect="auto", interpolation="nearest")
-    ax.set_xticks(range(len(clusters)), [one_line(cluster_names[k], 28) for k in clusters], rotation=90, fontsize=8)
-    ax.set_yticks(range(len(queries)), [one_line(query_names[q], 28) for q in queries], fontsize=8)
+    colour_matrix(
+        ax,
+        shown,
+        [query_names[q] for q in queries],
+        [cluster_names[k] for k in clusters],
+        label=SCORE_LABEL.replace(" (", "\n("),
+        extend="both" if largest > limit else "neither",
+        cmap=SIGNED,
+        vmin=-limit,
+        vmax=limit,
+    )
     ax.set_xlabel(count("clusters", len(clusters), len(cluster_names), "scores"))
     ax.set_ylabel(count("queries", len(queries), len(query_names), "scores"))
-    ax.tick_params(length=0)
-    for spine in ax.spines.values():
-        spine.set_visible(False)
-    bar = ax.figure.colorbar(image, ax=ax, extend="both" if largest > limit else "neither", shrink=0.9, pad=0.02)
-    bar.set_label(SCORE_LABEL.replace(" (", "\n("), fontsize=8)
-    bar.ax.tick_params(labelsize=8)
-    bar.outline.set_visible(False)
     return titled(ax, title)
 
 
 def plot_bars(
-    names: Sequence[Any],
-    scores: np.ndarray,
-    *,
-    k: int = 8,
-    ax: Axes | None = None,
-    title: str | None = None,
+    names: Sequence[Any], scores: np.ndarray, *, k: int = 8, ax: Axes | None = None, title: str | None = None
 ) -> Axes:
-    """
-    The highest and the lowest scores as bars, coloured by sign.
-
-    Args:
-        names (`Sequence`): What the scores belong to.
-        scores (`np.ndarray`): `(len(names),)`, in units of the objective.
-        k (`int`, *optional*, defaults to `8`): Show this many of each end; all if there are no more than `2 * k`.
-        ax (`Axes`, *optional*): Where to draw.
-        title (`str`, *optional*): Title.
-
-    Returns:
-        `Axes`
-
-    Raises:
-        ValueError: If lengths differ, scores are not finite or `k` is smaller than 1.
-    """
+    """The `k` highest and `k` lowest scores, `(len(names),)`, as bars coloured by sign."""
     scores = finite(scores, "scores", num_dimensions=1)
     if len(scores) != len(names) or k < 1:
         raise ValueError(
@@ -121,7 +89,7 @@ def plot_bars(
         )
     order = np.argsort(-scores, kind="stable")
     left_out = max(0, len(order) - 2 * k)
-    # One empty line stands for what is left out between both ends.
+    # `None` is the line that counts what is left out between both ends.
     lines = [*order[:k], None, *order[-k:]] if left_out else list(order)
     if ax is None:
         ax = new_axes(7.0, 1.1 + 0.27 * len(lines))
@@ -130,18 +98,10 @@ def plot_bars(
             ax.text(0, line, f"  {left_out} more", va="center", ha="left", fontsize=8, color=NEUTRAL, style="italic")
             continue
         value = float(scores[index])
-        ax.barh(line, value, height=0.72, color=POSITIVE if value >= 0 else NEGATIVE, zorder=2)
-        side = 1 if value >= 0 else -1
-        ax.annotate(
-            f"{value:+.3g}".replace("-", "−"),
-            (value, line),
-            xytext=(3 * side, 0),
-            textcoords="offset points",
-            va="center",
-            ha="left" if side > 0 else "right",
-            fontsize=8,
-            color=NEUTRAL,
-        )
+        color, side, shift = (POSITIVE, "left", 3) if value >= 0 else (NEGATIVE, "right", -3)
+        ax.barh(line, value, height=0.72, color=color, zorder=2)
+        text, place = f"{value:+.3g}".replace("-", "−"), {"xytext": (shift, 0), "textcoords": "offset points"}
+        ax.annotate(text, (value, line), va="center", ha=side, fontsize=8, color=NEUTRAL, **place)
     ax.set_yticks(range(len(lines)), ["" if i is None else one_line(names[i], 44) for i in lines], fontsize=9)
     ax.set_ylim(len(lines) - 0.4, -0.6)
     lowest, highest = min(0.0, float(scores.min())), max(0.0, float(scores.max()))
@@ -155,29 +115,12 @@ def plot_bars(
 
 
 def plot_synset_gallery(
-    images: Any,
-    titles: Sequence[Any],
-    *,
-    columns: int = 10,
-    ax: Axes | None = None,
-    title: str | None = None,
+    images: Any, titles: Sequence[Any], *, columns: int = 10, ax: Axes | None = None, title: str | None = None
 ) -> Axes:
     """
     Pictures in a grid, each stretched to its own range of brightness.
 
-    Args:
-        images (`np.ndarray` or `torch.Tensor`): `(num_images, channels, height, width)` with 1 or 3 channels, or
-            `(num_images, height, width)`.
-        titles (`Sequence`): One for each picture.
-        columns (`int`, *optional*, defaults to `10`): Pictures in a line.
-        ax (`Axes`, *optional*): Where to draw.
-        title (`str`, *optional*): Title.
-
-    Returns:
-        `Axes`
-
-    Raises:
-        ValueError: If there are no pictures, shapes do not fit or values are not finite.
+    `images` is `(num_images, 1 or 3, height, width)` or `(num_images, height, width)`, with one title each.
     """
     pictures = _pictures(images)
     if len(titles) != len(pictures) or columns < 1:
@@ -186,15 +129,15 @@ def plot_synset_gallery(
             "each image and at least 1 column."
         )
     columns = min(columns, len(pictures))
-    rows = -(-len(pictures) // columns)
+    rows = math.ceil(len(pictures) / columns)
     height = pictures.shape[1] / pictures.shape[2]
-    # In units of a picture's width; every picture has a line of text above it.
+    # In widths of a picture, with a line of text above each.
     across, down = 1.12, height + 0.24
     if ax is None:
         ax = new_axes(max(3.0, 1.1 * across * columns + 0.1), 1.1 * down * rows + (0.4 if title else 0.1))
     for number, (picture, name) in enumerate(zip(pictures, titles, strict=True)):
         x, y = (number % columns) * across, (number // columns) * down
-        # The y axis points down, so the upper edge is the smaller number.
+        # The y axis points down: the upper edge is the smaller number.
         ax.imshow(picture, extent=(x, x + 1, y + height, y), cmap="gray", interpolation="nearest")
         ax.text(x + 0.5, y - 0.03, one_line(name, 17), ha="center", va="bottom", fontsize=7)
     ax.set_xlim(-0.06, columns * across - 0.06)

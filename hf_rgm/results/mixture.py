@@ -1,4 +1,4 @@
-"""Which clusters to train on more, and which less: weights that improve an objective at the same amount of data."""
+"""Mixtures: cluster weights that improve an objective at the same amount of data."""
 
 from __future__ import annotations
 
@@ -18,14 +18,13 @@ from hf_rgm.exceptions import DivergenceError
 
 logger = logging.getLogger(__name__)
 
-LOSSES = ("loss", "mean_loss")
 MAX_SHRINKS = 4
 
 
 @dataclass(eq=False, repr=False)
 class MixtureSuggestion:
     """
-    Cluster weights p to train with, and what they are expected to do to an objective.
+    Cluster weights p to train with, and the change of an objective that they are expected to make.
 
     A weight of 2 means: train as if every row of the cluster were there twice. The amount of data stays the same:
     `(weights * clusters.sizes).sum()` is the number of rows. With several queries the objective is their mean.
@@ -95,7 +94,7 @@ class MixtureSuggestion:
 
         Returns:
             `pd.DataFrame`: columns `cluster`, `weight`, `size` (rows now), `suggested_size` (weight times size),
-            `share` (of all rows, as suggested: what `datasets.interleave_datasets` calls probabilities) and `score`.
+            `share` (of all suggested rows: the probabilities of `datasets.interleave_datasets`) and `score`.
         """
         suggested = self.weights * self.clusters.sizes
         frame = pd.DataFrame(
@@ -144,21 +143,10 @@ def mixture_weights(
     scores: NDArray[np.floating], sizes: NDArray[np.integer], max_change: float
 ) -> NDArray[np.float64]:
     """
-    Weights that raise a linear objective at the same amount of data: an exponentiated-gradient step, clipped.
+    Weights `(num_clusters,)` that raise a linear objective at the same amount of data.
 
-    `p_k = max_change ** clip(z_k - shift, -1, 1)` with `z_k` the score per row of cluster k in standard deviations
-    (over rows), and the shift such that `sum_k p_k n_k = n`.
-
-    Args:
-        scores (`np.ndarray`): `(num_clusters,)`, derivative of the objective by each weight.
-        sizes (`np.ndarray`): `(num_clusters,)`, rows of each cluster.
-        max_change (`float`): All weights lie in `[1 / max_change, max_change]`; above 1.
-
-    Returns:
-        `np.ndarray`: `(num_clusters,)`, float64.
-
-    Raises:
-        ValueError: If all clusters have the same score per row: no mixture is better than another.
+    A clipped exponentiated-gradient step: `p_k = max_change ** clip(z_k - shift, -1, 1)` with `z_k` the score per row
+    of cluster k in standard deviations (over rows), and the shift such that `sum_k p_k n_k = n`.
     """
     per_row = np.asarray(scores, dtype=np.float64) / sizes
     shares = sizes / sizes.sum()
@@ -190,18 +178,10 @@ def trusted_mixture(
     replayed_change: Callable[[NDArray[np.float64]], float],
 ) -> MixtureSuggestion:
     """
-    The boldest mixture whose replay still agrees with the first-order prediction.
+    The boldest mixture whose replay agrees with the first-order prediction.
 
     Starts at `max_change` and takes its square root, up to four times, until the replayed change is at least
     `min_agreement` of the first-order one.
-
-    Args:
-        scores, clusters, objective, objective_value, maximize: As in [`MixtureSuggestion`].
-        max_change, min_agreement: As in [`Attributor.suggest_mixture`].
-        replayed_change (`Callable`): Weights `(num_clusters,)` to the replayed change of the objective.
-
-    Raises:
-        ValueError: If no replay agrees.
     """
     tried = []
     for shrinks in range(MAX_SHRINKS + 1):
@@ -228,17 +208,12 @@ def trusted_mixture(
 
 
 def maximized_by_default(objective: Objective) -> bool:
-    """Whether more is better: true of all objectives but the built-in losses."""
-    return not any(OBJECTIVES[name] is objective for name in LOSSES)
+    """Whether more is better: true of all objectives except the built-in losses."""
+    return not any(OBJECTIVES[name] is objective for name in ("loss", "mean_loss"))
 
 
 def check_request(objective: Objective, num_clusters: int, max_change: Any, min_agreement: Any) -> None:
-    """
-    Checks what [`Attributor.suggest_mixture`] is asked for, before anything is computed.
-
-    Raises:
-        ValueError: If the objective has no gradient, there is one cluster only, or a number is out of range.
-    """
+    """Checks arguments of [`Attributor.suggest_mixture`] before anything is computed."""
     if not objective.differentiable:
         raise ValueError(
             f"A mixture follows the gradient of the objective, but {objective.name!r} is not differentiable. Use a "

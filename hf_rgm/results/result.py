@@ -1,4 +1,4 @@
-"""What an attribution says, to look at, to compute with and to keep."""
+"""Results of attribution: matrices, tables, plots, pages and folders."""
 
 from __future__ import annotations
 
@@ -43,10 +43,10 @@ class AttributionResult(DatasetArtefact):
         objective (`str`): Name of the objective.
         objective_values (`np.ndarray`): The objective of each query for the trained model, `(num_queries,)`, float32.
         engine (`str`): Name of the engine that computed the scores.
-        row_scores (`np.ndarray`, *optional*): `(num_queries, num_rows)`, float32; kept as it is, not copied, so that
-            it may be mapped from a file.
+        row_scores (`np.ndarray`, *optional*): `(num_queries, num_rows)`, float32; not copied, so that it may be mapped
+            from a file.
         cluster_ids (`np.ndarray`, *optional*): The cluster of each row, `(num_rows,)`, int64.
-        metadata (`dict`, *optional*): What else to keep; must fit into JSON.
+        metadata (`dict`, *optional*): Anything else to keep; must fit into JSON.
 
     Raises:
         TypeError: If the metadata does not fit into JSON.
@@ -90,7 +90,7 @@ class AttributionResult(DatasetArtefact):
     cluster_ids: np.ndarray | None = None
     metadata: dict[str, Any] = field(default_factory=dict)
     tokenizer: PreTrainedTokenizerBase | None = field(default=None, init=False, repr=False, compare=False)
-    """The pipeline's, which reads tokens where the result is looked at; it is not saved."""
+    """The pipeline's, for reading tokens when the result is shown; not saved."""
 
     def __post_init__(self) -> None:
         self.cluster_names = _distinct([printable(str(name)) for name in self.cluster_names], "cluster_names")
@@ -176,25 +176,16 @@ class AttributionResult(DatasetArtefact):
             k (`int`, *optional*): Keep only the `k` highest and `k` lowest clusters of each query.
 
         Returns:
-            `datasets.Dataset`: columns `query_id`, `rank` (from 1), `cluster`, `score`, `size`, and, if it is known
-            which rows a cluster has, `example_rows`: up to three of them, those that most push the way the cluster
-            does if there are row scores.
+            `datasets.Dataset`: columns `query_id`, `rank` (from 1), `cluster`, `score`, `size` and, if the rows of
+            clusters are known, `example_rows`: up to three of them; with row scores, those that push most in the
+            direction of their cluster.
 
         Raises:
             ValueError: If `k` is smaller than 1.
         """
         if k is not None and k < 1:
             raise ValueError(f"`k` must be at least 1, got {k}. Leave it out for all clusters.")
-        table = long_form(
-            self.scores,
-            self.query_ids,
-            self.cluster_names,
-            self.cluster_sizes,
-            cluster_ids=self.cluster_ids,
-            row_scores=self.row_scores,
-            k=k,
-        )
-        return datasets.Dataset.from_pandas(table, preserve_index=False)
+        return datasets.Dataset.from_pandas(long_form(self, k), preserve_index=False)
 
     def to_list(self, k: int) -> list[list[dict[str, Any]]]:
         """
@@ -311,7 +302,7 @@ class AttributionResult(DatasetArtefact):
     ) -> Path:
         """
         Writes a self-contained page: the heat map, and the clusters and rows that matter, on average and for some
-        queries, with the pictures or texts of what is at hand.
+        queries, with pictures or texts of what is given.
 
         Args:
             path (`str` or `Path`): The file to write.
@@ -340,12 +331,12 @@ class AttributionResult(DatasetArtefact):
         """
         Writes the result to a folder (replaces a result already there).
 
-        The folders `top`, `scores`, `clusters` and `queries` hold parquet tables to look at;
-        `attribution.safetensors` holds the exact matrices, `attribution.json` the rest, `README.md` is the card.
+        The folders `top`, `scores`, `clusters` and `queries` hold parquet tables; `attribution.safetensors` holds the
+        exact matrices, `attribution.json` the rest, `README.md` is the card.
 
         Args:
             save_directory (`str` or `Path`): The folder.
-            card (`CardOptions`, *optional*): What the card says besides: licence, links, another template.
+            card (`CardOptions`, *optional*): Licence, links or another template for the card.
 
         Returns:
             `Path`: the folder.

@@ -11,22 +11,16 @@ if TYPE_CHECKING:
     from hf_rgm.results.result import AttributionResult
 
 NUM_EXTREMES = 5
+USAGE = """\
+from datasets import load_dataset
+from hf_rgm import AttributionResult
+
+result = AttributionResult.from_pretrained("{repo_id}")  # exact
+top = load_dataset("{repo_id}", split="train")  # a table"""
 
 
 def attribution_card(result: AttributionResult, options: CardOptions | None = None) -> str:
-    """
-    The `README.md` of a result.
-
-    Args:
-        result (`AttributionResult`): With `fidelity` in its metadata, that of the synset is shown.
-        options (`CardOptions`, *optional*): What else is known.
-
-    Returns:
-        `str`: Markdown with a YAML header.
-
-    Raises:
-        ValueError: If the fidelity is not a whole report.
-    """
+    """The `README.md` of a result."""
     options = options or CardOptions()
     described = result.metadata.get("model")
     repo_id = options.repo_id or LOCAL
@@ -47,15 +41,7 @@ def attribution_card(result: AttributionResult, options: CardOptions | None = No
         num_rows=0 if result.row_scores is None else result.row_scores.shape[1],
         sign_convention=result.SIGN_CONVENTION,
         extremes=_extremes(result),
-        usage="\n".join(
-            [
-                "from datasets import load_dataset",
-                "from hf_rgm import AttributionResult",
-                "",
-                f'result = AttributionResult.from_pretrained("{repo_id}")  # exact',
-                f'top = load_dataset("{repo_id}", split="train")  # a table',
-            ]
-        ),
+        usage=USAGE.format(repo_id=repo_id),
         fidelity=fidelity_section(result.metadata.get("fidelity")),
     )
 

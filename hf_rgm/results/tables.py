@@ -1,42 +1,21 @@
-"""The attribution matrix as a table to read."""
+"""The attribution matrix as a table."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 
+if TYPE_CHECKING:
+    from hf_rgm.results.result import AttributionResult
+
 EXAMPLE_ROWS = 3
 
 
-def long_form(
-    scores: np.ndarray,
-    query_ids: Sequence[Any],
-    cluster_names: Sequence[str],
-    cluster_sizes: np.ndarray,
-    *,
-    cluster_ids: np.ndarray | None = None,
-    row_scores: np.ndarray | None = None,
-    k: int | None = None,
-) -> pd.DataFrame:
-    """
-    One line for each query and cluster, the highest score of each query first.
-
-    Args:
-        scores (`np.ndarray`): `(num_queries, num_clusters)`, float32.
-        query_ids (`Sequence`): One for each query.
-        cluster_names (`Sequence[str]`): One for each cluster.
-        cluster_sizes (`np.ndarray`): `(num_clusters,)`, int64.
-        cluster_ids (`np.ndarray`, *optional*): The cluster of each row, `(num_rows,)`, int64. Adds `example_rows`.
-        row_scores (`np.ndarray`, *optional*): `(num_queries, num_rows)`, float32. Examples are then the rows that most
-            push the way their cluster does, otherwise the cluster's first rows.
-        k (`int`, *optional*): Keep only the `k` highest and `k` lowest clusters of each query.
-
-    Returns:
-        `pd.DataFrame`: columns `query_id`, `rank` (from 1), `cluster`, `score`, `size` and maybe `example_rows`.
-    """
+def long_form(result: AttributionResult, k: int | None = None) -> pd.DataFrame:
+    """One line for each query and cluster, or the `k` highest and `k` lowest of each query, the highest first."""
+    scores, sizes = result.scores, result.cluster_sizes
     num_queries, num_clusters = scores.shape
     ranks = np.arange(num_clusters)
     if k is not None and 2 * k < num_clusters:
@@ -44,24 +23,25 @@ def long_form(
     chosen = np.argsort(-scores, axis=1, kind="stable")[:, ranks]
     frame = pd.DataFrame(
         {
-            "query_id": np.repeat(np.array(query_ids), len(ranks)),
+            "query_id": np.repeat(np.array(result.query_ids), len(ranks)),
             "rank": np.tile(ranks + 1, num_queries),
-            "cluster": np.array(cluster_names, dtype=object)[chosen].ravel(),
+            "cluster": np.array(result.cluster_names, dtype=object)[chosen].ravel(),
             "score": np.take_along_axis(scores, chosen, axis=1).ravel(),
-            "size": cluster_sizes[chosen].ravel(),
+            "size": sizes[chosen].ravel(),
         }
     )
-    if cluster_ids is not None:
-        members = np.split(np.argsort(cluster_ids, kind="stable"), np.cumsum(cluster_sizes)[:-1])
+    if result.cluster_ids is not None:
+        members = np.split(np.argsort(result.cluster_ids, kind="stable"), np.cumsum(sizes)[:-1])
         frame["example_rows"] = [
-            _examples(members[cluster], scores[query, cluster], None if row_scores is None else row_scores[query])
-            for query in range(num_queries)
-            for cluster in chosen[query]
+            _examples(members[cluster], score, None if result.row_scores is None else result.row_scores[query])
+            for query, clusters in enumerate(chosen)
+            for cluster, score in zip(clusters, scores[query, clusters], strict=True)
         ]
     return frame
 
 
 def _examples(rows: np.ndarray, cluster_score: float, row_scores: np.ndarray | None) -> list[int]:
+    """The rows that most push the way their cluster does; without row scores, its first rows."""
     if row_scores is not None:
         direction = 1.0 if cluster_score >= 0 else -1.0
         rows = rows[np.argsort(-direction * row_scores[rows], kind="stable")]

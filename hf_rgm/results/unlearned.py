@@ -1,4 +1,4 @@
-"""A model without some of its training data: what was removed, how it was checked, and the model."""
+"""A model without some of its training data, and how it was checked."""
 
 from __future__ import annotations
 
@@ -19,14 +19,7 @@ CONFIG_FILE = "unlearning.json"
 
 @dataclass(frozen=True)
 class UnlearningCheck:
-    """
-    The mean loss of some rows, before and after.
-
-    Args:
-        what (`str`): Which rows.
-        num_rows (`int`): How many.
-        loss_before, loss_after (`float`): Mean cross entropy under the original model and under the new one.
-    """
+    """Mean cross entropy of some rows under the original model and under the new one."""
 
     what: str
     num_rows: int
@@ -46,9 +39,9 @@ class UnlearnedModel(HubArtefact):
         model (`nn.Module`): A model of the same class, in evaluation mode.
         clusters (`Sequence[str]`): Names of the removed clusters.
         sizes (`Sequence[int]`): Their numbers of training rows.
-        checks (`Sequence[UnlearningCheck]`): What was compared; none without rows and queries.
-        engine (`str`): What computed it.
-        rewind_step, num_steps (`int`): Training step that it was computed from, of all steps.
+        checks (`Sequence[UnlearningCheck]`): Mean losses that were compared; none without rows and queries.
+        engine (`str`): Name of the engine that computed it.
+        rewind_step, num_steps (`int`): Training step that it was computed from, and number of all steps.
         parameters_sha256 (`str`): Identity of the original model's trained parameters.
         model_name (`str`, *optional*): The checkpoint that the original's training started from.
         fidelity (`dict`, *optional*): How well the synset agrees with retraining; see [`Synset`].
@@ -90,11 +83,11 @@ class UnlearnedModel(HubArtefact):
         """
         Writes the model with a card and `unlearning.json` (replaces such a folder); it loads like any other model.
 
-        What reads its inputs, a tokenizer or processor, is not saved: use the original model's.
+        A tokenizer or processor is not saved: use the original model's.
 
         Args:
             save_directory (`str` or `Path`): The folder.
-            card (`CardOptions`, *optional*): What its card says besides.
+            card (`CardOptions`, *optional*): Licence, links or another template for the card.
 
         Returns:
             `Path`: the folder.
@@ -110,21 +103,18 @@ class UnlearnedModel(HubArtefact):
             )
         text = unlearned_model_card(self, card)
         content = {
-            name: value
-            for name, value in vars(self).items()
-            if name not in ("model", "checks", "clusters", "sizes", "fidelity")
+            "format_version": FORMAT_VERSION,
+            "engine": self.engine,
+            "rewind_step": self.rewind_step,
+            "num_steps": self.num_steps,
+            "parameters_sha256": self.parameters_sha256,
+            "model_name": self.model_name,
+            "removed": dict(zip(self.clusters, map(int, self.sizes), strict=True)),
+            "checks": [asdict(check) for check in self.checks],
+            "fidelity": self.fidelity,
         }
         with staged_folder(save_directory, CONFIG_FILE) as folder:
             save(folder)
-            write_json(
-                folder / CONFIG_FILE,
-                {
-                    "format_version": FORMAT_VERSION,
-                    **content,
-                    "removed": dict(zip(self.clusters, map(int, self.sizes), strict=True)),
-                    "checks": [asdict(check) for check in self.checks],
-                    "fidelity": self.fidelity,
-                },
-            )
+            write_json(folder / CONFIG_FILE, content)
             (folder / "README.md").write_text(text, encoding="utf-8")
         return Path(save_directory)

@@ -12,33 +12,22 @@ if TYPE_CHECKING:
 
 
 def unlearned_model_card(unlearned: UnlearnedModel, options: CardOptions | None = None) -> str:
-    """
-    The `README.md` of a model that some clusters were removed from.
-
-    Args:
-        unlearned (`UnlearnedModel`): What was removed, and how it was checked.
-        options (`CardOptions`, *optional*): What else is known.
-
-    Returns:
-        `str`: Markdown with a YAML header.
-
-    Raises:
-        ValueError: If the fidelity is not a whole report.
-    """
+    """The `README.md` of a model without some clusters."""
     options = options or CardOptions()
     rows = [[escaped(name), size] for name, size in zip(unlearned.clusters, unlearned.sizes, strict=True)]
     checks = [
         [escaped(check.what), check.num_rows, f"{check.loss_before:.4g}", f"{check.loss_after:.4g}"]
         for check in unlearned.checks
     ]
+    described = {"name_or_path": unlearned.model_name}
     return render(
         "unlearned_model_card.md",
         options,
-        base_model=options.model_id or recorded_model({"name_or_path": unlearned.model_name}),
+        base_model=options.model_id or recorded_model(described),
         library="peft" if hasattr(unlearned.model, "peft_config") else "transformers",
         tags=[*TAGS, "unlearning"],
         configs=None,
-        model=model_name(options, {"name_or_path": unlearned.model_name}),
+        model=model_name(options, described),
         removed=table(["cluster", "training rows"], rows),
         engine=escaped(unlearned.engine),
         rewind_step=unlearned.rewind_step,

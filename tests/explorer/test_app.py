@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from hf_rgm.pages.exhibit import Exhibit
-from tests.explorer.tiny import tiny_exhibit
+from tests.pages.tiny import tiny_exhibit
 
 gradio = pytest.importorskip("gradio")
 playwright = pytest.importorskip("playwright.sync_api")

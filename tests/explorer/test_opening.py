@@ -7,7 +7,7 @@ from hf_rgm.exceptions import ParameterMismatchError
 from hf_rgm.explorer.app import explore
 from hf_rgm.explorer.open_exhibit import open_exhibit
 from hf_rgm.testing import tiny_recorded_run, tiny_synset
-from tests.explorer.tiny import tiny_exhibit
+from tests.pages.tiny import tiny_exhibit
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ from huggingface_hub import RepoCard
 
 from hf_rgm.explorer.space import GRADIO_VERSION, write_space
 from hf_rgm.testing import tiny_synset
-from tests.explorer.tiny import tiny_exhibit
+from tests.pages.tiny import tiny_exhibit
 
 CONSTRAINTS = Path(__file__).parents[2] / "constraints.txt"
 TITLE = """What "taught" {it} 'this'? \\ # <b>"""

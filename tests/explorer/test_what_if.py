@@ -10,7 +10,7 @@ from hf_rgm.explorer.app import ALL_QUERIES, Explorer
 from hf_rgm.explorer.what_if import engine_of, replay_without, what_if_section
 from hf_rgm.pages.exhibit import Exhibit
 from hf_rgm.testing import tiny_recorded_run
-from tests.explorer.tiny import tiny_exhibit
+from tests.pages.tiny import tiny_exhibit
 
 
 @pytest.fixture(scope="module")

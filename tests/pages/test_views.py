@@ -20,7 +20,7 @@ from hf_rgm.pages.views import (
     rows_section,
 )
 from hf_rgm.testing import tiny_recorded_run, tiny_synset
-from tests.explorer.tiny import tiny_exhibit
+from tests.pages.tiny import tiny_exhibit
 
 BENCHMARKS = (Path(__file__).parents[2] / "docs" / "benchmarks.md").read_text(encoding="utf-8")
 

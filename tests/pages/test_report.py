@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from hf_rgm.results.result import AttributionResult
-from tests.explorer.tiny import tiny_exhibit
+from tests.pages.tiny import tiny_exhibit
 
 
 def make_result(**changes):
