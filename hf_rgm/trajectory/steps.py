@@ -58,10 +58,7 @@ class StepTable:
     def select(self, start: int, stop: int) -> StepTable:
         """The steps `start` to `stop - 1`."""
         columns = {name: getattr(self, name) for name in (*_SCALARS, "learning_rates", *_LISTS)}
-        part: dict[str, Any] = {
-            name: None if column is None else column[start:stop] for name, column in columns.items()
-        }
-        return StepTable(**part)
+        return StepTable(**{name: column[start:stop] for name, column in columns.items() if column is not None})
 
     @classmethod
     def concatenate(cls, tables: Sequence[StepTable]) -> StepTable:
