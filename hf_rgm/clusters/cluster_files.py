@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
-import pyarrow as pa
+from safetensors.numpy import save_file
 
 from hf_rgm.files.reading import ArtefactFolder, parsed
 from hf_rgm.files.writing import write_json
@@ -16,20 +16,15 @@ from hf_rgm.files.writing import write_json
 if TYPE_CHECKING:
     from hf_rgm.clusters.cluster_map import ClusterMap
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 CONFIG_FILE = "clusters.json"
-ROWS_FILE = "rows.parquet"
+TENSORS_FILE = "clusters.safetensors"
+TABLE_FILE = "rows.parquet"  # for the Hub's viewer, never read
 
 
 @dataclass
 class ClustersHeader:
-    """
-    What `clusters.json` must hold.
-
-    Args:
-        num_rows (`int`): Lines of `rows.parquet`.
-        names, parents, parent_names (`list`): See [`ClusterMap`].
-    """
+    """What `clusters.json` must hold; see [`ClusterMap`]."""
 
     num_rows: int
     names: list[str]
@@ -39,13 +34,14 @@ class ClustersHeader:
 
 def write_clusters(clusters: ClusterMap, folder: Path) -> None:
     """Writes a map's files to an empty folder."""
+    save_file({"cluster_ids": np.ascontiguousarray(clusters.cluster_ids)}, folder / TENSORS_FILE)
     pd.DataFrame(
         {
             "row": np.arange(clusters.num_rows, dtype=np.int64),
             "cluster_id": clusters.cluster_ids,
             "cluster": np.array(clusters.names, dtype=object)[clusters.cluster_ids],
         }
-    ).to_parquet(folder / ROWS_FILE, index=False)
+    ).to_parquet(folder / TABLE_FILE, index=False)
     write_json(
         folder / CONFIG_FILE,
         {
@@ -59,26 +55,14 @@ def write_clusters(clusters: ClusterMap, folder: Path) -> None:
 
 
 def read_clusters(folder: ArtefactFolder) -> dict[str, Any]:
-    """
-    The arguments of [`ClusterMap`] from a folder that [`write_clusters`] wrote.
-
-    Raises:
-        FileNotFoundError: If a file is missing.
-        MemoryError: If it is larger than the memory that is free.
-        ValueError: If a file is damaged or of another format version.
-    """
-    content = folder.read_json(CONFIG_FILE, format_version=FORMAT_VERSION)
+    """The arguments of [`ClusterMap`] from a folder that `write_clusters` wrote."""
+    content = folder.read_json(CONFIG_FILE, format_version=FORMAT_VERSION, again="make and save the map again")
     header = parsed(ClustersHeader, content, f"{folder}/{CONFIG_FILE}")
-    columns = {"row": pa.int64(), "cluster_id": pa.int64()}
-    table = folder.read_parquet(ROWS_FILE, columns, num_rows=header.num_rows)
-    rows, cluster_ids = (table[name].to_numpy() for name in columns)
-    order = np.argsort(rows, kind="stable")
-    if not np.array_equal(rows[order], np.arange(header.num_rows)):
-        raise ValueError(
-            f"The cluster map in {folder} is damaged ({ROWS_FILE} does not have every row once). Copy it again."
-        )
+    with folder.open_tensors(TENSORS_FILE) as file:
+        file.check_no_others(("cluster_ids",))
+        cluster_ids = file.read("cluster_ids", shape=(header.num_rows,), dtypes=("I64",))
     return {
-        "cluster_ids": cluster_ids[order],
+        "cluster_ids": cluster_ids.numpy(),
         "names": header.names,
         "parents": header.parents,
         "parent_names": header.parent_names,

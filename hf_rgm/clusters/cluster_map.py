@@ -329,7 +329,7 @@ class ClusterMap:
             )
 
     def save(self, folder: str | Path) -> None:
-        """Writes the map to a folder, replacing an earlier one: a parquet line per row, and a JSON header."""
+        """Writes the map to a folder (replaces a map there): JSON, safetensors and a parquet table for viewers."""
         with staged_folder(folder, CONFIG_FILE) as staging:
             write_clusters(self, staging)
 

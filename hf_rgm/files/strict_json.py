@@ -1,4 +1,4 @@
-"""JSON from strangers: what two readers could read differently, or Python could not write again, is refused."""
+"""Strict JSON: refuses what two readers could read differently, or Python could not write again."""
 
 from __future__ import annotations
 
@@ -8,30 +8,13 @@ from collections import Counter
 from typing import Any
 
 MAX_DEPTH = 50
-_MAX_DIGITS = 20
 _SHOWN = 40
 
 
 def parse_json(text: str) -> Any:
     """
-    Parses JSON.
-
-    Args:
-        text (`str`): The JSON.
-
-    Raises:
-        ValueError: If it is no JSON, is nested more than 50 deep, or has a key twice, a number that is NaN, infinite
-            or beyond double precision, or an integer beyond 64 bits.
-
-    Example:
-
-    ```python
-    >>> from hf_rgm.files.strict_json import parse_json
-    >>> parse_json('{"num_runs": 1, "num_runs": 2}')
-    Traceback (most recent call last):
-    ValueError: the key 'num_runs' is there twice
-
-    ```
+    Parses JSON; a `ValueError` if it is none or nested more than 50 deep, or has a key twice, NaN, infinity, a number
+    beyond double precision or an integer beyond 64 bits.
     """
     try:
         content = json.loads(
@@ -64,8 +47,8 @@ def _finite(text: str) -> float:
 
 
 def _in_64_bits(text: str) -> int:
-    # Longer ones take Python time quadratic in their length.
-    number = int(text) if len(text) <= _MAX_DIGITS else None
+    # Of more than 20 digits none fits, and Python's time is quadratic in their number.
+    number = int(text) if len(text) <= 20 else None
     if number is None or not -(2**63) <= number < 2**64:
         raise ValueError(f"{text[:_SHOWN]} is too large an integer")
     return number

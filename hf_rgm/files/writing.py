@@ -2,9 +2,8 @@
 Writing artefacts so that nothing half-written is ever taken for whole, and nothing whole is ever lost.
 
 Files and folders are written in a hidden folder beside their target (`.name.hf-rgm-saving`), flushed to disk and put
-into place by one rename. A process that is killed leaves the target as it was, and the hidden folder, which the next
-one that writes the target removes: a lock of the operating system, which ends with its process, tells whether it is
-still in use.
+into place by one rename. A killed process leaves the target as it was. The next one that writes the target removes the
+hidden folder, unless a lock of the operating system, which ends with its process, says that it is in use.
 """
 
 from __future__ import annotations
@@ -30,8 +29,7 @@ logger = logging.getLogger(__name__)
 _WORKSPACE = ".hf-rgm-saving"
 _LOCK = ".lock"
 FOLDER_LOCK = ".hf-rgm.lock"
-_EXCHANGE = 2
-_CURRENT_FOLDER = -100
+_EXCHANGE, _CURRENT_FOLDER = 2, -100  # RENAME_EXCHANGE and AT_FDCWD of Linux
 _CANNOT_EXCHANGE = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 _NO_ACCESS = (errno.EACCES, errno.EPERM, errno.EROFS)
@@ -50,15 +48,7 @@ def format_size(num_bytes: float) -> str:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """
-    Yields a temporary path that takes the place of a file, flushed to disk, if the block ends without error.
-
-    Args:
-        path (`Path`): The file to write. Its folder is made if need be.
-
-    Raises:
-        OSError: If the disk is full or the folder cannot be written; the file is as it was.
-    """
+    """Yields a temporary path that takes the place of a file, flushed to disk, if the block ends without error."""
     with _explained(path), _workspace(path) as workspace:
         yield workspace / path.name
         _flush(workspace / path.name)
@@ -69,16 +59,9 @@ def replacing(path: Path) -> Iterator[Path]:
 @contextlib.contextmanager
 def staged_folder(target: str | Path, marker: str) -> Iterator[Path]:
     """
-    Yields a temporary folder beside `target` and puts it in the target's place when the block ends without error.
+    Yields a temporary folder that takes the place of `target` (of a link, its target) if the block ends without error.
 
-    Args:
-        target (`str` or `Path`): The folder to write; of a link, the folder it leads to.
-        marker (`str`): Name of the file that identifies such a folder. An existing target is only replaced if it is
-            empty or holds this file.
-
-    Raises:
-        FileExistsError: If the target holds something else.
-        OSError: If the disk is full, the folder cannot be written or is a mount point; the target is as it was.
+    An existing target is replaced only if it is empty or holds the file `marker`.
     """
     target = Path(target).resolve()
     with _explained(target):
@@ -99,25 +82,7 @@ class FolderLock:
     """
     Keeps other processes from writing to a folder, until it is released or this process ends, however that ends.
 
-    Within one process the last one to acquire it has it: what had it before has failed, or nobody would begin anew.
-
-    Args:
-        folder (`Path`): The folder, made if need be. A hidden file in it is locked.
-
-    Example:
-
-    ```python
-    >>> import tempfile
-    >>> from pathlib import Path
-    >>> from hf_rgm.files.writing import FolderLock
-    >>> with tempfile.TemporaryDirectory() as parent:
-    ...     lock = FolderLock(Path(parent) / "trajectory")
-    ...     lock.acquire()
-    ...     lock.release()
-    ...     print(list(lock.folder.iterdir()))
-    []
-
-    ```
+    Within one process the last one to acquire it has it: whatever had it before has failed.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -126,13 +91,7 @@ class FolderLock:
         self._lock = FileLock(self.folder / FOLDER_LOCK, is_singleton=True, thread_local=False)
 
     def acquire(self) -> None:
-        """
-        Takes the lock.
-
-        Raises:
-            OSError: If the folder cannot be written.
-            RuntimeError: If another process has it.
-        """
+        """Takes the lock, or raises a `RuntimeError` if another process has it."""
         with _explained(self.folder / FOLDER_LOCK):
             self.folder.mkdir(parents=True, exist_ok=True)
             try:
@@ -145,7 +104,7 @@ class FolderLock:
                 ) from error
 
     def release(self) -> None:
-        """Gives the lock back, if this process has it."""
+        """Releases the lock, if this process has it."""
         if self._lock.is_locked:
             with contextlib.suppress(PermissionError):  # Windows keeps open files
                 Path(self._lock.lock_file).unlink(missing_ok=True)
@@ -153,20 +112,14 @@ class FolderLock:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """
-    Writes a JSON file whole or not at all; see [`replacing`].
-
-    Raises:
-        OSError: If the disk is full or the folder cannot be written; the file is as it was.
-        TypeError, ValueError: If the content does not fit into JSON, NaN and infinity included.
-    """
+    """Writes a JSON file whole or not at all; NaN and infinity are errors."""
     text = json.dumps(content, indent=2, allow_nan=False) + "\n"
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Removes what killed processes left half-written in a folder, but nothing that a living one is writing."""
+    """Removes what killed processes left half-written in a folder, but nothing that a live one is writing."""
     for name in sorted({path.name.removesuffix(_LOCK) for path in folder.glob(f".*{_WORKSPACE}*")}):
         finish_replacement(folder / name.removeprefix(".").removesuffix(_WORKSPACE))
         with contextlib.suppress(Timeout), _locked(folder / name, blocking=False):
@@ -175,11 +128,7 @@ def remove_unfinished(folder: Path) -> None:
 
 
 def finish_replacement(target: Path) -> None:
-    """
-    Puts a folder in its place that a killed process had finished, and whose predecessor it had moved away already.
-
-    Only where folders cannot be exchanged in one step does a moment exist in which there is neither.
-    """
+    """Puts in place the finished folder of a process that was killed when it had moved the old one away."""
     new, old = (_workspace_of(target) / name for name in ("new", "old"))
     if target.exists() or not (new.is_dir() and old.is_dir()):
         return
@@ -190,12 +139,7 @@ def finish_replacement(target: Path) -> None:
 
 
 def exchange(first: Path, second: Path) -> bool:
-    """
-    Swaps two folders in one step.
-
-    Returns:
-        `bool`: `False` where that cannot be done: outside Linux, and on some network file systems.
-    """
+    """Swaps two folders in one step; `False` where that cannot be done: outside Linux and on some network disks."""
     renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None) if sys.platform == "linux" else None
     if renameat2 is None:
         return False
@@ -222,13 +166,7 @@ def _put_in_place(new: Path, target: Path, *, retired: Path) -> None:
 
 
 def check_replaceable(target: Path, marker: str) -> None:
-    """
-    Checks what [`staged_folder`] will check, before work is done whose result could then not be kept.
-
-    Raises:
-        FileExistsError: If the target is a file, or a folder that is neither empty nor has the marker.
-        OSError: If it is a mount point.
-    """
+    """Refuses a target that `staged_folder` would refuse, before work is done whose result could not be kept."""
     if not target.exists():
         return
     if not target.is_dir():
@@ -259,8 +197,8 @@ def _workspace(target: Path) -> Iterator[Path]:
         try:
             yield workspace
         finally:
-            # All is done or given up by now: an error here must not say otherwise, and the next writer tries again.
-            # What was there before stays where it is if it could not be put back; see `finish_replacement`.
+            # An error here must not hide that all is done: the next writer tries again. A predecessor that could not
+            # be put back stays; see `finish_replacement`.
             if target.exists() or not (workspace / "old").exists():
                 shutil.rmtree(workspace, ignore_errors=True)
 
@@ -284,7 +222,7 @@ def _locked(workspace: Path, *, blocking: bool = True) -> Iterator[None]:
 
 
 def _flush(path: Path) -> None:
-    """Asks the system to bring a file, or the names in a folder, to the disk."""
+    """Flushes a file, or the names in a folder, to the disk."""
     is_folder = path.is_dir()
     if is_folder and os.name == "nt":  # Windows opens no folders
         return
@@ -300,7 +238,7 @@ def _flush(path: Path) -> None:
 
 @contextlib.contextmanager
 def _explained(target: Path) -> Iterator[None]:
-    """Says of errors of the disk what they mean for the target."""
+    """Explains errors of the disk: what they mean for the target and what to do."""
     try:
         yield
     except (OSError, SafetensorError) as error:
@@ -324,7 +262,7 @@ def _explained(target: Path) -> Iterator[None]:
 
 
 def _error_number(error: BaseException) -> int | None:
-    """The system's number of an error; safetensors tells it in the message only."""
+    """The system's number of an error, which safetensors has only in the message."""
     if isinstance(error, OSError):
         return error.errno
     found = re.search(r"\(os error (\d+)\)", str(error))
@@ -332,7 +270,7 @@ def _error_number(error: BaseException) -> int | None:
 
 
 def _concerns(error: BaseException, target: Path) -> bool:
-    """Whether an error is of the folder that is written, or of one above, not of something that is read."""
+    """Whether an error is about the folder that is written, or one above, not about something that is read."""
     names = [getattr(error, attribute, None) for attribute in ("filename", "filename2")]
     paths = [Path(os.path.abspath(name)) for name in names if isinstance(name, str | os.PathLike)]
     folder = Path(os.path.abspath(target.parent))

@@ -26,7 +26,6 @@ from hf_rgm.trajectory.states import (
 from hf_rgm.trajectory.steps import (
     STEPS_FOLDER,
     StepTable,
-    first_step,
     part_length,
     part_path,
     read_part,
@@ -158,10 +157,10 @@ class TrajectoryRecorder:
                     f"{way_out}"
                 )
         done = 0
-        for part in recorded_parts(self.folder):
-            if first_step(part) != done:
+        for start in recorded_parts(self.folder):
+            if start != done:
                 break
-            done += part_length(part)
+            done += part_length(ArtefactFolder(self.folder), start)
         if done < step:
             raise ValueError(
                 f"Training resumes at step {step}, but {self.folder} records no steps {done} to {step - 1}. Resume "
@@ -175,16 +174,20 @@ class TrajectoryRecorder:
         for recorded in recorded_states(self.folder):
             if recorded > last_state:
                 self.drop_state(recorded)
-        for part in recorded_parts(self.folder):
-            start = first_step(part)
+        folder = ArtefactFolder(self.folder)
+        for start in recorded_parts(self.folder):
             if start >= step:
+                part_path(self.folder, start).unlink()
+            elif start + part_length(folder, start) > step:
+                write_part(self.folder, start, read_part(folder, start).select(0, step - start))
+        # Of format version 1, which can only be replaced.
+        for part in (self.folder / STEPS_FOLDER).glob("part-*.parquet"):
+            if part.stem.removeprefix("part-").isdecimal():
                 part.unlink()
-            elif start + part_length(part) > step:
-                write_part(part, read_part(part).select(0, step - start))
 
     def write_steps(self, start: int, steps: StepTable) -> None:
         """Adds steps, the first of which is number `start`."""
-        self._submit(start + len(steps), lambda: write_part(part_path(self.folder, start), steps))
+        self._submit(start + len(steps), lambda: write_part(self.folder, start, steps))
 
     def write_state(self, state: TrajectoryState, *, exact: bool) -> None:
         """Adds a copy of a state as it is now, in the model's own dtype if it is to be exact."""

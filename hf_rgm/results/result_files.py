@@ -22,44 +22,26 @@ FORMAT_VERSION = 2
 CONFIG_FILE = "attribution.json"
 TENSORS_FILE = "attribution.safetensors"
 TABLES = ("top", "scores", "clusters", "queries")
+# Patterns of all files of a result.
 FILES = ("README.md", CONFIG_FILE, TENSORS_FILE, *(f"{table}/*" for table in TABLES))
-"""Patterns of all files of a result."""
-
 TOP_CLUSTERS = 10
 
 
 @dataclass
 class ResultDescription:
-    """
-    What `attribution.json` must hold.
-
-    Args:
-        cluster_names (`list`): Names of the clusters.
-        query_ids (`list`): Ids of the queries, text or numbers.
-        objective, engine (`str`): Their names.
-        num_rows (`int`, *optional*): Number of training rows, where rows are scored.
-        has_cluster_ids (`bool`): Whether it is known which rows a cluster has.
-        metadata (`dict`): See [`AttributionResult`].
-    """
+    """What `attribution.json` must hold; see [`AttributionResult`]."""
 
     cluster_names: list[str]
     query_ids: list[str | int]
     objective: str
     engine: str
-    num_rows: int | None
+    num_rows: int | None  # where rows are scored
     has_cluster_ids: bool
     metadata: dict[str, Any]
 
 
 def write_result(result: AttributionResult, folder: Path, card: str) -> None:
-    """
-    Writes a result's files to an empty folder.
-
-    Args:
-        result (`AttributionResult`): What to write.
-        folder (`Path`): Where to.
-        card (`str`): The content of its `README.md`.
-    """
+    """Writes a result's files to an empty folder."""
     tensors = {
         "scores": result.scores,
         "cluster_sizes": result.cluster_sizes,
@@ -103,20 +85,14 @@ def write_result(result: AttributionResult, folder: Path, card: str) -> None:
 
 
 def read_result(folder: ArtefactFolder) -> dict[str, Any]:
-    """
-    The arguments of [`AttributionResult`] from a folder that [`write_result`] wrote.
-
-    Raises:
-        FileNotFoundError: If a file is missing.
-        MemoryError: If it is larger than the memory that is free.
-        ValueError: If a file is damaged or of another format version.
-    """
+    """The arguments of [`AttributionResult`] from a folder that `write_result` wrote."""
     source = f"{folder}/{CONFIG_FILE}"
-    content = folder.read_json(CONFIG_FILE, format_version=FORMAT_VERSION)
+    content = folder.read_json(CONFIG_FILE, format_version=FORMAT_VERSION, again="attribute again")
     description = parsed(ResultDescription, content, source)
     _check_description(description, source)
     num_queries, num_clusters = len(description.query_ids), len(description.cluster_names)
     with folder.open_tensors(TENSORS_FILE) as file:
+        file.check_no_others(("scores", "cluster_sizes", "objective_values", "row_scores", "cluster_ids"))
         arguments = {
             "scores": file.read("scores", shape=(num_queries, num_clusters), dtypes=("F32",)),
             "cluster_sizes": file.read("cluster_sizes", shape=(num_clusters,), dtypes=("I64",)),

@@ -26,12 +26,13 @@ from hf_rgm.trajectory.trajectory import Trajectory
 if TYPE_CHECKING:
     from hf_rgm.synset.synset import Synset
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 TENSORS_FILE = "synset.safetensors"
 CONFIG_FILE = "synset.json"
 SAMPLES_FOLDER = "data"
 CLUSTERS_FOLDER = "clusters"
 RUNS_FOLDER = "trajectories"
+# Patterns of all files of a synset.
 FILES = (
     "README.md",
     CONFIG_FILE,
@@ -42,7 +43,6 @@ FILES = (
     f"{RUNS_FOLDER}/*/*",
     f"{RUNS_FOLDER}/*/*/*",
 )
-"""Patterns of all files of a synset."""
 
 LEARNED = ("inputs", "targets", "log_weights")
 INTEGERS = ("input_ids", "target_ids")
@@ -51,34 +51,22 @@ MIN_LABELS_PER_ROW, MAX_LABELS_PER_ROW = 1e-6, 1e9
 
 @dataclass
 class SynsetDescription:
-    """
-    What `synset.json` must hold.
-
-    Args:
-        parameters_sha256 (`str`): Identity of the trained parameters.
-        input_name (`str`): Forward argument the inputs are for.
-        num_runs (`int`): Number of recorded runs.
-        tensors (`dict`): Shape of each tensor in `synset.safetensors`.
-        matched_states (`list`): Run and step of each matched state.
-        config, metadata (`dict`): See [`Synset`].
-        fidelity (`dict`, *optional*): See [`Synset`].
-        responses (`dict`, *optional*): A [`ResponsesDescription`], if there are any.
-    """
+    """What `synset.json` must hold; see [`Synset`]."""
 
     parameters_sha256: str
     input_name: str
     num_runs: int
-    tensors: dict[str, list[int]]
-    matched_states: list[list[int]]
+    tensors: dict[str, list[int]]  # shape of each tensor in `synset.safetensors`
+    matched_states: list[list[int]]  # run and step of each
     config: dict[str, Any]
     metadata: dict[str, Any]
     fidelity: dict[str, Any] | None
-    responses: dict[str, Any] | None = None
+    responses: dict[str, Any] | None = None  # a `ResponsesDescription`
 
 
 @dataclass
 class _Privacy:
-    """What the privacy measure must hold; see [`~hf_rgm.distillation.privacy.measure_privacy`]."""
+    """What the privacy measure must hold; see `hf_rgm.distillation.privacy.measure_privacy`."""
 
     distance: float
     row_distance: float | None
@@ -113,16 +101,7 @@ class _Metadata:
 
 
 def write_synset(synset: Synset, folder: Path, card: str, *, samples: Any, state_precision: str | None) -> None:
-    """
-    Writes a synset's files to an empty folder.
-
-    Args:
-        synset (`Synset`): What to write.
-        folder (`Path`): Where to.
-        card (`str`): The content of its `README.md`.
-        samples (`datasets.Dataset`): What the Hub shows of the samples.
-        state_precision (`str`, *optional*): See [`Trajectory.save`].
-    """
+    """Writes a synset's files to an empty folder; `samples` is the `datasets.Dataset` that the Hub shows."""
     tensors = {**synset.samples.named_tensors(), "residuals": synset.residuals}
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / TENSORS_FILE)
     (folder / SAMPLES_FOLDER).mkdir()
@@ -154,16 +133,9 @@ def write_synset(synset: Synset, folder: Path, card: str, *, samples: Any, state
 
 
 def read_synset(folder: ArtefactFolder) -> dict[str, Any]:
-    """
-    The arguments of [`Synset`] from a folder that [`write_synset`] wrote.
-
-    Raises:
-        FileNotFoundError: If a file is missing.
-        MemoryError: If it is larger than the memory that is free.
-        ValueError: If a file is damaged, of another format version, or of something else.
-    """
+    """The arguments of [`Synset`] from a folder that `write_synset` wrote."""
     source = f"{folder}/{CONFIG_FILE}"
-    content = folder.read_json(CONFIG_FILE, format_version=FORMAT_VERSION)
+    content = folder.read_json(CONFIG_FILE, format_version=FORMAT_VERSION, again="record and distil again")
     description = parsed(SynsetDescription, with_defaults(SynsetDescription, content), source)
     told = parsed(_Metadata, with_defaults(_Metadata, description.metadata), f"`metadata` of {source}")
     if told.privacy:
@@ -218,7 +190,7 @@ def read_synset(folder: ArtefactFolder) -> dict[str, Any]:
 
 
 def _read_tensors(folder: ArtefactFolder, description: SynsetDescription, num_clusters: int) -> dict[str, Tensor]:
-    """All tensors, none of which is read before every announced shape has been checked."""
+    """Reads all tensors, after every announced shape has been checked."""
     required, announced = {*LEARNED, "residuals"}, description.tensors
     source = f"{folder}/{CONFIG_FILE}"
     if not required <= set(announced) <= required | set(INTEGERS):
@@ -237,6 +209,7 @@ def _read_tensors(folder: ArtefactFolder, description: SynsetDescription, num_cl
             f"belong together. {WAY_OUT}"
         )
     with folder.open_tensors(TENSORS_FILE) as file:
+        file.check_no_others(announced)
         tensors = {
             name: file.read(name, shape=shape, dtypes=("I64",) if name in INTEGERS else ("F32",))
             for name, shape in announced.items()
@@ -250,7 +223,7 @@ def _read_tensors(folder: ArtefactFolder, description: SynsetDescription, num_cl
 def _check_runs(
     trajectories: list[Trajectory], clusters: ClusterMap, description: SynsetDescription, source: str
 ) -> None:
-    """Checks that recorded runs are of one model and dataset, and that what was matched is among their states."""
+    """Checks that all runs are of one model and dataset, and that matched states are recorded."""
     first = trajectories[0]
     for run, trajectory in enumerate(trajectories):
         if trajectory.parameter_shapes != first.parameter_shapes or trajectory.num_rows != clusters.num_rows:
@@ -266,13 +239,7 @@ def _check_runs(
 
 
 def with_pictures(frame: Any, inputs: Tensor) -> datasets.Dataset:
-    """
-    A table of samples with a column `image`, where inputs are pictures.
-
-    Args:
-        frame (`pd.DataFrame`): A line per sample.
-        inputs (`Tensor`): `(num_samples, *input_shape)`; pictures are `(num_samples, 1 or 3, height, width)`.
-    """
+    """A table of samples, with a column `image` where inputs are pictures, `(num_samples, 1 or 3, height, width)`."""
     table = datasets.Dataset.from_pandas(frame, preserve_index=False)
     if inputs.dim() != 4 or inputs.shape[1] not in (1, 3):
         return table

@@ -1,61 +1,41 @@
-"""What happened at every step of training, kept as parquet parts."""
+"""What happened at every step of training, kept as parts in safetensors."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
+from safetensors.numpy import save_file
 
-from hf_rgm.files.reading import ArtefactFolder, check_columns, check_no_nulls, check_table, printable
+from hf_rgm.files.reading import ArtefactFolder, check_memory, printable
 from hf_rgm.files.writing import replacing
 from hf_rgm.trajectory.optimizers import MAX_CONSTANT
 
 STEPS_FOLDER = "steps"
 _WAY_OUT = "Copy the folder again, or record the training run again."
 _SCALARS = {"epoch": np.float64, "gradient_norm": np.float64, "clip_factor": np.float64, "skipped": np.bool_}
-_COLUMNS: dict[str, pa.DataType] = {
-    "step": pa.int64(),
-    **{name: pa.from_numpy_dtype(dtype) for name, dtype in _SCALARS.items()},
-    "learning_rates": pa.large_list(pa.float64()),
-    "rows": pa.large_list(pa.int64()),
-    "micro_batch_sizes": pa.large_list(pa.int64()),
-}
-_ROW_COLUMNS = ("rows", "micro_batch_sizes")
-_USED_NUMBERS = ("learning_rates", "clip_factor")
+# Columns with a list for each step: one tensor holds all elements, another the offsets of the steps in it.
+_LISTS = ("rows", "micro_batch_sizes")
+_OFFSETS = ".offsets"
+_FIRST_STEP = "first_step"
+_ARRAY_BYTES, _INTEGER_BYTES = 128, 40  # what an array and an integer in a list take in Python
 
 
 @dataclass
 class StepTable:
-    """
-    One entry per update; entry `t` describes the update from state `t` to state `t + 1`.
+    """One entry per update; entry `t` describes the update from state `t` to state `t + 1`."""
 
-    Args:
-        epoch (`np.ndarray`): `(num_steps,)`, float64. Epochs done after the update, as in `TrainerState.epoch`.
-        learning_rates (`np.ndarray`): `(num_steps, num_groups)`, float64. What the update used.
-        gradient_norm (`np.ndarray`): `(num_steps,)`, float64. L2 norm of the gradient before clipping.
-        clip_factor (`np.ndarray`): `(num_steps,)`, float64. What clipping multiplied the gradient by, 1 for none.
-        skipped (`np.ndarray`): `(num_steps,)`, bool. Whether the optimizer left this update out (loss scaling).
-        rows (`list[np.ndarray]`, *optional*): For every update the rows of the training set it saw, int64, in the
-            order it saw them. `None` if they are kept private.
-        micro_batch_sizes (`list[list[int]]`, *optional*): How `rows` splits into batches (gradient accumulation).
-
-    Raises:
-        ValueError: If lengths differ.
-    """
-
-    epoch: np.ndarray
-    learning_rates: np.ndarray
-    gradient_norm: np.ndarray
-    clip_factor: np.ndarray
-    skipped: np.ndarray
-    rows: list[np.ndarray] | None = None
-    micro_batch_sizes: list[list[int]] | None = None
+    epoch: np.ndarray  # (num_steps,), float64: epochs done after the update, as in `TrainerState.epoch`
+    learning_rates: np.ndarray  # (num_steps, num_groups), float64: what the update used
+    gradient_norm: np.ndarray  # (num_steps,), float64: L2 norm before clipping
+    clip_factor: np.ndarray  # (num_steps,), float64: what clipping multiplied the gradient by, 1 for none
+    skipped: np.ndarray  # (num_steps,), bool: whether the optimizer left the update out (loss scaling)
+    rows: list[np.ndarray] | None = None  # int64, rows of the training set in the order seen; `None` if private
+    micro_batch_sizes: list[list[int]] | None = None  # how `rows` splits into batches (gradient accumulation)
 
     def __post_init__(self) -> None:
         for name, dtype in _SCALARS.items():
@@ -67,7 +47,7 @@ class StepTable:
             )
         if self.rows is not None:
             self.rows = [np.asarray(rows, np.int64) for rows in self.rows]
-        columns = {name: getattr(self, name) for name in (*_SCALARS, "learning_rates", "rows", "micro_batch_sizes")}
+        columns = {name: getattr(self, name) for name in (*_SCALARS, "learning_rates", *_LISTS)}
         lengths = {name: len(column) for name, column in columns.items() if column is not None}
         if len(set(lengths.values())) > 1:
             raise ValueError(f"The columns of a step table must have one length, got {lengths}.")
@@ -77,138 +57,100 @@ class StepTable:
 
     def select(self, start: int, stop: int) -> StepTable:
         """The steps `start` to `stop - 1`."""
-        part = slice(start, stop)
-        return StepTable(
-            **{name: getattr(self, name)[part] for name in (*_SCALARS, "learning_rates")},
-            rows=None if self.rows is None else self.rows[part],
-            micro_batch_sizes=None if self.micro_batch_sizes is None else self.micro_batch_sizes[part],
-        )
+        columns = {name: getattr(self, name) for name in (*_SCALARS, "learning_rates", *_LISTS)}
+        return StepTable(**{name: column[start:stop] for name, column in columns.items() if column is not None})
 
     @classmethod
     def concatenate(cls, tables: Sequence[StepTable]) -> StepTable:
         """Several tables, one after the other. Rows are kept if all have them."""
-        rows = [table.rows for table in tables if table.rows is not None]
-        sizes = [table.micro_batch_sizes for table in tables if table.micro_batch_sizes is not None]
-        return cls(
-            **{name: np.concatenate([getattr(t, name) for t in tables]) for name in (*_SCALARS, "learning_rates")},
-            rows=list(chain.from_iterable(rows)) if len(rows) == len(tables) else None,
-            micro_batch_sizes=list(chain.from_iterable(sizes)) if len(sizes) == len(tables) else None,
-        )
+        lists = {name: [getattr(table, name) for table in tables] for name in _LISTS}
+        columns: dict[str, Any] = {
+            name: None if None in parts else list(chain.from_iterable(parts)) for name, parts in lists.items()
+        }
+        for name in (*_SCALARS, "learning_rates"):
+            columns[name] = np.concatenate([getattr(table, name) for table in tables])
+        return cls(**columns)
 
 
-def part_name(first_step: int) -> str:
-    """Name of the part that begins with the given step."""
-    return f"part-{first_step:08d}.parquet"
+def _part_name(first_step: int) -> str:
+    return f"{STEPS_FOLDER}/part-{first_step:08d}.safetensors"
 
 
 def part_path(folder: Path, first_step: int) -> Path:
-    """Where a part that begins with the given step is kept."""
-    return folder / STEPS_FOLDER / part_name(first_step)
+    """Where the part that begins with a step is kept."""
+    return folder / _part_name(first_step)
 
 
-def recorded_parts(folder: Path) -> list[Path]:
-    """The parts in the folder, in order."""
-    parts = (folder / STEPS_FOLDER).glob("part-*.parquet")
-    return sorted(path for path in parts if path.stem.removeprefix("part-").isdigit())
+def recorded_parts(folder: Path) -> list[int]:
+    """First steps of the parts in a folder, ascending."""
+    names = {path: path.stem.removeprefix("part-") for path in (folder / STEPS_FOLDER).glob("part-*.safetensors")}
+    steps = [int(name) for path, name in names.items() if name.isdecimal() and part_path(folder, int(name)) == path]
+    return sorted(steps)
 
 
-def first_step(part: Path) -> int:
-    """The step a part begins with."""
-    return int(part.stem.removeprefix("part-"))
+def write_part(folder: Path, first_step: int, table: StepTable) -> None:
+    """Writes the part that begins with a step."""
+    columns = {name: getattr(table, name) for name in (*_SCALARS, "learning_rates")}
+    for name in _LISTS:
+        lists = getattr(table, name)
+        if lists is not None:
+            columns[name] = np.concatenate([np.asarray(each, np.int64) for each in [[], *lists]])
+            columns[name + _OFFSETS] = np.cumsum([0, *map(len, lists)], dtype=np.int64)
+    tensors = {name: np.ascontiguousarray(column) for name, column in columns.items()}
+    with replacing(part_path(folder, first_step)) as temporary:
+        save_file(tensors, temporary, metadata={_FIRST_STEP: str(first_step)})
 
 
-def part_length(part: Path) -> int:
-    """
-    Number of steps in a part. Reads the file's footer only.
-
-    Raises:
-        ValueError: If it is damaged.
-    """
-    with _damage_named(part):
-        return pq.read_metadata(part).num_rows
+def part_length(folder: ArtefactFolder, first_step: int) -> int:
+    """Number of steps in the part that begins with a step. Reads its header only."""
+    with folder.open_tensors(_part_name(first_step), way_out=_WAY_OUT) as file:
+        return file.check("epoch", shape=(None,), dtypes=("F64",))[0]
 
 
-def write_part(path: Path, table: StepTable) -> None:
-    """Writes a part, whose name tells the step it begins with."""
-    columns: dict[str, pa.Array] = {"step": pa.array(np.arange(len(table), dtype=np.int64) + first_step(path))}
-    columns |= {name: pa.array(getattr(table, name)) for name in _SCALARS}
-    columns["learning_rates"] = _lists(list(table.learning_rates), np.float64)
-    if table.rows is not None:
-        columns["rows"] = _lists(table.rows, np.int64)
-    if table.micro_batch_sizes is not None:
-        columns["micro_batch_sizes"] = _lists([np.asarray(sizes) for sizes in table.micro_batch_sizes], np.int64)
-    with replacing(path) as temporary:
-        pq.write_table(pa.table(columns), temporary)
+def read_part(folder: ArtefactFolder, first_step: int) -> StepTable:
+    """Reads the part that begins with a step."""
+    with folder.open_tensors(_part_name(first_step), way_out=_WAY_OUT) as file:
+        file.check_no_others((*_SCALARS, "learning_rates", *_LISTS, *(name + _OFFSETS for name in _LISTS)))
+        found = file.metadata.get(_FIRST_STEP)
+        if found != str(first_step):
+            raise ValueError(
+                f"{file.path} begins at step {printable(str(found))[:20]}, not at {first_step}. {_WAY_OUT}"
+            )
 
+        def column(name: str, *shape: int | None, dtype: str = "F64") -> np.ndarray:
+            # A copy, as the tensor is a view of the file, which may be replaced.
+            return file.read(name, shape=shape, dtypes=(dtype,)).numpy().copy()
 
-def _lists(values: list[np.ndarray], dtype: type) -> pa.LargeListArray:
-    offsets = np.cumsum([0, *(len(value) for value in values)], dtype=np.int64)
-    flat = np.concatenate([np.empty(0, dtype), *values]).astype(dtype)
-    return pa.LargeListArray.from_arrays(pa.array(offsets), pa.array(flat))
+        def lists(name: str) -> list[np.ndarray] | None:
+            if name not in file.names:
+                return None
+            elements, offsets = column(name, None, dtype="I64"), column(name + _OFFSETS, length + 1, dtype="I64")
+            if offsets[0] != 0 or offsets[-1] != len(elements) or (offsets[1:] < offsets[:-1]).any():
+                raise ValueError(f"{file.path} has offsets of {name} that do not divide {len(elements)}. {_WAY_OUT}")
+            check_memory(_ARRAY_BYTES * length, f"{name!r} of {file.path}")
+            return [elements[start:stop] for start, stop in zip(offsets[:-1], offsets[1:], strict=True)]
 
-
-def read_part(path: Path) -> StepTable:
-    """
-    Reads one part.
-
-    Raises:
-        MemoryError: If it is larger than the memory that is free.
-        ValueError: If it is damaged.
-    """
-    with _damage_named(path), pq.ParquetFile(path) as file:
-        check_columns(file.schema_arrow, _COLUMNS, optional=_ROW_COLUMNS)
-        extra = sorted(set(file.schema_arrow.names) - set(_COLUMNS))
-        if extra:
-            raise ValueError(f"it has the columns {extra[:5]} too many")
-        check_table(path)
-        content = file.read()
-        check_no_nulls(content)
-    steps = content["step"].to_numpy()
-    if not np.array_equal(steps, np.arange(len(steps)) + first_step(path)):
-        raise ValueError(f"{path} does not hold consecutive steps from {first_step(path)} on. {_WAY_OUT}")
-    rates = np.array([len(values) for values in _split(content["learning_rates"])])
-    if len(set(rates.tolist())) > 1:
-        raise ValueError(f"{path} has between {rates.min()} and {rates.max()} learning rates a step. {_WAY_OUT}")
-    rows = _split(content["rows"]) if "rows" in content.column_names else None
-    sizes = _split(content["micro_batch_sizes"]) if "micro_batch_sizes" in content.column_names else None
-    return StepTable(
-        **{name: content[name].to_numpy() for name in _SCALARS},
-        learning_rates=np.stack(_split(content["learning_rates"])) if len(steps) else np.empty((0, 0)),
-        rows=rows,
-        micro_batch_sizes=None if sizes is None else [values.tolist() for values in sizes],
-    )
-
-
-@contextlib.contextmanager
-def _damage_named(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except (pa.ArrowException, OSError, ValueError) as error:
-        raise ValueError(f"{path} is damaged ({printable(str(error))}). {_WAY_OUT}") from error
-
-
-def _split(column: pa.ChunkedArray) -> list[np.ndarray]:
-    return [values for chunk in column.chunks for values in _split_chunk(chunk)]
-
-
-def _split_chunk(chunk: pa.LargeListArray) -> list[np.ndarray]:
-    offsets = chunk.offsets.to_numpy()
-    values = chunk.values.to_numpy(zero_copy_only=False)
-    return [values[start:stop] for start, stop in zip(offsets[:-1], offsets[1:], strict=True)]
+        epoch = column("epoch", None)
+        length = len(epoch)
+        sizes = lists("micro_batch_sizes")
+        check_memory(_INTEGER_BYTES * sum(map(len, sizes or [])), f"'micro_batch_sizes' of {file.path}")
+        return StepTable(
+            epoch=epoch,
+            learning_rates=column("learning_rates", length, None),
+            gradient_norm=column("gradient_norm", length),
+            clip_factor=column("clip_factor", length),
+            skipped=column("skipped", length, dtype="BOOL").view(np.uint8) != 0,  # a byte may be other than 0 and 1
+            rows=lists("rows"),
+            micro_batch_sizes=None if sizes is None else [each.tolist() for each in sizes],
+        )
 
 
 def read_steps(folder: ArtefactFolder, num_steps: int) -> StepTable:
-    """
-    Reads steps `0` to `num_steps - 1` from the parts of a folder.
-
-    Raises:
-        ValueError: If steps are missing or a part is damaged, or what is read can be no training; steps are named.
-    """
+    """Reads steps `0` to `num_steps - 1` from the parts of a folder."""
     tables, done = [], 0
     while done < num_steps:
-        name = f"{STEPS_FOLDER}/{part_name(done)}"
         try:
-            table = read_part(folder.file(name))
+            table = read_part(folder, done)
         except FileNotFoundError:
             table = None
         if not table:
@@ -224,7 +166,7 @@ def read_steps(folder: ArtefactFolder, num_steps: int) -> StepTable:
     if len({table.learning_rates.shape[1] for table in tables}) > 1:
         raise ValueError(f"{folder}/{STEPS_FOLDER} has different numbers of learning rates in its parts. {_WAY_OUT}")
     steps = StepTable.concatenate(tables).select(0, num_steps)
-    for name in _USED_NUMBERS:
+    for name in ("learning_rates", "clip_factor"):
         values = getattr(steps, name).reshape(num_steps, -1)
         # NaN is not within bounds either.
         good = ((values >= 0) & (values <= MAX_CONSTANT)).all(1)
@@ -238,17 +180,7 @@ def read_steps(folder: ArtefactFolder, num_steps: int) -> StepTable:
 
 
 def check_rows(steps: StepTable, num_rows: int, source: str) -> None:
-    """
-    Checks that steps name rows of the training set, as many as their batches have.
-
-    Args:
-        steps (`StepTable`): The steps.
-        num_rows (`int`): Length of the training set.
-        source (`str`): Where they are from, for the error.
-
-    Raises:
-        ValueError: If they do not.
-    """
+    """Refuses steps that name rows beyond the `num_rows` of the training set, or not as many as their batches."""
     for step, rows in enumerate(steps.rows or []):
         if len(rows) and not 0 <= rows.min() <= rows.max() < num_rows:
             raise ValueError(

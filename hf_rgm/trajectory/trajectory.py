@@ -16,11 +16,11 @@ from hf_rgm.trajectory.fingerprint import dataset_fingerprint
 from hf_rgm.trajectory.optimizers import OptimizerRule
 from hf_rgm.trajectory.precision import PRECISIONS, check_precision
 from hf_rgm.trajectory.states import StateFile, TrajectoryState, state_path, write_state
-from hf_rgm.trajectory.steps import StepTable, check_rows, part_path, read_steps, write_part
+from hf_rgm.trajectory.steps import StepTable, check_rows, read_steps, write_part
 
 __all__ = ["FORMAT_VERSION", "METADATA_FILE", "StepTable", "Trajectory", "TrajectoryState"]
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 METADATA_FILE = "trajectory.json"
 MAX_UPDATES = 2**53
 """Larger numbers are not exact in float64, in which bias corrections are computed."""
@@ -254,7 +254,7 @@ class Trajectory:
                     write_state(target, self.state(step))
                 else:
                     write_state(target, self.state(step), precision=precision, final=final)
-            write_part(part_path(staging, 0), self.steps)
+            write_part(staging, 0, self.steps)
             write_json(staging / METADATA_FILE, self._to_dict())
 
     def _to_dict(self) -> dict[str, Any]:
@@ -345,7 +345,7 @@ def read_metadata(folder: ArtefactFolder) -> dict[str, Any]:
         raise FileNotFoundError(
             f"There is no folder {folder}. Record a training run with `TrajectoryCallback({str(folder)!r})` first."
         )
-    content = folder.read_json(METADATA_FILE, format_version=FORMAT_VERSION)
+    content = folder.read_json(METADATA_FILE, format_version=FORMAT_VERSION, again="record the training run again")
     missing = [key for key in _OWN_KEYS if key not in content]
     if missing:
         raise ValueError(

@@ -1,3 +1,5 @@
+import json
+
 import datasets
 import numpy as np
 import pytest
@@ -284,7 +286,11 @@ def test_save_and_load_is_identity(tmp_path):
     for clusters in (coarse, coarse.refine("b/ä", ids=[0, 1, 1])):
         clusters.save(tmp_path / "clusters")
         assert ClusterMap.load(tmp_path / "clusters") == clusters
-    assert sorted(path.name for path in (tmp_path / "clusters").iterdir()) == ["clusters.json", "rows.parquet"]
+    assert sorted(path.name for path in (tmp_path / "clusters").iterdir()) == [
+        "clusters.json",
+        "clusters.safetensors",
+        "rows.parquet",
+    ]
     shown = datasets.Dataset.from_parquet(
         str(tmp_path / "clusters" / "rows.parquet"), cache_dir=str(tmp_path / "cache")
     )
@@ -297,18 +303,29 @@ def test_load_names_what_is_wrong(tmp_path):
     with pytest.raises(FileNotFoundError, match="clusters.json"):
         ClusterMap.load(folder)
     ClusterMap.from_rows(3).save(folder)
-    parquet = folder / "rows.parquet"
-    content = parquet.read_bytes()
-    parquet.write_bytes(content[: len(content) // 2])
+    tensors = folder / "clusters.safetensors"
+    content = tensors.read_bytes()
+    tensors.write_bytes(content[: len(content) // 2])
     with pytest.raises(ValueError, match="damaged"):
         ClusterMap.load(folder)
-    parquet.unlink()
-    with pytest.raises(FileNotFoundError, match="rows.parquet"):
+    tensors.unlink()
+    with pytest.raises(FileNotFoundError, match="clusters.safetensors"):
         ClusterMap.load(folder)
     ClusterMap.from_rows(2).save(tmp_path / "other")
-    parquet.write_bytes((tmp_path / "other" / "rows.parquet").read_bytes())
-    with pytest.raises(ValueError, match="damaged"):
+    tensors.write_bytes((tmp_path / "other" / "clusters.safetensors").read_bytes())
+    with pytest.raises(ValueError, match=r"shape \(2,\) and dtype I64; expected \(3,\)"):
         ClusterMap.load(folder)
+    config = json.loads((folder / "clusters.json").read_text())
+    (folder / "clusters.json").write_text(json.dumps(config | {"format_version": 1}))
+    with pytest.raises(ValueError, match="format version 1, .* or make and save the map again with this release"):
+        ClusterMap.load(folder)
+
+
+def test_the_table_to_look_at_is_not_read(tmp_path):
+    clusters = ClusterMap.from_rows(3)
+    clusters.save(tmp_path / "clusters")
+    (tmp_path / "clusters" / "rows.parquet").write_bytes(b"PAR1")
+    assert ClusterMap.load(tmp_path / "clusters") == clusters
 
 
 def test_save_leaves_a_foreign_folder_alone(tmp_path):

@@ -19,9 +19,10 @@ from typing import Any
 
 from safetensors import safe_open
 
+from hf_rgm.files.reading import ArtefactFolder
 from hf_rgm.files.writing import finish_replacement
 from hf_rgm.trajectory.states import state_path
-from hf_rgm.trajectory.steps import read_part
+from hf_rgm.trajectory.steps import read_part, recorded_parts
 from hf_rgm.trajectory.trajectory import Trajectory
 from tests.crash.tasks import load
 from tests.crash.workers import Outcome, Workers
@@ -146,8 +147,8 @@ def check_recorded_files(folder: Path) -> None:
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 (not a mapping)
                 file.get_tensor(name)
-    for path in folder.glob("steps/part-*.parquet"):
-        read_part(path)
+    for start in recorded_parts(folder):
+        read_part(ArtefactFolder(folder), start)
     try:
         trajectory = Trajectory.load(folder)
     except FileNotFoundError:

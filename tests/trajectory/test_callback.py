@@ -267,12 +267,12 @@ def test_folder_with_other_things_is_left_alone(tmp_path):
 
 def test_only_the_files_of_a_trajectory_are_replaced(tmp_path):
     train(tmp_path, MeanModel())
-    notes = [tmp_path / "trajectory" / name for name in ("notes.txt", "states/notes.txt", "steps/part-a.parquet")]
+    notes = [tmp_path / "trajectory" / name for name in ("notes.txt", "states/notes.txt", "steps/part-a.safetensors")]
     for path in notes:
         path.write_text("mine")
-    unfinished = tmp_path / "trajectory" / "steps" / ".part-00000003.parquet.hf-rgm-saving"
+    unfinished = tmp_path / "trajectory" / "steps" / ".part-00000003.safetensors.hf-rgm-saving"
     unfinished.mkdir()
-    (unfinished / "part-00000003.parquet").write_text("interrupted")
+    (unfinished / "part-00000003.safetensors").write_text("interrupted")
     callback = TrajectoryCallback(tmp_path / "trajectory", overwrite=True, num_states=2)
     _, trajectory = train(tmp_path, MeanModel(), callback=callback)
     assert [path.read_text() for path in notes] == ["mine"] * 3
@@ -286,7 +286,9 @@ def test_unreadable_trajectory_is_replaced_only_on_demand(tmp_path):
     path.write_text(json.dumps({"format_version": 99}))
     with pytest.raises(FileExistsError, match=r"cannot be read.*version 99.*overwrite=True"):
         train(tmp_path, MeanModel())
+    (tmp_path / "trajectory" / "steps" / "part-00000000.parquet").write_text("rows, as format version 1 kept them")
     train(tmp_path, MeanModel(), callback=TrajectoryCallback(tmp_path / "trajectory", overwrite=True))
+    assert not list((tmp_path / "trajectory").glob("steps/*.parquet"))
 
 
 def test_parameter_without_gradient_is_named(tmp_path, caplog):

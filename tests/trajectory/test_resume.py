@@ -178,7 +178,7 @@ def test_best_model_of_the_first_part_is_found_after_resuming(tmp_path):
 def test_gap_is_named(tmp_path):
     interrupt(tmp_path, fails_at=12, save_steps=2)
     for part in (tmp_path / "trajectory" / "steps").glob("part-*"):
-        if part.name != "part-00000000.parquet":
+        if part.name != "part-00000000.safetensors":
             part.unlink()
     before = sorted(path.name for path in (tmp_path / "trajectory" / "states").iterdir())
     with pytest.raises(ValueError, match="resumes at step 4, but .* records no steps 2 to 3. Resume"):
@@ -198,8 +198,8 @@ def test_missing_first_state_is_noticed(tmp_path):
 
 def test_damaged_part_is_named(tmp_path):
     interrupt(tmp_path, fails_at=12, save_steps=2)
-    (tmp_path / "trajectory" / "steps" / "part-00000002.parquet").write_bytes(b"PAR1")
-    with pytest.raises(ValueError, match="part-00000002.parquet is damaged"):
+    (tmp_path / "trajectory" / "steps" / "part-00000002.safetensors").write_bytes(b"{}")
+    with pytest.raises(ValueError, match="part-00000002.safetensors is damaged"):
         resume(tmp_path, checkpoint=4)
 
 

@@ -12,7 +12,7 @@ from transformers import TrainerCallback
 from hf_rgm.files.writing import FOLDER_LOCK, FolderLock
 from hf_rgm.recording.callback import TrajectoryCallback
 from hf_rgm.trajectory.trajectory import Trajectory
-from tests.test_files import HOLDER
+from tests.files.test_writing import HOLDER
 from tests.trajectory.helpers import MeanModel, StopAt, make_trainer, trainable
 from tests.trajectory.test_resume import ARGUMENTS, assert_same_steps, resume, uninterrupted
 

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import pyarrow as pa
 import torch
 
-from tests.hub.hostile.damage import FINAL, HUNDRED_GB, RUN, STATE, STEPS, Case, a_bomb
+from tests.hub.hostile.damage import FINAL, HUNDRED_GB, RUN, STATE, STEPS, Case
 from tests.hub.hostile.edits import (
-    Edit,
     Route,
     a_linked_folder,
+    a_pickle,
     all_of,
     bad_value,
-    column,
+    first_byte,
     header,
     remove,
     set_json,
-    table,
     tensor,
     tensors,
 )
@@ -33,27 +31,31 @@ def cluster_maps() -> Iterator[Case]:
         ("names a cluster without rows", set_json(file, ("names",), ["a", "b", "c", "d", "e"]), damaged),
         ("names fewer clusters than rows have", set_json(file, ("names",), ["a"]), damaged),
         ("names two clusters alike", set_json(file, ("names", 1), "imdb"), damaged),
-        ("announces -1 rows", set_json(file, ("num_rows",), -1), "-1 are announced"),
-        ("announces 10**18 rows", set_json(file, ("num_rows",), 10**18), "are announced"),
+        ("announces -1 rows", set_json(file, ("num_rows",), -1), "expected"),
+        ("announces 10**18 rows", set_json(file, ("num_rows",), 10**18), "expected"),
         ("has a parent that is not there", set_json(file, ("parents", 0), 99), damaged),
         ("has a parent beyond 64 bits", set_json(file, ("parents", 0), 2**63), damaged),
         ("has parents without names", set_json(file, ("parent_names",), None), damaged),
         ("has fewer parents than clusters", set_json(file, ("parents",), [0]), damaged),
     ):
         yield Case("ClusterMap", f"{file} {done}", edit, message, on_hub=done == "announces 10**18 rows")
-    far = column("rows.parquet", "cluster_id", lambda values: pa.array([10**15, *values.to_pylist()[1:]]))
-    yield Case("ClusterMap", "rows.parquet has cluster 10**15", far, damaged)
+    rows = "clusters.safetensors"
+    yield Case("ClusterMap", f"{rows} has cluster 10**15", tensor(rows, "cluster_ids", bad_value(10**15)), damaged)
+    yield Case("ClusterMap", f"{rows} has cluster -1", tensor(rows, "cluster_ids", bad_value(-1)), damaged)
     yield Case(
         "ClusterMap",
-        "rows.parquet has 10**8 rows of one value in 0.4 MB, as announced",
-        all_of(set_json(file, ("num_rows",), 10**8), a_bomb(10**8, ["row", "cluster_id"])),
-        "announces 1.6 GB in a file of",
+        f"{rows} and {file} announce 10**8 rows, of which there are 12",
+        all_of(
+            set_json(file, ("num_rows",), 10**8),
+            header(rows, lambda told: told["cluster_ids"].update(shape=[10**8], data_offsets=[0, 8 * 10**8])),
+        ),
+        f"{rows} is damaged",
     )
     yield Case(
         "ClusterMap",
-        "rows.parquet has 10**7 rows, 12 are announced",
-        a_bomb(10**7, ["row", "cluster_id"]),
-        "10000000 lines, 12 are announced",
+        "rows.parquet, which is only to look at, is a pickle",
+        a_pickle("rows.parquet"),
+        None,
     )
 
 
@@ -125,77 +127,59 @@ def trajectories() -> Iterator[Case]:
     ):
         yield Case("Trajectory", f"trajectory.json {done}", edit, message, on_hub=done == "has 10**15 steps")
 
-    def first(value: float) -> Edit:
-        return column(
-            steps,
-            "learning_rates",
-            lambda values: pa.array([[value, value], *values.to_pylist()[1:]], pa.large_list(pa.float64())),
-        )
-
-    def rows(value: int) -> Edit:
-        return column(
-            steps,
-            "rows",
-            lambda values: pa.array([[value] * 8, *values.to_pylist()[1:]], pa.large_list(pa.int64())),
-        )
-
+    rates, rows, offsets, sizes = "learning_rates", "rows", "rows.offsets", "micro_batch_sizes"
     for done, edit, message in (
-        ("has a learning rate of 1e30", first(1e30), "must be between 0 and"),
-        ("has a negative learning rate", first(-1.0), "must be between 0 and"),
-        ("has a learning rate of NaN", first(float("nan")), "must be between 0 and"),
-        (
-            "has a step with one learning rate of two",
-            column(
-                steps, "learning_rates", lambda v: pa.array([[0.1], *v.to_pylist()[1:]], pa.large_list(pa.float64()))
-            ),
-            "between 1 and 2 learning rates",
-        ),
-        (
-            "has a step without learning rates",
-            column(
-                steps, "learning_rates", lambda v: pa.array([None, *v.to_pylist()[1:]], pa.large_list(pa.float64()))
-            ),
-            "lacks values",
-        ),
-        (
-            "lacks a learning rate",
-            column(
-                steps,
-                "learning_rates",
-                lambda v: pa.array([[None, 1.0], *v.to_pylist()[1:]], pa.large_list(pa.float64())),
-            ),
-            "lacks values",
-        ),
+        ("has a learning rate of 1e30", tensor(steps, rates, bad_value(1e30)), "must be between 0 and"),
+        ("has a negative learning rate", tensor(steps, rates, bad_value(-1.0)), "must be between 0 and"),
+        ("has a learning rate of NaN", tensor(steps, rates, bad_value(float("nan"))), "must be between 0 and"),
         (
             "has three learning rates a step, for two groups",
-            column(steps, "learning_rates", lambda v: pa.array([[0.1] * 3] * len(v), pa.large_list(pa.float64()))),
+            tensor(steps, rates, lambda x: x[:, [0, 1, 1]]),
             "3 learning rates a step",
         ),
+        ("has no learning rates", tensor(steps, rates, lambda x: x[:, :0]), "0 learning rates a step"),
         (
             "has a clipping factor of infinity",
-            column(steps, "clip_factor", lambda v: pa.array([float("inf")] * len(v))),
+            tensor(steps, "clip_factor", bad_value(float("inf"))),
             "must be between 0 and",
         ),
-        ("has rows that the training set lacks", rows(48), "names rows 48 to 48"),
-        ("has row -1", rows(-1), "names rows -1 to"),
+        ("has a clipping factor of NaN", tensor(steps, "clip_factor", bad_value(float("nan"))), "must be between"),
+        ("has skipped a step by a byte of 255", first_byte(steps, "skipped", 255), None),
+        ("has rows that the training set lacks", tensor(steps, rows, bad_value(48)), r"names rows \d+ to 48"),
+        ("has row -1", tensor(steps, rows, bad_value(-1)), "names rows -1 to"),
+        ("has rows without offsets", tensors(steps, lambda x: x.pop(offsets)), "has no tensor 'rows.offsets'"),
+        ("has offsets of too few steps", tensor(steps, offsets, lambda x: x[1:]), "expected"),
+        ("has offsets that do not begin at 0", tensor(steps, offsets, bad_value(1)), "do not divide"),
+        ("has offsets beyond the rows", tensor(steps, offsets, lambda x: 2 * x), "do not divide"),
+        ("has fewer rows than offsets", tensor(steps, rows, lambda x: x[1:]), "do not divide"),
+        (
+            "has offsets that go back, to 2**62",
+            tensor(steps, offsets, lambda x: torch.cat([x[:1], x[1:2] * 0 + 2**62, x[2:]])),
+            "do not divide",
+        ),
+        (
+            "has offsets that go back, to -2**62",
+            tensor(steps, offsets, lambda x: torch.cat([x[:1], x[1:2] * 0 - 2**62, x[2:]])),
+            "do not divide",
+        ),
         (
             "has batches of other sizes than their rows",
-            column(
-                steps, "micro_batch_sizes", lambda v: pa.array([[2**40, -(2**40)]] * len(v), pa.large_list(pa.int64()))
-            ),
+            tensor(steps, sizes, lambda x: x * 0 + 2**62),
             "but batches of",
         ),
+        ("has batches of negative sizes", tensor(steps, sizes, lambda x: -x), "but batches of"),
+        ("has fewer steps than announced", tensors(steps, lambda x: _shorten(x, 40)), "records no steps 40 to 47"),
+        ("has no steps", tensors(steps, lambda x: _shorten(x, 0)), "records no steps 0 to 47"),
         (
-            "has a column too many",
-            table(steps, lambda content: content.append_column("\x1b[2J", content["step"])),
-            "too many",
+            "says that it begins at another step",
+            header(steps, lambda told: told["__metadata__"].update(first_step="\x1b[2J")),
+            r"begins at step \\x1b\[2J, not at 0",
         ),
         (
-            "has fewer steps than announced",
-            table(steps, lambda content: content.slice(0, 40)),
-            "records no steps 40 to 47",
+            "does not say at which step it begins",
+            header(steps, lambda told: told.pop("__metadata__")),
+            "begins at step None",
         ),
-        ("has no steps", table(steps, lambda content: content.slice(0, 0)), "records no steps 0 to 47"),
     ):
         yield Case("Trajectory", f"{STEPS.rpartition('/')[2]} {done}", edit, message)
     second = "exp_avg_sq.hidden.weight"
@@ -221,6 +205,16 @@ def trajectories() -> Iterator[Case]:
         header(FINAL, lambda told: told["__metadata__"].update(precision="bfloat16")),
         "differences from nothing",
     )
+
+
+def _shorten(content: dict[str, torch.Tensor], length: int) -> None:
+    """Keeps the first steps of a table."""
+    for name, column in content.items():
+        if name in ("rows", "micro_batch_sizes"):
+            content[name] = column[: int(content[f"{name}.offsets"][length])]
+    for name, column in content.items():
+        if name not in ("rows", "micro_batch_sizes"):
+            content[name] = column[: length + name.endswith(".offsets")]
 
 
 PRIVACY = {"distance": 1.0, "row_distance": 1.0, "share_nearer": 0.5}
@@ -320,7 +314,7 @@ def synsets() -> Iterator[Case]:
     ):
         yield Case("Synset", f"{matrices} {done}", edit, message)
     steps, run = f"{RUN}/{STEPS}", f"{RUN}/trajectory.json"
-    large = column(steps, "learning_rates", lambda v: pa.array([[1e6, 1e6]] * len(v), pa.large_list(pa.float64())))
+    large = tensor(steps, "learning_rates", lambda x: x * 0 + 1e6)
     yield Case("Synset", "its run has learning rates of 1e6", large, None)
     betas = [set_json(run, ("optimizer", "groups", k, "betas"), [0.9999999, 0.9999999]) for k in (0, 1)]
     yield Case("Synset", "its run has betas of 0.9999999", all_of(*betas), None)

@@ -1,37 +1,30 @@
-"""Damage that any file of its kind may have: JSON, safetensors, parquet."""
+"""Damage that any file of its kind may have: JSON, safetensors, and tables in safetensors."""
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 
 from hf_rgm.files.reading import MAX_JSON_BYTES
 from tests.hub.hostile.artefacts import ARTEFACTS
 from tests.hub.hostile.edits import (
     Edit,
-    Payload,
     a_folder,
     a_link,
+    a_parquet_file,
     a_pickle,
     a_torch_pickle,
     all_of,
+    append,
     bad_value,
-    column,
     drop_key,
     header,
     in_text,
     one_huge_tensor,
     remove,
-    required,
     set_json,
-    table,
     tensor,
     tensors,
     text,
@@ -68,13 +61,21 @@ class Case:
 STATE, FINAL, STEPS = (
     "states/step-00000010.safetensors",
     "states/step-00000048.safetensors",
-    "steps/part-00000000.parquet",
+    "steps/part-00000000.safetensors",
 )
 RUN = "trajectories/0"
 # Files of each artefact, by kind.
 JSON = {name: artefact.marker for name, artefact in ARTEFACTS.items()}
 TENSORS = {"Synset": "synset.safetensors", "AttributionResult": "attribution.safetensors", "Trajectory": STATE}
-TABLES = {"ClusterMap": "rows.parquet", "Synset": "clusters/rows.parquet", "Trajectory": STEPS}
+# Artefact, file, a column of it, and an edit that has the file announce 100 GB.
+TABLES = [
+    (name, file, key, one_huge_tensor(file, key, shape, dtype))
+    for name, file, key, shape, dtype in (
+        ("ClusterMap", "clusters.safetensors", "cluster_ids", [12_500_000_000], "I64"),
+        ("Synset", "clusters/clusters.safetensors", "cluster_ids", [12_500_000_000], "I64"),
+        ("Trajectory", STEPS, "learning_rates", [48, 260_416_667], "F64"),
+    )
+]
 A_KEY = {"Synset": "num_runs", "AttributionResult": "objective", "Trajectory": "num_steps", "ClusterMap": "num_rows"}
 A_TENSOR = {"Synset": "inputs", "AttributionResult": "scores", "Trajectory": "parameters.hidden.weight"}
 
@@ -195,86 +196,47 @@ def any_tensors() -> Iterator[Case]:
 
 
 def any_table() -> Iterator[Case]:
-    """Damage that any parquet file may have."""
-    for name, file in TABLES.items():
+    """Damage that any table, a safetensors file with columns, may have."""
+    for name, file, key, huge in TABLES:
         short = file.rpartition("/")[2]
-        key = "step" if name == "Trajectory" else "row"
         damaged = f"{short} is damaged"
         for done, edit, message in (
             ("is empty", text(file, ""), damaged),
-            ("is cut off", truncate(file, 0.7), damaged),
+            ("is cut off in the header", truncate(file, 0.05), damaged),
+            ("is cut off in the data", truncate(file, 0.9), damaged),
+            ("has bytes after its end", lambda folder, file=file: append(folder / file, bytes(8)), damaged),
             ("is a pickle", a_pickle(file), damaged),
-            ("lacks a column", table(file, lambda content, key=key: content.drop_columns([key])), "there 0 times"),
+            ("is a table of parquet", a_parquet_file(file), damaged),
             (
-                "has a column twice",
-                table(file, lambda content, key=key: content.append_column(key, content[key])),
-                "there 2 times",
+                "announces more values than it has bytes",
+                header(file, lambda told, key=key: told[key].update(shape=[10**8])),
+                damaged,
             ),
             (
-                "has a column of text",
-                column(file, key, lambda values: pa.array([str(value) for value in values])),
-                "is string, not int64",
+                "announces data beyond its end",
+                header(file, lambda told, key=key: told[key].update(data_offsets=[0, 2**62])),
+                damaged,
             ),
             (
-                "has a column of float64",
-                column(file, key, lambda values: values.cast(pa.float64())),
-                "is double, not int64",
+                "announces a negative size",
+                header(file, lambda told, key=key: told[key].update(shape=[-1])),
+                damaged,
             ),
+            ("is of float32", tensor(file, key, torch.Tensor.float), "dtype F32; expected"),
+            ("is of int32", tensor(file, key, torch.Tensor.int), "dtype I32; expected"),
+            ("is of bytes", tensor(file, key, lambda x: x.to(torch.uint8)), "dtype U8; expected"),
+            ("lacks a column", tensors(file, lambda content, key=key: content.pop(key)), f"has no tensor '{key}'"),
             (
-                "has a column of structures",
-                column(file, key, lambda values: pa.array([{"value": value.as_py()} for value in values])),
-                "is struct.*, not int64",
+                "has a column too many",
+                tensors(file, lambda content, key=key: content.update({"\x1b[2J": content[key].clone()})),
+                "has the tensors .* too many",
             ),
-            (
-                "lacks a value",
-                column(file, key, lambda values: pa.array([None, *values.to_pylist()[1:]], pa.int64())),
-                "lacks values",
-            ),
-            (
-                "has a line twice",
-                column(file, key, lambda values: pa.array([values[1].as_py(), *values.to_pylist()[1:]])),
-                "every row once|consecutive",
-            ),
-            (
-                "has negative rows",
-                column(file, key, lambda values: pa.array([-value for value in values.to_pylist()])),
-                "every row once|consecutive",
-            ),
-            (
-                "has a footer that contradicts its statistics",
-                required(file, key),
-                "is damaged|every row once|consecutive",
-            ),
-            (
-                "has an extension type whose metadata is a pickle",
-                table(file, lambda content, key=key: _with_extension(content, key)),
-                None,
-            ),
+            ("lacks a line in a column", tensor(file, key, lambda x: x[1:]), "expected"),
+            ("has a column of two dimensions more", tensor(file, key, lambda x: x[None, None]), "expected"),
+            ("has a column of no dimension", tensor(file, key, lambda x: x.flatten()[0]), "expected"),
         ):
-            yield Case(name, f"{short} {done}", edit, message, on_hub=done in ("is a pickle", "lacks a value"))
-        yield Case(
-            name,
-            f"{short} is missing",
-            remove(file),
-            "has no|no steps",
-            (FileNotFoundError if key == "row" else ValueError),
-        )
+            yield Case(name, f"{short} {done}", edit, message, on_hub=done in ("is a pickle", "lacks a column"))
+        yield Case(name, f"{short} announces 100 GB, in a sparse file", huge, "needs 100.0 GB, but only", MemoryError)
+        missing = ("records no steps", ValueError) if name == "Trajectory" else ("has no", FileNotFoundError)
+        yield Case(name, f"{short} is missing", remove(file), *missing)
         yield Case(name, f"{short} is a link out of the folder", a_link(file), "a link that leads out")
-
-
-def _with_extension(content: pa.Table, key: str) -> pa.Table:
-    """Declares a column to be what old releases of pyarrow made by unpickling (CVE-2023-47248)."""
-    told = {"ARROW:extension:name": "arrow.py_extension_type", "ARROW:extension:metadata": pickle.dumps(Payload(), 0)}
-    position = content.column_names.index(key)
-    return content.cast(content.schema.set(position, content.schema.field(key).with_metadata(told)))
-
-
-def a_bomb(num_rows: int, columns: list[str]) -> Edit:
-    """Parquet of few bytes that announces many rows of one value."""
-
-    def edit(folder: Any) -> None:
-        chunk = pa.array(np.zeros(10**6, np.int64))
-        values = pa.chunked_array([chunk] * (num_rows // len(chunk)))
-        pq.write_table(pa.table(dict.fromkeys(columns, values)), folder / "rows.parquet", compression="zstd")
-
-    return edit

@@ -191,45 +191,37 @@ def header(name: str, change: Callable[[dict[str, Any]], object], *, extend_to: 
     return edit
 
 
-def one_huge_tensor(name: str, key: str, shape: list[int]) -> Edit:
-    """A sparse file whose header announces one tensor of float32, all zeros, and nothing else."""
-    num_bytes = 4 * torch.Size(shape).numel()
+def first_byte(name: str, key: str, value: int) -> Edit:
+    """Changes the first byte of a tensor."""
+
+    def edit(folder: Path) -> None:
+        content = bytearray((folder / name).read_bytes())
+        (length,) = struct.unpack("<Q", content[:8])
+        content[8 + length + json.loads(content[8 : 8 + length])[key]["data_offsets"][0]] = value
+        (folder / name).write_bytes(content)
+
+    return edit
+
+
+def one_huge_tensor(name: str, key: str, shape: list[int], dtype: str = "F32") -> Edit:
+    """A sparse file whose header announces one tensor, all zeros, and nothing else."""
+    num_bytes = int(dtype[1:]) // 8 * torch.Size(shape).numel()
 
     def change(announced: dict[str, Any]) -> None:
         announced.clear()
-        announced[key] = {"dtype": "F32", "shape": shape, "data_offsets": [0, num_bytes]}
+        announced[key] = {"dtype": dtype, "shape": shape, "data_offsets": [0, num_bytes]}
 
     return header(name, change, extend_to=num_bytes)
 
 
-def table(name: str, change: Callable[[pa.Table], pa.Table]) -> Edit:
-    """Changes a parquet file."""
-    return lambda folder: pq.write_table(change(pq.read_table(folder / name)), folder / name)
+def append(path: Path, content: bytes) -> None:
+    """Adds bytes to the end of a file."""
+    path.write_bytes(path.read_bytes() + content)
 
 
-def column(name: str, key: str, values: Callable[[pa.ChunkedArray], Any]) -> Edit:
-    """Changes a column of a parquet file."""
-
-    def change(content: pa.Table) -> pa.Table:
-        return content.set_column(content.column_names.index(key), key, values(content[key]))
-
-    return table(name, change)
-
-
-def required(name: str, key: str) -> Edit:
-    """
-    Says in the footer of a parquet file that a column has no nulls, which its size statistics contradict.
-
-    The accessors of pyarrow 26 end the process on this, with an exception of C++ that nobody catches.
-    """
-    optional = b"\x25\x02\x18" + bytes([len(key)]) + key.encode()
-
-    def edit(folder: Path) -> None:
-        content = (folder / name).read_bytes()
-        assert content.count(optional) == 1
-        (folder / name).write_bytes(content.replace(optional, b"\x25\x00" + optional[2:]))
-
-    return edit
+def a_parquet_file(name: str) -> Edit:
+    """Puts a table of parquet in the place of a file."""
+    return lambda folder: pq.write_table(pa.table({"row": [0, 1], "cluster_id": [0, 0]}), folder / name)
 
 
 def all_of(*edits: Edit) -> Edit:

@@ -40,7 +40,7 @@ JSON_VALUES = st.recursive(
 
 def is_read(file: Path) -> bool:
     """Whether loaders read a file; cards and tables to look at they do not."""
-    return file.name not in ("README.md", "train.parquet")
+    return file.name != "README.md" and file.suffix != ".parquet"
 
 
 def load(artefact: Artefact, folder: Path, target: Path) -> None:

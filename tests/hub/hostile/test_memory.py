@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from tests.hub.hostile.artefacts import ARTEFACTS
-from tests.hub.hostile.damage import HUNDRED_GB, a_bomb
-from tests.hub.hostile.edits import Edit, all_of, one_huge_tensor, set_json, text
+from tests.hub.hostile.damage import HUNDRED_GB
+from tests.hub.hostile.edits import Edit, all_of, header, one_huge_tensor, set_json, text
 
 ROOT = Path(__file__).resolve().parents[3]
 MEGABYTES = 200
@@ -54,10 +54,29 @@ CASES: dict[str, tuple[str, Edit, str]] = {
         ),
         "MemoryError",
     ),
-    "10**8 rows of one value, announced in both files": (
+    "10**8 rows, announced in both files, of which there are 12": (
         "ClusterMap",
-        all_of(set_json("clusters.json", ("num_rows",), 10**8), a_bomb(10**8, ["row", "cluster_id"])),
+        all_of(
+            set_json("clusters.json", ("num_rows",), 10**8),
+            header(
+                "clusters.safetensors",
+                lambda told: told["cluster_ids"].update(shape=[10**8], data_offsets=[0, 8 * 10**8]),
+            ),
+        ),
         "ValueError",
+    ),
+    "clusters of 100 GB, announced in both files": (
+        "ClusterMap",
+        all_of(
+            set_json("clusters.json", ("num_rows",), 12_500_000_000),
+            one_huge_tensor("clusters.safetensors", "cluster_ids", [12_500_000_000], "I64"),
+        ),
+        "MemoryError",
+    ),
+    "learning rates of 100 GB": (
+        "Trajectory",
+        one_huge_tensor("steps/part-00000000.safetensors", "learning_rates", [48, 260_416_667], "F64"),
+        "MemoryError",
     ),
     "scores of 100 GB, announced in the JSON file only": (
         "AttributionResult",

@@ -6,8 +6,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -21,7 +19,6 @@ def folder(tmp_path) -> Path:
     (path / "inner").mkdir(parents=True)
     (path / "a.json").write_text('{"format_version": 1, "a": [1]}')
     save_file({"x": torch.arange(6.0).reshape(2, 3)}, path / "t.safetensors", metadata={"k": "v"})
-    pq.write_table(pa.table({"a": [1, 2], "b": ["x", "y"]}), path / "p.parquet")
     return path
 
 
@@ -88,16 +85,23 @@ def test_tensors_are_read_after_a_look_at_the_header(folder):
             file.read("y", shape=(2, 3), dtypes=("F32",))
 
 
-def test_tables_have_the_columns_and_lines_announced(folder):
-    read = ArtefactFolder(folder).read_parquet
-    assert read("p.parquet", {"a": pa.int64()}, num_rows=2)["a"].to_pylist() == [1, 2]
-    for schema, num_rows, message in (
-        ({"a": pa.int64()}, 3, "has 2 lines, 3 are announced"),
-        ({"b": pa.int64()}, 2, "column 'b' is string, not int64"),
-        ({"c": pa.int64()}, 2, "column 'c' is there 0 times, not int64"),
+def test_other_tensors_than_expected_are_refused(folder):
+    save_file({"x": torch.zeros(1), "\x1b[2J": torch.zeros(1)}, folder / "t.safetensors")
+    with ArtefactFolder(folder).open_tensors("t.safetensors", way_out="Do it again.") as file:
+        file.check_no_others(["x", "\x1b[2J", "y"])
+        with pytest.raises(ValueError, match=r"the tensors \['.+x1b\[2J'\] too many. Do it again"):
+            file.check_no_others(["x"])
+
+
+@pytest.mark.parametrize("change", [lambda content: content[:-1], lambda content: content + b"\0"])
+def test_a_header_announces_exactly_the_bytes_that_follow(folder, change):
+    content = (folder / "t.safetensors").read_bytes()
+    (folder / "t.safetensors").write_bytes(change(content))
+    with (
+        pytest.raises(ValueError, match="t.safetensors is damaged .*. Do it again"),
+        ArtefactFolder(folder).open_tensors("t.safetensors", way_out="Do it again."),
     ):
-        with pytest.raises(ValueError, match=message):
-            read("p.parquet", schema, num_rows=num_rows)
+        pass
 
 
 def test_what_does_not_fit_into_memory_is_refused(folder, monkeypatch):
@@ -108,7 +112,6 @@ def test_what_does_not_fit_into_memory_is_refused(folder, monkeypatch):
     for read in (
         lambda: ArtefactFolder(folder).read_json("a.json", format_version=1),
         lambda: ArtefactFolder(folder).open_tensors("t.safetensors").__enter__(),
-        lambda: ArtefactFolder(folder).read_parquet("p.parquet", {"a": pa.int64()}, num_rows=2),
     ):
         with pytest.raises(MemoryError):
             read()

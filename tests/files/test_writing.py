@@ -166,7 +166,7 @@ def test_what_a_dead_process_left_is_removed_but_not_what_a_living_one_writes(tm
             print("writing", flush=True)
             time.sleep(60)
     """
-    package = str(Path(hf_rgm.files.writing.__file__).parent)
+    package = str(Path(hf_rgm.files.writing.__file__).parents[1])
     arguments = [sys.executable, "-c", code, str(tmp_path / "file.txt"), package]
     writer = subprocess.Popen(arguments, stdout=subprocess.PIPE)
     assert writer.stdout.readline() == b"writing\n"
