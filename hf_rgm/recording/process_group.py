@@ -1,4 +1,4 @@
-"""Processes that train together: they agree on what is recorded, and none waits for one that has failed."""
+"""Checks among processes that train together, so that none waits for one that failed."""
 
 from __future__ import annotations
 
@@ -12,27 +12,7 @@ from accelerate.utils import gather_object
 
 
 class FailingTogether:
-    """
-    A block that fails on all processes if it fails on one, so that no process goes on and waits for one that is gone.
-
-    Every process must enter the block. With one process it does nothing.
-
-    Args:
-        num_processes (`int`): Processes that train together.
-
-    Raises:
-        RuntimeError: On the processes that did not fail, naming one that did and its error.
-
-    Example:
-
-    ```python
-    >>> from hf_rgm.recording.process_group import FailingTogether
-    >>> with FailingTogether(1):
-    ...     int("1")
-    1
-
-    ```
-    """
+    """A block, entered by every process, that fails on all if it fails on one."""
 
     def __init__(self, num_processes: int) -> None:
         self._num_processes = num_processes
@@ -53,16 +33,7 @@ class FailingTogether:
 
 
 def check_same(values: Mapping[str, Any], num_processes: int) -> None:
-    """
-    Checks that all processes have the same values.
-
-    Args:
-        values (`Mapping[str, Any]`): JSON-safe values by name, the same names on every process.
-        num_processes (`int`): Processes that train together.
-
-    Raises:
-        RuntimeError: On every process, naming values that differ.
-    """
+    """Checks that all processes have the same JSON-safe values."""
     if num_processes == 1:
         return
     own = {
