@@ -50,13 +50,11 @@ def _without_padding(inputs: dict[str, Tensor], labels: Tensor, ignored: float) 
 @torch.no_grad()
 def _can_be_cut(model: FunctionalModel, inputs: Mapping[str, Tensor]) -> bool:
     """Whether logits are the same without the padding; tried once per model, on the shortest rows."""
-    if model.ignores_padding is False:
-        return False
     mask = inputs[MASK]
-    if {*inputs} - {*OF_TOKENS} or any(value.shape != mask.shape for value in inputs.values()):
+    if {*inputs} - {*OF_TOKENS} or any(value.shape != mask.shape for value in inputs.values()) or mask.dim() != 2:
         return False
-    if mask.dim() != 2 or bool((mask[:, -1] != 0).all()):
-        return False  # nothing to be cut
+    if model.ignores_padding is False or bool((mask[:, -1] != 0).all()):
+        return False
     if model.ignores_padding:
         return True
     shortest = (mask != 0).sum(1).argsort(stable=True)[:PROBED_ROWS]

@@ -61,11 +61,7 @@ def cluster_gradients(
 
 
 def measure_rows(
-    model: FunctionalModel,
-    state: Tensor,
-    batches: CachedBatches,
-    row_loss: RowLoss,
-    form: ToVector | None = None,
+    model: FunctionalModel, state: Tensor, batches: CachedBatches, row_loss: RowLoss, form: ToVector | None = None
 ) -> PieceOfWork:
     """Cost of `cluster_gradients` at one state: seconds per row, and memory for a batch of the largest cluster."""
     largest = max(range(len(batches)), key=batches.num_rows)

@@ -15,7 +15,7 @@ from transformers.trainer_utils import SaveStrategy
 from hf_rgm.files.writing import format_size
 from hf_rgm.recording.capture import PendingStep, as_table, same_parameters
 from hf_rgm.recording.description import loss_scaler
-from hf_rgm.recording.process_group import FailingTogether, check_same
+from hf_rgm.recording.process_group import check_same, failing_together
 from hf_rgm.recording.recording import TrajectoryRecorder
 from hf_rgm.recording.training_run import OngoingRun, checkpoint_step
 from hf_rgm.trajectory.states import TrajectoryState
@@ -61,47 +61,22 @@ class TrajectoryCallback(TrainerCallback):
     Example:
 
     ```python
-    >>> import tempfile, torch
-    >>> from transformers import Trainer, TrainingArguments
-    >>> from hf_rgm.trajectory.trajectory import Trajectory
-    >>> from hf_rgm.recording.callback import TrajectoryCallback
+    >>> import tempfile
+    >>> from hf_rgm import Trajectory, TrajectoryCallback
+    >>> from hf_rgm.testing import tiny_dataset, tiny_trainer  # any Trainer will do
 
-    >>> class Classifier(torch.nn.Module):
-    ...     def __init__(self):
-    ...         super().__init__()
-    ...         self.linear = torch.nn.Linear(3, 2)
-    ...
-    ...     def forward(self, x, labels=None):
-    ...         logits = self.linear(x)
-    ...         return {"loss": torch.nn.functional.cross_entropy(logits, labels), "logits": logits}
-
-    >>> rows = [{"x": torch.eye(3)[i % 3], "labels": i % 2} for i in range(12)]
-    >>> with tempfile.TemporaryDirectory() as parent:
-    ...     trainer = Trainer(
-    ...         Classifier(),
-    ...         TrainingArguments(
-    ...             parent, num_train_epochs=1, per_device_train_batch_size=4, report_to="none", disable_tqdm=True,
-    ...             save_strategy="no", logging_strategy="no", use_cpu=True,
-    ...         ),
-    ...         train_dataset=rows,
-    ...         callbacks=[TrajectoryCallback(f"{parent}/trajectory", num_states=2)],
-    ...     )
-    ...     _ = trainer.train()
-    ...     trajectory = Trajectory.load(f"{parent}/trajectory")
-    {...}
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     callback = TrajectoryCallback(folder, num_states=2)
+    ...     result = tiny_trainer(tiny_dataset(12, seed=0), callbacks=[callback], num_train_epochs=2).train()
+    ...     trajectory = Trajectory.load(folder)
     >>> trajectory.num_steps, trajectory.state_steps, [len(rows) for rows in trajectory.steps.rows]
-    (3, (0, 3), [4, 4, 4])
+    (4, (0, 4), [8, 4, 8, 4])
 
     ```
     """
 
     def __init__(
-        self,
-        folder: str | Path,
-        *,
-        num_states: int = 8,
-        dtype: torch.dtype = torch.float32,
-        overwrite: bool = False,
+        self, folder: str | Path, *, num_states: int = 8, dtype: torch.dtype = torch.float32, overwrite: bool = False
     ) -> None:
         if num_states < 2:
             raise ValueError(
@@ -144,10 +119,9 @@ class TrajectoryCallback(TrainerCallback):
             self._active.norms.remove()
             self._active = None
         self._seconds = 0.0
-        started = time.perf_counter()
         with self._timed():
-            with FailingTogether(args.world_size):
-                run = OngoingRun(args, state, num_states=self.num_states, started=started, **kwargs)
+            with failing_together(args.world_size):
+                run = OngoingRun(args, state, num_states=self.num_states, **kwargs)
             try:
                 check_same(run.description | {"global_step": state.global_step}, args.world_size)
                 self._begin(run, state)
@@ -159,11 +133,11 @@ class TrajectoryCallback(TrainerCallback):
     def _begin(self, run: OngoingRun, state: TrainerState) -> None:
         self._active = run
         step = state.global_step
-        with FailingTogether(run.num_processes):
+        with failing_together(run.num_processes):
             if run.is_main:
                 self._recorder.begin(run.description, step=step, planned=run.planned, best=run.best_step)
                 self._announce(run)
-        with FailingTogether(run.num_processes):
+        with failing_together(run.num_processes):
             # The run may have been killed after it wrote the best checkpoint and before `on_save`.
             if step in {*run.planned, run.best_step}:
                 self._record_state(step, exact=step == run.best_step or step >= state.max_steps)
@@ -200,7 +174,7 @@ class TrajectoryCallback(TrainerCallback):
             run.steps[-1].epoch = float(state.epoch or 0)
             due = state.global_step in run.planned
             if due or control.should_save:
-                with FailingTogether(run.num_processes):
+                with failing_together(run.num_processes):
                     if due:
                         self._record_state(state.global_step, exact=state.global_step >= state.max_steps)
                     self._write_steps(wait=control.should_save)
@@ -210,13 +184,13 @@ class TrajectoryCallback(TrainerCallback):
     def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
         """Records all steps before a checkpoint is written."""
         if control.should_save:
-            with self._timed(), FailingTogether(args.world_size):
+            with self._timed(), failing_together(args.world_size):
                 self._write_steps(wait=True)
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
         """Records all steps where the result of the evaluation may lead to a checkpoint."""
         if args.save_strategy == SaveStrategy.BEST and self._active is not None:
-            with self._timed(), FailingTogether(args.world_size):
+            with self._timed(), failing_together(args.world_size):
                 self._write_steps(wait=True)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
@@ -224,23 +198,23 @@ class TrajectoryCallback(TrainerCallback):
         with self._timed():
             run = self._run
             is_best = args.load_best_model_at_end and checkpoint_step(state.best_model_checkpoint) == state.global_step
-            with FailingTogether(args.world_size):
+            with failing_together(args.world_size):
                 self._write_steps(wait=True)
                 outdated = run.best_step if is_best and run.is_main else None
                 if outdated is not None and outdated not in {*run.planned, state.global_step}:
                     self._recorder.drop_state(outdated)
             if is_best:
                 run.best_step = state.global_step
-                with FailingTogether(args.world_size):
+                with failing_together(args.world_size):
                     self._record_state(state.global_step, exact=True)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
         """Records the last state, closes the folder and logs what recording cost."""
         run = self._run
         run.norms.remove()
-        with FailingTogether(args.world_size), self._timed():
+        with failing_together(args.world_size), self._timed():
             self._write_steps(wait=True)
-        with FailingTogether(args.world_size):
+        with failing_together(args.world_size):
             with self._timed():
                 captured = run.captured(state.global_step)
             if captured is not None:

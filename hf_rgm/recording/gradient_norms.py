@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from collections.abc import Mapping
@@ -44,16 +45,14 @@ class GradientNorms:
         self._handles: list[RemovableHandle] = []
         if max_norm:
             for name, parameter in self._parameters.items():
-                self._handles.append(parameter.register_post_accumulate_grad_hook(self._keeper(name)))
+                keep = functools.partial(self._keep, name)
+                self._handles.append(parameter.register_post_accumulate_grad_hook(keep))
 
-    def _keeper(self, name: str):
-        def keep(parameter: Tensor) -> None:
-            start = time.perf_counter()
-            if parameter.grad is not None:
-                self._before[name] = self._sample(parameter, copy=True) if self._shared else _norm(parameter.grad)
-            self.seconds += time.perf_counter() - start
-
-        return keep
+    def _keep(self, name: str, parameter: Tensor) -> None:
+        start = time.perf_counter()
+        if parameter.grad is not None:
+            self._before[name] = self._sample(parameter, copy=True) if self._shared else _norm(parameter.grad)
+        self.seconds += time.perf_counter() - start
 
     def measure(self, loss_scale: float = 1.0) -> tuple[Tensor, Tensor]:
         """Norm before clipping and factor of clipping, each `()`; call it between clipping and the optimizer step."""

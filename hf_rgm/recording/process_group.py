@@ -2,34 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Mapping
-from types import TracebackType
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from accelerate.utils import gather_object
 
 
-class FailingTogether:
+@contextlib.contextmanager
+def failing_together(num_processes: int) -> Iterator[None]:
     """A block, entered by every process, that fails on all if it fails on one."""
-
-    def __init__(self, num_processes: int) -> None:
-        self._num_processes = num_processes
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        interrupted = error is not None and not isinstance(error, Exception)
-        if self._num_processes == 1 or interrupted:
-            return
-        told = gather_object([None if error is None else f"{type(error).__name__}: {error}"])
-        failed = [index for index, text in enumerate(told) if text is not None]
-        if error is None and failed:
-            raise RuntimeError(f"Recording failed on process {failed[0]}, so that all stop: {told[failed[0]]}")
+    try:
+        yield
+    except Exception as error:
+        if num_processes > 1:
+            gather_object([f"{type(error).__name__}: {error}"])
+        raise
+    told = gather_object([None]) if num_processes > 1 else []
+    for index, text in enumerate(told):
+        if text is not None:
+            raise RuntimeError(f"Recording failed on process {index}, so that all stop: {text}")
 
 
 def check_same(values: Mapping[str, Any], num_processes: int) -> None:

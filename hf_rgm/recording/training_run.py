@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +31,13 @@ class OngoingRun:
         state: TrainerState,
         *,
         num_states: int,
-        started: float,
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
         lr_scheduler: Any,
         train_dataloader: Any,
         **_: Any,
     ) -> None:
+        self.started = time.perf_counter()
         check_supported(args, model, lr_scheduler)
         named = named_parameters(model)
         self.parameters = {name: p for name, p in named.items() if p.requires_grad}
@@ -58,7 +59,6 @@ class OngoingRun:
         }
         self.planned = {round(step) for step in np.linspace(0, state.max_steps, num_states)}
         self.best_step = checkpoint_step(state.best_model_checkpoint) if args.load_best_model_at_end else None
-        self.started = started  # by `time.perf_counter`
         self.is_main = state.is_world_process_zero
         self.num_processes = args.world_size
         self.is_sharded = is_sharded(model)

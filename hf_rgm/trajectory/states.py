@@ -65,11 +65,7 @@ def detached_state(state: TrajectoryState, dtype: torch.dtype = torch.float32) -
 
 
 def write_state(
-    path: Path,
-    state: TrajectoryState,
-    *,
-    precision: str = "float32",
-    final: Mapping[str, Tensor] | None = None,
+    path: Path, state: TrajectoryState, *, precision: str = "float32", final: Mapping[str, Tensor] | None = None
 ) -> None:
     """Writes a state; in `bfloat16` and `int8`, parameters are kept as differences from `final`."""
     metadata = {"format": "pt", "step": str(state.step)}

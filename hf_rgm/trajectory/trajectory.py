@@ -79,25 +79,15 @@ class Trajectory:
     Example:
 
     ```python
-    >>> import tempfile, torch
-    >>> from hf_rgm.trajectory.optimizers import OptimizerRule, ParameterGroup
-    >>> from hf_rgm.trajectory.trajectory import StepTable, Trajectory, TrajectoryState
+    >>> import tempfile
+    >>> from hf_rgm import Trajectory
+    >>> from hf_rgm.testing import tiny_recorded_run
 
-    >>> trajectory = Trajectory(
-    ...     optimizer=OptimizerRule("sgd", (ParameterGroup(("w",)),)),
-    ...     parameter_shapes={"w": (2,)},
-    ...     steps=StepTable(
-    ...         epoch=[1.0], learning_rates=[[0.1]], gradient_norm=[1.0], clip_factor=[1.0], skipped=[False]
-    ...     ),
-    ...     states={step: TrajectoryState(step, {"w": torch.ones(2)}, {}) for step in (0, 1)},
-    ...     num_rows=3,
-    ...     dataset_fingerprint="",
-    ... )
-    >>> with tempfile.TemporaryDirectory() as parent:
-    ...     trajectory.save(f"{parent}/trajectory")
-    ...     loaded = Trajectory.load(f"{parent}/trajectory")
-    ...     print(loaded.num_steps, loaded.state_steps, loaded.final.parameters["w"])
-    1 (0, 1) tensor([1., 1.])
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     tiny_recorded_run().trajectory.save(folder, precision="bfloat16")
+    ...     trajectory = Trajectory.load(folder)
+    >>> trajectory.num_steps, trajectory.state_steps
+    (48, (0, 10, 19, 29, 38, 48))
 
     ```
     """
