@@ -154,17 +154,12 @@ class FunctionalModel:
         return type(_base_model(self.module)).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
 
     @property
-    def embedding(self) -> nn.Module:
-        """The token embedding; a `TypeError` for models without one."""
-        return token_embedding(self.module)
-
-    @property
     def vocabulary_size(self) -> int:
-        return len(next(self.embedding.parameters()))
+        return len(next(token_embedding(self.module).parameters()))
 
     @property
     def trains_embeddings(self) -> bool:
-        embedding = {id(parameter) for parameter in self.embedding.parameters()}
+        embedding = {id(parameter) for parameter in token_embedding(self.module).parameters()}
         own = dict(self.module.named_parameters())
         return any(id(own[name]) in embedding for name in self.space.names)
 

@@ -15,15 +15,8 @@ from transformers import TrainingArguments
 from hf_rgm.model.functional_model import LABEL_NAMES, forward_arguments
 from hf_rgm.model.sharding import is_sharded, is_split, model_class
 
-_DATA_PARALLEL = (
-    DistributedType.NO,
-    DistributedType.FSDP,
-    DistributedType.MULTI_CPU,
-    DistributedType.MULTI_GPU,
-    DistributedType.MULTI_NPU,
-    DistributedType.MULTI_XPU,
-)
-"""Kinds of training in which every process has other rows."""
+_DATA_PARALLEL = ("NO", "FSDP", "MULTI_CPU", "MULTI_GPU", "MULTI_NPU", "MULTI_XPU")
+"""Values of `DistributedType` under which every process has other rows."""
 
 
 def check_supported(args: TrainingArguments, model: nn.Module, lr_scheduler: Any) -> None:
@@ -46,7 +39,7 @@ def check_supported(args: TrainingArguments, model: nn.Module, lr_scheduler: Any
         raise NotImplementedError(
             f"Recording a model that is split over devices by other means than FSDP2 is not supported. {way_out}"
         )
-    if kind not in _DATA_PARALLEL:
+    if kind.value not in _DATA_PARALLEL:
         raise NotImplementedError(f"Recording under {kind.value} is not supported. {way_out}")
     if args.world_size > 1 and loss_reduction(model) == "update" and not args.average_tokens_across_devices:
         raise NotImplementedError(

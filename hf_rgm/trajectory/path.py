@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
@@ -116,12 +117,9 @@ class RecordedPath:
 
     def segments(self) -> list[tuple[int, int, int]]:
         """Recorded steps in use, each with the range `first, last` of training steps that it is nearest to."""
-        nearest = [self._nearest_used(step) for step in range(self.start, self.trajectory.num_steps)]
-        edges = [i for i, state in enumerate(nearest) if i == 0 or state != nearest[i - 1]] + [len(nearest)]
-        return [
-            (nearest[begin], self.start + begin, self.start + end)
-            for begin, end in zip(edges, edges[1:], strict=False)
-        ]
+        steps = range(self.start, self.trajectory.num_steps)
+        groups = [(state, [*members]) for state, members in itertools.groupby(steps, self._nearest_used)]
+        return [(state, members[0], members[-1] + 1) for state, members in groups]
 
     def parameters_at(self, step: float) -> Tensor:
         """Parameters interpolated between recorded states, `(num_parameters,)`, float32."""
