@@ -1,4 +1,4 @@
-"""What distilling and attributing will cost, told beforehand."""
+"""Estimated costs of distilling and attributing."""
 
 from __future__ import annotations
 
@@ -10,18 +10,12 @@ from hf_rgm.files.writing import format_size
 from hf_rgm.model.peak_memory import PeakTensors
 
 LONG_SECONDS = 1.0
+"""From here on, the costs of watching and of the first run do not matter."""
 
 
 @dataclass(frozen=True)
 class PieceOfWork:
-    """
-    What a piece of work took.
-
-    Args:
-        seconds (`float`): Wall time.
-        peak_bytes (`int`): The most that the process holds at once for tensors made in it.
-        held_bytes (`int`, *optional*, defaults to `0`): What its result goes on holding.
-    """
+    """Wall time of a piece of work, the peak memory of its tensors, and the bytes its result keeps."""
 
     seconds: float
     peak_bytes: int
@@ -29,15 +23,7 @@ class PieceOfWork:
 
 
 def measured(work: Callable[[], object]) -> PieceOfWork:
-    """
-    Does a piece of work to see what it takes: once to watch its memory, and once more for the time if it is short.
-
-    Watching costs some time for every operator, and the first time costs more than those that follow; a second or
-    more of work hides both.
-
-    Args:
-        work (`Callable`): Does it, any number of times.
-    """
+    """Measures a piece of work, run once to watch its memory and, if short, again for the time."""
     begun = time.perf_counter()
     with PeakTensors() as memory:
         result = work()
@@ -53,18 +39,18 @@ def measured(work: Callable[[], object]) -> PieceOfWork:
 @dataclass(frozen=True)
 class CostEstimate:
     """
-    What distilling or attributing is expected to need.
+    Expected time, memory and disk of distilling or attributing.
 
     Args:
         seconds (`float`): Wall time on the processes at hand.
         memory_bytes (`int`): Peak memory of a process, beside the model, the dataset and the libraries.
         disk_bytes (`int`): Size of the saved result: the synset, with the recorded states it needs, or the scores.
         num_blocks (`int`): Parts done one after another because they do not fit in memory together: blocks of clusters
-            (of which each finished one survives a crash), of cluster weights that are replayed, or of queries.
-        sketched (`bool`, *optional*, defaults to `False`): Whether sketches of gradients are matched because gradients
-            do not fit in memory.
-        least_seconds (`float`, *optional*): Wall time if the work is done as early as can be, where that is not known
-            beforehand; `seconds` is then the most it can take.
+            (each finished one survives a crash), of replayed cluster weights, or of queries.
+        sketched (`bool`, *optional*, defaults to `False`): Whether sketches are matched because gradients do not fit
+            in memory.
+        least_seconds (`float`, *optional*): Shortest wall time, where the work may end early; `seconds` is then the
+            longest.
 
     Example:
 

@@ -16,32 +16,16 @@ each row, `(batch_size,)`; called under `torch.func.vmap` and `grad`."""
 
 @dataclass(frozen=True)
 class RowLoss:
-    """
-    What a row adds to the training loss, up to the division by the number of rows.
+    """Loss of each row: the sum over its labels, divided by the mean number of labels of a row."""
 
-    The `Trainer` averages over the labels of a batch. A row with more labels than others thus weighs more, and its
-    loss here is the sum over its labels divided by the mean number of labels of a row.
-
-    Args:
-        labels_per_row (`float`, *optional*, defaults to `1.0`): Mean number of labels of a row; 1 for classification.
-        label_smoothing (`float`, *optional*, defaults to `0.0`): `label_smoothing_factor` of the training.
-        function (`Callable`, *optional*): The loss of each row where the training used one of its own. Defaults to the
-            cross entropy.
-    """
+    # The Trainer averages over all labels of a batch, so a row with more labels weighs more.
 
     labels_per_row: float = 1.0
     label_smoothing: float = 0.0
     function: LossFunction | None = None
 
     def __call__(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """
-        The loss of each row, `(batch_size,)`, float32.
-
-        Args:
-            logits (`Tensor`): `(batch_size, *positions, num_labels)`.
-            labels (`Tensor`): `(batch_size, *positions)`, int64; -100 counts for nothing. Those of a language model
-                stand where they are predicted, as [`~hf_rgm.model.row_reader.RowReader`] gives them.
-        """
+        """Losses `(batch_size,)`, of logits with one dimension more than labels `(batch_size, *positions)`."""
         if self.function is not None:
             return self.function(logits, labels)
         losses = label_losses(logits, labels, label_smoothing=self.label_smoothing)
@@ -53,14 +37,7 @@ CROSS_ENTROPY = RowLoss()
 
 
 def label_losses(logits: Tensor, labels: Tensor, *, label_smoothing: float = 0.0) -> Tensor:
-    """
-    Cross entropy at each label, 0 where the label is -100: the shape of `labels`, float32.
-
-    Args:
-        logits (`Tensor`): `(*labels, num_labels)`.
-        labels (`Tensor`): int64.
-        label_smoothing (`float`, *optional*, defaults to `0.0`): Mass spread evenly over all labels.
-    """
+    """Cross entropy at each label, in the shape of `labels`; 0 where the label is -100."""
     log_probabilities = logits.log_softmax(-1)
     losses = -log_probabilities.gather(-1, labels.clamp_min(0)[..., None])[..., 0]
     if label_smoothing:
@@ -69,13 +46,7 @@ def label_losses(logits: Tensor, labels: Tensor, *, label_smoothing: float = 0.0
 
 
 def check_labels(logits: Tensor, labels: Tensor) -> None:
-    """
-    Checks that labels are class indices, one for each vector of logits.
-
-    Raises:
-        NotImplementedError: If they are not.
-        ValueError: If a label is out of range.
-    """
+    """Checks that labels are class indices, one for each vector of logits."""
     num_labels = logits.shape[-1]
     if logits.dim() < 2 or logits.shape[:-1] != labels.shape or labels.is_floating_point() or num_labels < 2:
         raise NotImplementedError(

@@ -1,4 +1,4 @@
-"""Texts without the padding that they do not need."""
+"""Batches of texts without needless padding."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from hf_rgm.model.losses import IGNORED_LABEL
 from hf_rgm.model.vectorize import MASK, order_by_mask
 
 OF_TOKENS = ("input_ids", MASK, "token_type_ids", "position_ids")
-"""Inputs with a value for each token; of texts with any other, nothing is cut off."""
+"""Inputs with one value per token; with any other input, nothing is cut off."""
 
 PROBED_ROWS = 4
 TOLERANCE = 1e-4
-"""By which logits may differ without the padding, relative to the largest."""
+"""Largest difference of logits without padding, relative to the largest logit."""
 
 
 def batches_by_length(
@@ -27,22 +27,7 @@ def batches_by_length(
     *,
     ignored: float = IGNORED_LABEL,
 ) -> Iterator[tuple[Tensor, dict[str, Tensor], Tensor]]:
-    """
-    Divides collated rows into batches of rows of one length, as far as there are enough, less what all of them pad.
-
-    Columns on the right that are padding in every row of a batch are cut off, where the model's logits are seen not to
-    depend on them. Rows without an `attention_mask` are divided as they are.
-
-    Args:
-        model (`FunctionalModel`): The model, at whose own parameters this is seen, once.
-        inputs (`dict[str, Tensor]`): The forward's keyword arguments, first dimension `num_rows`.
-        labels (`Tensor`): `(num_rows, *positions)`, labels or weights.
-        at_once (`int`): Rows of a batch.
-        ignored (`float`, *optional*, defaults to `-100`): Where these count for nothing.
-
-    Returns:
-        `Iterator`: positions of a batch's rows, `(batch_size,)`, its inputs and its labels.
-    """
+    """Batches of rows of similar length as `(positions, inputs, labels)`, without padding that all of them share."""
     cut = MASK in inputs and _can_be_cut(model, inputs)
     for part in order_by_mask(inputs).split(at_once):
         some = {name: value[part] for name, value in inputs.items()}
@@ -64,14 +49,12 @@ def _without_padding(inputs: dict[str, Tensor], labels: Tensor, ignored: float) 
 
 @torch.no_grad()
 def _can_be_cut(model: FunctionalModel, inputs: Mapping[str, Tensor]) -> bool:
-    """Whether logits are the same without the padding; looked at once for each model, on its shortest rows."""
-    if model.ignores_padding is False:
-        return False
+    """Whether logits are the same without the padding; tried once per model, on the shortest rows."""
     mask = inputs[MASK]
-    if {*inputs} - {*OF_TOKENS} or any(value.shape != mask.shape for value in inputs.values()):
+    if {*inputs} - {*OF_TOKENS} or any(value.shape != mask.shape for value in inputs.values()) or mask.dim() != 2:
         return False
-    if mask.dim() != 2 or bool((mask[:, -1] != 0).all()):
-        return False  # nothing to be cut
+    if model.ignores_padding is False or bool((mask[:, -1] != 0).all()):
+        return False
     if model.ignores_padding:
         return True
     shortest = (mask != 0).sum(1).argsort(stable=True)[:PROBED_ROWS]

@@ -20,26 +20,8 @@ class PeakTensors(TorchDispatchMode):
     """
     The most memory that tensors made within a block held at once.
 
-    Sees every operator below autograd and `torch.func`, so graphs, tangents and vectorised intermediates count, each
+    Sees every operator below autograd and `torch.func`: graphs, tangents and vectorised intermediates count, each
     storage once and until it is freed. What an operator needs only while it runs does not.
-
-    Attributes:
-        peak_bytes (`int`): Largest sum of the storages that were alive together.
-        alive_bytes (`int`): Sum of those that are alive now.
-        resident_bytes (`int`): The peak, and once more that of the storages below 32 MiB. An allocator keeps those,
-            and where the next ones have other sizes, it holds the holes beside them.
-
-    Example:
-
-    ```python
-    >>> import torch
-    >>> from hf_rgm.model.peak_memory import PeakTensors
-    >>> with PeakTensors() as memory:
-    ...     total = (torch.ones(1000) + 1).sum()
-    >>> memory.peak_bytes
-    8000
-
-    ```
     """
 
     def __init__(self) -> None:
@@ -51,7 +33,7 @@ class PeakTensors(TorchDispatchMode):
 
     @property
     def resident_bytes(self) -> int:
-        """What a process holds for it at most."""
+        """Peak memory of the process: an allocator also keeps small blocks, with holes between them."""
         return self.peak_bytes + self._small_peak
 
     def __torch_dispatch__(
@@ -81,7 +63,7 @@ class PeakTensors(TorchDispatchMode):
 
 
 def _place(value: Any) -> int | None:
-    """Address of a tensor's memory; nothing for what has none of its own, as the wrappers of `torch.func`."""
+    """Address of a tensor's memory, or `None` for wrappers such as those of `torch.func`."""
     if not isinstance(value, Tensor):
         return None
     try:

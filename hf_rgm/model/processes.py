@@ -1,4 +1,4 @@
-"""The processes that `torchrun` or `accelerate launch` started, sharing one piece of work."""
+"""Work shared among the processes that `torchrun` or `accelerate launch` started."""
 
 from __future__ import annotations
 
@@ -22,11 +22,10 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 PATIENCE = timedelta(days=7)
-"""How long a process that is done waits for the others. Shares are uneven, and a process that dies is noticed anyway:
-its connections close, and its launcher ends the rest."""
+"""How long a process waits for slower ones. One that dies is noticed anyway: its connections close."""
 
 GRACE = timedelta(seconds=60)
-"""How long a process that failed waits to tell the others before it fails alone."""
+"""How long a failed process waits to tell the others."""
 
 
 @dataclass(frozen=True)
@@ -48,33 +47,15 @@ class SharedWork(Generic[Item, Result]):
 
 
 class Processes:
-    """
-    All launched processes, each of which does a share of the work and learns what the others did.
-
-    Joins them at the first use, if nobody has yet. Results are exchanged over the CPU, whatever is computed on.
-
-    Raises:
-        NotImplementedError: At the first use, if several processes were launched for devices that `torch.distributed`
-            does not join.
-
-    Example:
-
-    ```python
-    >>> from hf_rgm.model.processes import Processes
-    >>> Processes().map(lambda number: number**2, [1, 2, 3])
-    [1, 4, 9]
-
-    ```
-    """
+    """All launched processes, joined at first use; results are exchanged over the CPU."""
 
     @property
     def _state(self) -> PartialState:
-        # Asked anew, for `TrainingArguments` resets it. Without a word of the CPU it joins none there.
+        # Made anew each time, as `TrainingArguments` resets it. On the CPU, it joins processes only if `cpu` is set.
         return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available())
 
     @property
     def device(self) -> torch.device:
-        """Where this process computes."""
         return torch.device(self._state.device or "cpu")
 
     @functools.cached_property
@@ -88,31 +69,29 @@ class Processes:
 
     @property
     def index(self) -> int:
-        """Position of this process among all."""
         return self._state.process_index
 
     @property
     def count(self) -> int:
-        """Number of processes."""
         return self._state.num_processes
 
     @property
     def is_main(self) -> bool:
-        """Whether this is the process that writes what all share."""
+        """Whether this process writes what all share."""
         return self._state.is_main_process
 
     @property
     def shows_progress(self) -> bool:
-        """Whether this is the process of its machine that shows progress."""
+        """Whether this process shows the progress bars of its machine."""
         return self._state.is_local_main_process
 
     def parts(self, length: int, *, at_most: int) -> list[range]:
-        """Divides so many items into equal parts, none longer than `at_most`, and at least one for each process."""
+        """Splits `range(length)` into equal parts, none longer than `at_most`, at least one per process."""
         size = max(1, min(at_most, math.ceil(length / self.count)))
         return [range(start, min(start + size, length)) for start in range(0, length, size)]
 
     def share(self, items: Sequence[Item]) -> list[Item]:
-        """What this process is to do of some items: every `count`-th. May be nothing."""
+        """This process's share of the items: every `count`-th, maybe none."""
         return list(items[self.index :: self.count])
 
     def map(self, function: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
@@ -147,7 +126,7 @@ class Processes:
             yield work
         except Exception as error:
             logger.error("Process %d of %d failed, which ends them all: %s", self.index, self.count, error)
-            with contextlib.suppress(RuntimeError):  # who comes too late learns it from the launcher
+            with contextlib.suppress(RuntimeError):  # processes that come too late are ended by the launcher
                 self._exchange(group, _Failure(f"{type(error).__name__}: {error}"), GRACE)
             raise
         shares = self._exchange(group, work.own, PATIENCE)

@@ -1,4 +1,4 @@
-"""Dataset rows as batches of tensors, the way a `Trainer` would collate them."""
+"""Dataset rows as batches of tensors, collated as by a `Trainer`."""
 
 from __future__ import annotations
 
@@ -23,17 +23,13 @@ DataCollator = Callable[[list[Any]], Mapping[str, Any]]
 
 
 def knows_words(tokenizer: Any) -> bool:
-    """Whether a tokenizer has any but special tokens: transformers makes one up for a model that was saved alone."""
+    """Whether a tokenizer has more than special tokens."""
+    # Transformers makes up a tokenizer with special tokens only for a model that was saved without one.
     return bool({*tokenizer.get_vocab()} - {*tokenizer.all_special_tokens})
 
 
 def padding_collator(tokenizer: PreTrainedTokenizerBase) -> DataCollator:
-    """
-    What a `Trainer` with this tokenizer collates by; labels of tokens are padded too, with -100.
-
-    Args:
-        tokenizer (`PreTrainedTokenizerBase`): The model's.
-    """
+    """The collator of a `Trainer` with this tokenizer; it also pads labels of tokens, with -100."""
     of_rows, of_tokens = DataCollatorWithPadding(tokenizer), DataCollatorForSeq2Seq(tokenizer)
 
     def collate(items: list[Any]) -> Mapping[str, Any]:
@@ -44,21 +40,7 @@ def padding_collator(tokenizer: PreTrainedTokenizerBase) -> DataCollator:
 
 
 class RowReader:
-    """
-    Reads rows of a map-style dataset by index and collates them for a model.
-
-    Args:
-        dataset: A `datasets.Dataset`, a map-style `torch.utils.data.Dataset` or a list, whose items are dictionaries.
-        model (`FunctionalModel`): Columns its forward does not take are dropped, as the `Trainer` does.
-        data_collator (`Callable`, *optional*): Defaults to `transformers.default_data_collator`.
-        remove_unused_columns (`bool`, *optional*, defaults to `True`): As in `TrainingArguments`.
-        what (`str`, *optional*, defaults to `"train_dataset"`): How errors call the dataset.
-        predict_labels (`bool`, *optional*, defaults to `False`): Rows without labels get the model's own prediction.
-
-    Raises:
-        TypeError: If the dataset has no length.
-        ValueError: If it is empty, or none of its columns is an input of the model.
-    """
+    """Rows of a map-style dataset, read by index and collated as the `Trainer` does."""
 
     def __init__(
         self,
@@ -98,19 +80,7 @@ class RowReader:
         return len(self.dataset)
 
     def batch(self, rows: Sequence[int] | np.ndarray) -> tuple[dict[str, Tensor], Tensor]:
-        """
-        Collates some rows.
-
-        Returns:
-            `tuple[dict[str, Tensor], Tensor]`: the forward's inputs (float tensors in float32) and the labels
-            `(len(rows),)`, or `(len(rows), length)` for labels of tokens, int64, on the model's device. Those of a
-            causal language model stand where they are predicted: one place further left than in the batch.
-
-        Raises:
-            NotImplementedError: If the collator flattens rows into one sequence.
-            ValueError: If the rows do not collate, carry no labels, or a floating-point input is NaN or infinite (rows
-                are named).
-        """
+        """Collates rows to inputs (float32) and labels `(num_rows, *positions)`, on the model's device."""
         indices = [int(row) for row in rows]
         if isinstance(self.dataset, datasets.Dataset):
             items = self.dataset.__getitems__(indices)  # all at once, as PyTorch's `DataLoader` reads them
@@ -148,10 +118,12 @@ class RowReader:
         if labels is None:
             labels = self._own_labels(inputs)
         labels = labels.to(self._model.device)
-        return inputs, _shifted(labels) if self._model.shifts_labels else labels
+        if self._model.shifts_labels:  # to where they are predicted, one position to the left
+            labels = torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], IGNORED_LABEL)], dim=1)
+        return inputs, labels
 
     def labels_per_row(self, batch_size: int = 256) -> float:
-        """Mean number of labels of a row, those of -100 left out; reads every row where labels are those of tokens."""
+        """Mean number of labels of a row, without those of -100."""
         count = 0
         for start in range(0, len(self), batch_size):
             _, labels = self.batch(range(start, min(start + batch_size, len(self))))
@@ -193,20 +165,8 @@ class RowReader:
         return labels if mask is None or labels.dim() == 1 else labels.masked_fill(mask == 0, IGNORED_LABEL)
 
 
-def _shifted(labels: Tensor) -> Tensor:
-    return torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], IGNORED_LABEL)], dim=1)
-
-
 class CachedBatches:
-    """
-    Batches over fixed groups of rows, collated once and kept while they fit in memory.
-
-    Args:
-        reader (`RowReader`): Where the rows come from.
-        groups (`Sequence[Sequence[int]]`): Row indices of each group; a batch never crosses groups.
-        batch_size (`int`): At most this many rows a batch.
-        max_bytes (`int`, *optional*, defaults to `2**30`): Memory for kept batches; the rest is collated anew.
-    """
+    """Batches over fixed groups of rows, collated once and kept while they fit in `max_bytes`."""
 
     def __init__(
         self,
@@ -226,13 +186,12 @@ class CachedBatches:
         return len(self._groups)
 
     def num_rows(self, index: int) -> int:
-        """Number of rows of one group."""
         return len(self._groups[index])
 
     def sample(
         self, index: int, at_most: int, generator: torch.Generator
     ) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
-        """Batches of so many rows of a group, drawn at random and not kept; of the whole group if it has no more."""
+        """Batches of at most `at_most` rows of a group, drawn at random and not kept."""
         rows = np.asarray(self._groups[index])
         if len(rows) <= at_most:
             yield from self.group(index)
@@ -242,14 +201,14 @@ class CachedBatches:
             yield self._reader.batch(drawn[start : start + self._batch_size])
 
     def group(self, index: int) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
-        """Iterates over the batches `(inputs, labels)` of one group."""
+        """Batches `(inputs, labels)` of one group."""
         rows = self._groups[index]
         for start in range(0, len(rows), self._batch_size):
             key = (index, start)
             batch = self._kept.get(key)
             if batch is None:
                 batch = self._reader.batch(rows[start : start + self._batch_size])
-                size = sum(t.numel() * t.element_size() for t in (*batch[0].values(), batch[1]))
+                size = sum(t.nbytes for t in (*batch[0].values(), batch[1]))
                 if size <= self._free:
                     self._kept[key] = batch
                     self._free -= size

@@ -16,49 +16,31 @@ MASK = "attention_mask"
 
 
 def map_rows(function: Callable[..., Tensor], inputs: Mapping[str, Tensor], *others: Tensor) -> Tensor:
-    """
-    Applies a function to every row at once by `torch.func.vmap`, or to one after another where the model does not
-    allow that.
-
-    Rows with the same `attention_mask` go together and share it: Transformers asks whether all of a mask is set, which
-    vmap cannot answer for masks that differ.
-
-    Args:
-        function (`Callable`): Takes one row's inputs by name and its slice of each of `others`; returns a tensor.
-        inputs (`dict[str, Tensor]`): First dimension `batch_size`.
-        others (`Tensor`): First dimension `batch_size`.
-
-    Returns:
-        `Tensor`: `(batch_size, ...)`.
-    """
+    """Applies a function of one row to all rows: `(batch_size, ...)`, by `vmap` or, if that fails, one by one."""
     if MASK not in inputs:
         return _apply(function, dict(inputs), others)
+    # Rows with one mask share it: Transformers asks whether a mask is all set, which `vmap` cannot answer for several.
     masks, group_of = torch.unique(inputs[MASK], dim=0, return_inverse=True)
     rest = {name: value for name, value in inputs.items() if name != MASK}
     order, results = [], []
     for group, mask in enumerate(masks):
         members = torch.nonzero(group_of == group)[:, 0]
-        with_mask = functools.partial(_with_mask, function, mask)
         own = {name: value[members] for name, value in rest.items()}
+
+        def with_mask(x: dict[str, Tensor], *slices: Tensor, mask: Tensor = mask) -> Tensor:
+            return function({**x, MASK: mask}, *slices)
+
         results.append(_apply(with_mask, own, tuple(other[members] for other in others)))
         order.append(members)
     return torch.cat(results)[torch.cat(order).argsort()]
 
 
 def order_by_mask(inputs: Mapping[str, Tensor]) -> Tensor:
-    """
-    An order of rows in which those with the same `attention_mask` follow each other, `(batch_size,)`, int64.
-
-    So that [`map_rows`], given some rows after the others, finds many that go together.
-    """
+    """Order of rows, `(batch_size,)`, in which rows with the same `attention_mask` are neighbours."""
     if MASK not in inputs:
         first = next(iter(inputs.values()))
         return torch.arange(len(first), device=first.device)
     return torch.unique(inputs[MASK], dim=0, return_inverse=True)[1].argsort(stable=True)
-
-
-def _with_mask(function: Callable[..., Tensor], mask: Tensor, inputs: dict[str, Tensor], *others: Tensor) -> Tensor:
-    return function({**inputs, MASK: mask}, *others)
 
 
 def _apply(function: Callable[..., Tensor], inputs: dict[str, Tensor], others: tuple[Tensor, ...]) -> Tensor:

@@ -1,4 +1,4 @@
-"""Which dataset rows are in which update, worked out without disturbing the training dataloader."""
+"""Dataset rows of every update, without disturbing the training dataloader."""
 
 from __future__ import annotations
 
@@ -23,39 +23,11 @@ _DEFAULT_WAY_OUT = (
 
 
 class RowSchedule:
-    """
-    Follows a Trainer through its epochs and tells the rows of every update.
+    """Rows of every update of a Trainer, of all processes."""
 
-    Iterating a sampler changes it (its epoch, its generator), so the live one is only looked at: the order of an epoch
-    is that of a fresh sampler with the same seed. Call [`~RowSchedule.begin_epoch`] whenever an epoch begins and
-    [`~RowSchedule.next_update`] before every update.
-
-    Where several processes train together, every process knows the rows of all: Accelerate deals batches (or parts of
-    them, with `split_batches`) out in turn, and at the end of an epoch repeats its first rows to give each as many.
-
-    Args:
-        dataloader (`DataLoader`): The training dataloader, as callbacks are given it.
-        accumulation_steps (`int`): Batches of one update, on every process.
-        global_step (`int`, *optional*, defaults to `0`): Updates made before, when resuming from a checkpoint.
-
-    Raises:
-        NotImplementedError: If the order of rows cannot be known.
-
-    Example:
-
-    ```python
-    >>> from torch.utils.data import DataLoader
-    >>> from hf_rgm.recording.batches import RowSchedule
-
-    >>> schedule = RowSchedule(DataLoader(range(5), batch_size=2), accumulation_steps=2)
-    >>> schedule.updates_per_epoch
-    2
-    >>> schedule.begin_epoch()
-    >>> [[batch.tolist() for batch in schedule.next_update()] for _ in range(2)]
-    [[[0, 1], [2, 3]], [[4]]]
-
-    ```
-    """
+    # Iterating a sampler changes its epoch and generator, so a fresh one with the same seed gives the order.
+    # Accelerate deals batches (or parts of them, with `split_batches`) to processes in turn, and at the end of an
+    # epoch repeats its first rows to give each as many.
 
     def __init__(self, dataloader: Any, accumulation_steps: int, *, global_step: int = 0) -> None:
         batch_sampler, self._shard = _checked_batch_sampler(dataloader)
@@ -76,7 +48,7 @@ class RowSchedule:
 
     @property
     def mid_epoch(self) -> bool:
-        """Whether the next epoch to begin is one that was interrupted."""
+        """Whether the next epoch was interrupted before."""
         return self._first_update > 0
 
     @property
@@ -85,7 +57,7 @@ class RowSchedule:
         return self._sampler.initial_seed if isinstance(self._sampler, SeedableRandomSampler) else None
 
     def begin_epoch(self) -> None:
-        """Moves on to the next epoch."""
+        """Moves on to the next epoch; call it when one begins."""
         self._epoch += 1
         self._update, self._first_update = self._first_update, 0
         self._batches = [
@@ -94,17 +66,8 @@ class RowSchedule:
         ]
 
     def next_update(self) -> list[np.ndarray]:
-        """
-        Rows of the next update.
-
-        Returns:
-            `list[np.ndarray]`: one array of rows for each batch, `(batch_size,)`, int64; the first batch of every
-            process, then the second of every process, and so on.
-
-        Raises:
-            RuntimeError: If the sampler is not at the epoch that the Trainer is in, or the epoch is over.
-        """
-        # A sampler that is exhausted, as short epochs are when the first batch arrives, has already moved on by one.
+        """Rows of the next update, an int64 array per batch: the first batch of every process, then the second, ..."""
+        # An exhausted sampler has already moved on by one; in short epochs it is when the first batch arrives.
         if self.seed is not None and self._sampler.epoch not in (self._epoch, self._epoch + 1):
             raise RuntimeError(
                 f"The sampler is at epoch {self._sampler.epoch}, the Trainer at epoch {self._epoch}: something else "
@@ -127,7 +90,7 @@ class RowSchedule:
         return [BatchSamplerShard(whole, self.num_processes, index, **how) for index in range(self.num_processes)]
 
     def _checked_num_batches(self) -> int:
-        """Batches of an epoch on every process."""
+        """Batches per epoch on every process."""
         if self._shard is None or self._shard.even_batches:
             return len(self._shard or self._batch_sampler)
         counts = [sum(1 for _ in batches) for batches in self._shards(range(len(self._sampler)))]
@@ -156,7 +119,7 @@ class RowSchedule:
 
 
 def _checked_batch_sampler(dataloader: Any) -> tuple[BatchSampler, BatchSamplerShard | None]:
-    """The dataloader's batch sampler, if the order it gives can be known, and how processes share its batches."""
+    """The batch sampler whose order can be known, and how processes share its batches."""
     if not isinstance(dataloader, DataLoader):
         raise _unknown_order(f"The dataloader is of type {type(dataloader).__name__}", _DEFAULT_WAY_OUT)
     if isinstance(dataloader.dataset, IterableDataset) or not hasattr(dataloader.dataset, "__len__"):

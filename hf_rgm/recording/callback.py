@@ -1,4 +1,4 @@
-"""Recording the training run of an unmodified Trainer."""
+"""The callback that records the training run of an unmodified Trainer."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import logging
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -16,40 +15,37 @@ from transformers.trainer_utils import SaveStrategy
 from hf_rgm.files.writing import format_size
 from hf_rgm.recording.capture import PendingStep, as_table, same_parameters
 from hf_rgm.recording.description import loss_scaler
-from hf_rgm.recording.process_group import FailingTogether, check_same
+from hf_rgm.recording.process_group import check_same, failing_together
 from hf_rgm.recording.recording import TrajectoryRecorder
 from hf_rgm.recording.training_run import OngoingRun, checkpoint_step
 from hf_rgm.trajectory.states import TrajectoryState
 
 logger = logging.getLogger(__name__)
 
-_DTYPES = (torch.float32, torch.bfloat16)
-
 
 class TrajectoryCallback(TrainerCallback):
     """
     Records the training run of a `Trainer` into a folder that [`Trajectory.load`] opens.
 
-    Recorded are some states (trainable parameters and optimizer moments) and, for every update, the learning rates,
-    the gradient norm, the factor by which clipping scaled the gradient, and which rows were in it. Training itself is
-    the same with and without the callback, bit for bit. Training that was interrupted goes on recording when it is
-    resumed from a checkpoint with the same folder, also on another number of processes. Files are written by another
-    thread, so that training waits for copies of the states and, before each checkpoint, for what is not written yet.
+    It records some states (trainable parameters and optimizer moments) and, for every update, the learning rates, the
+    gradient norm, the clipping factor and the rows. Training is the same with and without the callback, bit for bit.
+    An interrupted run continues its recording when it is resumed from a checkpoint with the same folder, also on
+    another number of processes. A background thread writes the files: training waits for copies of the states and,
+    before each checkpoint, for pending writes.
 
-    Supported are torch's SGD, Adam and AdamW on any number of processes, each with the whole model
-    (DistributedDataParallel) or a part of it (FSDP2, whose states are put together for the main process, which writes
-    them); gradient accumulation and clipping; any learning rate schedule; mixed precision in bf16 and fp16. With
+    Supported are torch's SGD, Adam and AdamW on any number of processes, with the whole model on each
+    (DistributedDataParallel) or a part of it (FSDP2, whose states are gathered on the main process); gradient
+    accumulation and clipping; any learning rate schedule; mixed precision in bf16 and fp16. With
     `load_best_model_at_end` the trajectory ends at the best checkpoint, so that its last state is always the model
-    that `trainer.train()` leaves. A custom loss (`compute_loss_func`, a subclassed `compute_loss`) is not visible to a
+    after `trainer.train()`. A custom loss (`compute_loss_func`, a subclassed `compute_loss`) is not visible to a
     callback and therefore not recorded.
 
     Args:
         folder (`str` or `Path`): Where to record: new, empty, or a trajectory folder.
         num_states (`int`, *optional*, defaults to `8`): Number of states, evenly spread from the first to the last
-            step. Each takes as much disk as the trainable parameters and their moments.
+            step. Each is as large as the trainable parameters and their moments.
         dtype (`torch.dtype`, *optional*, defaults to `torch.float32`): `torch.float32` or `torch.bfloat16`, which
-            halves the disk. bf16 parameters are kept in bf16 in any case, and the last state is always exact (up to
-            float32).
+            halves the disk. Parameters in bf16 stay in bf16, and the last state is always exact (up to float32).
         overwrite (`bool`, *optional*, defaults to `False`): Replace the complete trajectory of another run.
 
     Raises:
@@ -58,62 +54,36 @@ class TrajectoryCallback(TrainerCallback):
         FileExistsError: In `on_train_begin`, if the folder holds a complete trajectory or something else.
         NotImplementedError: In `on_train_begin`, if the optimizer, the order of rows or the parallelism (FSDP1,
             DeepSpeed, tensor parallelism) cannot be recorded.
-        OSError: When the disk is full or the folder can no longer be written. Training stops there rather than going
-            on without a record, and can be resumed.
+        OSError: When the disk is full or the folder can no longer be written. Training stops there and can be resumed.
         RuntimeError: In `on_train_begin`, if another process records into the folder or the processes that train
-            together have other data or settings; later, on processes that stop because another one failed.
+            together differ in data or settings; later, on processes that stop because another one failed.
 
     Example:
 
     ```python
-    >>> import tempfile, torch
-    >>> from transformers import Trainer, TrainingArguments
-    >>> from hf_rgm.trajectory.trajectory import Trajectory
-    >>> from hf_rgm.recording.callback import TrajectoryCallback
+    >>> import tempfile
+    >>> from hf_rgm import Trajectory, TrajectoryCallback
+    >>> from hf_rgm.testing import tiny_dataset, tiny_trainer  # any Trainer will do
 
-    >>> class Classifier(torch.nn.Module):
-    ...     def __init__(self):
-    ...         super().__init__()
-    ...         self.linear = torch.nn.Linear(3, 2)
-    ...
-    ...     def forward(self, x, labels=None):
-    ...         logits = self.linear(x)
-    ...         return {"loss": torch.nn.functional.cross_entropy(logits, labels), "logits": logits}
-
-    >>> rows = [{"x": torch.eye(3)[i % 3], "labels": i % 2} for i in range(12)]
-    >>> with tempfile.TemporaryDirectory() as parent:
-    ...     trainer = Trainer(
-    ...         Classifier(),
-    ...         TrainingArguments(
-    ...             parent, num_train_epochs=1, per_device_train_batch_size=4, report_to="none", disable_tqdm=True,
-    ...             save_strategy="no", logging_strategy="no", use_cpu=True,
-    ...         ),
-    ...         train_dataset=rows,
-    ...         callbacks=[TrajectoryCallback(f"{parent}/trajectory", num_states=2)],
-    ...     )
-    ...     _ = trainer.train()
-    ...     trajectory = Trajectory.load(f"{parent}/trajectory")
-    {...}
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     callback = TrajectoryCallback(folder, num_states=2)
+    ...     result = tiny_trainer(tiny_dataset(12, seed=0), callbacks=[callback], num_train_epochs=2).train()
+    ...     trajectory = Trajectory.load(folder)
     >>> trajectory.num_steps, trajectory.state_steps, [len(rows) for rows in trajectory.steps.rows]
-    (3, (0, 3), [4, 4, 4])
+    (4, (0, 4), [8, 4, 8, 4])
 
     ```
     """
 
     def __init__(
-        self,
-        folder: str | Path,
-        *,
-        num_states: int = 8,
-        dtype: torch.dtype = torch.float32,
-        overwrite: bool = False,
+        self, folder: str | Path, *, num_states: int = 8, dtype: torch.dtype = torch.float32, overwrite: bool = False
     ) -> None:
         if num_states < 2:
             raise ValueError(
                 f"`num_states` must be at least 2 (the first and the last), got {num_states}. Record more states with "
                 "TrajectoryCallback(num_states=...)."
             )
-        if dtype not in _DTYPES:
+        if dtype not in (torch.float32, torch.bfloat16):
             raise ValueError(f"`dtype` must be torch.float32 or torch.bfloat16, got {dtype}.")
         self.folder = Path(folder)
         self.num_states = num_states
@@ -124,7 +94,7 @@ class TrajectoryCallback(TrainerCallback):
         self._summary = "Nothing is recorded yet."
 
     def summary(self) -> str:
-        """What the last finished recording holds, and what it cost in time and disk."""
+        """Size, time and disk of the last finished recording, as a sentence."""
         return self._summary
 
     @contextlib.contextmanager
@@ -143,18 +113,15 @@ class TrajectoryCallback(TrainerCallback):
             )
         return self._active
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
         """Checks that the run can be recorded, opens the folder and records the first state."""
         if self._active is not None:
             self._active.norms.remove()
             self._active = None
         self._seconds = 0.0
-        started = time.perf_counter()
         with self._timed():
-            with FailingTogether(args.world_size):
-                run = OngoingRun.prepare(args, state, num_states=self.num_states, started=started, **kwargs)
+            with failing_together(args.world_size):
+                run = OngoingRun(args, state, num_states=self.num_states, **kwargs)
             try:
                 check_same(run.description | {"global_step": state.global_step}, args.world_size)
                 self._begin(run, state)
@@ -166,34 +133,28 @@ class TrajectoryCallback(TrainerCallback):
     def _begin(self, run: OngoingRun, state: TrainerState) -> None:
         self._active = run
         step = state.global_step
-        with FailingTogether(run.num_processes):
+        with failing_together(run.num_processes):
             if run.is_main:
                 self._recorder.begin(run.description, step=step, planned=run.planned, best=run.best_step)
                 self._announce(run)
-        with FailingTogether(run.num_processes):
+        with failing_together(run.num_processes):
             # The run may have been killed after it wrote the best checkpoint and before `on_save`.
             if step in {*run.planned, run.best_step}:
                 self._record_state(step, exact=step == run.best_step or step >= state.max_steps)
 
-    def on_epoch_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Works out the order of rows of this epoch."""
+    def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
+        """Determines the order of rows of this epoch."""
         with self._timed():
             self._run.schedule.begin_epoch()
 
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Works out the rows of this update."""
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
+        """Determines the rows of this update."""
         with self._timed():
             self._run.batches = self._run.schedule.next_update()
 
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Notes learning rates and gradient norms: the scheduler has not moved on yet, gradients are clipped."""
-        with self._timed():
+    def on_pre_optimizer_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
+        """Notes learning rates and gradient norms."""
+        with self._timed():  # gradients are clipped now, and the scheduler has not moved on yet
             run = self._run
             learning_rates = [float(group["lr"]) for group in run.optimizer.param_groups]
             scaler = loss_scaler(kwargs["optimizer"])
@@ -202,122 +163,103 @@ class TrajectoryCallback(TrainerCallback):
             measured = run.norms.measure(scale)
             run.steps.append(PendingStep(learning_rates, *measured, batches=run.batches, scaled=scaler is not None))
 
-    def on_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_optimizer_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
         """Notes whether the optimizer skipped the update."""
         self._run.steps[-1].skipped = bool(getattr(kwargs["optimizer"], "step_was_skipped", False))
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
         """Records the state if it is due, and all steps before a checkpoint is written."""
         with self._timed():
             run = self._run
             run.steps[-1].epoch = float(state.epoch or 0)
             due = state.global_step in run.planned
             if due or control.should_save:
-                with FailingTogether(run.num_processes):
+                with failing_together(run.num_processes):
                     if due:
                         self._record_state(state.global_step, exact=state.global_step >= state.max_steps)
                     self._write_steps(wait=control.should_save)
             elif run.num_processes == 1:
-                self._recorder.check()
+                self._recorder.writer.check()
 
-    def on_epoch_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
         """Records all steps before a checkpoint is written."""
         if control.should_save:
-            with self._timed(), FailingTogether(args.world_size):
+            with self._timed(), failing_together(args.world_size):
                 self._write_steps(wait=True)
 
-    def on_evaluate(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
         """Records all steps where the result of the evaluation may lead to a checkpoint."""
         if args.save_strategy == SaveStrategy.BEST and self._active is not None:
-            with self._timed(), FailingTogether(args.world_size):
+            with self._timed(), failing_together(args.world_size):
                 self._write_steps(wait=True)
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
         """Records the state of the best checkpoint so far, where training is to end with it."""
         with self._timed():
             run = self._run
             is_best = args.load_best_model_at_end and checkpoint_step(state.best_model_checkpoint) == state.global_step
-            with FailingTogether(args.world_size):
+            with failing_together(args.world_size):
                 self._write_steps(wait=True)
                 outdated = run.best_step if is_best and run.is_main else None
                 if outdated is not None and outdated not in {*run.planned, state.global_step}:
                     self._recorder.drop_state(outdated)
             if is_best:
                 run.best_step = state.global_step
-                with FailingTogether(args.world_size):
+                with failing_together(args.world_size):
                     self._record_state(state.global_step, exact=True)
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Records the last state, closes the folder and tells what recording cost."""
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
+        """Records the last state, closes the folder and logs what recording cost."""
         run = self._run
         run.norms.remove()
-        with FailingTogether(args.world_size), self._timed():
+        with failing_together(args.world_size), self._timed():
             self._write_steps(wait=True)
-        with FailingTogether(args.world_size):
+        with failing_together(args.world_size):
             with self._timed():
                 captured = run.captured(state.global_step)
             if captured is not None:
                 self._finish(run, args, state, captured)
         self._active = None
 
-    def _finish(
-        self, run: OngoingRun, args: TrainingArguments, state: TrainerState, captured: TrajectoryState
-    ) -> None:
+    def _finish(self, run: OngoingRun, args: TrainingArguments, state: TrainerState, captured: TrajectoryState):
         if state.global_step == 0:
             logger.warning("Training ended before its first step, so %s holds no trajectory.", self.folder)
             self._recorder.abandon()
             return
         with self._timed():
-            final_step = state.global_step
-            if args.load_best_model_at_end and self._ends_at_best(state, captured):
-                final_step = checkpoint_step(state.best_model_checkpoint) or final_step
-            elif not self._recorder.has_exact_state(final_step):
+            final_step = self._best_step(state, captured) if args.load_best_model_at_end else None
+            if final_step is None:
+                final_step = state.global_step
                 self._recorder.write_state(captured, exact=True)
-            self._recorder.drain()
+            self._recorder.writer.drain()
         recording, training = self._seconds + run.norms.seconds, time.perf_counter() - run.started
-        self._recorder.finish(
-            final_step,
-            {"recording_seconds": recording, "training_seconds": training},
-            stopped_early=state.global_step < state.max_steps,
-        )
+        cost = {"recording_seconds": recording, "training_seconds": training}
+        self._recorder.finish(final_step, cost, stopped_early=state.global_step < state.max_steps)
         self._summary = (
             f"Recorded {final_step} steps in {self.folder}: {format_size(self._recorder.num_bytes())} on disk, "
             f"{recording:.2f} s, which is {recording / training:.1%} of the {training:.2f} s of training."
         )
         logger.info(self._summary)
 
-    def _ends_at_best(self, state: TrainerState, captured: TrajectoryState) -> bool:
-        """Whether the best checkpoint, older than the last step, was loaded into the model."""
+    def _best_step(self, state: TrainerState, captured: TrajectoryState) -> int | None:
+        """Step of the best checkpoint if it is older than the last step and was loaded into the model."""
         best = checkpoint_step(state.best_model_checkpoint)
         if best is None or best == state.global_step:
-            return False
-        if self._recorder.has_state(best):
-            if same_parameters(self._recorder.read_state(best), captured):
-                return True
+            return None
+        if self._recorder.has_state(best) and same_parameters(self._recorder.read_state(best), captured):
+            return best
         logger.warning(
             "The model that training leaves is not the recorded state of the best checkpoint %s. It is kept as the "
             "state after step %d, with the optimizer moments of that step.",
             state.best_model_checkpoint,
             state.global_step,
         )
-        return False
+        return None
 
     def _record_state(self, step: int, *, exact: bool) -> None:
-        """Records a state that is not yet there. Every process must take part."""
+        """Records a state unless it is there. All processes must call this."""
         captured = self._run.captured(step)
-        if captured is None:
-            return
-        if not (self._recorder.has_exact_state(step) if exact else self._recorder.has_state(step)):
+        if captured is not None:
             self._recorder.write_state(captured, exact=exact)
 
     def _write_steps(self, *, wait: bool) -> None:
@@ -326,7 +268,7 @@ class TrajectoryCallback(TrainerCallback):
             if run.steps:
                 self._recorder.write_steps(run.next_step, as_table(run.steps))
             if wait:
-                self._recorder.drain()
+                self._recorder.writer.drain()
         run.next_step += len(run.steps)
         run.steps.clear()
 

@@ -1,4 +1,4 @@
-"""Reading the state of training off a model and its optimizer."""
+"""The current state and steps of a training run."""
 
 from __future__ import annotations
 
@@ -19,11 +19,7 @@ logger = logging.getLogger(__name__)
 
 
 def optimizer_updates(optimizer: torch.optim.Optimizer, parameters: Mapping[str, torch.nn.Parameter]) -> int:
-    """
-    How many updates Adam has counted, 0 for optimizers that do not count.
-
-    Warns if it differs between parameters, as it does where some had no gradient in some updates.
-    """
+    """Number of updates that Adam has counted, 0 for other optimizers; warns if it differs between parameters."""
     counts = {
         name: int(optimizer.state[parameter]["step"])
         for name, parameter in parameters.items()
@@ -50,12 +46,7 @@ def capture_state(
     *,
     keep: bool = True,
 ) -> TrajectoryState:
-    """
-    The state as it is now, without copying: tensors are the live ones, in their own dtype and on their own device.
-
-    Moments that the optimizer has not initialised are absent. Where FSDP2 has split the model, tensors are put
-    together on the CPU, one after the other: every process must call, and those that need nothing do not `keep` them.
-    """
+    """The current state, of live tensors; gathered on the CPU if FSDP2 splits the model (all must call)."""
     moments: dict[str, dict[str, Tensor]] = {}
     for kind in rule.moment_names:
         for name, parameter in parameters.items():
@@ -66,7 +57,7 @@ def capture_state(
 
 
 def same_parameters(state: TrajectoryState, other: TrajectoryState) -> bool:
-    """Whether a model captured as it is now has exactly the parameters of a recorded state."""
+    """Whether a captured model has exactly the parameters of a recorded state."""
     return all(
         torch.equal(state.parameters[name], parameter.detach().to(device="cpu", dtype=torch.float32))
         for name, parameter in other.parameters.items()
@@ -75,35 +66,24 @@ def same_parameters(state: TrajectoryState, other: TrajectoryState) -> bool:
 
 @dataclass
 class PendingStep:
-    """
-    A step that is not written yet. Norm and factor stay on the device until it is.
-
-    Args:
-        learning_rates (`list[float]`): One per parameter group.
-        gradient_norm (`Tensor`): `()`, float32.
-        clip_factor (`Tensor`): `()`, float32.
-        batches (`list[np.ndarray]`): Rows of each batch, int64.
-        scaled (`bool`): Whether the loss was scaled, so that an update with a gradient that is not finite is left out.
-        skipped (`bool`): Whether the optimizer is known to have left the update out.
-        epoch (`float`): Epochs done after it.
-    """
+    """A step that is not written yet; norm and factor `()` stay on the device until then."""
 
     learning_rates: list[float]
     gradient_norm: Tensor
     clip_factor: Tensor
     batches: list[np.ndarray]
-    scaled: bool = False
+    scaled: bool = False  # loss scaling skips updates whose gradient is not finite
     skipped: bool = False
     epoch: float = 0.0
 
 
 def as_table(steps: list[PendingStep]) -> StepTable:
-    """The steps as a table. Waits for the device once."""
+    """The steps as a table; waits for the device once."""
     device = steps[0].gradient_norm.device
     measured = torch.stack([value.to(device) for step in steps for value in (step.gradient_norm, step.clip_factor)])
     norms, factors = measured.double().cpu().view(len(steps), 2).unbind(1)
     scaled, skipped = (np.array([getattr(step, name) for step in steps]) for name in ("scaled", "skipped"))
-    # Fused optimizers look for themselves whether gradients are finite, and Accelerate does not hear of it.
+    # Fused optimizers check themselves whether gradients are finite, and do not tell Accelerate.
     skipped |= scaled & ~np.isfinite(norms.numpy())
     return StepTable(
         epoch=np.array([step.epoch for step in steps]),

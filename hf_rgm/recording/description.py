@@ -1,4 +1,4 @@
-"""What can be recorded, and what is written down about a run besides its states and steps."""
+"""Which runs can be recorded, and how their settings are described."""
 
 from __future__ import annotations
 
@@ -15,24 +15,12 @@ from transformers import TrainingArguments
 from hf_rgm.model.functional_model import LABEL_NAMES, forward_arguments
 from hf_rgm.model.sharding import is_sharded, is_split, model_class
 
-_DATA_PARALLEL = (
-    DistributedType.NO,
-    DistributedType.FSDP,
-    DistributedType.MULTI_CPU,
-    DistributedType.MULTI_GPU,
-    DistributedType.MULTI_NPU,
-    DistributedType.MULTI_XPU,
-)
-"""Ways to train in which every process has other rows."""
+_DATA_PARALLEL = ("NO", "FSDP", "MULTI_CPU", "MULTI_GPU", "MULTI_NPU", "MULTI_XPU")
+"""Values of `DistributedType` under which every process has other rows."""
 
 
 def check_supported(args: TrainingArguments, model: nn.Module, lr_scheduler: Any) -> None:
-    """
-    Refuses set-ups whose training cannot be recorded.
-
-    Raises:
-        NotImplementedError: Naming the setting and the way out.
-    """
+    """Refuses set-ups whose training cannot be recorded."""
     way_out = (
         "Train with `torchrun` or `accelerate launch` with the whole model on every device, or with FSDP2 "
         '(`fsdp=True, fsdp_config={"version": 2}`).'
@@ -51,7 +39,7 @@ def check_supported(args: TrainingArguments, model: nn.Module, lr_scheduler: Any
         raise NotImplementedError(
             f"Recording a model that is split over devices by other means than FSDP2 is not supported. {way_out}"
         )
-    if kind not in _DATA_PARALLEL:
+    if kind.value not in _DATA_PARALLEL:
         raise NotImplementedError(f"Recording under {kind.value} is not supported. {way_out}")
     if args.world_size > 1 and loss_reduction(model) == "update" and not args.average_tokens_across_devices:
         raise NotImplementedError(
@@ -84,19 +72,12 @@ def inner_optimizer(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
 
 
 def loss_scaler(optimizer: torch.optim.Optimizer) -> torch.amp.GradScaler | None:
-    """What scales the loss for mixed precision in fp16, if anything does."""
+    """The loss scaler of fp16 training, if any."""
     return optimizer.scaler if isinstance(optimizer, AcceleratedOptimizer) else None
 
 
 def loss_reduction(model: nn.Module) -> str:
-    """
-    How the `Trainer` reduces the loss of one update.
-
-    Returns:
-        `str`: `"update"` if the model divides the summed loss by the number of items in the whole update, as the
-        Trainer has it do when the forward takes `**kwargs`; `"micro_batch"` if each batch's mean is divided by the
-        number of accumulated batches. Where several processes train together, the update has the batches of all.
-    """
+    """How the loss of an update is reduced: `update` (over all its items) or `micro_batch` (mean of batch means)."""
     inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
     accepts = getattr(inner, "accepts_loss_kwargs", None)
     if accepts is None:

@@ -1,68 +1,33 @@
-"""Processes that train together: they agree on what is recorded, and none waits for one that has failed."""
+"""Checks among processes that train together, so that none waits for one that failed."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Mapping
-from types import TracebackType
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from accelerate.utils import gather_object
 
 
-class FailingTogether:
-    """
-    A block that fails on all processes if it fails on one, so that no process goes on and waits for one that is gone.
-
-    Every process must enter the block. With one process it does nothing.
-
-    Args:
-        num_processes (`int`): Processes that train together.
-
-    Raises:
-        RuntimeError: On the processes that did not fail, naming one that did and its error.
-
-    Example:
-
-    ```python
-    >>> from hf_rgm.recording.process_group import FailingTogether
-    >>> with FailingTogether(1):
-    ...     int("1")
-    1
-
-    ```
-    """
-
-    def __init__(self, num_processes: int) -> None:
-        self._num_processes = num_processes
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        interrupted = error is not None and not isinstance(error, Exception)
-        if self._num_processes == 1 or interrupted:
-            return
-        told = gather_object([None if error is None else f"{type(error).__name__}: {error}"])
-        failed = [index for index, text in enumerate(told) if text is not None]
-        if error is None and failed:
-            raise RuntimeError(f"Recording failed on process {failed[0]}, so that all stop: {told[failed[0]]}")
+@contextlib.contextmanager
+def failing_together(num_processes: int) -> Iterator[None]:
+    """A block, entered by every process, that fails on all if it fails on one."""
+    try:
+        yield
+    except Exception as error:
+        if num_processes > 1:
+            gather_object([f"{type(error).__name__}: {error}"])
+        raise
+    told = gather_object([None]) if num_processes > 1 else []
+    for index, text in enumerate(told):
+        if text is not None:
+            raise RuntimeError(f"Recording failed on process {index}, so that all stop: {text}")
 
 
 def check_same(values: Mapping[str, Any], num_processes: int) -> None:
-    """
-    Checks that all processes have the same values.
-
-    Args:
-        values (`Mapping[str, Any]`): JSON-safe values by name, the same names on every process.
-        num_processes (`int`): Processes that train together.
-
-    Raises:
-        RuntimeError: On every process, naming values that differ.
-    """
+    """Checks that all processes have the same JSON-safe values."""
     if num_processes == 1:
         return
     own = {

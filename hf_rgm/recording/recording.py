@@ -1,4 +1,4 @@
-"""Writing a trajectory folder while training runs, in a way that a crash leaves it usable."""
+"""A trajectory folder that is written while training runs, and that a crash leaves usable."""
 
 from __future__ import annotations
 
@@ -27,7 +27,6 @@ from hf_rgm.trajectory.steps import (
     STEPS_FOLDER,
     StepTable,
     part_length,
-    part_path,
     read_part,
     recorded_parts,
     write_part,
@@ -36,22 +35,12 @@ from hf_rgm.trajectory.trajectory import FORMAT_VERSION, METADATA_FILE, read_met
 
 logger = logging.getLogger(__name__)
 
-_SAME_WHEN_RESUMED = ("optimizer", "parameters", "num_rows", "dataset_fingerprint")
-
 
 class TrajectoryRecorder:
-    """
-    The growing trajectory folder of one training run. Every file is written whole or not at all.
+    """The growing trajectory folder of one training run; every file is written whole or not at all."""
 
-    Steps and states are written by another thread, in the order they are given: [`~TrajectoryRecorder.drain`] before
-    anything relies on them, as a checkpoint does. If one cannot be written, nothing after it is, and the next call
-    raises the error.
-
-    Args:
-        folder (`Path`): Where to write: new, empty, or a trajectory folder. Only a trajectory's files are deleted.
-        dtype (`torch.dtype`): How states are kept, unless they are to be exact.
-        overwrite (`bool`): Whether a complete trajectory that another recorder wrote may be replaced.
-    """
+    # Another thread writes steps and states in the given order: drain it before anything relies on them, such as a
+    # checkpoint. Once a write fails, nothing after it is written, and the next call raises the error.
 
     def __init__(self, folder: Path, *, dtype: torch.dtype, overwrite: bool) -> None:
         self.folder = folder
@@ -64,21 +53,7 @@ class TrajectoryRecorder:
         self._writer: BackgroundWriter | None = None
 
     def begin(self, description: Mapping[str, Any], *, step: int, planned: Collection[int], best: int | None) -> None:
-        """
-        Opens the folder for a run that begins at `step`, and drops what it holds from there on.
-
-        Args:
-            description (`Mapping[str, Any]`): Content of the description file.
-            step (`int`): Updates made so far: 0, or more when training resumes from a checkpoint.
-            planned (`Collection[int]`): Steps whose states are to be recorded.
-            best (`int`, *optional*): Step of the best checkpoint so far, whose state is kept too.
-
-        Raises:
-            FileExistsError: If the folder holds something that must not be replaced.
-            OSError: If the disk is full or the folder cannot be written.
-            RuntimeError: If another process is recording into the folder.
-            ValueError: If training resumes but the folder does not hold the steps before.
-        """
+        """Opens the folder for a run that begins at `step`, and drops what it holds from there on."""
         self._close()
         if self.folder.exists() and not self.folder.is_dir():
             raise FileExistsError(f"{self.folder} is a file. Choose another folder.")
@@ -95,8 +70,7 @@ class TrajectoryRecorder:
     def _open(self, description: Mapping[str, Any], *, step: int, planned: Collection[int], best: int | None) -> None:
         existing = self._existing()
         if existing is not None and existing["complete"] and step < existing["num_steps"]:
-            goes_on = step > 0 and existing.get("stopped_early") is True
-            if goes_on:
+            if step > 0 and existing.get("stopped_early") is True:
                 logger.info("The trajectory in %s stopped early; it goes on from step %d.", self.folder, step)
             elif self._own:
                 logger.warning("The trajectory in %s is replaced by that of another training run.", self.folder)
@@ -105,23 +79,29 @@ class TrajectoryRecorder:
                     f"{self.folder} holds the complete trajectory of another training run. Choose another folder, or "
                     "pass `overwrite=True` to replace it: `TrajectoryCallback(..., overwrite=True)`."
                 )
-        self._description = dict(description) | {
-            "format_version": FORMAT_VERSION,
-            "complete": False,
-            "num_steps": None,
-        }
+        self._description = {**description, "format_version": FORMAT_VERSION, "complete": False, "num_steps": None}
         wanted = set(planned)
         if step > 0:
-            self._check_resumable(existing, step)
-            wanted |= {earlier for earlier in (existing or {})["state_steps"] or () if earlier <= step}
-            self._description["updates_before"] = (existing or {}).get("updates_before", 0)
+            existing = self._resumable(existing, step)
+            wanted |= {earlier for earlier in existing["state_steps"] or () if earlier <= step}
+            self._description["updates_before"] = existing.get("updates_before", 0)
         self._description["state_steps"] = sorted(wanted)
         self._exact.clear()
         self._own = True
         self._write_description()
-        self._truncate(step, last_state=step if step > 0 else -1)
-        for outdated in set(recorded_states(self.folder)) - {*wanted, best}:
-            self.drop_state(outdated)
+        for recorded in recorded_states(self.folder):
+            if recorded not in {*wanted, best} or recorded > step or step == 0:
+                self.drop_state(recorded)
+        folder = ArtefactFolder(self.folder)
+        for start in recorded_parts(self.folder):
+            if start >= step:
+                part_path(self.folder, start).unlink()
+            elif start + part_length(folder, start) > step:
+                write_part(self.folder, start, read_part(folder, start).select(0, step - start))
+        # Of format version 1, which can only be replaced.
+        for old in (self.folder / STEPS_FOLDER).glob("part-*.parquet"):
+            if old.stem.removeprefix("part-").isdecimal():
+                old.unlink()
 
     def _existing(self) -> dict[str, Any] | None:
         for folder in (self.folder, self.folder / STATES_FOLDER, self.folder / STEPS_FOLDER):
@@ -142,7 +122,7 @@ class TrajectoryRecorder:
                 "`overwrite=True` to replace it."
             ) from error
 
-    def _check_resumable(self, existing: Mapping[str, Any] | None, step: int) -> None:
+    def _resumable(self, existing: dict[str, Any] | None, step: int) -> dict[str, Any]:
         way_out = (
             "Resume with the folder that the earlier part of this run was recorded to, or train from the beginning."
         )
@@ -150,7 +130,7 @@ class TrajectoryRecorder:
             raise ValueError(
                 f"Training resumes at step {step}, but {self.folder} records no steps 0 to {step - 1}. {way_out}"
             )
-        for key in _SAME_WHEN_RESUMED:
+        for key in ("optimizer", "parameters", "num_rows", "dataset_fingerprint"):
             if existing[key] != self._description[key]:
                 raise ValueError(
                     f"Training resumes at step {step}, but the `{key}` of the trajectory in {self.folder} is another. "
@@ -168,77 +148,46 @@ class TrajectoryRecorder:
             )
         if 0 not in recorded_states(self.folder):
             raise ValueError(f"{state_path(self.folder, 0)} is missing, so training cannot be resumed here. {way_out}")
-
-    def _truncate(self, step: int, *, last_state: int) -> None:
-        """Drops steps from `step` on and states after `last_state`."""
-        for recorded in recorded_states(self.folder):
-            if recorded > last_state:
-                self.drop_state(recorded)
-        folder = ArtefactFolder(self.folder)
-        for start in recorded_parts(self.folder):
-            if start >= step:
-                part_path(self.folder, start).unlink()
-            elif start + part_length(folder, start) > step:
-                write_part(self.folder, start, read_part(folder, start).select(0, step - start))
-        # Of format version 1, which can only be replaced.
-        for part in (self.folder / STEPS_FOLDER).glob("part-*.parquet"):
-            if part.stem.removeprefix("part-").isdecimal():
-                part.unlink()
+        return existing
 
     def write_steps(self, start: int, steps: StepTable) -> None:
-        """Adds steps, the first of which is number `start`."""
+        """Adds steps, starting at number `start`."""
         self._submit(start + len(steps), lambda: write_part(self.folder, start, steps))
 
     def write_state(self, state: TrajectoryState, *, exact: bool) -> None:
-        """Adds a copy of a state as it is now, in the model's own dtype if it is to be exact."""
-        copy = detached_state(state, None if exact else self._dtype)
+        """Adds a copy of a state unless it is there, in the model's own dtype if it must be exact."""
+        if state.step in self._exact or (not exact and self.has_state(state.step)):
+            return
+        copy = detached_state(state, torch.float32 if exact else self._dtype)
         self._submit(state.step, lambda: write_state(state_path(self.folder, copy.step), copy))
         if exact:
             self._exact.add(state.step)
 
     def _submit(self, step: int, work: Callable[[], None]) -> None:
-        def stopping() -> None:
-            with self._stopping(step):
-                work()
-
-        self._open_writer.submit(stopping)
+        self.writer.submit(self._stopping(step)(work))
 
     @property
-    def _open_writer(self) -> BackgroundWriter:
+    def writer(self) -> BackgroundWriter:
+        """The thread that writes; it exists between `begin` and `finish`."""
         if self._writer is None:
             raise RuntimeError(f"Nothing is being recorded into {self.folder}.")
         return self._writer
 
-    def check(self) -> None:
-        """Raises the error of what could not be written, without waiting for what is being written."""
-        self._open_writer.check()
-
-    def drain(self) -> None:
-        """Waits until everything is written, and raises the error of what could not be."""
-        self._open_writer.drain()
-
     def _close(self) -> None:
-        """Ends the writing of an earlier run, which may have failed."""
         if self._writer is not None:
             self._writer.close()
         self._writer = None
 
     def has_state(self, step: int) -> bool:
-        """Whether a step's state is recorded."""
         return state_path(self.folder, step).is_file()
 
     def read_state(self, step: int) -> TrajectoryState:
-        """A recorded state."""
         shapes = {name: tuple(shape) for name, shape in self._description["parameters"].items()}
         moment_names = OptimizerRule.from_dict(self._description["optimizer"]).moment_names
         return StateFile(ArtefactFolder(self.folder), step, shapes, moment_names).read()
 
-    def has_exact_state(self, step: int) -> bool:
-        """Whether this run recorded a step's state without rounding."""
-        return step in self._exact
-
     def drop_state(self, step: int) -> None:
-        """Deletes a state, when what was given before is written."""
+        """Deletes a state, after earlier writes are done."""
         path = state_path(self.folder, step)
         self._exact.discard(step)
         if self._writer is None:
@@ -247,16 +196,8 @@ class TrajectoryRecorder:
             self._writer.submit(lambda: path.unlink(missing_ok=True))
 
     def finish(self, num_steps: int, cost: Mapping[str, float], *, stopped_early: bool) -> None:
-        """
-        Marks the trajectory as complete, ending at a recorded state. Later steps stay, to resume after.
-
-        Args:
-            num_steps (`int`): Where it ends.
-            cost (`Mapping[str, float]`): What recording cost.
-            stopped_early (`bool`): Whether fewer steps were made than were planned, so that training may go on from
-                an earlier checkpoint.
-        """
-        self.drain()
+        """Marks the trajectory as complete, ending at step `num_steps`. Later steps stay, to resume after."""
+        self.writer.drain()
         recorded = recorded_states(self.folder)
         self._description |= {
             "complete": True,
@@ -273,7 +214,7 @@ class TrajectoryRecorder:
         self.abandon()
 
     def abandon(self) -> None:
-        """Leaves the folder as it is, once all is written, to whoever records into it next."""
+        """Finishes writing and releases the folder."""
         self._close()
         if self._lock is not None:
             self._lock.release()
@@ -285,7 +226,7 @@ class TrajectoryRecorder:
 
     @contextlib.contextmanager
     def _stopping(self, step: int) -> Iterator[None]:
-        """Says of errors of the disk how training goes on."""
+        """Adds advice on how to go on to errors of the disk."""
         try:
             yield
         except OSError as error:
@@ -299,6 +240,6 @@ class TrajectoryRecorder:
             ) from error
 
     def num_bytes(self) -> int:
-        """Disk that the recorded states and steps take, in bytes."""
+        """Size on disk of the recorded states and steps."""
         files = [*(self.folder / STATES_FOLDER).glob("*"), *(self.folder / STEPS_FOLDER).glob("*")]
         return sum(path.stat().st_size for path in files)

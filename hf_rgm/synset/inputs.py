@@ -8,7 +8,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from hf_rgm.model.functional_model import SOFT_TOKEN_IDS, SOFT_TOKEN_LOGITS, FunctionalModel
+from hf_rgm.model.functional_model import FunctionalModel
+from hf_rgm.model.token_host import SOFT_TOKEN_IDS, SOFT_TOKEN_LOGITS
 from hf_rgm.synset.samples import SyntheticSamples, smoothed_one_hot
 
 TOKENS = "input_ids"

@@ -1,4 +1,4 @@
-"""Recognising a dataset by its content."""
+"""Fingerprints of datasets, by content."""
 
 from __future__ import annotations
 
@@ -21,38 +21,9 @@ _MAX_ROWS = 64
 
 
 def dataset_fingerprint(dataset: Any, columns: Collection[str] | None = None) -> str:
-    """
-    SHA-256 over the length of a dataset and the content of up to 64 evenly spaced rows.
-
-    Numbers count by value, not by container: a list of Python floats, a float64 array and a float32 tensor agree. If
-    rows differ when they are read again (random augmentation), only the length counts, and a warning says so. The
-    global random state is the same afterwards.
-
-    Args:
-        dataset: A map-style dataset whose items are dictionaries, tuples or anything else with numbers, strings,
-            tensors, arrays or PIL images inside. Objects of other types count by their type only.
-        columns (`Collection[str]`, *optional*): Columns that count, where a row has any of them: those that the model
-            takes, so that a dataset is recognised after the `Trainer` dropped the others. By default all count.
-
-    Returns:
-        `str`: 64 hexadecimal digits.
-
-    Raises:
-        TypeError: If the dataset has no length.
-
-    Example:
-
-    ```python
-    >>> import torch
-    >>> from hf_rgm.trajectory.fingerprint import dataset_fingerprint
-
-    >>> rows = [{"x": [0.5, 1.0], "labels": 0, "source": "a"}, {"x": [0.1, 2.0], "labels": 1, "source": "b"}]
-    >>> tensors = [{"x": torch.tensor(row["x"]), "labels": torch.tensor(row["labels"])} for row in rows]
-    >>> dataset_fingerprint(rows, ["x", "labels"]) == dataset_fingerprint(tensors, ["x", "labels"])
-    True
-
-    ```
-    """
+    """SHA-256 over a dataset's length and up to 64 evenly spaced rows, of `columns` only if given."""
+    # Numbers count by value: a list of Python floats, a float64 array and a float32 tensor agree. Columns that the
+    # model does not take are left out, so that a dataset is recognised after the Trainer dropped them.
     if not hasattr(dataset, "__len__"):
         raise TypeError(f"`dataset` must be a map-style dataset with a length, got {type(dataset).__name__}.")
     length = len(dataset)
@@ -124,7 +95,7 @@ def _feed_array(digest: Any, array: np.ndarray) -> None:
 
 @contextlib.contextmanager
 def _random_state_kept() -> Iterator[None]:
-    """Rows may be augmented at random; reading them must not change what training draws next."""
+    # Rows may be augmented at random; reading them must not change what training draws next.
     python_state, numpy_state = random.getstate(), np.random.get_state()
     try:
         with torch.random.fork_rng(devices=[]):

@@ -1,11 +1,11 @@
-"""Update rules of torch optimizers as pure functions, and their constants as plain data."""
+"""Update rules of torch optimizers as pure functions, and their constants."""
 
 from __future__ import annotations
 
 import functools
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
@@ -21,32 +21,21 @@ MOMENT_NAMES: dict[str, tuple[str, ...]] = {
 }
 _TORCH_CLASSES = {torch.optim.SGD: "sgd", torch.optim.Adam: "adam", torch.optim.AdamW: "adamw"}
 MAX_CONSTANT = 1e6
-"""No training uses larger learning rates or other constants, whose sums and ratios must fit into float32."""
+"""Bound of learning rates and other constants, so that sums and ratios of them fit into float32."""
 _UNSUPPORTED_OPTIONS = ("amsgrad", "maximize", "differentiable")
 
 
 @dataclass(frozen=True)
 class ParameterGroup:
-    """
-    Constants of one parameter group. The learning rate is not among them: it changes from step to step.
+    """Constants of one parameter group; the learning rate is recorded at every step instead."""
 
-    Args:
-        names (`tuple[str, ...]`): Parameter names, as in `model.named_parameters()`. May be empty.
-        weight_decay (`float`, *optional*, defaults to `0.0`): L2 penalty (SGD, Adam) or decoupled decay (AdamW).
-        betas (`tuple[float, float]`, *optional*, defaults to `(0.9, 0.999)`): Adam and AdamW only.
-        eps (`float`, *optional*, defaults to `1e-8`): Adam and AdamW only.
-        momentum (`float`, *optional*, defaults to `0.0`): SGD only.
-        dampening (`float`, *optional*, defaults to `0.0`): SGD only.
-        nesterov (`bool`, *optional*, defaults to `False`): SGD only.
-    """
-
-    names: tuple[str, ...] = field(metadata={"help": "Parameter names, as in model.named_parameters()."})
-    weight_decay: float = field(default=0.0, metadata={"help": "L2 penalty (SGD, Adam) or decoupled decay (AdamW)."})
-    betas: tuple[float, float] = field(default=(0.9, 0.999), metadata={"help": "Adam and AdamW only."})
-    eps: float = field(default=1e-8, metadata={"help": "Adam and AdamW only."})
-    momentum: float = field(default=0.0, metadata={"help": "SGD only."})
-    dampening: float = field(default=0.0, metadata={"help": "SGD only."})
-    nesterov: bool = field(default=False, metadata={"help": "SGD only."})
+    names: tuple[str, ...]
+    weight_decay: float = 0.0  # L2 penalty (SGD, Adam) or decoupled decay (AdamW)
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    momentum: float = 0.0
+    dampening: float = 0.0
+    nesterov: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "names", tuple(self.names))
@@ -69,34 +58,10 @@ class ParameterGroup:
 
 @dataclass(frozen=True)
 class OptimizerRule:
-    """
-    Which update rule trained the model, with its constants.
+    """Update rule of the training with its constants."""
 
-    Args:
-        name (`str`): `"sgd"`, `"adam"` or `"adamw"`.
-        groups (`tuple[ParameterGroup, ...]`): Parameter groups, in the optimizer's order.
-
-    Raises:
-        ValueError: If the name is unknown, there is no group, or a parameter is in two groups.
-
-    Example:
-
-    ```python
-    >>> import torch
-    >>> from hf_rgm.trajectory.optimizers import OptimizerRule
-
-    >>> model = torch.nn.Linear(3, 2)
-    >>> rule = OptimizerRule.from_torch(torch.optim.AdamW(model.parameters()), model.named_parameters())
-    >>> rule.name, rule.groups[0].names, rule.groups[0].weight_decay
-    ('adamw', ('weight', 'bias'), 0.01)
-    >>> OptimizerRule.from_dict(rule.to_dict()) == rule
-    True
-
-    ```
-    """
-
-    name: str = field(metadata={"help": "sgd, adam or adamw."})
-    groups: tuple[ParameterGroup, ...] = field(metadata={"help": "Parameter groups, in the optimizer's order."})
+    name: str  # a key of `MOMENT_NAMES`
+    groups: tuple[ParameterGroup, ...]
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "groups", tuple(self.groups))
@@ -111,7 +76,7 @@ class OptimizerRule:
 
     @property
     def moment_names(self) -> tuple[str, ...]:
-        """Names of the moments this rule keeps, as in torch's optimizer state. Empty for SGD without momentum."""
+        """Moments that this rule keeps, as torch names them; none for SGD without momentum."""
         if self.name == "sgd" and not any(group.momentum for group in self.groups):
             return ()
         return MOMENT_NAMES[self.name]
@@ -121,12 +86,7 @@ class OptimizerRule:
         return {name: index for index, group in enumerate(self.groups) for name in group.names}
 
     def group_of(self, parameter_name: str) -> int:
-        """
-        Index of the group a parameter is in.
-
-        Raises:
-            KeyError: If it is in none.
-        """
+        """Index of a parameter's group."""
         index = self._group_indices.get(parameter_name)
         if index is None:
             raise KeyError(f"Parameter {parameter_name!r} is in no group of this optimizer rule.")
@@ -142,39 +102,22 @@ class OptimizerRule:
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> OptimizerRule:
-        """
-        The rule that [`~OptimizerRule.to_dict`] wrote.
-
-        Raises:
-            ValueError: If keys are missing or unknown.
-        """
-        known = {item.name for item in fields(ParameterGroup)}
-        message = f"Not an optimizer rule written by this release of hf_rgm: {str(dict(content))[:300]!r}."
-        if set(content) != {"name", "groups"} or not isinstance(content["name"], str):
-            raise ValueError(message)
-        if not isinstance(content["groups"], list):
-            raise ValueError(message)
-        for group in content["groups"]:
-            if not isinstance(group, dict) or set(group) != known or not _is_plain(group):
-                raise ValueError(message)
-        return cls(content["name"], tuple(ParameterGroup(**group) for group in content["groups"]))
+        """The rule that `to_dict` wrote."""
+        groups = content.get("groups")
+        if (
+            set(content) != {"name", "groups"}
+            or not isinstance(content["name"], str)
+            or not isinstance(groups, list)
+            or not all(_is_written_group(group) for group in groups)
+        ):
+            raise ValueError(f"Not an optimizer rule written by this release of hf_rgm: {str(dict(content))[:300]!r}.")
+        return cls(content["name"], tuple(ParameterGroup(**group) for group in groups))
 
     @classmethod
     def from_torch(
         cls, optimizer: torch.optim.Optimizer, named_parameters: Iterable[tuple[str, torch.nn.Parameter]]
     ) -> OptimizerRule:
-        """
-        Reads the rule off a torch optimizer (single-tensor, foreach, fused or capturable: the arithmetic is the same).
-
-        Args:
-            optimizer (`torch.optim.Optimizer`): Exactly `SGD`, `Adam` or `AdamW`, not a subclass.
-            named_parameters (`Iterable[tuple[str, Parameter]]`): `model.named_parameters()`. Parameters that do not
-                require a gradient are left out.
-
-        Raises:
-            NotImplementedError: If the optimizer or one of its options is not supported.
-            ValueError: If a trainable parameter is not optimized, or an optimized one is not the model's.
-        """
+        """Reads the rule off a torch optimizer: exactly `SGD`, `Adam` or `AdamW`, not a subclass."""
         name = _TORCH_CLASSES.get(type(optimizer))
         if name is None:
             kind = f"{type(optimizer).__module__}.{type(optimizer).__qualname__}"
@@ -208,16 +151,16 @@ class OptimizerRule:
         return cls(name, tuple(_read_group(group, names) for group in optimizer.param_groups))
 
 
-def _is_plain(group: Mapping[str, Any]) -> bool:
-    """Whether all constants of a group have the types they are written in."""
-    numbers = [group[name] for name in ("weight_decay", "eps", "momentum", "dampening")]
+def _is_written_group(group: Any) -> bool:
+    """Whether a group has the keys and types of `OptimizerRule.to_dict`."""
+    if not isinstance(group, dict) or set(group) != {item.name for item in fields(ParameterGroup)}:
+        return False
+    if not isinstance(group["names"], list) or not isinstance(group["betas"], list):
+        return False
+    numbers = [*group["betas"], *(group[name] for name in ("weight_decay", "eps", "momentum", "dampening"))]
     return (
-        isinstance(group["names"], list)
-        and all(isinstance(name, str) for name in group["names"])
-        and isinstance(group["betas"], list)
-        and all(
-            isinstance(number, int | float) and not isinstance(number, bool) for number in (*group["betas"], *numbers)
-        )
+        all(isinstance(name, str) for name in group["names"])
+        and all(type(number) in (int, float) for number in numbers)
         and isinstance(group["nesterov"], bool)
     )
 
@@ -241,46 +184,7 @@ def apply_update(
     learning_rates: Sequence[float],
     step: int,
 ) -> tuple[Parameters, Moments]:
-    """
-    One optimizer update as a pure, differentiable function: nothing that is passed is changed.
-
-    The arithmetic follows `torch.optim` operation by operation. As there, a parameter without a gradient is left as it
-    is, moments included, and the first momentum buffer of SGD is the gradient itself, without dampening.
-
-    Args:
-        rule (`OptimizerRule`): The update rule.
-        parameters (`Mapping[str, Tensor]`): Values before the update, of any shape and floating dtype.
-        gradients (`Mapping[str, Tensor]`): Gradients, already clipped. Names may be missing.
-        moments (`Mapping[str, Mapping[str, Tensor]]`): Moment name to parameter name to tensor of the parameter's
-            shape, as in [`TrajectoryState`]. Missing ones count as not initialised.
-        learning_rates (`Sequence[float]`): One per group.
-        step (`int`): Number of this update, starting at 1 (Adam's bias correction).
-
-    Returns:
-        `tuple[Parameters, Moments]`: parameters and moments after the update.
-
-    Raises:
-        ValueError: If `step` or the number of learning rates is wrong.
-        KeyError: If a parameter with a gradient is in no group of the rule.
-
-    Example:
-
-    ```python
-    >>> import torch
-    >>> from hf_rgm.trajectory.optimizers import OptimizerRule, ParameterGroup, apply_update
-
-    >>> rule = OptimizerRule("sgd", (ParameterGroup(("w",), momentum=0.5),))
-    >>> parameters, moments = {"w": torch.tensor([1.0])}, {}
-    >>> for step in (1, 2):
-    ...     gradients = {"w": parameters["w"]}
-    ...     parameters, moments = apply_update(
-    ...         rule, parameters, gradients, moments, learning_rates=[0.1], step=step
-    ...     )
-    >>> parameters["w"]
-    tensor([0.7600])
-
-    ```
-    """
+    """One optimizer update as a pure, differentiable function: the parameters and moments after it."""
     if len(learning_rates) != len(rule.groups):
         raise ValueError(
             f"`learning_rates` must have one value for each of the {len(rule.groups)} parameter groups, "
@@ -288,53 +192,31 @@ def apply_update(
         )
     if step < 1:
         raise ValueError(f"`step` counts updates from 1, got {step}.")
+    # Operation by operation as `torch.optim`: a parameter without a gradient stays as it is, moments included, and the
+    # first momentum buffer of SGD is the gradient itself, without dampening.
     new_parameters = dict(parameters)
     new_moments = {kind: dict(moments.get(kind, {})) for kind in rule.moment_names}
-    update = _sgd if rule.name == "sgd" else _adam
     for name, gradient in gradients.items():
         index = rule.group_of(name)
         group, learning_rate = rule.groups[index], learning_rates[index]
-        decay = group.weight_decay
         parameter = parameters[name]
-        if decay and rule.name == "adamw":
-            parameter = parameter * (1 - learning_rate * decay)
-        elif decay:
-            gradient = gradient + decay * parameter
-        new_parameters[name] = update(name, parameter, gradient, new_moments, group, learning_rate, step)
+        if group.weight_decay and rule.name == "adamw":
+            parameter = parameter * (1 - learning_rate * group.weight_decay)
+        elif group.weight_decay:
+            gradient = gradient + group.weight_decay * parameter
+        if rule.name != "sgd":
+            beta1, beta2 = group.betas
+            first, second = (new_moments[kind].get(name) for kind in rule.moment_names)
+            first = (1 - beta1) * gradient if first is None else torch.lerp(first, gradient, 1 - beta1)
+            second = (1 - beta2) * gradient**2 + (0 if second is None else beta2 * second)
+            new_moments["exp_avg"][name], new_moments["exp_avg_sq"][name] = first, second
+            denominator = second.sqrt() / (1 - beta2**step) ** 0.5 + group.eps
+            new_parameters[name] = parameter - learning_rate / (1 - beta1**step) * first / denominator
+            continue
+        if group.momentum:
+            buffer = new_moments["momentum_buffer"].get(name)
+            buffer = gradient if buffer is None else group.momentum * buffer + (1 - group.dampening) * gradient
+            new_moments["momentum_buffer"][name] = buffer
+            gradient = gradient + group.momentum * buffer if group.nesterov else buffer
+        new_parameters[name] = parameter - learning_rate * gradient
     return new_parameters, new_moments
-
-
-def _sgd(
-    name: str,
-    parameter: Tensor,
-    gradient: Tensor,
-    moments: Moments,
-    group: ParameterGroup,
-    learning_rate: float,
-    step: int,
-) -> Tensor:
-    if group.momentum:
-        previous = moments["momentum_buffer"].get(name)
-        buffer = gradient if previous is None else group.momentum * previous + (1 - group.dampening) * gradient
-        moments["momentum_buffer"][name] = buffer
-        gradient = gradient + group.momentum * buffer if group.nesterov else buffer
-    return parameter - learning_rate * gradient
-
-
-def _adam(
-    name: str,
-    parameter: Tensor,
-    gradient: Tensor,
-    moments: Moments,
-    group: ParameterGroup,
-    learning_rate: float,
-    step: int,
-) -> Tensor:
-    beta1, beta2 = group.betas
-    first = moments["exp_avg"].get(name)
-    second = moments["exp_avg_sq"].get(name)
-    first = (1 - beta1) * gradient if first is None else torch.lerp(first, gradient, 1 - beta1)
-    second = (1 - beta2) * gradient**2 + (0 if second is None else beta2 * second)
-    moments["exp_avg"][name], moments["exp_avg_sq"][name] = first, second
-    denominator = second.sqrt() / (1 - beta2**step) ** 0.5 + group.eps
-    return parameter - learning_rate / (1 - beta1**step) * first / denominator

@@ -1,9 +1,10 @@
-"""The recorded optimizer path, linearised: what a small change of a gradient does to the parameters later."""
+"""The recorded optimizer path, linearised: later effects of a small change of a gradient."""
 
 from __future__ import annotations
 
-import logging
+import itertools
 import math
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,74 +16,46 @@ from torch import Tensor
 from hf_rgm.model.functional_model import ParameterSpace
 from hf_rgm.trajectory.trajectory import Trajectory
 
-logger = logging.getLogger(__name__)
-
-MAX_GROWTH = 100.0
 MAX_INTEGRATION_STEPS = 100
-POWER_ITERATIONS = 8
 MIN_STATES, MAX_STATES = 3, 8
-"""Recorded states that gradients and curvature are taken at; see docs/method.md, record, for what fewer cost."""
+"""Recorded states used for gradients and curvature; docs/method.md says what fewer cost."""
 
 
 def automatic_stride(trajectory: Trajectory, rewind: float) -> int:
-    """The smallest stride that needs at most 100 integration steps from `rewind` to the end of training."""
-    return max(1, -(-round((1 - rewind) * trajectory.num_steps) // MAX_INTEGRATION_STEPS))
+    """Smallest stride with at most 100 integration steps from `rewind` to the end of training."""
+    return max(1, math.ceil(round((1 - rewind) * trajectory.num_steps) / MAX_INTEGRATION_STEPS))
 
 
 def states_by_epochs(trajectory: Trajectory) -> int:
-    """
-    How many recorded states gradients and curvature are taken at: as many as epochs, within bounds.
-
-    Every state costs a pass over the training rows, or several: as much as training itself where that saw each row
-    once, and next to nothing where it saw them often.
-    """
+    """Number of recorded states for gradients and curvature: one per epoch, within bounds."""
+    # A state costs at least a pass over the rows: as much as training if that saw each row once, else much less.
     return int(np.clip(round(float(trajectory.steps.epoch[-1])), MIN_STATES, MAX_STATES))
 
 
 @dataclass(frozen=True)
 class LinearStep:
-    """
-    One integration step of the deviation `delta` from the recorded path, with gradient deviation `a`:
+    """Coefficients of one integration step of the deviation `delta` from the recorded path."""
 
-    `d = momentum_share * m + gradient_share * (a + coupled_decay * delta)`,
-    `m <- momentum * m + gain * (a + coupled_decay * delta)`,
-    `delta <- (1 - decoupled_decay) * delta - precondition * d`.
-
-    Over a stride of several training steps these are the optimizer's own steps composed, for a gradient that does not
-    change meanwhile.
-
-    Args:
-        step (`int`): Training step the integration step starts at.
-        nearest_state (`int`): Recorded step whose parameters are nearest.
-        precondition (`Tensor`): D, `(num_parameters,)` or `(1,)`: learning rate over Adam's root of second moment.
-        gradient_scale (`float`): The recorded clipping factor.
-        momentum, gain (`float`): What is left of the momentum, and what the gradient adds to it.
-        momentum_share, gradient_share (`float`): What the momentum before the step and the gradient add to the
-            direction `d`, mean over the stride.
-        coupled_decay (`Tensor`): Weight decay that goes through the gradient (SGD, Adam).
-        decoupled_decay (`Tensor`): Learning rate times weight decay (AdamW).
-    """
+    # With the change `a` of the gradient:
+    #   d = momentum_share * m + gradient_share * (a + coupled_decay * delta)
+    #   m <- momentum * m + gain * (a + coupled_decay * delta)
+    #   delta <- (1 - decoupled_decay) * delta - precondition * d
+    # A stride of several training steps composes the optimizer's steps for a constant `a`; shares are means over it.
 
     step: int
     nearest_state: int
-    precondition: Tensor
-    gradient_scale: float
+    precondition: Tensor  # learning rate over Adam's root of second moment, `(num_parameters,)` or `(1,)`
+    gradient_scale: float  # recorded clipping factor
     momentum: float
     gain: float
     momentum_share: float
     gradient_share: float
-    coupled_decay: Tensor
-    decoupled_decay: Tensor
+    coupled_decay: Tensor  # weight decay of SGD and Adam
+    decoupled_decay: Tensor  # learning rate times weight decay of AdamW
 
 
 class LinearSteps(Sequence[LinearStep]):
-    """
-    Integration steps that are made when they are asked for: each holds vectors as long as the parameters.
-
-    Args:
-        starts (`range`): Training steps they start at.
-        make (`Callable`): Makes the one that starts at a training step.
-    """
+    """Integration steps made on access, as each holds vectors as long as the parameters."""
 
     def __init__(self, starts: range, make: Callable[[int], LinearStep]) -> None:
         self._starts = starts
@@ -92,31 +65,13 @@ class LinearSteps(Sequence[LinearStep]):
         return len(self._starts)
 
     def __getitem__(self, index: Any) -> Any:
-        chosen = self._starts[index]
-        return LinearSteps(chosen, self._make) if isinstance(chosen, range) else self._make(chosen)
+        return self._make(self._starts[index])
 
 
 class RecordedPath:
-    """
-    Integration steps over a recorded trajectory, from a rewind point to the end of training.
+    """Integration steps along a recorded trajectory, from a rewind point to the end of training."""
 
-    Second moments are frozen at their recorded values and interpolated, as are the parameters, between recorded
-    states. Anchored replay takes these steps; the linear engine takes the path by segments (docs/method.md).
-
-    Args:
-        trajectory (`Trajectory`): The recorded run.
-        space (`ParameterSpace`): Order of the flat vectors.
-        device (`torch.device`): Where vectors live.
-        rewind (`float`): Fraction of training at which integration starts, in [0, 1).
-        stride (`int`): Training steps per integration step.
-        max_states (`int`, *optional*): Most recorded states that segments are made of, spread evenly over those with
-            an update behind them. Defaults to all.
-        like (`RecordedPath`, *optional*): Another path of the run, which has read some states already.
-
-    Raises:
-        NotImplementedError: If parameter groups differ in momentum (betas, eps, dampening).
-        ValueError: If `rewind` or `stride` is out of range.
-    """
+    # Second moments are frozen at their recorded values. They and the parameters are interpolated between states.
 
     def __init__(
         self,
@@ -153,46 +108,25 @@ class RecordedPath:
 
     @property
     def is_adaptive(self) -> bool:
-        """Whether the optimizer divides by the root of a second moment."""
         return self.trajectory.optimizer.name != "sgd"
 
-    def steps(self, first: int | None = None, last: int | None = None, *, stride: int | None = None) -> LinearSteps:
-        """
-        Integration steps in training order, each made when it is asked for.
-
-        Args:
-            first, last (`int`, *optional*): Training steps to cover, the last one excluded. Default to all from the
-                rewind point on.
-            stride (`int`, *optional*): Defaults to the path's.
-        """
-        start = self.start if first is None else first
-        end = self.trajectory.num_steps if last is None else last
-        span = self.stride if stride is None else stride
-        return LinearSteps(range(start, end, span), lambda t: self._step(t, min(span, end - t)))
+    def steps(self) -> LinearSteps:
+        """Integration steps in training order."""
+        end = self.trajectory.num_steps
+        return LinearSteps(range(self.start, end, self.stride), lambda t: self._step(t, min(self.stride, end - t)))
 
     def segments(self) -> list[tuple[int, int, int]]:
-        """
-        Recorded steps in use, in training order, each with the training steps `first` to `last` (excluded) that it is
-        nearest to.
-        """
-        nearest = [self._nearest_used(step) for step in range(self.start, self.trajectory.num_steps)]
-        edges = [i for i, state in enumerate(nearest) if i == 0 or state != nearest[i - 1]] + [len(nearest)]
-        return [
-            (nearest[begin], self.start + begin, self.start + end)
-            for begin, end in zip(edges, edges[1:], strict=False)
-        ]
+        """Recorded steps in use, each with the range `first, last` of training steps that it is nearest to."""
+        steps = range(self.start, self.trajectory.num_steps)
+        groups = [(state, [*members]) for state, members in itertools.groupby(steps, self._nearest_used)]
+        return [(state, members[0], members[-1] + 1) for state, members in groups]
 
     def parameters_at(self, step: float) -> Tensor:
-        """Parameters interpolated between recorded states: `(num_parameters,)`, float32."""
-        return self._interpolate(step, self.trajectory.state_steps, self._flat_parameters)
+        """Parameters interpolated between recorded states, `(num_parameters,)`, float32."""
+        return self._interpolate(step, self.trajectory.state_steps, self.state)
 
     def nearest_state(self, step: float, *, before: float = math.inf) -> int:
-        """
-        The recorded step nearest to `step`; of two equally near ones, the later.
-
-        Raises:
-            ValueError: If no state is recorded at a step smaller than `before`.
-        """
+        """The recorded step below `before` that is nearest to `step`; of two equally near ones, the later."""
         steps = [s for s in self.trajectory.state_steps if s < before]
         if not steps:
             raise ValueError(
@@ -202,13 +136,9 @@ class RecordedPath:
         return min(reversed(steps), key=lambda s: abs(s - step))
 
     def _nearest_used(self, step: float) -> int:
-        """The nearest of the states that segments are made of; of two equally near ones, the later."""
+        """The nearest step of the states that segments use; of two equally near ones, the later."""
         later_first = self._states[::-1]
         return int(later_first[np.abs(later_first - step).argmin()])
-
-    def state(self, step: int) -> Tensor:
-        """Parameters of a recorded state: `(num_parameters,)`, float32."""
-        return self._flat_parameters(step)
 
     def _step(self, start: int, span: int) -> LinearStep:
         trajectory, rule = self.trajectory, self.trajectory.optimizer
@@ -247,16 +177,11 @@ class RecordedPath:
         )
 
     def momentum_of(self, update: int) -> tuple[float, float, float, float]:
-        """Momentum, gain and the shares of momentum and gradient in the direction, of one update of this number."""
+        """Momentum, gain and the two shares of one update, as in `LinearStep`."""
         return self._momentum(np.array([update]), np.ones(1))
 
     def inverse_root_moment(self, step: float) -> Tensor:
-        """
-        Adam's `1 / (sqrt(v) + eps)` after a training step, interpolated: `(num_parameters,)`, float32.
-
-        0 where there is no second moment: such an element never received a gradient (the embedding of a token that no
-        row has), and no row moves it; synthetic samples must not either, at a step of 1 / eps.
-        """
+        """Adam's `1 / (sqrt(v) + eps)` after a training step, interpolated: `(num_parameters,)`, float32."""
         made = self.trajectory.update_numbers
         # Before the first update, which loss scaling may have skipped, there is no second moment.
         recorded = [s for s in self.trajectory.state_steps if s > 0 and made[s - 1] > 0]
@@ -264,7 +189,7 @@ class RecordedPath:
         return (1 / (moment.sqrt() + self.trajectory.optimizer.groups[0].eps)).where(moment > 0, 0.0)
 
     def _momentum(self, updates: np.ndarray, weights: np.ndarray) -> tuple[float, float, float, float]:
-        """Momentum, gain and the two shares of updates of these numbers, whose directions count by `weights`."""
+        """Momentum, gain and the two shares of several updates, whose directions count by `weights`."""
         group = self.trajectory.optimizer.groups[0]
         decay = group.betas[0] if self.is_adaptive else group.momentum
         momentum, gain, momentum_share, gradient_share = 1.0, 0.0, 0.0, 0.0
@@ -278,21 +203,21 @@ class RecordedPath:
         return momentum, gain, momentum_share, gradient_share
 
     def _interpolate(self, step: float, recorded, read) -> Tensor:
-        if step <= recorded[0]:
-            return read(recorded[0])
-        later = next((s for s in recorded if s >= step), recorded[-1])
-        if later == step or later == recorded[0] or step >= recorded[-1]:
-            return read(later)
-        earlier = recorded[recorded.index(later) - 1]
+        step = min(max(step, recorded[0]), recorded[-1])
+        index = bisect_left(recorded, step)
+        if recorded[index] == step:
+            return read(recorded[index])
+        earlier, later = recorded[index - 1], recorded[index]
         return torch.lerp(read(earlier), read(later), (step - earlier) / (later - earlier))
 
-    def _flat_parameters(self, step: int) -> Tensor:
+    def state(self, step: int) -> Tensor:
+        """Parameters of a recorded state, `(num_parameters,)`, float32."""
         if step not in self._parameters:
             self._parameters[step] = self.space.flatten(self.trajectory.state(step).parameters).to(self.device)
         return self._parameters[step]
 
     def second_moment(self, step: int) -> Tensor:
-        """Adam's second moment of a recorded state, free of its start from 0: `(num_parameters,)`, float32."""
+        """Bias-corrected second moment of Adam at a recorded state, `(num_parameters,)`, float32."""
         if step not in self._second_moments:
             second = self.trajectory.optimizer.groups[0].betas[1]
             state = self.trajectory.state(step)
@@ -307,17 +232,7 @@ class RecordedPath:
 
 
 def deviation_step(step: LinearStep, deviation: Tensor, momentum: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
-    """
-    Advances deviations from the recorded path by one integration step.
-
-    Args:
-        step (`LinearStep`): Coefficients.
-        deviation, momentum (`Tensor`): `(batch_size, num_parameters)`, delta and its momentum.
-        gradient (`Tensor`): `(batch_size, num_parameters)`, change of the gradient against the recorded path.
-
-    Returns:
-        `tuple[Tensor, Tensor]`: the next deviation and momentum.
-    """
+    """Next deviation and momentum, each `(batch_size, num_parameters)`, given the change of the gradient."""
     # In place where it is our own: every vector is as large as all models that are replayed together.
     gradient = (step.gradient_scale * gradient).addcmul_(step.coupled_decay, deviation)
     direction = (step.momentum_share * momentum).add_(gradient, alpha=step.gradient_share)

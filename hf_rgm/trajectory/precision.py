@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -13,66 +15,37 @@ _LOG_LEVELS = 254
 
 
 def check_precision(precision: str) -> None:
-    """Raises a `ValueError` unless the precision is known."""
     if precision not in PRECISIONS:
         raise ValueError(f"The precision of states must be one of {', '.join(PRECISIONS)}, got {precision!r}.")
 
 
 def scale_shape(kind: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Shape of the scale that belongs to a tensor in int8."""
+    """Shape of the scale that belongs to an int8 tensor."""
     if kind == "exp_avg_sq":
         return (2,)
-    num_elements = 1
-    for size in shape:
-        num_elements *= size
-    return (-(-num_elements // BLOCK_SIZE),)
+    return (math.ceil(math.prod(shape) / BLOCK_SIZE),)
 
 
 def quantize(tensor: Tensor) -> tuple[Tensor, Tensor]:
-    """
-    Rounds to 8 bits, evenly between the extremes of each block of 256 elements.
-
-    Args:
-        tensor (`Tensor`): Of any shape, float32.
-
-    Returns:
-        `tuple[Tensor, Tensor]`: int8 of the same shape, and the scale of each block, `(num_blocks,)`, float32.
-    """
+    """Rounds a float32 tensor to int8, with one scale for each block of 256 elements: `(num_blocks,)`, float32."""
     values, scale = quantize_rows(_blocks(tensor))
     return values.flatten()[: tensor.numel()].view(tensor.shape), scale
 
 
 def quantize_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """
-    Rounds to 8 bits, evenly between the extremes of each row.
-
-    Args:
-        rows (`Tensor`): `(num_rows, row_length)`, float32.
-
-    Returns:
-        `tuple[Tensor, Tensor]`: int8 of the same shape, and the scale of each row, `(num_rows,)`, float32.
-    """
+    """Rounds `(num_rows, row_length)` to int8, with one scale for each row: `(num_rows,)`, float32."""
     scale = rows.abs().amax(1) / _LEVELS if rows.shape[1] else rows.new_zeros(len(rows))
     rounded = (rows / scale.clamp_min(torch.finfo(scale.dtype).tiny)[:, None]).round().clamp(-_LEVELS, _LEVELS)
     return rounded.to(torch.int8), scale
 
 
 def dequantize(values: Tensor, scale: Tensor) -> Tensor:
-    """The inverse of [`quantize`], up to rounding: float32 of the shape of `values`."""
+    """Inverse of `quantize`, up to rounding."""
     return (_blocks(values.float()) * scale[:, None]).flatten()[: values.numel()].view(values.shape)
 
 
 def quantize_logarithm(tensor: Tensor) -> tuple[Tensor, Tensor]:
-    """
-    Rounds the logarithms of positive numbers to 8 bits; zero stays zero.
-
-    Args:
-        tensor (`Tensor`): Of any shape, float32, not negative.
-
-    Returns:
-        `tuple[Tensor, Tensor]`: uint8 of the same shape, and the smallest logarithm (base 2) with the distance between
-        neighbours, `(2,)`, float32.
-    """
+    """Rounds logarithms of a tensor >= 0 to uint8 (0 stays 0), with the lowest and their distance: `(2,)`, float32."""
     positive = tensor > 0
     logarithms = tensor.clamp_min(torch.finfo(tensor.dtype).tiny).log2()
     present = logarithms[positive]
@@ -83,7 +56,7 @@ def quantize_logarithm(tensor: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def dequantize_logarithm(values: Tensor, scale: Tensor) -> Tensor:
-    """The inverse of [`quantize_logarithm`], up to rounding: float32 of the shape of `values`."""
+    """Inverse of `quantize_logarithm`, up to rounding."""
     powers = torch.exp2(scale[0] + scale[1] * (values.float() - 1))
     return torch.where(values > 0, powers, torch.zeros_like(powers))
 

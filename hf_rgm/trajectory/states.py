@@ -1,4 +1,4 @@
-"""Recorded states of training: parameters and optimizer moments, one safetensors file each."""
+"""Recorded states of training: a safetensors file each, with parameters and optimizer moments."""
 
 from __future__ import annotations
 
@@ -33,29 +33,18 @@ _WAY_OUT = "Copy the folder again, or record the training run again."
 
 @dataclass
 class TrajectoryState:
-    """
-    Where training was before update `step`.
-
-    Args:
-        step (`int`): Number of updates made so far; `0` is the start of training.
-        parameters (`dict[str, Tensor]`): The trainable parameters, float32 on the CPU.
-        moments (`dict[str, dict[str, Tensor]]`): Moment name (`"exp_avg"`, `"exp_avg_sq"` or `"momentum_buffer"`) to
-            parameter name to tensor of the parameter's shape, float32 on the CPU. A moment that the optimizer had not
-            initialised is absent; at step 0 usually all are.
-    """
+    """Trainable parameters and optimizer moments before update `step`, float32 on the CPU once loaded."""
 
     step: int
     parameters: dict[str, Tensor]
-    moments: Moments
+    moments: Moments  # name as in torch -> parameter -> tensor; those not initialised yet are absent
 
 
 def state_name(step: int) -> str:
-    """Name of the file that the state of a step is kept in."""
     return f"step-{step:08d}.safetensors"
 
 
 def state_path(folder: Path, step: int) -> Path:
-    """Where the state of a step is kept."""
     return folder / STATES_FOLDER / state_name(step)
 
 
@@ -65,68 +54,38 @@ def recorded_states(folder: Path) -> list[int]:
     return sorted(int(name) for name in names if name.isdigit())
 
 
-def detached_state(state: TrajectoryState, dtype: torch.dtype | None = None) -> TrajectoryState:
-    """
-    A copy of a state on the CPU, which goes on being what it is when training goes on.
-
-    Args:
-        state (`TrajectoryState`): On any device and in any dtype.
-        dtype (`torch.dtype`, *optional*): Tensors of more bytes per element are cast to this. By default each keeps
-            its dtype, up to float32.
-    """
-    limit = dtype if dtype is not None else torch.float32
+def detached_state(state: TrajectoryState, dtype: torch.dtype = torch.float32) -> TrajectoryState:
+    """Copy of a state on the CPU; tensors wider than `dtype` (float32 by default) are cast to it."""
 
     def copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {name: _detached(tensor, limit) for name, tensor in tensors.items()}
+        return {name: _detached(tensor, dtype) for name, tensor in tensors.items()}
 
-    return TrajectoryState(
-        state.step, copies(state.parameters), {kind: copies(members) for kind, members in state.moments.items()}
-    )
+    moments = {kind: copies(members) for kind, members in state.moments.items()}
+    return TrajectoryState(state.step, copies(state.parameters), moments)
 
 
 def write_state(
-    path: Path,
-    state: TrajectoryState,
-    *,
-    dtype: torch.dtype | None = None,
-    precision: str = "float32",
-    final: Mapping[str, Tensor] | None = None,
+    path: Path, state: TrajectoryState, *, precision: str = "float32", final: Mapping[str, Tensor] | None = None
 ) -> None:
-    """
-    Writes a state, on any device and in any dtype.
-
-    Args:
-        path (`Path`): The file, replaced whole.
-        state (`TrajectoryState`): What to write.
-        dtype (`torch.dtype`, *optional*): Tensors of more bytes per element are cast to this. By default each keeps
-            its dtype, up to float32.
-        precision (`str`, *optional*, defaults to `"float32"`): In `"bfloat16"` and `"int8"`, parameters are kept as
-            differences from `final`.
-        final (`Mapping[str, Tensor]`, *optional*): The trained parameters.
-    """
-    kinds: dict[str, Mapping[str, Tensor]] = {_PARAMETERS: state.parameters, **state.moments}
+    """Writes a state; in `bfloat16` and `int8`, parameters are kept as differences from `final`."""
     metadata = {"format": "pt", "step": str(state.step)}
-    if precision == PRECISIONS[0]:
-        copy = detached_state(state, dtype)
-        kinds = {_PARAMETERS: copy.parameters, **copy.moments}
-        tensors = {f"{kind}.{name}": tensor for kind, members in kinds.items() for name, tensor in members.items()}
-    else:
-        if final is None:
-            raise ValueError(f"A state in {precision} is kept as the difference from the trained model: pass `final`.")
-        kinds[_PARAMETERS] = {name: tensor - final[name] for name, tensor in state.parameters.items()}
-        tensors = {}
-        for kind, members in kinds.items():
-            for name, tensor in members.items():
-                tensors |= _rounded(kind, name, _detached(tensor.float(), torch.float32), precision)
+    if precision != PRECISIONS[0]:
         metadata[_PRECISION] = precision
+    tensors = {}
+    for kind, members in {_PARAMETERS: state.parameters, **state.moments}.items():
+        for name, tensor in members.items():
+            if final is not None and kind == _PARAMETERS:
+                tensor = tensor - final[name]
+            tensors |= _rounded(kind, name, _detached(tensor, torch.float32), precision)
     with replacing(path) as temporary:
         save_file(tensors, temporary, metadata=metadata)
 
 
 def _rounded(kind: str, name: str, tensor: Tensor, precision: str) -> dict[str, Tensor]:
-    if precision == "bfloat16":
-        return {f"{kind}.{name}": tensor.bfloat16()}
-    values, scale = quantize_logarithm(tensor) if kind == "exp_avg_sq" else quantize(tensor)
+    if precision != "int8":
+        return {f"{kind}.{name}": tensor.bfloat16() if precision == "bfloat16" else tensor}
+    # Second moments span many orders of magnitude.
+    values, scale = (quantize_logarithm if kind == "exp_avg_sq" else quantize)(tensor.float())
     return {f"{kind}.{name}": values, f"{kind}{SCALE_SUFFIX}.{name}": scale}
 
 
@@ -137,40 +96,25 @@ def _detached(tensor: Tensor, limit: torch.dtype) -> Tensor:
 
 @dataclass(frozen=True)
 class StateFile:
-    """
-    A state that stays on disk, or on the Hub, until it is asked for.
-
-    Args:
-        folder (`ArtefactFolder`): The folder of the trajectory.
-        step (`int`): The state's step.
-        shapes (`Mapping[str, tuple[int, ...]]`): Shapes of the trainable parameters.
-        moment_names (`tuple[str, ...]`): Moments the optimizer keeps.
-        reference (`StateFile`, *optional*): The trained model, whose differences from this state the file may hold.
-    """
+    """A state on disk or on the Hub, read when asked for."""
 
     folder: ArtefactFolder
     step: int
     shapes: Mapping[str, tuple[int, ...]]
     moment_names: tuple[str, ...]
-    reference: StateFile | None = None
+    reference: StateFile | None = None  # the trained model, which the file may hold differences from
 
     @property
     def name(self) -> str:
-        """The file, in the folder."""
         return f"{STATES_FOLDER}/{state_name(self.step)}"
 
     @property
     def at_hand(self) -> bool:
-        """Whether it can be read without fetching it."""
+        """Whether it can be read without a download."""
         return self.folder.at_hand(self.name)
 
     def path(self) -> Path:
-        """
-        The file, fetched if need be.
-
-        Raises:
-            FileNotFoundError: If it is missing.
-        """
+        """Path of the file, downloaded if necessary."""
         try:
             return self.folder.file(self.name)
         except FileNotFoundError as error:
@@ -179,24 +123,12 @@ class StateFile:
             ) from error
 
     def check(self) -> None:
-        """
-        Checks that the file holds the parameters, and moments of their shapes. Reads its header only.
-
-        Raises:
-            FileNotFoundError: If there is no such file.
-            ValueError: If it is damaged or holds something else.
-        """
+        """Checks names and shapes by the file's header."""
         with self._opened() as file:
             self._members(file)
 
     def read(self) -> TrajectoryState:
-        """
-        Reads the state as float32, differences added to what they are differences from.
-
-        Raises:
-            FileNotFoundError: If there is no such file.
-            ValueError: If it is damaged, holds something else, or is NaN or infinite.
-        """
+        """Reads the state as float32; differences are added to the trained parameters."""
         with self._opened() as file:
             precision = file.metadata.get(_PRECISION, PRECISIONS[0])
             values = {
@@ -223,7 +155,7 @@ class StateFile:
             raise ValueError(f"{path} is damaged ({printable(str(error.__cause__ or error))}). {_WAY_OUT}") from error
 
     def _members(self, file: TensorFile) -> dict[str, list[str]]:
-        """Names of the parameters each kind of tensor is there for."""
+        """Parameter names by kind of tensor (parameters and moments)."""
         precision = file.metadata.get(_PRECISION, PRECISIONS[0])
         if precision not in PRECISIONS:
             raise ValueError(f"{file.path} has states in {precision!r}, not in {', '.join(PRECISIONS)}. {_WAY_OUT}")

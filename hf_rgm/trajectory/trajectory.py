@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +19,15 @@ from hf_rgm.trajectory.precision import PRECISIONS, check_precision
 from hf_rgm.trajectory.states import StateFile, TrajectoryState, state_path, write_state
 from hf_rgm.trajectory.steps import StepTable, check_rows, read_steps, write_part
 
-__all__ = ["FORMAT_VERSION", "METADATA_FILE", "StepTable", "Trajectory", "TrajectoryState"]
-
 FORMAT_VERSION = 2
 METADATA_FILE = "trajectory.json"
 MAX_UPDATES = 2**53
-"""Larger numbers are not exact in float64, in which bias corrections are computed."""
+"""Larger numbers are not exact in the float64 of bias corrections."""
 
 
 @dataclass
 class _Description:
-    """What a finished trajectory's JSON file must hold; the rest is metadata."""
+    """Required keys of a finished trajectory's JSON file."""
 
     format_version: int
     complete: bool
@@ -42,7 +41,7 @@ class _Description:
 
 @dataclass
 class _Metadata:
-    """The metadata that is computed with."""
+    """Optional keys that are used in computations."""
 
     updates_before: int = 0
     fingerprint_columns: list[str] | None = None
@@ -58,12 +57,12 @@ _OWN_KEYS = tuple(item.name for item in fields(_Description))
 
 class Trajectory:
     """
-    The path that training took: recorded states, and what happened at every step between them.
+    A recorded training run: its states, and the steps between them.
 
-    [`TrajectoryCallback`] records one; [`~Trajectory.load`] opens it. States stay on disk until they are asked for.
+    [`TrajectoryCallback`] records one; [`~Trajectory.load`] opens it. States stay on disk until they are used.
 
     Args:
-        optimizer (`OptimizerRule`): Which update rule was used.
+        optimizer (`OptimizerRule`): The update rule.
         parameter_shapes (`Mapping[str, tuple[int, ...]]`): Shapes of the trainable parameters, by name, in the order
             of `model.named_parameters()`.
         steps (`StepTable`): What happened at every step.
@@ -71,8 +70,7 @@ class Trajectory:
             the last step.
         num_rows (`int`): Length of the training set.
         dataset_fingerprint (`str`): Result of [`dataset_fingerprint`] for the training set.
-        metadata (`Mapping[str, Any]`, *optional*): What else is known of the run, JSON-safe: see
-            [`TrajectoryCallback`].
+        metadata (`Mapping[str, Any]`, *optional*): Other facts about the run, JSON-safe.
         folder (`Path`, *optional*): Where it was loaded from.
 
     Raises:
@@ -81,25 +79,15 @@ class Trajectory:
     Example:
 
     ```python
-    >>> import tempfile, torch
-    >>> from hf_rgm.trajectory.optimizers import OptimizerRule, ParameterGroup
-    >>> from hf_rgm.trajectory.trajectory import StepTable, Trajectory, TrajectoryState
+    >>> import tempfile
+    >>> from hf_rgm import Trajectory
+    >>> from hf_rgm.testing import tiny_recorded_run
 
-    >>> trajectory = Trajectory(
-    ...     optimizer=OptimizerRule("sgd", (ParameterGroup(("w",)),)),
-    ...     parameter_shapes={"w": (2,)},
-    ...     steps=StepTable(
-    ...         epoch=[1.0], learning_rates=[[0.1]], gradient_norm=[1.0], clip_factor=[1.0], skipped=[False]
-    ...     ),
-    ...     states={step: TrajectoryState(step, {"w": torch.ones(2)}, {}) for step in (0, 1)},
-    ...     num_rows=3,
-    ...     dataset_fingerprint="",
-    ... )
-    >>> with tempfile.TemporaryDirectory() as parent:
-    ...     trajectory.save(f"{parent}/trajectory")
-    ...     loaded = Trajectory.load(f"{parent}/trajectory")
-    ...     print(loaded.num_steps, loaded.state_steps, loaded.final.parameters["w"])
-    1 (0, 1) tensor([1., 1.])
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     tiny_recorded_run().trajectory.save(folder, precision="bfloat16")
+    ...     trajectory = Trajectory.load(folder)
+    >>> trajectory.num_steps, trajectory.state_steps
+    (48, (0, 10, 19, 29, 38, 48))
 
     ```
     """
@@ -183,18 +171,21 @@ class Trajectory:
 
     @property
     def states_bytes(self) -> int:
-        """Size of the recorded states on disk, to the size of the final one for each."""
+        """Size of the recorded states, in bytes, if each is as large as the final one."""
         final = self.final
         moments = (tensor for moment in final.moments.values() for tensor in moment.values())
         return len(self.state_steps) * sum(tensor.nbytes for tensor in (*final.parameters.values(), *moments))
 
     def check_dataset(self, dataset: Any, what: str = "train_dataset") -> None:
         """
-        Raises a `ValueError` unless `dataset` has the rows that were trained on, in the same order.
+        Checks that `dataset` has the rows of the training set, in the same order.
 
         Args:
             dataset: A map-style dataset.
-            what (`str`, *optional*, defaults to `"train_dataset"`): How the error calls it.
+            what (`str`, *optional*, defaults to `"train_dataset"`): Name of the dataset in errors.
+
+        Raises:
+            ValueError: If it has not.
         """
         if len(dataset) != self.num_rows:
             raise ValueError(
@@ -210,32 +201,19 @@ class Trajectory:
             )
 
     def without_rows(self) -> Trajectory:
-        """The same run without telling which rows were in which step, to be shared."""
-        return Trajectory(
-            optimizer=self.optimizer,
-            parameter_shapes=self.parameter_shapes,
-            steps=StepTable(
-                epoch=self.steps.epoch,
-                learning_rates=self.steps.learning_rates,
-                gradient_norm=self.steps.gradient_norm,
-                clip_factor=self.steps.clip_factor,
-                skipped=self.steps.skipped,
-            ),
-            states=self._states,
-            num_rows=self.num_rows,
-            dataset_fingerprint=self.dataset_fingerprint,
-            metadata=self.metadata,
-            folder=self.folder,
-        )
+        """A copy to share, which does not tell the rows of each step."""
+        shared = copy.copy(self)
+        shared.steps = replace(self.steps, rows=None, micro_batch_sizes=None)
+        return shared
 
     def save(self, folder: str | Path, *, precision: str | None = None) -> None:
         """
         Writes the trajectory. An older trajectory in the folder is replaced.
 
         Args:
-            folder (`str` or `Path`): Where to.
-            precision (`str`, *optional*): `"float32"`, `"bfloat16"` or `"int8"`, of all states but the last, which
-                stays as it is. Defaults to the precision the states have.
+            folder (`str` or `Path`): Where to write.
+            precision (`str`, *optional*): `"float32"`, `"bfloat16"` or `"int8"` for all states but the last, which
+                stays as it is. Defaults to the precision that the states have.
 
         Raises:
             FileExistsError: If the folder holds something else.
@@ -247,32 +225,30 @@ class Trajectory:
         with staged_folder(folder, METADATA_FILE) as staging:
             for step, state in self._states.items():
                 target = state_path(staging, step)
-                if isinstance(state, StateFile) and (precision is None or step == self.num_steps):
+                if precision is not None and step != self.num_steps:
+                    write_state(target, self.state(step), precision=precision, final=final)
+                elif isinstance(state, StateFile):
                     target.parent.mkdir(exist_ok=True)
                     shutil.copyfile(state.path(), target)
-                elif precision is None or step == self.num_steps:
-                    write_state(target, self.state(step))
                 else:
-                    write_state(target, self.state(step), precision=precision, final=final)
+                    write_state(target, state)
             write_part(staging, 0, self.steps)
-            write_json(staging / METADATA_FILE, self._to_dict())
-
-    def _to_dict(self) -> dict[str, Any]:
-        return self.metadata | {
-            "format_version": FORMAT_VERSION,
-            "complete": True,
-            "optimizer": self.optimizer.to_dict(),
-            "parameters": {name: list(shape) for name, shape in self.parameter_shapes.items()},
-            "num_rows": self.num_rows,
-            "dataset_fingerprint": self.dataset_fingerprint,
-            "num_steps": self.num_steps,
-            "state_steps": list(self.state_steps),
-        }
+            description = _Description(
+                format_version=FORMAT_VERSION,
+                complete=True,
+                optimizer=self.optimizer.to_dict(),
+                parameters={name: list(shape) for name, shape in self.parameter_shapes.items()},
+                num_rows=self.num_rows,
+                dataset_fingerprint=self.dataset_fingerprint,
+                num_steps=self.num_steps,
+                state_steps=list(self.state_steps),
+            )
+            write_json(staging / METADATA_FILE, self.metadata | vars(description))
 
     @classmethod
     def load(cls, folder: str | Path | ArtefactFolder) -> Trajectory:
         """
-        Opens a trajectory folder, after checking that it is whole.
+        Opens a trajectory folder and checks that it is complete.
 
         Raises:
             FileNotFoundError: If the folder, its description or a state is missing.
@@ -310,9 +286,7 @@ class Trajectory:
             return StateFile(folder, step, shapes, optimizer.moment_names, reference)
 
         final = state_file(description.num_steps)
-        states = {step: state_file(step, final) for step in description.state_steps if step != final.step}
-        if final.step in description.state_steps:
-            states[final.step] = final
+        states = {step: final if step == final.step else state_file(step, final) for step in steps_of_states}
         for state in states.values():
             if state.at_hand or state is final or not folder.is_remote:
                 state.check()
@@ -334,13 +308,7 @@ class Trajectory:
 
 
 def read_metadata(folder: ArtefactFolder) -> dict[str, Any]:
-    """
-    Reads the description of a trajectory, complete or not.
-
-    Raises:
-        FileNotFoundError: If there is none.
-        ValueError: If it is damaged or of another format version.
-    """
+    """Reads the description of a trajectory, complete or not."""
     if not folder.root.is_dir() and not folder.is_remote:
         raise FileNotFoundError(
             f"There is no folder {folder}. Record a training run with `TrajectoryCallback({str(folder)!r})` first."

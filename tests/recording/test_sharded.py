@@ -13,8 +13,8 @@ import torch
 
 from hf_rgm.model.functional_model import FunctionalModel
 from hf_rgm.trajectory.trajectory import Trajectory
+from tests.recording.sharded import RUNS, lora
 from tests.trajectory.helpers import MeanModel, assert_identical, dataset, replay, trainable
-from tests.trajectory.sharded import RUNS, lora
 
 pytest.importorskip("peft")
 ROOT = Path(__file__).parents[2]
@@ -28,7 +28,7 @@ def launched(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sharded")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     done = subprocess.run(
-        [*command, "-m", "tests.trajectory.sharded", str(folder)],
+        [*command, "-m", "tests.recording.sharded", str(folder)],
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         cwd=ROOT,
         capture_output=True,

@@ -14,7 +14,7 @@ import torch
 
 from hf_rgm.recording.callback import TrajectoryCallback
 from hf_rgm.trajectory.trajectory import Trajectory
-from tests.trajectory.distributed import CHECKPOINT, RESUMED, RUNS
+from tests.recording.distributed import CHECKPOINT, RESUMED, RUNS
 from tests.trajectory.helpers import MeanModel, OutOfMemoryModel, dataset, make_trainer, replay, trainable
 
 ROOT = Path(__file__).parents[2]
@@ -40,7 +40,7 @@ def launched(tmp_path_factory):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [*command, "-m", "tests.trajectory.distributed", str(folder)],
+        [*command, "-m", "tests.recording.distributed", str(folder)],
         env=environment,
         cwd=ROOT,
         capture_output=True,

@@ -1,7 +1,7 @@
 """
-What each of two processes does that train together; `tests/trajectory/test_distributed.py` launches it and looks.
+What each of two processes does that train together; `tests/recording/test_distributed.py` launches it and looks.
 
-    python -m torch.distributed.run --standalone --nproc_per_node 2 -m tests.trajectory.distributed FOLDER
+    python -m torch.distributed.run --standalone --nproc_per_node 2 -m tests.recording.distributed FOLDER
 """
 
 from __future__ import annotations

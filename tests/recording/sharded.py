@@ -1,8 +1,8 @@
 """
 What each of two processes does that train a model together which FSDP2 splits between them;
-`tests/trajectory/test_sharded.py` launches it and looks.
+`tests/recording/test_sharded.py` launches it and looks.
 
-    python -m torch.distributed.run --standalone --nproc_per_node 2 -m tests.trajectory.sharded FOLDER
+    python -m torch.distributed.run --standalone --nproc_per_node 2 -m tests.recording.sharded FOLDER
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from hf_rgm.engines.row_scores import ScoreFolder
 from hf_rgm.model.processes import Processes
 from hf_rgm.testing import tiny_recorded_run, tiny_synset
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 TOLERANCE = {"rtol": 5e-4, "atol": 5e-6}
 """Masks, queries and rows go together in other numbers, so float32 sums are in another order at each of 48 steps."""
 
@@ -41,7 +41,7 @@ from hf_rgm import Attributor, ReverseGradientMatchingDistiller, Synset
 from hf_rgm.engines import row_scores
 from hf_rgm.model.processes import Processes
 from hf_rgm.testing import TinyModel, tiny_dataset
-from tests.test_processes import CONFIG, QUESTIONS
+from tests.model.test_processes import CONFIG, QUESTIONS
 
 folder, expected = Path(sys.argv[1]), int(sys.argv[2])
 model, train, queries = TinyModel.from_pretrained(folder / "model"), tiny_dataset(48, seed=0), tiny_dataset(12, seed=1)
