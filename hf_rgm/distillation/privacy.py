@@ -13,27 +13,12 @@ from hf_rgm.synset.inputs import InputSpace
 from hf_rgm.synset.samples import SyntheticSamples
 
 MAX_ROWS = 2000
-"""Rows of a cluster that are compared at most, the first ones."""
+"""Only the first rows of a cluster are compared, at most this many."""
 
 
 def measure_privacy(inputs: InputSpace, samples: SyntheticSamples, batches: CachedBatches) -> dict[str, Any]:
-    """
-    Distances of synthetic samples to the nearest rows of their clusters, beside those of rows to each other.
-
-    This measures how much of single rows is to be seen in the samples. It is no guarantee: a sample far from every row
-    may still tell something about one.
-
-    Args:
-        inputs (`InputSpace`): The space of the synthetic inputs.
-        samples (`SyntheticSamples`): Of every cluster.
-        batches (`CachedBatches`): The training rows, grouped by cluster.
-
-    Returns:
-        `dict`: JSON-safe. `distance`: median over samples of the distance to the nearest row; `row_distance`: median
-        over rows of the distance to the nearest other row of the cluster (`None` where no cluster has two);
-        `share_nearer`: share of samples nearer to a row than that; for texts also `kept_tokens`: mean number of
-        tokens that stand where the most similar row has them, and `num_tokens`.
-    """
+    """Distances of samples to the nearest rows of their clusters, and of those rows to each other, JSON-safe."""
+    # This is a measurement, no guarantee: a sample far from every row may still tell something about one.
     distances, between, kept = [], [], []
     for cluster in range(len(batches)):
         real = torch.cat(list(_first(batches, cluster, inputs)))[:MAX_ROWS]
@@ -45,9 +30,10 @@ def measure_privacy(inputs: InputSpace, samples: SyntheticSamples, batches: Cach
             between.append(torch.cdist(rows, rows).fill_diagonal_(torch.inf).amin(1))
         tokens, row_tokens = inputs.tokens(own), inputs.row_tokens(real)
         if tokens is not None and row_tokens is not None:
+            # Tokens that stand where the most similar row has them.
             kept.append((tokens[:, None] == row_tokens[None]).sum(-1).amax(1))
     nearest = torch.cat(distances)
-    typical = float(torch.cat(between).median()) if between else None
+    typical = float(torch.cat(between).median()) if between else None  # no cluster has two rows
     result: dict[str, Any] = {
         "distance": float(nearest.median()),
         "row_distance": typical,
@@ -59,7 +45,7 @@ def measure_privacy(inputs: InputSpace, samples: SyntheticSamples, batches: Cach
 
 
 def _first(batches: CachedBatches, cluster: int, inputs: InputSpace) -> Iterator[Tensor]:
-    """The first rows of a cluster in the space of samples, and no more than are needed."""
+    """The first rows of a cluster, no more batches than needed."""
     count = 0
     for x, y in batches.group(cluster):
         yield inputs.read(x, y)[0]

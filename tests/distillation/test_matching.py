@@ -9,10 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import cross_entropy
 
+from hf_rgm.distillation.learner import cluster_residuals, draw_states, matching_error
 from hf_rgm.model.functional_model import FunctionalModel
 from hf_rgm.synset.inputs import ContinuousInputs
 from hf_rgm.synset.samples import SyntheticSamples, smoothed_one_hot, soft_cross_entropy
-from hf_rgm.synset.synset_gradients import SynsetGradients, cluster_residuals, draw_states, matching_error
+from hf_rgm.synset.synset_gradients import SynsetGradients
 from tests.recorded import TinyNet
 from tests.vision import vit
 

@@ -7,11 +7,12 @@ import torch
 from torch.func import grad, vmap
 
 from hf_rgm import DistillationConfig
+from hf_rgm.distillation.learner import matching_error
 from hf_rgm.distillation.memory_plan import MatchMemory, measure_match, plan_memory
 from hf_rgm.model.functional_model import FunctionalModel
 from hf_rgm.model.peak_memory import HEAP_BLOCK_BYTES, PeakTensors
 from hf_rgm.synset.inputs import ContinuousInputs
-from hf_rgm.synset.synset_gradients import SynsetGradients, matching_error
+from hf_rgm.synset.synset_gradients import SynsetGradients
 from hf_rgm.testing import tiny_recorded_run, tiny_synset
 
 MATCH = MatchMemory(fixed_bytes=1_000, cluster_bytes=20_000)
@@ -69,9 +70,7 @@ def test_a_match_is_linear_in_its_clusters():
     model, synset = FunctionalModel(tiny_recorded_run().model), tiny_synset()
     gradients = SynsetGradients(model, ContinuousInputs(model))
     told = measure_match(gradients, model.parameters(), synset.samples)
-    leaves = synset.samples.detach()
-    for tensor in leaves.tensors():
-        tensor.requires_grad_()
+    leaves = synset.samples.leaves()
     with PeakTensors() as memory:
         synthetic = gradients(model.parameters(), leaves)
         matching_error(synthetic, torch.ones_like(synthetic[0]), torch.ones(()), 0.0).backward()
