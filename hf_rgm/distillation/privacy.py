@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -21,7 +20,12 @@ def measure_privacy(inputs: InputSpace, samples: SyntheticSamples, batches: Cach
     # This is a measurement, no guarantee: a sample far from every row may still tell something about one.
     distances, between, kept = [], [], []
     for cluster in range(len(batches)):
-        real = torch.cat(list(_first(batches, cluster, inputs)))[:MAX_ROWS]
+        pieces: list[Tensor] = []
+        for x, y in batches.group(cluster):
+            pieces.append(inputs.read(x, y)[0])
+            if sum(map(len, pieces)) >= MAX_ROWS:
+                break
+        real = torch.cat(pieces)[:MAX_ROWS]
         own = SyntheticSamples(**{name: tensor[cluster] for name, tensor in samples.named_tensors().items()})
         own = own.map(lambda tensor, like=real: tensor.to(like.device))
         rows = inputs.vectors(real).flatten(1)
@@ -42,13 +46,3 @@ def measure_privacy(inputs: InputSpace, samples: SyntheticSamples, batches: Cach
     if kept:
         result |= {"kept_tokens": float(torch.cat(kept).float().mean()), "num_tokens": samples.inputs.shape[2]}
     return result
-
-
-def _first(batches: CachedBatches, cluster: int, inputs: InputSpace) -> Iterator[Tensor]:
-    """The first rows of a cluster, no more batches than needed."""
-    count = 0
-    for x, y in batches.group(cluster):
-        yield inputs.read(x, y)[0]
-        count += len(y)
-        if count >= MAX_ROWS:
-            return

@@ -28,8 +28,7 @@ def check_runs(
     model: FunctionalModel, trajectories: Sequence[Trajectory], train_dataset: Any, *, called: str = "train_dataset"
 ) -> None:
     """Checks recorded runs against the model that the first one trained, and against their dataset."""
-    space = model.space
-    found = {n: tuple(s) for n, s in zip(space.names, space.shapes, strict=True)}
+    found = dict(zip(model.space.names, map(tuple, model.space.shapes), strict=True))
     for run, trajectory in enumerate(trajectories):
         what = f"Run {run}: the" if run else "The"
         expected = {name: tuple(shape) for name, shape in trajectory.parameter_shapes.items()}
@@ -41,7 +40,7 @@ def check_runs(
             )
         trajectory.check_dataset(train_dataset, what=called)
     final, own = trajectories[0].final.parameters, model.parameters()
-    for name in space.names:
+    for name in found:
         if not torch.equal(final[name], own[name].cpu()):
             raise ValueError(
                 f"The model's `{name}` is not what the recorded run ended with. Pass the model as the Trainer "
@@ -57,8 +56,8 @@ def check_runs(
             )
 
 
-def recorded_loss(trajectories: Sequence[Trajectory]) -> tuple[str, float]:
-    """`loss_type` and `label_smoothing_factor` that all runs share."""
+def row_loss_of(trajectories: Sequence[Trajectory], reader: RowReader, function: LossFunction | None) -> RowLoss:
+    """Loss of a row in the recorded runs, which must share it; a `function` if the training had a loss of its own."""
     losses = [
         (str(told.get("loss_type") or CROSS_ENTROPY_TYPE), float(told.get("label_smoothing_factor") or 0.0))
         for told in (trajectory.metadata for trajectory in trajectories)
@@ -71,12 +70,7 @@ def recorded_loss(trajectories: Sequence[Trajectory]) -> tuple[str, float]:
                     "stands for one loss. Distil a synset for each, or train all with the same settings but the "
                     "seed."
                 )
-    return losses[0]
-
-
-def row_loss_of(trajectories: Sequence[Trajectory], reader: RowReader, function: LossFunction | None) -> RowLoss:
-    """Loss of a row in the recorded runs; a `function` if the training had a loss of its own."""
-    loss_type, label_smoothing = recorded_loss(trajectories)
+    loss_type, label_smoothing = losses[0]
     if function is None and loss_type != CROSS_ENTROPY_TYPE:
         raise ValueError(
             f"The recorded run was trained with `loss_type={loss_type!r}`, which is not the cross entropy. Pass "

@@ -15,6 +15,7 @@ TOKENS = "input_ids"
 COMPANIONS = ("attention_mask", "token_type_ids", "position_ids")
 """Arguments that may come with token ids. Synthetic samples have no padding and leave the others to the model."""
 
+SPACES = ("inputs_embeds", "soft_tokens")
 FIRST_TOKEN_SMOOTHING = 0.2
 ABSENT = 1e-9
 """Count assumed for ids that do not occur."""
@@ -103,7 +104,6 @@ class ContinuousInputs(InputSpace):
 class EmbeddedTokens(ContinuousInputs):
     """Free vectors in place of frozen token embeddings, `(num_tokens, hidden_size)` a sample."""
 
-    # num_tokens matters for the start only.
     def __init__(self, model: FunctionalModel, num_tokens: int = 1) -> None:
         super().__init__(model)
         self.name = "inputs_embeds"
@@ -128,7 +128,7 @@ class EmbeddedTokens(ContinuousInputs):
 class SoftTokens(InputSpace):
     """Learned mixtures of vocabulary entries as tokens, embedded by the model itself, for trained embeddings."""
 
-    # Free vectors would pass no gradient to the embedding matrix. num_tokens and num_choices matter for starts only.
+    # Free vectors would pass no gradient to the embedding matrix.
     name = "soft_tokens"
 
     def __init__(self, model: FunctionalModel, num_tokens: int = 1, num_choices: int = 1) -> None:
@@ -174,14 +174,10 @@ class SoftTokens(InputSpace):
         return real
 
 
-SPACES: dict[str, type[EmbeddedTokens] | type[SoftTokens]] = {
-    "inputs_embeds": EmbeddedTokens,
-    "soft_tokens": SoftTokens,
-}
-
-
-def input_space(model: FunctionalModel, kind: str = "auto", **settings: int) -> InputSpace:
-    """The input space of a model; `kind` and settings matter for token models."""
+def input_space(
+    model: FunctionalModel, kind: str = "auto", *, num_tokens: int = 1, num_choices: int = 1
+) -> InputSpace:
+    """The input space of a model; `kind` matters for token models, numbers for starts in token spaces."""
     if model.main_input_name != TOKENS:
         return ContinuousInputs(model)
     if getattr(model.config, "is_encoder_decoder", False):
@@ -189,12 +185,9 @@ def input_space(model: FunctionalModel, kind: str = "auto", **settings: int) -> 
             f"{type(model.module).__name__} is an encoder-decoder; synsets are for encoders and decoders. Use a model "
             "of one of the two kinds."
         )
-    if kind == "auto":
-        kind = "soft_tokens" if model.trains_embeddings else "inputs_embeds"
-    space = SPACES[kind]
-    if space is EmbeddedTokens:
-        settings.pop("num_choices", None)
-    return space(model, **settings)
+    if kind == SoftTokens.name or kind == "auto" and model.trains_embeddings:
+        return SoftTokens(model, num_tokens, num_choices)
+    return EmbeddedTokens(model, num_tokens)
 
 
 def first_tokens(inputs: Mapping[str, Tensor], labels: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:

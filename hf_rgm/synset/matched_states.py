@@ -46,9 +46,6 @@ class StateVectors(Sequence[Tensor]):
         return len(self._matched)
 
     def __getitem__(self, index: Any) -> Any:
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"There are {len(self)} matched states, got index {index}.")
-        index %= len(self)
         return self._kept[index] if self._kept is not None else self._read(index)
 
     def _read(self, index: int) -> Tensor:

@@ -100,10 +100,7 @@ class Synset(DatasetArtefact):
                     f"Synset {name} are NaN or infinite in clusters {[self.clusters.names[k] for k in bad[:5]]}. "
                     "Distil again with lower learning rates."
                 )
-        if (
-            not inputs.shape[:2] == targets.shape[:2] == log_weights.shape[:2]
-            or targets.shape[:-1] != log_weights.shape
-        ):
+        if inputs.shape[:2] != log_weights.shape[:2] or targets.shape[:-1] != log_weights.shape:
             raise ValueError(
                 f"Synset inputs {tuple(inputs.shape)}, targets {tuple(targets.shape)} and log_weights "
                 f"{tuple(log_weights.shape)} do not belong together: they hold different numbers of samples."
@@ -167,7 +164,7 @@ class Synset(DatasetArtefact):
     @property
     def num_samples(self) -> int:
         """Number of synthetic samples."""
-        return len(self.samples.log_weights) * self.samples.log_weights.shape[1]
+        return self.samples.log_weights.shape[:2].numel()
 
     @property
     def matching_error(self) -> float:
@@ -301,7 +298,6 @@ class Synset(DatasetArtefact):
         likeliest = flat.targets.argmax(-1)
         if flat.target_ids is not None:
             likeliest = flat.target_ids.gather(-1, likeliest[..., None])[..., 0]
-        weights = flat.log_weights.exp()
         tokens = self.metadata.get("tokens")
         return pd.DataFrame(
             {
@@ -309,7 +305,7 @@ class Synset(DatasetArtefact):
                 "cluster": [self.clusters.names[k] for k in cluster],
                 "cluster_size": [int(self.clusters.sizes[k]) for k in cluster],
                 "label": likeliest.tolist(),
-                "weight": weights.flatten(1).sum(1).tolist() if weights.dim() > 1 else weights.tolist(),
+                "weight": flat.log_weights.exp().reshape(len(cluster), -1).sum(1).tolist(),
                 "matching_error": [float(self.residuals[:, k].mean()) for k in cluster],
                 self.input_name: [sample.flatten().tolist() for sample in flat.inputs],
             }
