@@ -13,7 +13,7 @@ RESPONSES = ("int8", "bfloat16", "none")
 PRESETS: dict[str, dict[str, Any]] = {"quick": {"samples_per_cluster": 2, "tolerance": 0.1}, "accurate": {}}
 """What each preset changes in the defaults."""
 
-REMOVED = ("curriculum_tolerance", "curvature_weight", "curvature_interval", "num_probes")
+REMOVED = ("curriculum_tolerance", "curvature_weight", "curvature_interval", "num_probes", "total_gradient_weight")
 """Settings of earlier versions, which saved synsets may still name."""
 
 
@@ -57,10 +57,8 @@ class DistillationConfig:
         target_learning_rate (`float`, *optional*, defaults to `0.3`): Adam's rate for target logits.
         weight_learning_rate (`float`, *optional*, defaults to `0.03`): Adam's rate for log-weights.
         solve_weights (`bool`, *optional*, defaults to `True`): Solve for the samples' weights in closed form after
-            each round, unless the total is matched: no cluster is then worse than without samples.
+            each round: no cluster is then worse than without samples.
         target_smoothing (`float`, *optional*, defaults to `0.1`): Mass that the first targets take from the label.
-        total_gradient_weight (`float`, *optional*, defaults to `0.0`): tau, weight of the match of the summed
-            gradient. Only plain replay from the final state needs it.
         batch_size (`int`, *optional*, defaults to `256`): Real rows in one backward pass.
         cluster_block_size (`int`, *optional*, defaults to `128`): Clusters distilled together. A killed run keeps its
             finished blocks.
@@ -91,7 +89,6 @@ class DistillationConfig:
     weight_learning_rate: float = field(default=0.03, metadata={"help": "Adam's rate for log-weights."})
     solve_weights: bool = field(default=True, metadata={"help": "Solve for weights after each round."})
     target_smoothing: float = field(default=0.1, metadata={"help": "Mass the first targets take from the label."})
-    total_gradient_weight: float = field(default=0.0, metadata={"help": "Weight of the summed gradient's match."})
     batch_size: int = field(default=256, metadata={"help": "Real rows in one backward pass."})
     cluster_block_size: int = field(default=128, metadata={"help": "Clusters distilled together."})
     max_memory: str = field(default="4GB", metadata={"help": "Memory for states, gradients and their graphs."})
@@ -111,10 +108,6 @@ class DistillationConfig:
                 raise ValueError(f"`{name}` must be a positive number, got {getattr(self, name)}.")
         if not 0 < self.target_smoothing < 1:
             raise ValueError(f"`target_smoothing` must lie between 0 and 1, got {self.target_smoothing}.")
-        if not 0 <= self.total_gradient_weight < float("inf"):
-            raise ValueError(
-                f"`total_gradient_weight` must be a finite number and not negative, got {self.total_gradient_weight}."
-            )
         for name, choices in (("init", INITIALISATIONS), ("token_inputs", TOKEN_INPUTS), ("responses", RESPONSES)):
             if getattr(self, name) not in choices:
                 raise ValueError(f"`{name}` must be one of {', '.join(choices)}, got {getattr(self, name)!r}.")

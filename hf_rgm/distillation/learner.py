@@ -108,8 +108,7 @@ class BlockLearner:
         """Samples with the weights that the closed form gives, and their quality."""
         products = self._products(samples)
         factors = torch.ones(samples.inputs.shape[:2], dtype=torch.float64)
-        # The match of the total gradient is not a least-squares problem of one cluster.
-        if self.config.solve_weights and not self.config.total_gradient_weight:
+        if self.config.solve_weights:
             factors = products.best_factors()
             samples = scaled(samples, factors)
         return samples, products.quality(factors)
@@ -177,7 +176,7 @@ class BlockLearner:
         for chunk in self._chunks():
             synthetic = self._sketch(self._gradients(self._named(index), samples[chunk]))
             real = self.targets.gradients[index, chunk]
-            error = matching_error(synthetic, real, self._energies[index], self.config.total_gradient_weight)
+            error = matching_error(synthetic, real, self._energies[index])
             error.backward()
             value += error.item()
             residuals.append(cluster_residuals(synthetic.detach(), real))
@@ -199,15 +198,10 @@ class BlockLearner:
         )
 
 
-def matching_error(synthetic: Tensor, real: Tensor, energy: Tensor, total_weight: float) -> Tensor:
+def matching_error(synthetic: Tensor, real: Tensor, energy: Tensor) -> Tensor:
     """Squared distance of cluster gradients `(num_clusters, num_parameters)` at a state, relative to an energy."""
-    # sum_k |g_k - G_k|^2 + tau K |sum_k (g_k - G_k)|^2, over the energy sum_k |G_k|^2 of all clusters of the block.
-    # For tau = 0 no samples at all would give 1.
-    difference = synthetic - real
-    error = difference.square().sum()
-    if total_weight:
-        error = error + total_weight * len(real) * difference.sum(0).square().sum()
-    return error / energy
+    # sum_k |g_k - G_k|^2 / sum_k |G_k|^2, the energy over all clusters of the block. No samples at all give 1.
+    return (synthetic - real).square().sum() / energy
 
 
 def cluster_residuals(synthetic: Tensor, real: Tensor) -> Tensor:

@@ -37,7 +37,7 @@ def measure_match(gradients: SynsetGradients, parameters: dict[str, Tensor], sam
         with PeakTensors() as memory:
             synthetic = gradients(parameters, leaves)
             one = synthetic.new_ones(())
-            matching_error(synthetic, one.expand_as(synthetic), one, 0.0).backward()
+            matching_error(synthetic, one.expand_as(synthetic), one).backward()
         return memory.resident_bytes
 
     with torch.enable_grad():
@@ -102,30 +102,20 @@ def plan_memory(
     match: MatchMemory,
 ) -> MemoryPlan:
     """As many clusters at once as fit in `config.max_memory`; sketches of their gradients if not even one fits."""
-    largest = min(config.cluster_block_size, num_clusters)
-
-    def plan(block_size: int, chunk_size: int, sketch_dimension: int | None) -> MemoryPlan:
-        sizes = (num_parameters, num_states, num_clusters)
-        return MemoryPlan(*sizes, block_size, chunk_size, sketch_dimension, config.samples_per_cluster, match)
-
-    for size in _halvings(largest):
-        # The match of the total gradient needs the whole block in one graph.
-        for chunk_size in _halvings(size) if not config.total_gradient_weight else [size]:
-            exact = plan(size, chunk_size, None)
-            if exact.memory_bytes <= config.max_bytes:
-                return exact
-    for size in _halvings(largest):
-        sketched = plan(size, size if config.total_gradient_weight else 1, config.sketch_dimension)
-        if sketched.memory_bytes <= config.max_bytes:
-            logger.info(
-                "Gradients of %d parameters at %d states do not fit in `max_memory=%r`: matching sketches of %d.",
-                num_parameters,
-                num_states,
-                config.max_memory,
-                config.sketch_dimension,
-            )
-            return sketched
-    needed = plan(1, 1, config.sketch_dimension).memory_bytes
+    sizes = _halvings(min(config.cluster_block_size, num_clusters))
+    exact = [(size, chunk_size, None) for size in sizes for chunk_size in _halvings(size)]
+    sketched = [(size, 1, config.sketch_dimension) for size in sizes]
+    task = (num_parameters, num_states, num_clusters)
+    plans = [MemoryPlan(*task, *shape, config.samples_per_cluster, match) for shape in exact + sketched]
+    for plan in plans:
+        if plan.memory_bytes <= config.max_bytes:
+            if plan.sketch_dimension is not None:
+                logger.info(
+                    "Gradients of %d parameters at %d states do not fit in `max_memory=%r`: matching sketches of %d.",
+                    *(num_parameters, num_states, config.max_memory, config.sketch_dimension),
+                )
+            return plan
+    needed = plans[-1].memory_bytes
     raise ValueError(
         f"`max_memory={config.max_memory!r}` is too little for {num_states} states of {num_parameters} parameters: "
         f"one cluster needs {needed / 1e9:.1f} GB. Raise it, train fewer parameters (LoRA), record fewer states "
