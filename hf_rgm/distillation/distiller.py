@@ -127,8 +127,8 @@ class ReverseGradientMatchingDistiller:
         check_runs(self.model, self.trajectories, train_dataset)
         clusters.check_num_rows(len(self.reader))
         self.row_loss = row_loss_of(self.trajectories, self.reader, row_loss)
-        self.rows = [clusters.rows(k) for k in range(clusters.num_clusters)]
-        self.batches = CachedBatches(self.reader, self.rows, batch_size=self.config.batch_size, max_bytes=CACHE_BYTES)
+        rows = [clusters.rows(k) for k in range(clusters.num_clusters)]
+        self.batches = CachedBatches(self.reader, rows, batch_size=self.config.batch_size, max_bytes=CACHE_BYTES)
         self.matched_states = matched_states(self.trajectories)
         self._gradients = SynsetGradients(self.model, self.inputs)
         # Measured, so processes may differ; all must agree on the blocks.
@@ -156,7 +156,7 @@ class ReverseGradientMatchingDistiller:
             `CostEstimate`: `seconds` for all `num_iterations`, and `least_seconds` for the first rounds alone, as the
             number of rounds is not known in advance.
         """
-        model, plan, config = self.model, self._plan, self.config
+        model, plan, config, num_clusters = self.model, self._plan, self.config, self.clusters.num_clusters
         states = StateVectors(model.space, self.trajectories, self.matched_states, model.device, in_memory=False)
         block = range(plan.block_size)
         with torch.enable_grad(), model.differentiable():
@@ -169,13 +169,13 @@ class ReverseGradientMatchingDistiller:
             learner = self._learner(block, states, gradients, self._sketch())
             iteration, settling = learner.time_iteration(start), learner.time_settling(start)
         rows = row.seconds * len(self.reader) * len(states)
-        share = len(self.rows) / plan.block_size / min(self._processes.count, plan.num_blocks)
+        share = num_clusters / plan.block_size / min(self._processes.count, plan.num_blocks)
         rounds = list(round_lengths(config.num_iterations))
         most, least = (
             rows / self._processes.count + (iteration * sum(lengths) + settling * len(lengths)) * share
             for lengths in (rounds, rounds[:LEAST_ROUNDS] if config.tolerance else rounds)
         )
-        samples_bytes = sum(tensor.nbytes for tensor in start.named_tensors().values()) * len(self.rows) // len(block)
+        samples_bytes = sum(tensor.nbytes for tensor in start.named_tensors().values()) * num_clusters // len(block)
         return CostEstimate(
             seconds=most,
             least_seconds=least,
@@ -209,7 +209,8 @@ class ReverseGradientMatchingDistiller:
         model, exact = self.model, self._plan.sketch_dimension is None
         states = StateVectors(model.space, self.trajectories, self.matched_states, model.device, in_memory=exact)
         size = self._plan.block_size
-        blocks = [range(k, min(k + size, len(self.rows))) for k in range(0, len(self.rows), size)]
+        clusters = range(self.clusters.num_clusters)
+        blocks = [clusters[k : k + size] for k in clusters[::size]]
         finished = self._processes.gather(lambda: self._finished(blocks))[0]
         pending = [block for block in blocks if block not in finished]
         idle = self._processes.count - len(pending)
@@ -220,7 +221,7 @@ class ReverseGradientMatchingDistiller:
                 *(idle, len(pending), self.config.cluster_block_size),
             )
         sketch = functools.cache(self._sketch)
-        gradients_bytes = 4 * len(states) * len(self.rows) * model.num_parameters
+        gradients_bytes = 4 * len(states) * len(clusters) * model.num_parameters  # float32
         keeps = exact and self.config.responses != "none" and gradients_bytes <= CACHE_BYTES
         kept: list[Tensor] = []
 
@@ -284,7 +285,7 @@ class ReverseGradientMatchingDistiller:
             processes=self._processes,
         )
         # Processes read the rows all together or not at all, and each kept only its own blocks: reuse on one only.
-        if self._processes.count == 1 and sum(part.shape[1] for part in kept) == len(self.rows):
+        if self._processes.count == 1 and sum(part.shape[1] for part in kept) == self.clusters.num_clusters:
             states = [state.step for state in self.matched_states]
             rows.keep(trajectory, WholeGradients(self.model.space), states, torch.cat(kept, dim=1))
             kept.clear()
@@ -316,7 +317,7 @@ class ReverseGradientMatchingDistiller:
             self.config,
             num_parameters=self.model.num_parameters,
             num_states=len(self.matched_states),
-            num_clusters=len(self.rows),
+            num_clusters=self.clusters.num_clusters,
             match=match,
         )
 
@@ -332,9 +333,10 @@ class ReverseGradientMatchingDistiller:
         return CountSketch(self.model.num_parameters, dimension, seed=self.config.seed, device=self.model.device)
 
     def _initial_samples(self, block: range) -> SyntheticSamples:
-        return initial_samples(
-            self.batches, self.rows, block, self.inputs, self._num_labels(), self.row_loss, self.config
-        )
+        inputs, _ = self.reader.batch([0])
+        with torch.no_grad():
+            num_labels = self.model.logits(self.model.parameters(), inputs).shape[-1]
+        return initial_samples(self.batches, block, self.inputs, num_labels, self.row_loss, self.config)
 
     def _distill_block(
         self, block: range, states: StateVectors, sketch: Callable[[Tensor], Tensor]
@@ -371,8 +373,3 @@ class ReverseGradientMatchingDistiller:
             sketch=sketch,
             chunk_size=self._plan.chunk_size,
         )
-
-    def _num_labels(self) -> int:
-        inputs, _ = self.reader.batch([0])
-        with torch.no_grad():
-            return self.model.logits(self.model.parameters(), inputs).shape[-1]

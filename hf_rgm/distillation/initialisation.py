@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,7 +23,6 @@ UNLABELLED_LOG_WEIGHT = -3.0
 
 def initial_samples(
     batches: CachedBatches,
-    rows: Sequence[np.ndarray],
     clusters: Sequence[int],
     inputs: InputSpace,
     num_labels: int,
@@ -33,7 +31,7 @@ def initial_samples(
 ) -> SyntheticSamples:
     """First synthetic samples of some clusters: `(len(clusters), samples_per_cluster, ...)` each."""
     count = config.samples_per_cluster
-    num_rows = sum(len(r) for r in rows)
+    num_rows = sum(map(batches.num_rows, range(len(batches))))
     parts = []
     for cluster in clusters:
         # A generator per cluster: the start does not depend on which clusters are distilled together.
@@ -47,7 +45,7 @@ def initial_samples(
         samples |= _targets(labels, own, num_labels, config, generator)
         positions = labels[chosen] if own is not None else labels.new_zeros(count, *labels.shape[1:])
         # The samples of a cluster weigh together what its rows, or the labels of these, weigh in the mean loss.
-        weight = math.log(len(rows[cluster]) / num_rows / count)
+        weight = math.log(batches.num_rows(cluster) / num_rows / count)
         if labels.dim() == 2:
             labelled = float((labels != IGNORED_LABEL).sum()) / len(labels)
             weight += math.log(max(labelled, 1.0) / row_loss.labels_per_row / labels.shape[1])

@@ -138,8 +138,8 @@ class BlockLearner:
         """Gradient of each single sample at one state, or its sketch: `(num_samples, num_parameters)`."""
         single = samples.map(lambda tensor: tensor.flatten(0, 1).unsqueeze(1))
         result = self.targets.gradients.new_empty(len(single.inputs), self.targets.gradients.shape[-1])
-        for piece in _slices(len(result), self._chunk_size):
-            result[piece] = self._sketch(self._gradients(self._named(index), single[piece])).detach()
+        for piece in self._chunks(len(result)):
+            result[piece] = self._synthetic(index, single[piece]).detach()
         return result
 
     def time_iteration(self, start: SyntheticSamples) -> float:
@@ -161,20 +161,21 @@ class BlockLearner:
         """Relative squared matching error of each cluster at each state: `(num_states, num_clusters)`."""
         rows = []
         for index, real in enumerate(self.targets.gradients):
-            parts = [self._gradients(self._named(index), samples[chunk]).detach() for chunk in self._chunks()]
-            rows.append(cluster_residuals(torch.cat([self._sketch(part) for part in parts]), real))
+            parts = [self._synthetic(index, samples[chunk]).detach() for chunk in self._chunks(len(real))]
+            rows.append(cluster_residuals(torch.cat(parts), real))
             if not torch.isfinite(rows[-1]).all():
                 self._raise_diverged(index, rows[-1])
         return torch.stack(rows)
 
-    def _named(self, index: int) -> dict[str, Tensor]:
-        return self.model.space.unflatten(self.targets.states[index])
+    def _synthetic(self, index: int, samples: SyntheticSamples) -> Tensor:
+        """Clusters' synthetic gradients at one state, or their sketches: `(num_clusters, num_parameters)`."""
+        return self._sketch(self._gradients(self.model.space.unflatten(self.targets.states[index]), samples))
 
     def _match(self, index: int, samples: SyntheticSamples) -> float:
         """Matching error at one state; its gradient is added to the samples'."""
         value, residuals = 0.0, []
-        for chunk in self._chunks():
-            synthetic = self._sketch(self._gradients(self._named(index), samples[chunk]))
+        for chunk in self._chunks(len(self.targets.names)):
+            synthetic = self._synthetic(index, samples[chunk])
             real = self.targets.gradients[index, chunk]
             error = matching_error(synthetic, real, self._energies[index])
             error.backward()
@@ -185,8 +186,8 @@ class BlockLearner:
             self._raise_diverged(index, torch.cat(residuals))
         return value
 
-    def _chunks(self) -> list[slice]:
-        return _slices(len(self.targets.names), self._chunk_size)
+    def _chunks(self, length: int) -> list[slice]:
+        return [slice(start, start + self._chunk_size) for start in range(0, length, self._chunk_size)]
 
     def _raise_diverged(self, index: int, residuals: Tensor) -> None:
         worst = int(residuals.nan_to_num(nan=torch.inf).argmax())
@@ -216,7 +217,3 @@ def draw_states(num_states: int, states_per_iteration: int, generator: torch.Gen
     while True:
         for batch in torch.randperm(num_states, generator=generator).split(states_per_iteration):
             yield batch.tolist()
-
-
-def _slices(length: int, size: int) -> list[slice]:
-    return [slice(start, start + size) for start in range(0, length, size)]

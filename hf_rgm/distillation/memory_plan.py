@@ -94,12 +94,7 @@ class MemoryPlan:
 
 
 def plan_memory(
-    config: DistillationConfig,
-    *,
-    num_parameters: int,
-    num_states: int,
-    num_clusters: int,
-    match: MatchMemory,
+    config: DistillationConfig, *, num_parameters: int, num_states: int, num_clusters: int, match: MatchMemory
 ) -> MemoryPlan:
     """As many clusters at once as fit in `config.max_memory`; sketches of their gradients if not even one fits."""
     sizes = _halvings(min(config.cluster_block_size, num_clusters))
