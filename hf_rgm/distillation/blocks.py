@@ -1,4 +1,4 @@
-"""Finished work of a distillation on disk: one file per block of clusters."""
+"""Finished blocks of clusters on disk, one file each."""
 
 from __future__ import annotations
 
@@ -14,18 +14,7 @@ from hf_rgm.files.writing import remove_unfinished, replacing
 
 
 class BlockStore:
-    """
-    Keeps finished blocks so that a killed distillation continues where it was.
-
-    Args:
-        folder (`str` or `Path`): Where the files go.
-        identity (`dict`): What the work depends on; blocks written under another identity are refused.
-
-    Raises:
-        FileExistsError: If the folder holds blocks of another distillation.
-        OSError: If the folder cannot be made.
-        ValueError: If a block is damaged.
-    """
+    """Finished blocks in a folder, so that a killed distillation continues; refuses those of another identity."""
 
     def __init__(self, folder: str | Path, identity: dict[str, Any]) -> None:
         self.folder = Path(folder)
@@ -59,13 +48,7 @@ class BlockStore:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
 
     def write(self, block: range, tensors: dict[str, Tensor]) -> None:
-        """
-        Writes a finished block whole or not at all.
-
-        Raises:
-            OSError: If the disk is full or the folder cannot be written; blocks that are there stay.
-        """
+        """Writes a finished block whole or not at all."""
         with replacing(self._path(block)) as temporary:
-            save_file(
-                {k: v.contiguous() for k, v in tensors.items()}, temporary, metadata={"identity": self._identity}
-            )
+            whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
+            save_file(whole, temporary, metadata={"identity": self._identity})

@@ -2,31 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 INITIALISATIONS = ("nearest", "random", "mean", "noise")
 TOKEN_INPUTS = ("auto", "inputs_embeds", "soft_tokens")
-PRESETS: dict[str, dict[str, Any]] = {
-    "quick": {"samples_per_cluster": 2, "tolerance": 0.1},
-    "accurate": {},
-}
-"""What each preset changes in the defaults, which are the accurate ones."""
-
-REMOVED = ("curriculum_tolerance", "curvature_weight", "curvature_interval", "num_probes")
-"""Settings of earlier versions, which synsets may still name."""
+RESPONSES = ("int8", "bfloat16", "none")
+PRESETS: dict[str, dict[str, Any]] = {"quick": {"samples_per_cluster": 2, "tolerance": 0.1}, "accurate": {}}
+"""What each preset changes in the defaults."""
 
 
 def memory_bytes(max_memory: str) -> int:
-    """
-    A setting of memory in bytes.
-
-    Args:
-        max_memory (`str`): Such as `"4GB"` (10^9 bytes each) or `"500MiB"`.
-
-    Raises:
-        ValueError: If it is no size, or nothing.
-    """
+    """A memory setting such as `"4GB"` (10^9 bytes each) or `"500MiB"` in bytes."""
     from accelerate.utils import convert_file_size_to_int  # imports torch
 
     try:
@@ -38,54 +25,55 @@ def memory_bytes(max_memory: str) -> int:
     return size
 
 
-RESPONSES = ("int8", "bfloat16", "none")
-
-
 @dataclass(frozen=True)
 class DistillationConfig:
     """
-    How a synset is distilled.
+    Settings of the distiller.
 
     Args:
         samples_per_cluster (`int`, *optional*, defaults to `5`): Synthetic samples for each cluster.
-        tolerance (`float`, *optional*, defaults to `0.03`): When a block of clusters is done: after a round of
-            iterations its matching error, and 1 less the rank correlation of first-order scores by synthetic and by
-            real gradients, are at most this, or the round lowered both by no more than this. 0 makes all iterations.
-        num_iterations (`int`, *optional*, defaults to `600`): Adam iterations at most, in rounds of 10, 20, 40, ...
-        states_per_iteration (`int`, *optional*, defaults to `1`): Recorded states matched in an iteration; all take
-            their turn.
+        tolerance (`float`, *optional*, defaults to `0.03`): When to stop. A block of clusters is done if, after a
+            round of iterations, its matching error and 1 minus the rank correlation of first-order scores by synthetic
+            and real gradients are at most this, or if the round lowered both by at most this. 0 makes all iterations.
+        num_iterations (`int`, *optional*, defaults to `600`): Maximum number of Adam iterations, in rounds of 10, 20,
+            40, ...
+        states_per_iteration (`int`, *optional*, defaults to `1`): Recorded states matched in an iteration. All states
+            take turns.
         init (`str`, *optional*, defaults to `"random"`): Where samples start: `"nearest"` (the real row nearest the
-            cluster's centre, further samples random rows), `"random"` rows, the cluster's `"mean"`, or `"noise"` with
-            the data's mean and deviation. Only the last two start from no real row.
-        token_inputs (`str`, *optional*, defaults to `"auto"`): For token models, what a synthetic text is:
-            `"inputs_embeds"`, free vectors in place of embeddings; `"soft_tokens"`, mixtures of vocabulary entries,
-            which embeddings that are trained need; `"auto"` takes the latter where they are.
-        num_tokens (`int`, *optional*, defaults to `16`): For token models, length of a synthetic text.
+            cluster's centre, and random rows), `"random"` rows, the cluster's `"mean"`, or `"noise"` with the data's
+            mean and deviation. Only the last two do not start from real rows.
+        token_inputs (`str`, *optional*, defaults to `"auto"`): What a synthetic text is, for token models:
+            `"inputs_embeds"`, free vectors in place of embeddings, or `"soft_tokens"`, mixtures of vocabulary entries,
+            which trained embeddings need. `"auto"` takes soft tokens if the embeddings are trained.
+        num_tokens (`int`, *optional*, defaults to `16`): Length of a synthetic text, for token models.
         num_token_choices (`int`, *optional*, defaults to `16`): Vocabulary entries that a soft token mixes.
-        num_target_choices (`int`, *optional*, defaults to `64`): Labels that a target chooses from; all, if there are
-            no more.
-        input_learning_rate (`float`, *optional*, defaults to `0.04`): Adam's, in standard deviations of the inputs.
-        target_learning_rate (`float`, *optional*, defaults to `0.3`): Adam's, for target logits.
-        weight_learning_rate (`float`, *optional*, defaults to `0.03`): Adam's, for log-weights.
+        num_target_choices (`int`, *optional*, defaults to `64`): Labels that a target chooses from; all labels if
+            there are no more.
+        input_learning_rate (`float`, *optional*, defaults to `0.04`): Adam's rate for inputs, in standard deviations
+            of the inputs.
+        target_learning_rate (`float`, *optional*, defaults to `0.3`): Adam's rate for target logits.
+        weight_learning_rate (`float`, *optional*, defaults to `0.03`): Adam's rate for log-weights.
         solve_weights (`bool`, *optional*, defaults to `True`): Solve for the samples' weights in closed form after
-            each round, where the total is not matched: no cluster is then worse than without samples.
+            each round: no cluster is then worse than without samples.
         target_smoothing (`float`, *optional*, defaults to `0.1`): Mass that the first targets take from the label.
-        total_gradient_weight (`float`, *optional*, defaults to `0.0`): tau, weight of the match of the summed
-            gradient; only plain replay from the final state needs it.
         batch_size (`int`, *optional*, defaults to `256`): Real rows in one backward pass.
-        cluster_block_size (`int`, *optional*, defaults to `128`): Clusters distilled together; finished blocks are
-            what a killed run keeps.
-        max_memory (`str`, *optional*, defaults to `"4GB"`): Memory for states, gradients and their graphs. Fewer
-            clusters are distilled together where they need more, and where one alone does, sketches of gradients are
-            matched instead.
+        cluster_block_size (`int`, *optional*, defaults to `128`): Clusters distilled together. A killed run keeps its
+            finished blocks.
+        max_memory (`str`, *optional*, defaults to `"4GB"`): Memory for states, gradients and their graphs. If they
+            need more, fewer clusters are distilled together; if one cluster alone needs more, sketches of gradients
+            are matched.
         sketch_dimension (`int`, *optional*, defaults to `65536`): Length of such a sketch.
-        responses (`str`, *optional*, defaults to `"int8"`): Precision of what leaving each cluster out changes in the
-            trained parameters, computed with the rows and kept in the synset: `"int8"`, `"bfloat16"` or `"none"`.
+        responses (`str`, *optional*, defaults to `"int8"`): Precision of the responses, which say what leaving out
+            each cluster changes in the trained parameters. They are computed from the rows and kept in the synset:
+            `"int8"`, `"bfloat16"` or `"none"`.
         seed (`int`, *optional*, defaults to `0`): Seed of everything random.
+
+    Raises:
+        ValueError: If a setting is out of range.
     """
 
     samples_per_cluster: int = field(default=5, metadata={"help": "Synthetic samples for each cluster."})
-    tolerance: float = field(default=0.03, metadata={"help": "Of matching error and order of scores; 0: never done."})
+    tolerance: float = field(default=0.03, metadata={"help": "When a block is done; 0: after all iterations."})
     num_iterations: int = field(default=600, metadata={"help": "Adam iterations at most."})
     states_per_iteration: int = field(default=1, metadata={"help": "Recorded states matched in an iteration."})
     init: str = field(default="random", metadata={"help": f"Where samples start: {', '.join(INITIALISATIONS)}."})
@@ -98,7 +86,6 @@ class DistillationConfig:
     weight_learning_rate: float = field(default=0.03, metadata={"help": "Adam's rate for log-weights."})
     solve_weights: bool = field(default=True, metadata={"help": "Solve for weights after each round."})
     target_smoothing: float = field(default=0.1, metadata={"help": "Mass the first targets take from the label."})
-    total_gradient_weight: float = field(default=0.0, metadata={"help": "Weight of the summed gradient's match."})
     batch_size: int = field(default=256, metadata={"help": "Real rows in one backward pass."})
     cluster_block_size: int = field(default=128, metadata={"help": "Clusters distilled together."})
     max_memory: str = field(default="4GB", metadata={"help": "Memory for states, gradients and their graphs."})
@@ -107,17 +94,8 @@ class DistillationConfig:
     seed: int = field(default=0, metadata={"help": "Seed of everything random."})
 
     def __post_init__(self) -> None:
-        for name in (
-            "samples_per_cluster",
-            "num_iterations",
-            "states_per_iteration",
-            "batch_size",
-            "cluster_block_size",
-            "num_tokens",
-            "num_token_choices",
-            "num_target_choices",
-            "sketch_dimension",
-        ):
+        # Annotations are strings here; every integer but the seed is a count.
+        for name in (item.name for item in fields(self) if item.type == "int" and item.name != "seed"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
         if not 0 <= self.tolerance < 1:
@@ -127,18 +105,9 @@ class DistillationConfig:
                 raise ValueError(f"`{name}` must be a positive number, got {getattr(self, name)}.")
         if not 0 < self.target_smoothing < 1:
             raise ValueError(f"`target_smoothing` must lie between 0 and 1, got {self.target_smoothing}.")
-        if not 0 <= self.total_gradient_weight < float("inf"):
-            raise ValueError(
-                f"`total_gradient_weight` must be a finite number and not negative, got {self.total_gradient_weight}."
-            )
-        if self.init not in INITIALISATIONS:
-            raise ValueError(f"`init` must be one of {', '.join(INITIALISATIONS)}, got {self.init!r}.")
-
-        if self.token_inputs not in TOKEN_INPUTS:
-            raise ValueError(f"`token_inputs` must be one of {', '.join(TOKEN_INPUTS)}, got {self.token_inputs!r}.")
-
-        if self.responses not in RESPONSES:
-            raise ValueError(f"`responses` must be one of {', '.join(RESPONSES)}, got {self.responses!r}.")
+        for name, choices in (("init", INITIALISATIONS), ("token_inputs", TOKEN_INPUTS), ("responses", RESPONSES)):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"`{name}` must be one of {', '.join(choices)}, got {getattr(self, name)!r}.")
         memory_bytes(self.max_memory)
 
     @property
@@ -149,10 +118,10 @@ class DistillationConfig:
     @classmethod
     def from_preset(cls, name: str, **settings: Any) -> DistillationConfig:
         """
-        Settings by name, others given as keyword arguments on top.
+        Settings of a preset, with other settings on top.
 
         Args:
-            name (`str`): `"accurate"` (the defaults) or `"quick"`: two samples per cluster, and a tolerance of 0.1.
+            name (`str`): `"accurate"` (the defaults) or `"quick"` (two samples per cluster, a tolerance of 0.1).
             settings: Fields to set differently.
 
         Raises:
@@ -169,7 +138,6 @@ class DistillationConfig:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> DistillationConfig:
         """The inverse of [`DistillationConfig.to_dict`]."""
-        values = {name: value for name, value in values.items() if name not in REMOVED}
         unknown = set(values) - set(cls.__dataclass_fields__)
         if unknown:
             raise ValueError(f"Unknown distillation settings: {', '.join(sorted(unknown))}.")

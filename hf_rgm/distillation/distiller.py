@@ -20,7 +20,7 @@ from hf_rgm.distillation.initialisation import initial_samples
 from hf_rgm.distillation.learner import BlockLearner, BlockTargets
 from hf_rgm.distillation.memory_plan import MemoryPlan, measure_match, plan_memory
 from hf_rgm.distillation.privacy import measure_privacy
-from hf_rgm.distillation.sketch import CountSketch, identity
+from hf_rgm.distillation.sketch import CountSketch
 from hf_rgm.distillation.stopping import LEAST_ROUNDS, round_lengths
 from hf_rgm.engines.gradient_form import WholeGradients
 from hf_rgm.engines.gradient_sources import RowSource
@@ -56,18 +56,18 @@ class ReverseGradientMatchingDistiller:
 
     Args:
         model (`nn.Module`): The trained model, as the `Trainer` left it.
-        trajectory (`str`, `Path`, `Trajectory` or a list of them): What `TrajectoryCallback` recorded. Of several
-            runs that differ in their seed only, the first is the model's; scores are then means over the runs, which
-            agree better with what retraining with any seed would show.
-        train_dataset: The dataset that was trained on, same rows in the same order.
+        trajectory (`str`, `Path`, `Trajectory` or a list of them): What `TrajectoryCallback` recorded. Several runs
+            may differ in their seed only, and the first must be the model's. Scores are then means over the runs,
+            which agree better with retraining with any seed.
+        train_dataset: The training dataset, same rows in the same order.
         clusters (`ClusterMap`): Which row belongs to which cluster.
-        config (`DistillationConfig`, *optional*): Settings; the defaults are meant to be good.
-        data_collator (`Callable`, *optional*): The one the Trainer used. Defaults to `default_data_collator`.
+        config (`DistillationConfig`, *optional*): Settings. The defaults are meant to be good.
+        data_collator (`Callable`, *optional*): The Trainer's. Defaults to `default_data_collator`.
         row_loss (`Callable`, *optional*): Takes logits `(batch_size, *positions, num_labels)` and labels and returns
-            the loss of each row, `(batch_size,)`: needed where the Trainer has a `compute_loss` of its own, which the
-            recording cannot see. Defaults to the cross entropy, with the label smoothing of the recorded run.
+            the loss of each row, `(batch_size,)`. Needed if the Trainer has its own `compute_loss`, which is not
+            recorded. Defaults to the cross entropy, with the label smoothing of the recorded run.
         remove_unused_columns (`bool`, *optional*, defaults to `True`): As in `TrainingArguments`.
-        output_dir (`str` or `Path`, *optional*): Folder for finished blocks of clusters; a killed run continues there.
+        output_dir (`str` or `Path`, *optional*): Folder for finished blocks of clusters. A killed run continues there.
         disable_tqdm (`bool`, *optional*, defaults to `False`): No progress bar.
 
     Raises:
@@ -127,16 +127,16 @@ class ReverseGradientMatchingDistiller:
         check_runs(self.model, self.trajectories, train_dataset)
         clusters.check_num_rows(len(self.reader))
         self.row_loss = row_loss_of(self.trajectories, self.reader, row_loss)
-        self.rows = [clusters.rows(k) for k in range(clusters.num_clusters)]
-        self.batches = CachedBatches(self.reader, self.rows, batch_size=self.config.batch_size, max_bytes=CACHE_BYTES)
+        rows = [clusters.rows(k) for k in range(clusters.num_clusters)]
+        self.batches = CachedBatches(self.reader, rows, batch_size=self.config.batch_size, max_bytes=CACHE_BYTES)
         self.matched_states = matched_states(self.trajectories)
         self._gradients = SynsetGradients(self.model, self.inputs)
-        # Measured, so the first process's counts: all must agree on the blocks.
+        # Measured, so processes may differ; all must agree on the blocks.
         self._plan = self._processes.gather(self._plan_memory)[0]
         self._store = BlockStore(output_dir, self._identity()) if output_dir is not None else None
 
     def _identity(self) -> dict[str, Any]:
-        """What two runs must share for one to continue the other's blocks."""
+        """Identity of a distillation: only the same one may continue its blocks."""
         return {
             "config": self.config.to_dict(),
             "parameters_sha256": parameters_sha256(self.model.parameters()),
@@ -150,38 +150,32 @@ class ReverseGradientMatchingDistiller:
 
     def estimate(self) -> CostEstimate:
         """
-        What [`~ReverseGradientMatchingDistiller.distill`] will need at most, from the time of one batch, of one
-        iteration and of what comes after a round of them.
-
-        Nobody knows beforehand after how many rounds a block is done: the time is that of all `num_iterations`, and
-        `least_seconds` that of the first rounds alone.
+        Estimates what [`~ReverseGradientMatchingDistiller.distill`] needs, from one timed batch and iteration.
 
         Returns:
-            [`~hf_rgm.model.cost_estimates.CostEstimate`]
+            `CostEstimate`: `seconds` for all `num_iterations`, and `least_seconds` for the first rounds alone, as the
+            number of rounds is not known in advance.
         """
-        model, plan, config = self.model, self._plan, self.config
+        model, plan, config, num_clusters = self.model, self._plan, self.config, self.clusters.num_clusters
         states = StateVectors(model.space, self.trajectories, self.matched_states, model.device, in_memory=False)
         block = range(plan.block_size)
         with torch.enable_grad(), model.differentiable():
             row = measure_rows(model, states[-1], self.batches, self.row_loss)
             start = self._initial_samples(block)
-            like = torch.ones(1, device=model.device)
-            targets = BlockTargets(
-                names=[self.clusters.names[cluster] for cluster in block],
-                matched=self.matched_states,
-                states=states,
-                gradients=like.expand(len(states), len(block), plan.sketch_dimension or model.num_parameters),
+            # Ones in place of real gradients take the same time.
+            gradients = torch.ones(1, device=model.device).expand(
+                len(states), len(block), plan.sketch_dimension or model.num_parameters
             )
-            learner = self._learner(targets, block, self._sketch())
+            learner = self._learner(block, states, gradients, self._sketch())
             iteration, settling = learner.time_iteration(start), learner.time_settling(start)
         rows = row.seconds * len(self.reader) * len(states)
-        share = len(self.rows) / plan.block_size / min(self._processes.count, plan.num_blocks)
+        share = num_clusters / plan.block_size / min(self._processes.count, plan.num_blocks)
         rounds = list(round_lengths(config.num_iterations))
         most, least = (
             rows / self._processes.count + (iteration * sum(lengths) + settling * len(lengths)) * share
             for lengths in (rounds, rounds[:LEAST_ROUNDS] if config.tolerance else rounds)
         )
-        samples_bytes = sum(tensor.nbytes for tensor in start.named_tensors().values()) * len(self.rows) // len(block)
+        samples_bytes = sum(tensor.nbytes for tensor in start.named_tensors().values()) * num_clusters // len(block)
         return CostEstimate(
             seconds=most,
             least_seconds=least,
@@ -199,15 +193,15 @@ class ReverseGradientMatchingDistiller:
         """
         Runs reverse gradient matching.
 
-        Under `torchrun` or `accelerate launch` the processes share the blocks of clusters. All have to call this, and
-        to see one `output_dir`.
+        Under `torchrun` or `accelerate launch` the processes share the blocks of clusters. All must call this and see
+        the same `output_dir`.
 
         Returns:
-            `Synset`: on the CPU, the same on every process.
+            `Synset`: On the CPU, the same on every process.
 
         Raises:
-            DivergenceError: If the matching error becomes NaN, infinite or explodes (cluster and state are named).
-            MemoryError: If memory runs out; says which setting to lower.
+            DivergenceError: If the matching error becomes NaN, infinite or explodes. Names cluster and state.
+            MemoryError: If memory runs out. Names the setting to lower.
             RuntimeError: If another process failed.
             ValueError: If the data holds NaN, labels out of range, or inputs that are not continuous.
         """
@@ -215,7 +209,8 @@ class ReverseGradientMatchingDistiller:
         model, exact = self.model, self._plan.sketch_dimension is None
         states = StateVectors(model.space, self.trajectories, self.matched_states, model.device, in_memory=exact)
         size = self._plan.block_size
-        blocks = [range(k, min(k + size, len(self.rows))) for k in range(0, len(self.rows), size)]
+        clusters = range(self.clusters.num_clusters)
+        blocks = [clusters[k : k + size] for k in clusters[::size]]
         finished = self._processes.gather(lambda: self._finished(blocks))[0]
         pending = [block for block in blocks if block not in finished]
         idle = self._processes.count - len(pending)
@@ -226,7 +221,7 @@ class ReverseGradientMatchingDistiller:
                 *(idle, len(pending), self.config.cluster_block_size),
             )
         sketch = functools.cache(self._sketch)
-        gradients_bytes = 4 * len(states) * len(self.rows) * model.num_parameters
+        gradients_bytes = 4 * len(states) * len(clusters) * model.num_parameters  # float32
         keeps = exact and self.config.responses != "none" and gradients_bytes <= CACHE_BYTES
         kept: list[Tensor] = []
 
@@ -274,13 +269,8 @@ class ReverseGradientMatchingDistiller:
         )
 
     def _responses(self, kept: list[Tensor]) -> Responses | None:
-        """
-        What leaving each cluster out changes in the model, by the rows; of several runs none are kept.
-
-        Args:
-            kept (`list[Tensor]`): The clusters' gradients at the matched states, where this process took all of them:
-                `(num_states, num_clusters, num_parameters)` in parts.
-        """
+        """Responses by the rows, for a single run."""
+        # kept: the clusters' gradients at the matched states in parts, (num_states, some_clusters, num_parameters).
         model, (trajectory, *others) = self.model, self.trajectories
         if self.config.responses == "none" or others:
             return None
@@ -294,8 +284,8 @@ class ReverseGradientMatchingDistiller:
             max_bytes=MemoryShares.of(max_bytes, with_rows=True).kept,
             processes=self._processes,
         )
-        # All processes must read the rows together, or none: each has but its own share of the blocks.
-        if self._processes.count == 1 and sum(part.shape[1] for part in kept) == len(self.rows):
+        # Processes read the rows all together or not at all, and each kept only its own blocks: reuse on one only.
+        if self._processes.count == 1 and sum(part.shape[1] for part in kept) == self.clusters.num_clusters:
             states = [state.step for state in self.matched_states]
             rows.keep(trajectory, WholeGradients(self.model.space), states, torch.cat(kept, dim=1))
             kept.clear()
@@ -315,7 +305,7 @@ class ReverseGradientMatchingDistiller:
             )
 
     def _finished(self, blocks: Sequence[range]) -> dict[range, dict[str, Tensor]]:
-        """Blocks of an earlier run, as the main process sees them."""
+        """Blocks of an earlier run, read by the main process."""
         if self._store is None or not self._processes.is_main:
             return {}
         return {block: done for block in blocks if (done := self._store.read(block)) is not None}
@@ -327,7 +317,7 @@ class ReverseGradientMatchingDistiller:
             self.config,
             num_parameters=self.model.num_parameters,
             num_states=len(self.matched_states),
-            num_clusters=len(self.rows),
+            num_clusters=self.clusters.num_clusters,
             match=match,
         )
 
@@ -339,55 +329,47 @@ class ReverseGradientMatchingDistiller:
     def _sketch(self) -> Callable[[Tensor], Tensor]:
         dimension = self._plan.sketch_dimension
         if dimension is None:
-            return identity
+            return lambda vectors: vectors
         return CountSketch(self.model.num_parameters, dimension, seed=self.config.seed, device=self.model.device)
 
     def _initial_samples(self, block: range) -> SyntheticSamples:
-        return initial_samples(
-            self.batches, self.rows, block, self.inputs, self._num_labels(), self.row_loss, self.config
-        )
+        inputs, _ = self.reader.batch([0])
+        with torch.no_grad():
+            num_labels = self.model.logits(self.model.parameters(), inputs).shape[-1]
+        return initial_samples(self.batches, block, self.inputs, num_labels, self.row_loss, self.config)
 
     def _distill_block(
         self, block: range, states: StateVectors, sketch: Callable[[Tensor], Tensor]
     ) -> tuple[dict[str, Tensor], Tensor]:
-        """What is learned of a block of clusters, and their real gradients, or sketches of these."""
-        model, num_rows = self.model, len(self.reader)
-        targets = BlockTargets(
-            names=[self.clusters.names[cluster] for cluster in block],
-            matched=self.matched_states,
-            states=states,
-            gradients=cluster_gradients(
-                *(model, states, self.batches, block, num_rows, self.row_loss),
-                form=lambda gradients: sketch(model.space.flatten(gradients)),
-            ),
+        """Learned tensors of a block of clusters, and the real gradients or their sketches."""
+        model = self.model
+        gradients = cluster_gradients(
+            *(model, states, self.batches, block, len(self.reader), self.row_loss),
+            form=lambda gradients: sketch(model.space.flatten(gradients)),
         )
         start = self._initial_samples(block)
-        learner = self._learner(targets, block, sketch)
-        learned = learner.learn(
+        learner = self._learner(block, states, gradients, sketch)
+        samples, iterations = learner.learn(
             start,
             description=f"Distilling clusters {block.start}-{block.stop - 1}",
             disable_tqdm=self.disable_tqdm or not self._processes.shows_progress,
         )
         done = {
-            **learned.samples.map(Tensor.cpu).named_tensors(),
-            "residuals": learner.residuals(learned.samples).cpu(),
-            "iterations": torch.tensor(learned.iterations),
+            **samples.map(Tensor.cpu).named_tensors(),
+            "residuals": learner.residuals(samples).cpu(),
+            "iterations": torch.tensor(iterations),
         }
-        return done, targets.gradients
+        return done, gradients
 
-    def _learner(self, targets: BlockTargets, block: range, sketch: Callable[[Tensor], Tensor]) -> BlockLearner:
+    def _learner(
+        self, block: range, states: StateVectors, gradients: Tensor, sketch: Callable[[Tensor], Tensor]
+    ) -> BlockLearner:
         return BlockLearner(
             self.model,
-            self.inputs,
-            targets,
+            BlockTargets([self.clusters.names[k] for k in block], self.matched_states, states, gradients),
             self.config,
             torch.Generator().manual_seed(self.config.seed * 1_000_003 + block.start),
             self._gradients,
             sketch=sketch,
             chunk_size=self._plan.chunk_size,
         )
-
-    def _num_labels(self) -> int:
-        inputs, _ = self.reader.batch([0])
-        with torch.no_grad():
-            return self.model.logits(self.model.parameters(), inputs).shape[-1]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,44 +15,26 @@ from hf_rgm.synset.inputs import InputSpace, choose_ids
 from hf_rgm.synset.samples import SyntheticSamples, smoothed_one_hot
 
 MAX_ROWS = 2000
-"""Rows of a cluster that are looked at, drawn at random where it has more: it need not fit in memory."""
+"""Rows drawn from a larger cluster, which need not fit in memory."""
 
 UNLABELLED_LOG_WEIGHT = -3.0
-"""Log-weight, beside that of other positions, of a position that starts from a token without a label."""
+"""Added to the log-weight of a position that starts from a token without a label."""
 
 
 def initial_samples(
     batches: CachedBatches,
-    rows: Sequence[np.ndarray],
     clusters: Sequence[int],
     inputs: InputSpace,
     num_labels: int,
     row_loss: RowLoss,
     config: DistillationConfig,
 ) -> SyntheticSamples:
-    """
-    First values of the synthetic samples of some clusters.
-
-    Each cluster draws from its own generator, seeded with the config's seed and the cluster's index, so that the
-    result does not depend on which clusters are distilled together.
-
-    Args:
-        batches (`CachedBatches`): The training rows, grouped by cluster.
-        rows (`Sequence[np.ndarray]`): Row indices of every cluster.
-        clusters (`Sequence[int]`): The clusters to start.
-        inputs (`InputSpace`): The space of the synthetic inputs.
-        num_labels (`int`): Length of the model's logits.
-        row_loss (`RowLoss`): The loss of a row.
-        config (`DistillationConfig`): `init`, `samples_per_cluster`, `target_smoothing`, `num_target_choices` and
-            `seed` matter here.
-
-    Returns:
-        `SyntheticSamples`: `(len(clusters), samples_per_cluster, ...)` each.
-    """
+    """First synthetic samples of some clusters: `(len(clusters), samples_per_cluster, ...)` each."""
     count = config.samples_per_cluster
-    num_rows = sum(len(r) for r in rows)
+    num_rows = sum(map(batches.num_rows, range(len(batches))))
     parts = []
     for cluster in clusters:
+        # A generator per cluster: the start does not depend on which clusters are distilled together.
         generator = torch.Generator().manual_seed(config.seed * 1_000_003 + cluster)
         pieces = [inputs.read(x, y) for x, y in batches.sample(cluster, MAX_ROWS, generator)]
         real = torch.cat([x for x, _ in pieces])
@@ -63,7 +44,8 @@ def initial_samples(
         own = None if config.init in ("mean", "noise") else labels[chosen]
         samples |= _targets(labels, own, num_labels, config, generator)
         positions = labels[chosen] if own is not None else labels.new_zeros(count, *labels.shape[1:])
-        weight = math.log(len(rows[cluster]) / num_rows / count)
+        # The samples of a cluster weigh together what its rows, or the labels of these, weigh in the mean loss.
+        weight = math.log(batches.num_rows(cluster) / num_rows / count)
         if labels.dim() == 2:
             labelled = float((labels != IGNORED_LABEL).sum()) / len(labels)
             weight += math.log(max(labelled, 1.0) / row_loss.labels_per_row / labels.shape[1])
@@ -87,7 +69,7 @@ def _chosen(config: DistillationConfig, inputs: InputSpace, real: Tensor, genera
 def _targets(
     labels: Tensor, own: Tensor | None, num_labels: int, config: DistillationConfig, generator: torch.Generator
 ) -> dict[str, Tensor]:
-    """Logits of the targets; over some of the labels only where there are more than `num_target_choices`."""
+    """Logits of the targets, over `num_target_choices` of the labels where there are more."""
     count, smoothing = config.samples_per_cluster, config.target_smoothing
     shape = (count, *labels.shape[1:])
     known = labels[labels != IGNORED_LABEL]

@@ -3,45 +3,31 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from hf_rgm.distillation.config import DistillationConfig
-from hf_rgm.distillation.sketch import identity
 from hf_rgm.distillation.stopping import MatchQuality, SampleProducts, round_lengths, scaled
 from hf_rgm.exceptions import DivergenceError
 from hf_rgm.model.functional_model import FunctionalModel
-from hf_rgm.synset.inputs import InputSpace
 from hf_rgm.synset.matched_states import MatchedState, StateVectors
 from hf_rgm.synset.samples import SyntheticSamples
-from hf_rgm.synset.synset_gradients import (
-    SynsetGradients,
-    cluster_residuals,
-    draw_states,
-    matching_error,
-)
+from hf_rgm.synset.synset_gradients import SynsetGradients
 
 DIVERGED_FACTOR = 100.0
+"""Growth of the matching error at a state, from its first value or 1, that counts as divergence."""
 
 ADAM_BETAS = (0.5, 0.95)
-"""Means over few iterations, as there are few: with the usual ones 30 of them end with half as much error again."""
+"""Means over few iterations, as rounds are short: with the usual ones 30 iterations leave half as much error again."""
 
 
 @dataclass
 class BlockTargets:
-    """
-    What the real rows of a block of clusters do at each matched state.
-
-    Args:
-        names (`Sequence[str]`): The clusters' names.
-        matched (`Sequence[MatchedState]`): Run and step of each state, the runs' final ones last.
-        states (`StateVectors`): Parameters of each state.
-        gradients (`Tensor`): `(num_states, num_clusters, num_parameters)`, or sketches of that.
-    """
+    """What to match: clusters' real gradients, or sketches of them, `(num_states, num_clusters, num_parameters)`."""
 
     names: Sequence[str]
     matched: Sequence[MatchedState]
@@ -49,80 +35,36 @@ class BlockTargets:
     gradients: Tensor
 
 
-@dataclass(frozen=True)
-class LearnedBlock:
-    """
-    What became of a block.
-
-    Args:
-        samples (`SyntheticSamples`): Of the best round.
-        iterations (`int`): Iterations made, of all rounds.
-        quality (`MatchQuality`): Of the samples.
-    """
-
-    samples: SyntheticSamples
-    iterations: int
-    quality: MatchQuality
-
-
 class BlockLearner:
-    """
-    Learns the synthetic samples of a block by Adam on the matching error, in rounds, until that is done.
-
-    Args:
-        model (`FunctionalModel`): The model as a function of its parameters.
-        inputs (`InputSpace`): The space of the synthetic inputs.
-        targets (`BlockTargets`): What to match.
-        config (`DistillationConfig`): Settings.
-        generator (`torch.Generator`): Draws the states of each iteration.
-        gradients (`SynsetGradients`): Gradients of the synthetic samples.
-        sketch (`Callable`, *optional*): What the targets' gradients went through. Defaults to nothing.
-        chunk_size (`int`, *optional*): Clusters matched in one backward pass. Defaults to all.
-    """
+    """Learns the synthetic samples of a block by Adam on the matching error, `chunk_size` clusters at a time."""
 
     def __init__(
         self,
         model: FunctionalModel,
-        inputs: InputSpace,
         targets: BlockTargets,
         config: DistillationConfig,
         generator: torch.Generator,
         gradients: SynsetGradients,
         *,
-        sketch: Callable[[Tensor], Tensor] = identity,
-        chunk_size: int | None = None,
+        sketch: Callable[[Tensor], Tensor],
+        chunk_size: int,
     ) -> None:
         self.model = model
-        self.inputs = inputs
         self.targets = targets
         self.config = config
         self._generator = generator
         self._gradients = gradients
         self._sketch = sketch
-        self._chunk_size = chunk_size or len(targets.names)
+        self._chunk_size = chunk_size
         # One state at a time: the squares of all of them would take the memory of the gradients again.
         self._energies = [gradients.square().sum() for gradients in targets.gradients]
         self._bounds: dict[int, float] = {}
 
-    def learn(self, start: SyntheticSamples, *, description: str, disable_tqdm: bool) -> LearnedBlock:
-        """
-        Runs rounds of iterations, each twice as long as the last, until one is enough.
-
-        A round is a cosine cycle of Adam from where the last one ended. After it weights are solved for in closed
-        form, where the matching error is all that is learned, and the quality is looked at.
-
-        Args:
-            start (`SyntheticSamples`): Where to start; left as they are.
-            description (`str`): Text of the progress bar, which tells the iterations of the rounds begun so far.
-            disable_tqdm (`bool`): No progress bar.
-
-        Returns:
-            `LearnedBlock`: the round with the smallest matching error.
-
-        Raises:
-            DivergenceError: If the matching error becomes NaN, infinite or explodes.
-        """
-        best, samples, made = None, start, 0
+    def learn(self, start: SyntheticSamples, *, description: str, disable_tqdm: bool) -> tuple[SyntheticSamples, int]:
+        """Samples of the round with the smallest matching error, and the number of iterations of all rounds."""
+        # Each round is a cosine cycle of Adam, twice as long as the last, from where that one ended.
+        best: tuple[SyntheticSamples, MatchQuality] | None = None
+        samples, made = start, 0
         input_scale = float(start.inputs.std().clamp_min(1e-6))
         with tqdm(desc=description, disable=disable_tqdm, total=0) as progress:
             for length in round_lengths(self.config.num_iterations):
@@ -131,19 +73,18 @@ class BlockLearner:
                 made += length
                 samples, quality = self._settle(samples)
                 progress.set_postfix(matching_error=f"{quality.error:.4f}")
-                done = best is not None and quality.is_enough(best.quality, self.config.tolerance)
-                if best is None or quality.error < best.quality.error:
-                    best = LearnedBlock(samples, made, quality)
+                done = best is not None and quality.is_enough(best[1], self.config.tolerance)
+                if best is None or quality.error < best[1].error:
+                    best = samples, quality
                 if done:
                     break
-        if best is None:
-            raise RuntimeError("No round was run.")
-        return replace(best, iterations=made)
+        assert best is not None  # there is at least one iteration
+        return best[0], made
 
     def _round(
         self, start: SyntheticSamples, num_iterations: int, input_scale: float, progress: tqdm
     ) -> SyntheticSamples:
-        config, samples = self.config, _leaves(start)
+        config, samples = self.config, start.leaves()
         optimizer = torch.optim.Adam(
             [
                 {"params": [samples.inputs], "lr": config.input_learning_rate * input_scale},
@@ -164,17 +105,16 @@ class BlockLearner:
         return samples.detach()
 
     def _settle(self, samples: SyntheticSamples) -> tuple[SyntheticSamples, MatchQuality]:
-        """Samples with their best weights, where those have a closed form, and the quality."""
+        """Samples with the weights that the closed form gives, and their quality."""
         products = self._products(samples)
         factors = torch.ones(samples.inputs.shape[:2], dtype=torch.float64)
-        # The match of the total gradient is not a least-squares problem of one cluster.
-        if self.config.solve_weights and not self.config.total_gradient_weight:
+        if self.config.solve_weights:
             factors = products.best_factors()
             samples = scaled(samples, factors)
         return samples, products.quality(factors)
 
     def _products(self, samples: SyntheticSamples) -> SampleProducts:
-        """Goes through the samples' gradients one by one, at every state."""
+        """Inner products of the gradients of all single samples, state by state."""
         num_clusters, per_cluster = samples.inputs.shape[:2]
         gram = torch.zeros(num_clusters, per_cluster, per_cluster, dtype=torch.float64)
         with_real, among_real = [], []
@@ -195,22 +135,16 @@ class BlockLearner:
         return SampleProducts(gram, torch.stack(with_real), torch.stack(among_real))
 
     def _single_gradients(self, index: int, samples: SyntheticSamples) -> Tensor:
-        """What each sample adds to its cluster at one state: `(num_samples, num_parameters)`, or sketches of it."""
+        """Gradient of each single sample at one state, or its sketch: `(num_samples, num_parameters)`."""
         single = samples.map(lambda tensor: tensor.flatten(0, 1).unsqueeze(1))
         result = self.targets.gradients.new_empty(len(single.inputs), self.targets.gradients.shape[-1])
-        for first in range(0, len(result), self._chunk_size):
-            piece = slice(first, first + self._chunk_size)
-            result[piece] = self._sketch(self._gradients(self._named(index), single[piece])).detach()
+        for piece in self._chunks(len(result)):
+            result[piece] = self._synthetic(index, single[piece]).detach()
         return result
 
     def time_iteration(self, start: SyntheticSamples) -> float:
-        """
-        Wall time of one iteration in seconds, measured on the last state after a first try.
-
-        Args:
-            start (`SyntheticSamples`): Any samples of the block; left as they are.
-        """
-        samples = _leaves(start)
+        """Wall time of one iteration in seconds, measured on the last state after a first try."""
+        samples = start.leaves()
         last = len(self.targets.states) - 1
         self._match(last, samples)
         begun = time.perf_counter()
@@ -218,46 +152,42 @@ class BlockLearner:
         return self.config.states_per_iteration * (time.perf_counter() - begun)
 
     def time_settling(self, start: SyntheticSamples) -> float:
-        """Wall time of what comes after a round, in seconds, after `time_iteration`."""
+        """Wall time in seconds of what follows a round; measure it after `time_iteration`."""
         begun = time.perf_counter()
         self._settle(start)
         return time.perf_counter() - begun
 
     def residuals(self, samples: SyntheticSamples) -> Tensor:
-        """
-        Relative squared matching error of each cluster at each state: `(num_states, num_clusters)`, float32.
-
-        Raises:
-            DivergenceError: If one is NaN or infinite.
-        """
+        """Relative squared matching error of each cluster at each state: `(num_states, num_clusters)`."""
         rows = []
         for index, real in enumerate(self.targets.gradients):
-            parts = [self._gradients(self._named(index), samples[chunk]).detach() for chunk in self._chunks()]
-            rows.append(cluster_residuals(torch.cat([self._sketch(part) for part in parts]), real))
+            parts = [self._synthetic(index, samples[chunk]).detach() for chunk in self._chunks(len(real))]
+            rows.append(cluster_residuals(torch.cat(parts), real))
             if not torch.isfinite(rows[-1]).all():
                 self._raise_diverged(index, rows[-1])
         return torch.stack(rows)
 
-    def _named(self, index: int) -> dict[str, Tensor]:
-        return self.model.space.unflatten(self.targets.states[index])
+    def _synthetic(self, index: int, samples: SyntheticSamples) -> Tensor:
+        """Clusters' synthetic gradients at one state, or their sketches: `(num_clusters, num_parameters)`."""
+        return self._sketch(self._gradients(self.model.space.unflatten(self.targets.states[index]), samples))
 
     def _match(self, index: int, samples: SyntheticSamples) -> float:
-        """Adds the gradient of the matching error at one state to the samples' and returns the error."""
+        """Matching error at one state; its gradient is added to the samples'."""
         value, residuals = 0.0, []
-        for chunk in self._chunks():
-            synthetic = self._sketch(self._gradients(self._named(index), samples[chunk]))
+        for chunk in self._chunks(len(self.targets.names)):
+            synthetic = self._synthetic(index, samples[chunk])
             real = self.targets.gradients[index, chunk]
-            error = matching_error(synthetic, real, self._energies[index], self.config.total_gradient_weight)
+            error = matching_error(synthetic, real, self._energies[index])
             error.backward()
             value += error.item()
             residuals.append(cluster_residuals(synthetic.detach(), real))
+        # `not <` also catches NaN.
         if not value < self._bounds.setdefault(index, DIVERGED_FACTOR * max(value, 1.0)):
             self._raise_diverged(index, torch.cat(residuals))
         return value
 
-    def _chunks(self) -> list[slice]:
-        size = self._chunk_size
-        return [slice(start, start + size) for start in range(0, len(self.targets.names), size)]
+    def _chunks(self, length: int) -> list[slice]:
+        return [slice(start, start + self._chunk_size) for start in range(0, length, self._chunk_size)]
 
     def _raise_diverged(self, index: int, residuals: Tensor) -> None:
         worst = int(residuals.nan_to_num(nan=torch.inf).argmax())
@@ -269,9 +199,21 @@ class BlockLearner:
         )
 
 
-def _leaves(samples: SyntheticSamples) -> SyntheticSamples:
-    """The same values, to be learned."""
-    samples = samples.detach()
-    for tensor in samples.tensors():
-        tensor.requires_grad_()
-    return samples
+def matching_error(synthetic: Tensor, real: Tensor, energy: Tensor) -> Tensor:
+    """Squared distance of cluster gradients `(num_clusters, num_parameters)` at a state, relative to an energy."""
+    # sum_k |g_k - G_k|^2 / sum_k |G_k|^2, the energy over all clusters of the block. No samples at all give 1.
+    return (synthetic - real).square().sum() / energy
+
+
+def cluster_residuals(synthetic: Tensor, real: Tensor) -> Tensor:
+    """`|g_k - G_k|^2 / |G_k|^2` of each cluster: `(num_clusters,)`; 0 / 0 counts as 0."""
+    energy = real.square().sum(1)
+    distance = (synthetic - real).square().sum(1)
+    return torch.where(energy > 0, distance / energy.clamp_min(torch.finfo(energy.dtype).tiny), distance)
+
+
+def draw_states(num_states: int, states_per_iteration: int, generator: torch.Generator) -> Iterator[list[int]]:
+    """States of each iteration, without end: all of them in random order, again and again."""
+    while True:
+        for batch in torch.randperm(num_states, generator=generator).split(states_per_iteration):
+            yield batch.tolist()

@@ -3,80 +3,53 @@
 from __future__ import annotations
 
 import logging
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from hf_rgm.distillation.config import DistillationConfig
+from hf_rgm.distillation.learner import matching_error
 from hf_rgm.model.peak_memory import PeakTensors
 from hf_rgm.synset.samples import SyntheticSamples
-from hf_rgm.synset.synset_gradients import SynsetGradients, matching_error
+from hf_rgm.synset.synset_gradients import SynsetGradients
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class MatchMemory:
-    """
-    What one match of gradients, its graph and its backward pass need at once, measured.
-
-    Args:
-        fixed_bytes (`int`): However many clusters are matched together.
-        cluster_bytes (`int`): For each of them.
-    """
+    """Bytes that one match of gradients needs with its graph: fixed, and for each cluster."""
 
     fixed_bytes: int
     cluster_bytes: int
 
     def __call__(self, num_clusters: int) -> int:
-        """Bytes for some clusters in one backward pass."""
         return self.fixed_bytes + num_clusters * self.cluster_bytes
 
 
 def measure_match(gradients: SynsetGradients, parameters: dict[str, Tensor], samples: SyntheticSamples) -> MatchMemory:
-    """
-    Matches one cluster and then two, and sees what the second adds.
-
-    Args:
-        gradients (`SynsetGradients`): Computes the clusters' gradients.
-        parameters (`dict[str, Tensor]`): Where.
-        samples (`SyntheticSamples`): Of any clusters; the first one counts.
-
-    Returns:
-        `MatchMemory`
-    """
+    """Measures the memory of a match on one cluster and on two."""
 
     def match(num_clusters: int) -> int:
-        leaves = samples[torch.zeros(num_clusters, dtype=torch.int64)].detach()
-        for tensor in leaves.tensors():
-            tensor.requires_grad_()
+        leaves = samples[torch.zeros(num_clusters, dtype=torch.int64)].leaves()
         with PeakTensors() as memory:
             synthetic = gradients(parameters, leaves)
             one = synthetic.new_ones(())
-            matching_error(synthetic, one.expand_as(synthetic), one, 0.0).backward()
+            matching_error(synthetic, one.expand_as(synthetic), one).backward()
         return memory.resident_bytes
 
     with torch.enable_grad():
         gradients(parameters, samples[torch.zeros(2, dtype=torch.int64)].detach())  # decides how to vectorise
         one, two = match(1), match(2)
+    # What the second cluster adds is what any further one adds.
     return MatchMemory(fixed_bytes=max(0, 2 * one - two), cluster_bytes=max(0, two - one))
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """
-    What is in memory at once.
-
-    Args:
-        num_parameters, num_states, num_clusters (`int`): Sizes of the task.
-        block_size (`int`): Clusters distilled together.
-        chunk_size (`int`): Clusters of a block whose gradients are matched in one backward pass.
-        sketch_dimension (`int`, *optional*): Length of the sketches that stand for gradients, if they do. States are
-            then read from disk at every use.
-        samples_per_cluster (`int`): Synthetic samples of a cluster.
-        match (`MatchMemory`): What a match needs.
-    """
+    """Memory of a distillation in blocks of clusters, matched in chunks, by whole gradients or by sketches."""
 
     num_parameters: int
     num_states: int
@@ -89,13 +62,12 @@ class MemoryPlan:
 
     @property
     def num_blocks(self) -> int:
-        """Blocks distilled one after another by a single process."""
-        return -(-self.num_clusters // self.block_size)
+        return math.ceil(self.num_clusters / self.block_size)
 
     @property
     def held_bytes(self) -> int:
-        """What stays in memory while a block is distilled: states, gradients and the sketch."""
-        vector = 4 * self.num_parameters
+        """Memory held while a block is distilled: states, gradients and the sketch."""
+        vector = 4 * self.num_parameters  # float32
         if self.sketch_dimension is None:
             return vector * self.num_states * (1 + self.block_size)
         # One state at a time; an index (int32) and a sign (int8) for each element.
@@ -104,13 +76,11 @@ class MemoryPlan:
 
     @property
     def step_bytes(self) -> int:
-        """
-        What comes on top at the worst moment: a match, the gradients of single samples after a round, or a state being
-        read with its two moments.
-        """
+        """Memory on top at the worst moment."""
+        # A match, or the single samples' gradients after a round, or a state being read with its two moments.
         vector = 4 * self.num_parameters
         together = max(self.samples_per_cluster, self.chunk_size)
-        products = 8 * self.num_states * self.block_size**2 * self.samples_per_cluster
+        products = 8 * self.num_states * self.block_size**2 * self.samples_per_cluster  # float64
         if self.sketch_dimension is None:
             return max(self.match(self.chunk_size), (together + self.chunk_size) * vector + products, 3 * vector)
         # The gradients times their signs, and the same in the backward pass.
@@ -124,52 +94,23 @@ class MemoryPlan:
 
 
 def plan_memory(
-    config: DistillationConfig,
-    *,
-    num_parameters: int,
-    num_states: int,
-    num_clusters: int,
-    match: MatchMemory,
+    config: DistillationConfig, *, num_parameters: int, num_states: int, num_clusters: int, match: MatchMemory
 ) -> MemoryPlan:
-    """
-    As many clusters at once as fit in `config.max_memory`; sketches of their gradients where not even one fits.
-
-    Args:
-        config (`DistillationConfig`): `max_memory`, `cluster_block_size`, `sketch_dimension`, `samples_per_cluster`
-            and `total_gradient_weight` matter here.
-        num_parameters, num_states, num_clusters (`int`): Sizes of the task.
-        match (`MatchMemory`): What a match needs.
-
-    Returns:
-        `MemoryPlan`
-
-    Raises:
-        ValueError: If not even one cluster's sketch fits.
-    """
-    largest = min(config.cluster_block_size, num_clusters)
-
-    def plan(block_size: int, chunk_size: int, sketch_dimension: int | None) -> MemoryPlan:
-        sizes = (num_parameters, num_states, num_clusters)
-        return MemoryPlan(*sizes, block_size, chunk_size, sketch_dimension, config.samples_per_cluster, match)
-
-    for size in _halvings(largest):
-        # The match of the total gradient needs the whole block in one graph.
-        for chunk_size in _halvings(size) if not config.total_gradient_weight else [size]:
-            exact = plan(size, chunk_size, None)
-            if exact.memory_bytes <= config.max_bytes:
-                return exact
-    for size in _halvings(largest):
-        sketched = plan(size, size if config.total_gradient_weight else 1, config.sketch_dimension)
-        if sketched.memory_bytes <= config.max_bytes:
-            logger.info(
-                "Gradients of %d parameters at %d states do not fit in `max_memory=%r`: matching sketches of %d.",
-                num_parameters,
-                num_states,
-                config.max_memory,
-                config.sketch_dimension,
-            )
-            return sketched
-    needed = plan(1, 1, config.sketch_dimension).memory_bytes
+    """As many clusters at once as fit in `config.max_memory`; sketches of their gradients if not even one fits."""
+    sizes = _halvings(min(config.cluster_block_size, num_clusters))
+    exact = [(size, chunk_size, None) for size in sizes for chunk_size in _halvings(size)]
+    sketched = [(size, 1, config.sketch_dimension) for size in sizes]
+    task = (num_parameters, num_states, num_clusters)
+    plans = [MemoryPlan(*task, *shape, config.samples_per_cluster, match) for shape in exact + sketched]
+    for plan in plans:
+        if plan.memory_bytes <= config.max_bytes:
+            if plan.sketch_dimension is not None:
+                logger.info(
+                    "Gradients of %d parameters at %d states do not fit in `max_memory=%r`: matching sketches of %d.",
+                    *(num_parameters, num_states, config.max_memory, config.sketch_dimension),
+                )
+            return plan
+    needed = plans[-1].memory_bytes
     raise ValueError(
         f"`max_memory={config.max_memory!r}` is too little for {num_states} states of {num_parameters} parameters: "
         f"one cluster needs {needed / 1e9:.1f} GB. Raise it, train fewer parameters (LoRA), record fewer states "
@@ -180,5 +121,5 @@ def plan_memory(
 def _halvings(largest: int) -> list[int]:
     sizes = [largest]
     while sizes[-1] > 1:
-        sizes.append(-(-sizes[-1] // 2))
+        sizes.append(math.ceil(sizes[-1] / 2))
     return sizes

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -13,30 +12,20 @@ from hf_rgm.synset.inputs import InputSpace
 from hf_rgm.synset.samples import SyntheticSamples
 
 MAX_ROWS = 2000
-"""Rows of a cluster that are compared at most, the first ones."""
+"""Only the first rows of a cluster are compared, at most this many."""
 
 
 def measure_privacy(inputs: InputSpace, samples: SyntheticSamples, batches: CachedBatches) -> dict[str, Any]:
-    """
-    Distances of synthetic samples to the nearest rows of their clusters, beside those of rows to each other.
-
-    This measures how much of single rows is to be seen in the samples. It is no guarantee: a sample far from every row
-    may still tell something about one.
-
-    Args:
-        inputs (`InputSpace`): The space of the synthetic inputs.
-        samples (`SyntheticSamples`): Of every cluster.
-        batches (`CachedBatches`): The training rows, grouped by cluster.
-
-    Returns:
-        `dict`: JSON-safe. `distance`: median over samples of the distance to the nearest row; `row_distance`: median
-        over rows of the distance to the nearest other row of the cluster (`None` where no cluster has two);
-        `share_nearer`: share of samples nearer to a row than that; for texts also `kept_tokens`: mean number of
-        tokens that stand where the most similar row has them, and `num_tokens`.
-    """
+    """Distances of samples to the nearest rows of their clusters, and of those rows to each other, JSON-safe."""
+    # This is a measurement, no guarantee: a sample far from every row may still tell something about one.
     distances, between, kept = [], [], []
     for cluster in range(len(batches)):
-        real = torch.cat(list(_first(batches, cluster, inputs)))[:MAX_ROWS]
+        pieces: list[Tensor] = []
+        for x, y in batches.group(cluster):
+            pieces.append(inputs.read(x, y)[0])
+            if sum(map(len, pieces)) >= MAX_ROWS:
+                break
+        real = torch.cat(pieces)[:MAX_ROWS]
         own = SyntheticSamples(**{name: tensor[cluster] for name, tensor in samples.named_tensors().items()})
         own = own.map(lambda tensor, like=real: tensor.to(like.device))
         rows = inputs.vectors(real).flatten(1)
@@ -45,9 +34,10 @@ def measure_privacy(inputs: InputSpace, samples: SyntheticSamples, batches: Cach
             between.append(torch.cdist(rows, rows).fill_diagonal_(torch.inf).amin(1))
         tokens, row_tokens = inputs.tokens(own), inputs.row_tokens(real)
         if tokens is not None and row_tokens is not None:
+            # Tokens that stand where the most similar row has them.
             kept.append((tokens[:, None] == row_tokens[None]).sum(-1).amax(1))
     nearest = torch.cat(distances)
-    typical = float(torch.cat(between).median()) if between else None
+    typical = float(torch.cat(between).median()) if between else None  # no cluster has two rows
     result: dict[str, Any] = {
         "distance": float(nearest.median()),
         "row_distance": typical,
@@ -56,13 +46,3 @@ def measure_privacy(inputs: InputSpace, samples: SyntheticSamples, batches: Cach
     if kept:
         result |= {"kept_tokens": float(torch.cat(kept).float().mean()), "num_tokens": samples.inputs.shape[2]}
     return result
-
-
-def _first(batches: CachedBatches, cluster: int, inputs: InputSpace) -> Iterator[Tensor]:
-    """The first rows of a cluster in the space of samples, and no more than are needed."""
-    count = 0
-    for x, y in batches.group(cluster):
-        yield inputs.read(x, y)[0]
-        count += len(y)
-        if count >= MAX_ROWS:
-            return

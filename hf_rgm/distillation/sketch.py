@@ -7,20 +7,10 @@ from torch import Tensor
 
 
 class CountSketch:
-    """
-    A random linear map that adds every element, with a random sign, to one of a few buckets.
+    """A random linear map: adds every element of a vector, with a random sign, to one of `dimension` buckets."""
 
-    Inner products are kept on average; for vectors of length one their standard deviation is at most
-    `sqrt(2 / dimension)` (Charikar et al. 2002; Weinberger et al. 2009). Costs one pass over the vector and one index
-    and sign per element.
-
-    Args:
-        num_parameters (`int`): Length of the vectors.
-        dimension (`int`): Number of buckets.
-        seed (`int`, *optional*, defaults to `0`): Draws buckets and signs.
-        device (`torch.device`, *optional*): Of the vectors. Defaults to the CPU.
-    """
-
+    # Inner products are kept on average. For vectors of length 1 their standard deviation is at most
+    # sqrt(2 / dimension) (Charikar et al. 2002; Weinberger et al. 2009).
     def __init__(
         self, num_parameters: int, dimension: int, *, seed: int = 0, device: torch.device | str = "cpu"
     ) -> None:
@@ -31,11 +21,6 @@ class CountSketch:
         self._signs = signs.to(device)
 
     def __call__(self, vectors: Tensor) -> Tensor:
-        """Maps `(..., num_parameters)` to `(..., dimension)`, differentiably."""
+        """Sketches `(..., dimension)` of vectors `(..., num_parameters)`, differentiable."""
         result = vectors.new_zeros(*vectors.shape[:-1], self.dimension)
         return result.index_add(-1, self._buckets, vectors * self._signs)
-
-
-def identity(vectors: Tensor) -> Tensor:
-    """The vectors themselves: what stands for a sketch where gradients fit in memory."""
-    return vectors

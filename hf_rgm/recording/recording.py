@@ -27,6 +27,7 @@ from hf_rgm.trajectory.steps import (
     STEPS_FOLDER,
     StepTable,
     part_length,
+    part_path,
     read_part,
     recorded_parts,
     write_part,

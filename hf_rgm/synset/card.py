@@ -15,22 +15,9 @@ if TYPE_CHECKING:
 
 
 def synset_card(synset: Synset, options: CardOptions | None = None) -> str:
-    """
-    The `README.md` of a synset.
-
-    Args:
-        synset (`Synset`): Its `fidelity` is shown with intervals, or it is said that it was not measured.
-        options (`CardOptions`, *optional*): What else is known.
-
-    Returns:
-        `str`: Markdown with a YAML header.
-
-    Raises:
-        ValueError: If the fidelity is not a whole report.
-    """
+    """The `README.md` of a synset."""
     options = options or CardOptions()
     described = synset.trajectory.metadata.get("model")
-    repo_id = options.repo_id or LOCAL
     return render(
         "synset_card.md",
         options,
@@ -49,15 +36,10 @@ def synset_card(synset: Synset, options: CardOptions | None = None) -> str:
         matching_error=synset.matching_error,
         parameters_sha256=synset.parameters_sha256,
         sign_convention=SIGN_CONVENTION,
-        usage="\n".join(
-            [
-                "import hf_rgm",
-                "from transformers import pipeline",
-                "",
-                f'attribute = pipeline("data-attribution", model="{options.model_id or "the/model"}", '
-                f'synset="{repo_id}")',
-                "result = attribute(queries)",
-            ]
+        usage=(
+            "import hf_rgm\nfrom transformers import pipeline\n\n"
+            f'attribute = pipeline("data-attribution", model="{options.model_id or "the/model"}", '
+            f'synset="{options.repo_id or LOCAL}")\nresult = attribute(queries)'
         ),
         fidelity=fidelity_section(synset.fidelity),
         privacy=privacy_section(synset.metadata.get("privacy")),
@@ -66,7 +48,6 @@ def synset_card(synset: Synset, options: CardOptions | None = None) -> str:
 
 
 def privacy_section(privacy: dict[str, Any] | None) -> str:
-    """How near samples are to training rows, or that it was not measured."""
     if not privacy:
         return "Not measured: how near the samples are to training rows is not known."
     text = (
@@ -87,7 +68,6 @@ def privacy_section(privacy: dict[str, Any] | None) -> str:
 
 
 def responses_section(responses: Responses | None, num_steps: int) -> str | None:
-    """What responses hold, how large they are and what they are made from; nothing where there are none."""
     if responses is None:
         return None
     return (

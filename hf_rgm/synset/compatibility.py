@@ -1,4 +1,4 @@
-"""Whether model, recorded runs, rows and synthetic samples belong together, and whether it is worth asking them."""
+"""Checks that model, recorded runs, rows and synthetic samples belong together."""
 
 from __future__ import annotations
 
@@ -21,27 +21,14 @@ from hf_rgm.trajectory.trajectory import Trajectory
 logger = logging.getLogger(__name__)
 
 CROSS_ENTROPY_TYPE = "nll"
-"""TRL's name for the cross entropy; the plain `Trainer` records none."""
+"""TRL's name for the cross entropy. The plain `Trainer` records no name."""
 
 
 def check_runs(
     model: FunctionalModel, trajectories: Sequence[Trajectory], train_dataset: Any, *, called: str = "train_dataset"
 ) -> None:
-    """
-    Checks recorded runs against the model that the first of them trained, and the dataset that all were trained on.
-
-    Args:
-        model (`FunctionalModel`): The trained model.
-        trajectories (`Sequence[Trajectory]`): The recorded runs.
-        train_dataset: What they were trained on.
-        called (`str`, *optional*, defaults to `"train_dataset"`): How errors call it.
-
-    Raises:
-        ValueError: If parameters have other shapes, the model is not what the first run ended with, two runs are the
-            same, or the dataset is another.
-    """
-    space = model.space
-    found = {n: tuple(s) for n, s in zip(space.names, space.shapes, strict=True)}
+    """Checks recorded runs against the model that the first one trained, and against their dataset."""
+    found = dict(zip(model.space.names, map(tuple, model.space.shapes), strict=True))
     for run, trajectory in enumerate(trajectories):
         what = f"Run {run}: the" if run else "The"
         expected = {name: tuple(shape) for name, shape in trajectory.parameter_shapes.items()}
@@ -53,7 +40,7 @@ def check_runs(
             )
         trajectory.check_dataset(train_dataset, what=called)
     final, own = trajectories[0].final.parameters, model.parameters()
-    for name in space.names:
+    for name in found:
         if not torch.equal(final[name], own[name].cpu()):
             raise ValueError(
                 f"The model's `{name}` is not what the recorded run ended with. Pass the model as the Trainer "
@@ -69,13 +56,8 @@ def check_runs(
             )
 
 
-def recorded_loss(trajectories: Sequence[Trajectory]) -> tuple[str, float]:
-    """
-    The `loss_type` and the `label_smoothing_factor` that all runs were trained with.
-
-    Raises:
-        ValueError: If they differ.
-    """
+def row_loss_of(trajectories: Sequence[Trajectory], reader: RowReader, function: LossFunction | None) -> RowLoss:
+    """Loss of a row in the recorded runs, which must share it; a `function` if the training had a loss of its own."""
     losses = [
         (str(told.get("loss_type") or CROSS_ENTROPY_TYPE), float(told.get("label_smoothing_factor") or 0.0))
         for told in (trajectory.metadata for trajectory in trajectories)
@@ -88,22 +70,7 @@ def recorded_loss(trajectories: Sequence[Trajectory]) -> tuple[str, float]:
                     "stands for one loss. Distil a synset for each, or train all with the same settings but the "
                     "seed."
                 )
-    return losses[0]
-
-
-def row_loss_of(trajectories: Sequence[Trajectory], reader: RowReader, function: LossFunction | None) -> RowLoss:
-    """
-    The loss of a row as the recorded runs were trained by it.
-
-    Args:
-        trajectories (`Sequence[Trajectory]`): The recorded runs.
-        reader (`RowReader`): The training rows.
-        function (`Callable`, *optional*): The loss of each row where the training used one of its own.
-
-    Raises:
-        ValueError: If the runs differ, or were trained by a loss that has to be passed.
-    """
-    loss_type, label_smoothing = recorded_loss(trajectories)
+    loss_type, label_smoothing = losses[0]
     if function is None and loss_type != CROSS_ENTROPY_TYPE:
         raise ValueError(
             f"The recorded run was trained with `loss_type={loss_type!r}`, which is not the cross entropy. Pass "
@@ -113,19 +80,8 @@ def row_loss_of(trajectories: Sequence[Trajectory], reader: RowReader, function:
 
 
 def check_samples(model: FunctionalModel, inputs: InputSpace, samples: SyntheticSamples) -> None:
-    """
-    Tries the model on one synthetic sample.
-
-    Token ids are compared with the vocabulary first: on a GPU an id out of range would end the process.
-
-    Args:
-        model (`FunctionalModel`): The trained model.
-        inputs (`InputSpace`): The space of the synthetic inputs.
-        samples (`SyntheticSamples`): Samples of every cluster.
-
-    Raises:
-        ValueError: If the model does not take the samples, or their targets are not its labels.
-    """
+    """Checks samples by trying the model on one of them."""
+    # Ids first: on a GPU an id out of range would end the process.
     ids = samples.input_ids
     if ids is not None and int(ids.max()) >= model.vocabulary_size:
         raise ValueError(
@@ -154,13 +110,7 @@ def check_samples(model: FunctionalModel, inputs: InputSpace, samples: Synthetic
 
 
 def warn_unless_matched(matched_states: Sequence[MatchedState], matching_errors: Tensor) -> None:
-    """
-    Warns where most clusters' synthetic gradients are no nearer to the data's than none at all would be.
-
-    Args:
-        matched_states (`Sequence[MatchedState]`): The states that were matched.
-        matching_errors (`Tensor`): `(num_matched_states, num_clusters)`, relative squared errors.
-    """
+    """Warns if most clusters match no better than without samples; errors `(num_matched_states, num_clusters)`."""
     for matched, residuals in zip(matched_states, matching_errors, strict=True):
         if float(residuals.median()) >= 1:
             logger.warning(

@@ -1,4 +1,4 @@
-"""Which recorded states a synset is matched at."""
+"""The recorded states that a synset is matched at."""
 
 from __future__ import annotations
 
@@ -15,13 +15,7 @@ from hf_rgm.trajectory.trajectory import Trajectory
 
 @dataclass(frozen=True)
 class MatchedState:
-    """
-    A recorded state of one of the recorded runs.
-
-    Args:
-        run (`int`): Position of the run.
-        step (`int`): Training step.
-    """
+    """A recorded state: position of the run, and training step."""
 
     run: int
     step: int
@@ -31,16 +25,7 @@ class MatchedState:
 
 
 class StateVectors(Sequence[Tensor]):
-    """
-    Parameters at the matched states as vectors, in memory or read from disk at every use.
-
-    Args:
-        space (`ParameterSpace`): How parameters are laid out.
-        trajectories (`Sequence[Trajectory]`): The recorded runs.
-        matched (`Sequence[MatchedState]`): Which states.
-        device (`torch.device`): Where to compute.
-        in_memory (`bool`): Keep them all.
-    """
+    """Parameters `(num_parameters,)` at the matched states, kept in memory or read from disk at every use."""
 
     def __init__(
         self,
@@ -61,10 +46,6 @@ class StateVectors(Sequence[Tensor]):
         return len(self._matched)
 
     def __getitem__(self, index: Any) -> Any:
-        """`(num_parameters,)`, float32."""
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"There are {len(self)} matched states, got index {index}.")
-        index %= len(self)
         return self._kept[index] if self._kept is not None else self._read(index)
 
     def _read(self, index: int) -> Tensor:
@@ -74,15 +55,7 @@ class StateVectors(Sequence[Tensor]):
 
 
 def matched_states(trajectories: Sequence[Trajectory]) -> tuple[MatchedState, ...]:
-    """
-    All recorded states but the initial ones, in order of training progress; the runs' final states come last.
-
-    Args:
-        trajectories (`Sequence[Trajectory]`): The recorded runs.
-
-    Returns:
-        `tuple[MatchedState, ...]`
-    """
+    """All recorded states but the initial ones, by training progress; final states come last."""
     states = [
         (step / trajectory.num_steps, MatchedState(run, step))
         for run, trajectory in enumerate(trajectories)

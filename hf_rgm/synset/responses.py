@@ -1,4 +1,4 @@
-"""Responses of a synset: what leaving each cluster out changes in the trained parameters, in 8 or 16 bits."""
+"""Responses of a synset: changes of the trained parameters if a cluster is left out."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import save_file
@@ -29,45 +29,21 @@ from hf_rgm.synset.responses_file import (
 )
 from hf_rgm.trajectory.precision import quantize_rows
 
+if TYPE_CHECKING:
+    from hf_rgm.synset.synset import Synset
+
 
 @dataclass(frozen=True, eq=False)
 class Responses:
-    """
-    Changes of the trained parameters if each cluster is left out, which answer any objective by forward passes.
+    """Changes `δ_k` of the trained parameters if cluster `k` is left out, in 8 or 16 bits, in memory or a file."""
 
-    Cluster `k` left out, training would have ended at `θ + δ_k`; `decode` gives `δ`. [`Responses.encode`] makes them.
-    Those of a synset that was loaded are read from disk, or fetched from the Hub, when they are decoded.
-
-    Args:
-        precision (`str`): `"bfloat16"`, or `"int8"` with a scale for each cluster and parameter tensor.
-        rewind_step (`int`): Training step they were followed from.
-        num_clusters (`int`): Number of clusters.
-        parameter_shapes (`Mapping[str, tuple[int, ...]]`): Shapes of the trainable parameters, in the recorded run's
-            order, which is that of flat vectors.
-        sha256 (`str`): Identity of the stored form.
-        source (`Mapping[str, Tensor]` or `ResponsesFile`): The stored form, or where it is.
-        parameters_sha256 (`str`, *optional*): Identity of the trained parameters they are changes of.
-
-    Example:
-
-    ```python
-    >>> import torch
-    >>> from hf_rgm.synset.responses import Responses
-    >>> deviations = torch.tensor([[1.27, 0.5, 0.0], [-0.02, 0.04, 2.54]])
-    >>> responses = Responses.encode(deviations, {"bias": (1,), "weight": (2,)}, rewind_step=0)
-    >>> print(responses.num_clusters, responses.num_bytes, responses.decode(slice(1, 2)))
-    2 22 tensor([[-0.0200,  0.0400,  2.5400]])
-
-    ```
-    """
-
-    precision: str
-    rewind_step: int
+    precision: str  # "bfloat16", or "int8" with a scale for each cluster and parameter tensor
+    rewind_step: int  # the training step they were followed from
     num_clusters: int
-    parameter_shapes: Mapping[str, tuple[int, ...]]
-    sha256: str
+    parameter_shapes: Mapping[str, tuple[int, ...]]  # in the recorded run's order, which is that of flat vectors
+    sha256: str  # identity of the stored form
     source: Mapping[str, Tensor] | ResponsesFile = field(repr=False)
-    parameters_sha256: str | None = None
+    parameters_sha256: str | None = None  # identity of the trained parameters that they change
 
     @classmethod
     def encode(
@@ -80,24 +56,8 @@ class Responses:
         cluster_names: Sequence[str] | None = None,
         parameters_sha256: str | None = None,
     ) -> Responses:
-        """
-        Rounds deviations to 8 or 16 bits.
-
-        Args:
-            deviations (`Tensor`): `(num_clusters, num_parameters)`, float32, on any device: parameters without the
-                cluster minus the trained ones, laid out as in
-                [`~hf_rgm.model.functional_model.ParameterSpace.flatten`].
-            parameter_shapes (`Mapping[str, tuple[int, ...]]`): Those of the recorded run, in its order.
-            precision (`str`, *optional*, defaults to `"int8"`): `"int8"`, off by at most half a level of 127 from zero
-                to the largest value of a cluster's parameter tensor, or `"bfloat16"`.
-            rewind_step (`int`): Training step they were followed from.
-            cluster_names (`Sequence[str]`, *optional*): Names for errors. Positions without.
-            parameters_sha256 (`str`, *optional*): Identity of the trained parameters. A synset of others refuses them.
-
-        Raises:
-            ValueError: If shapes do not fit, the precision is unknown, or deviations are NaN, infinite or too large
-                for the precision.
-        """
+        """Rounds deviations `(num_clusters, num_parameters)`, parameters without the cluster minus trained ones."""
+        # int8 is off by at most half a level, of 127 from zero to the largest value of a cluster's parameter tensor.
         check_precision(precision)
         shapes = {name: tuple(shape) for name, shape in parameter_shapes.items()}
         sizes = [math.prod(shape) for shape in shapes.values()]
@@ -123,53 +83,21 @@ class Responses:
 
     @property
     def num_parameters(self) -> int:
-        """Length of a flat vector."""
         return sum(math.prod(shape) for shape in self.parameter_shapes.values())
 
     @property
     def num_bytes(self) -> int:
-        """Size of the stored tensors, known without reading them."""
+        """Size of the stored tensors, without reading them."""
         layout = tensor_layout(self.precision, self.num_clusters, self.parameter_shapes)
         return sum(math.prod(shape) * DTYPE_BYTES[dtype] for shape, dtype in layout.values())
 
     @property
     def at_hand(self) -> bool:
-        """Whether they can be read without fetching them."""
+        """Whether they can be read without a download."""
         return not isinstance(self.source, ResponsesFile) or self.source.at_hand
 
-    @property
-    def values(self) -> dict[str, Tensor]:
-        """
-        The stored form by parameter, read at every call: `(num_clusters, *shape)`, int8 or bfloat16.
-
-        Raises:
-            FileNotFoundError, MemoryError, ValueError: See [`Responses.decode`].
-        """
-        with self._opened() as read:
-            return {name: read(f"{VALUES}.{name}") for name in self.parameter_shapes}
-
-    @property
-    def scales(self) -> dict[str, Tensor]:
-        """What int8 values are multiplied with, by parameter: `(num_clusters,)`, float32. Empty in bfloat16."""
-        with self._opened() as read:
-            names = self.parameter_shapes if self.precision == "int8" else ()
-            return {name: read(f"{SCALES}.{name}") for name in names}
-
     def decode(self, clusters: slice | None = None) -> Tensor:
-        """
-        Deviations of some clusters, or of all. Of a file only their part is read, after the first time.
-
-        Args:
-            clusters (`slice`, *optional*): Which clusters.
-
-        Returns:
-            `Tensor`: `(num_chosen, num_parameters)`, float32, on the CPU, in the order of `parameter_shapes`.
-
-        Raises:
-            FileNotFoundError: If the file is missing, or cannot be fetched.
-            MemoryError: If they are larger than the memory that is free.
-            ValueError: If the file is damaged, or is not the one that the synset announces.
-        """
+        """Deviations `(num_chosen, num_parameters)` of some clusters or all, float32, on the CPU."""
         clusters = slice(None) if clusters is None else clusters
         if not isinstance(clusters, slice):
             raise TypeError(f"`clusters` must be a slice, got {clusters!r}. For cluster k pass slice(k, k + 1).")
@@ -185,51 +113,34 @@ class Responses:
         return decoded
 
     def check(self) -> None:
-        """
-        Reads all of the file and compares it with what the synset announces; fetches it if need be.
-
-        Raises:
-            FileNotFoundError, MemoryError, ValueError: See [`Responses.decode`].
-        """
+        """Compares all of the file with what the synset announces; downloads it if need be."""
         with self._opened():
             pass
 
-    def check_belongs(
-        self,
-        *,
-        num_clusters: int,
-        parameter_shapes: Mapping[str, tuple[int, ...]],
-        num_steps: int,
-        parameters_sha256: str,
-    ) -> None:
-        """Raises a `ValueError` unless they are of a synset with these clusters, parameters and steps."""
-        if self.num_clusters != num_clusters or list(self.parameter_shapes.items()) != list(parameter_shapes.items()):
+    def check_belongs(self, synset: Synset) -> None:
+        """Raises a `ValueError` unless they fit a synset's clusters, parameters and steps."""
+        shapes, num_steps = synset.trajectory.parameter_shapes, synset.trajectory.num_steps
+        if self.num_clusters != synset.num_clusters or list(self.parameter_shapes.items()) != list(shapes.items()):
             what = f"{self.num_clusters} clusters and {self.num_parameters} parameters, or of other tensors or order"
-        elif self.parameters_sha256 not in (None, parameters_sha256):
+        elif self.parameters_sha256 not in (None, synset.parameters_sha256):
             what = f"a model with trained parameters {shortened(self.parameters_sha256)}"
         elif self.rewind_step > num_steps:
             what = f"a run that has a step {self.rewind_step}"
         else:
             return
         raise ValueError(
-            f"The responses are of {what}; the synset has {num_clusters} clusters, "
-            f"{sum(map(math.prod, parameter_shapes.values()))} trained parameters with SHA-256 "
-            f"{parameters_sha256[:12]} and {num_steps} steps. Compute them for this synset, or set `responses` to "
-            "None."
+            f"The responses are of {what}; the synset has {synset.num_clusters} clusters, "
+            f"{sum(map(math.prod, shapes.values()))} trained parameters with SHA-256 "
+            f"{synset.parameters_sha256[:12]} and {num_steps} steps. Compute them for this synset, or set "
+            "`responses` to None."
         )
 
     def describe(self) -> dict[str, Any]:
-        """What `synset.json` says of them, JSON-safe."""
+        """Description of them in `synset.json`."""
         return asdict(ResponsesDescription(self.precision, self.rewind_step, self.num_bytes, self.sha256))
 
     def write(self, path: Path, parameters_sha256: str) -> None:
-        """
-        Writes the file; one that they are in is checked and copied.
-
-        Args:
-            path (`Path`): The file.
-            parameters_sha256 (`str`): Identity of the trained parameters, kept in the file.
-        """
+        """Writes their file; an existing one is checked and copied."""
         if isinstance(self.source, ResponsesFile):
             self.check()
             shutil.copyfile(self.source.path(), path)
@@ -239,7 +150,7 @@ class Responses:
 
     @contextlib.contextmanager
     def _opened(self) -> Iterator[Callable[[str], Tensor]]:
-        """Gives a function that reads stored tensors by name."""
+        """A function that reads stored tensors by name."""
         if isinstance(self.source, ResponsesFile):
             with self.source.opened() as read:
                 yield read
@@ -256,22 +167,7 @@ def open_responses(
     parameters_sha256: str,
     source: str,
 ) -> Responses:
-    """
-    Opens the responses of a synset, whose values are read when they are asked for, and from the Hub fetched then.
-
-    Args:
-        folder (`ArtefactFolder`): The folder of the synset.
-        told (`ResponsesDescription`): What `synset.json` says of them.
-        num_clusters (`int`): The synset's.
-        parameter_shapes (`Mapping[str, tuple[int, ...]]`): Those of its recorded run.
-        parameters_sha256 (`str`): Identity of its trained parameters.
-        source (`str`): What says so, for errors.
-
-    Raises:
-        FileNotFoundError: If the file is missing from a local folder.
-        MemoryError: If it is larger than the memory that is free.
-        ValueError: If it is announced wrongly, or a file at hand is of something else.
-    """
+    """Responses of a saved synset. Their values are read, or downloaded from the Hub, at first use."""
     file = ResponsesFile(
         folder, tensor_layout(told.precision, num_clusters, parameter_shapes), told, parameters_sha256
     )

@@ -1,4 +1,4 @@
-"""Files of responses: their layout, and what is checked before one is believed."""
+"""Files of responses: their layout and their checks."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PRECISIONS = ("bfloat16", "int8")
 VALUES, SCALES = "values", "scales"
 _DTYPES = {"bfloat16": "BF16", "int8": "I8"}
 _LARGEST = 128
-"""Magnitude of the largest 8-bit integer: a scale times this must be finite."""
+"""Largest magnitude of an int8: a scale times this must be finite."""
 
 Layout = Mapping[str, tuple[tuple[int, ...], str]]
 """Shape and dtype of each stored tensor, by name."""
@@ -28,15 +28,7 @@ Layout = Mapping[str, tuple[tuple[int, ...], str]]
 
 @dataclass
 class ResponsesDescription:
-    """
-    What `synset.json` says of the responses.
-
-    Args:
-        precision (`str`): `"bfloat16"` or `"int8"`.
-        rewind_step (`int`): Training step they were followed from.
-        num_bytes (`int`): Size of the stored tensors.
-        sha256 (`str`): Identity of the stored tensors.
-    """
+    """Description of responses in `synset.json`; `num_bytes` and `sha256` are of the stored tensors."""
 
     precision: str
     rewind_step: int
@@ -50,18 +42,7 @@ class ResponsesDescription:
 
 
 class ResponsesFile:
-    """
-    A file of responses that stays on disk, or on the Hub, until it is asked for.
-
-    All of it is read and compared with what the synset announces before the first tensor is given, and again if the
-    file changes.
-
-    Args:
-        folder (`ArtefactFolder`): The folder of the synset.
-        layout (`Mapping`): Shape and dtype that each tensor must have.
-        told (`ResponsesDescription`): What `synset.json` says.
-        parameters_sha256 (`str`): Identity of the trained parameters.
-    """
+    """A file of responses that stays on disk, or on the Hub, until it is used."""
 
     def __init__(
         self, folder: ArtefactFolder, layout: Layout, told: ResponsesDescription, parameters_sha256: str
@@ -74,28 +55,23 @@ class ResponsesFile:
 
     @property
     def at_hand(self) -> bool:
-        """Whether it can be read without fetching it."""
+        """Whether it can be read without a download."""
         return self._folder.at_hand(RESPONSES_FILE)
 
     def path(self) -> Path:
-        """The file, fetched if need be."""
         return self._folder.file(RESPONSES_FILE)
 
     def check_header(self) -> None:
-        """
-        Checks that the file holds tensors of the right shapes, of this model. Reads its header only.
-
-        Raises:
-            FileNotFoundError, MemoryError, ValueError: See [`Responses.decode`].
-        """
+        """Checks tensor names, shapes and the model by the file's header alone."""
         with self._folder.open_tensors(RESPONSES_FILE) as file:
             self._check_header(file)
 
     @contextlib.contextmanager
     def opened(self) -> Iterator[Callable[[str], Tensor]]:
-        """Gives a function that reads a tensor by name. All are read first, unless this file was read before."""
+        """A function that reads a tensor by name."""
         with self._folder.open_tensors(RESPONSES_FILE) as file:
             self._check_header(file)
+            # All of a new or changed file is compared with what the synset announces.
             state = file.path.stat()
             signature = (state.st_ino, state.st_mtime_ns, state.st_size)
             if signature != self._read_whole:
@@ -149,7 +125,6 @@ class ResponsesFile:
 
 
 def check_precision(precision: str) -> None:
-    """Raises a `ValueError` unless the precision is known."""
     if precision not in PRECISIONS:
         raise ValueError(
             f"The precision of responses must be one of {', '.join(PRECISIONS)}, got {shortened(precision)}."
@@ -167,12 +142,12 @@ def tensor_layout(precision: str, num_clusters: int, shapes: Mapping[str, tuple[
 
 
 def header_metadata(precision: str, rewind_step: int, parameters_sha256: str) -> dict[str, str]:
-    """What the header of a file says besides the tensors."""
+    """Metadata in the header of a file."""
     return {"precision": precision, "rewind_step": str(rewind_step), "parameters_sha256": parameters_sha256}
 
 
 def stored_sha256(layout: Layout, read: Callable[[str], Tensor], rewind_step: int) -> str:
-    """Over names, shapes, dtypes and bytes of the stored tensors, and the step."""
+    """SHA-256 over names, shapes, dtypes and bytes of the stored tensors, and the step."""
     digest = hashlib.sha256(str(rewind_step).encode())
     for key, (shape, dtype) in layout.items():
         digest.update(f"{key}{shape}{dtype}".encode())
@@ -181,16 +156,7 @@ def stored_sha256(layout: Layout, read: Callable[[str], Tensor], rewind_step: in
 
 
 def unusable_clusters(values: Tensor, scales: Tensor | None) -> Tensor:
-    """
-    Clusters whose stored values of a parameter are not finite, or do not go with their scale.
-
-    Args:
-        values (`Tensor`): `(num_clusters, *shape)`, int8 or bfloat16.
-        scales (`Tensor`, *optional*): `(num_clusters,)`, float32, for int8.
-
-    Returns:
-        `Tensor`: `(num_clusters,)`, bool.
-    """
+    """Clusters `(num_clusters,)`, bool, whose values `(num_clusters, *shape)` are not finite or have a wrong scale."""
     values = values.reshape(len(values), math.prod(values.shape[1:]))
     if scales is None:
         return ~torch.isfinite(values).all(1)
@@ -201,6 +167,6 @@ def unusable_clusters(values: Tensor, scales: Tensor | None) -> Tensor:
 
 
 def shortened(value: Any) -> str:
-    """What a file says, for errors."""
+    """Text from a file, for errors."""
     text = printable(str(value))
     return text if len(text) <= 80 else f"{text[:80]}..."

@@ -1,4 +1,4 @@
-"""The synset: a few synthetic samples per cluster that stand in for the training data."""
+"""The synset: a few synthetic samples per cluster that stand for the training data."""
 
 from __future__ import annotations
 
@@ -32,26 +32,29 @@ logger = logging.getLogger(__name__)
 @dataclass(repr=False)
 class Synset(DatasetArtefact):
     """
-    A distilled training set together with what is needed to use it: clusters and the recorded path.
+    A distilled training set, with the clusters and the recorded run that its use needs.
 
     Args:
         samples (`SyntheticSamples`): Inputs `(num_clusters, samples_per_cluster, *input_shape)`, target logits
             `(num_clusters, samples_per_cluster, *positions, num_labels)`, log-weights
             `(num_clusters, samples_per_cluster, *positions)`, all float32.
         clusters (`ClusterMap`): Which training row belongs to which cluster.
-        trajectories (`tuple[Trajectory, ...]`): The recorded training runs (row ids are not shared); the first is that
-            of the model the synset belongs to, others repeat it with other seeds.
+        trajectories (`tuple[Trajectory, ...]`): The recorded training runs, saved without row ids. The first trained
+            the synset's model, others repeat it with other seeds.
         residuals (`Tensor`): `(num_matched_states, num_clusters)`, float32, relative squared matching error
             `|g_k - G_k|^2 / |G_k|^2`.
         matched_states (`tuple[MatchedState, ...]`): Run and training step of the matched states, in training order.
-        parameters_sha256 (`str`): Identity of the trained parameters the synset belongs to.
+        parameters_sha256 (`str`): Identity of the trained parameters.
         input_name (`str`): Forward argument the inputs are for.
         config (`dict`): The `DistillationConfig` that was used.
         metadata (`dict`, *optional*): Model id, dataset fingerprint, seconds, library versions.
-        fidelity (`dict`, *optional*): What [`~hf_rgm.FidelityReport.to_dict`] gave for this synset; kept in
-            `synset.json` and shown on the card.
-        responses (`Responses`, *optional*): What leaving each cluster out changes in the trained parameters. Those of
-            a synset that was loaded are read, or fetched from the Hub, when they are decoded.
+        fidelity (`dict`, *optional*): [`~hf_rgm.FidelityReport.to_dict`] of this synset, kept in `synset.json` and
+            shown on the card.
+        responses (`Responses`, *optional*): Changes of the trained parameters if a cluster is left out. Those of a
+            loaded synset are read, or downloaded from the Hub, when they are decoded.
+
+    Raises:
+        ValueError: If the parts do not belong together, or samples are NaN or infinite.
 
     Example:
 
@@ -97,10 +100,7 @@ class Synset(DatasetArtefact):
                     f"Synset {name} are NaN or infinite in clusters {[self.clusters.names[k] for k in bad[:5]]}. "
                     "Distil again with lower learning rates."
                 )
-        if (
-            not inputs.shape[:2] == targets.shape[:2] == log_weights.shape[:2]
-            or targets.shape[:-1] != log_weights.shape
-        ):
+        if inputs.shape[:2] != log_weights.shape[:2] or targets.shape[:-1] != log_weights.shape:
             raise ValueError(
                 f"Synset inputs {tuple(inputs.shape)}, targets {tuple(targets.shape)} and log_weights "
                 f"{tuple(log_weights.shape)} do not belong together: they hold different numbers of samples."
@@ -129,12 +129,7 @@ class Synset(DatasetArtefact):
 
     def _check_responses(self) -> None:
         if self.responses is not None:
-            self.responses.check_belongs(
-                num_clusters=self.num_clusters,
-                parameter_shapes=self.trajectory.parameter_shapes,
-                num_steps=self.trajectory.num_steps,
-                parameters_sha256=self.parameters_sha256,
-            )
+            self.responses.check_belongs(self)
 
     def _check_fidelity(self) -> None:
         if self.fidelity is None:
@@ -152,7 +147,7 @@ class Synset(DatasetArtefact):
 
     @property
     def trajectory(self) -> Trajectory:
-        """The recorded run of the model the synset belongs to."""
+        """The recorded run of the synset's model."""
         return self.trajectories[0]
 
     @property
@@ -169,7 +164,7 @@ class Synset(DatasetArtefact):
     @property
     def num_samples(self) -> int:
         """Number of synthetic samples."""
-        return len(self.samples.log_weights) * self.samples.log_weights.shape[1]
+        return self.samples.log_weights.shape[:2].numel()
 
     @property
     def matching_error(self) -> float:
@@ -183,7 +178,7 @@ class Synset(DatasetArtefact):
 
     @property
     def model_description(self) -> dict[str, Any]:
-        """What the recorded run says of the model: `class`, `name_or_path` and `commit_hash`, as far as known."""
+        """The recorded run's description of the model: `class`, `name_or_path` and `commit_hash`, as far as known."""
         described = self.trajectory.metadata.get("model")
         return dict(described) if isinstance(described, dict) else {}
 
@@ -193,7 +188,7 @@ class Synset(DatasetArtefact):
 
         Args:
             model (`FunctionalModel`): The model at hand.
-            force (`bool`, *optional*, defaults to `False`): Only warn, if the parameters have the same shapes.
+            force (`bool`, *optional*, defaults to `False`): Only warn if parameters of the same shapes differ.
         """
         parameters = model.parameters()
         shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
@@ -237,20 +232,20 @@ class Synset(DatasetArtefact):
 
         Args:
             save_directory (`str` or `Path`): The folder.
-            state_precision (`str`, *optional*): `"float32"`, `"bfloat16"` or `"int8"` for the recorded states, the
-                last of which, the trained model, is kept as it is. Defaults to the precision they have.
-            with_responses (`bool`, *optional*, defaults to `True`): Keep the responses, if there are any. What a
-                repository held before stays in its earlier commits.
+            state_precision (`str`, *optional*): `"float32"`, `"bfloat16"` or `"int8"` for the recorded states, but
+                not for the last one, the trained model. Defaults to the precision they have.
+            with_responses (`bool`, *optional*, defaults to `True`): Keep the responses, if there are any. A
+                repository's earlier commits keep theirs.
             tokenizer (`PreTrainedTokenizerBase`, *optional*): Adds the samples' nearest texts to the table that the
                 Hub shows.
-            card (`CardOptions`, *optional*): What the card says besides: licence, links, another template.
+            card (`CardOptions`, *optional*): Licence, links or another template for the card.
 
         Returns:
-            `Path`: the folder.
+            `Path`: The folder.
 
         Raises:
             FileExistsError: If the folder holds something else.
-            ValueError: If `fidelity` is not a whole report, or one of other samples, or the precision is unknown.
+            ValueError: If `fidelity` is incomplete or of other samples, or the precision is unknown.
         """
         self._check_fidelity()
         self._check_responses()
@@ -274,13 +269,13 @@ class Synset(DatasetArtefact):
 
     def texts(self, tokenizer: PreTrainedTokenizerBase) -> list[str]:
         """
-        Synthetic texts in words: each token the likeliest, or the one whose embedding is nearest.
+        Synthetic texts in words: of each token the likeliest one, or the one with the nearest embedding.
 
         Args:
             tokenizer (`PreTrainedTokenizerBase`): The model's.
 
         Returns:
-            `list[str]`: one per sample, cluster by cluster. They are made to give the right gradients, not to be read.
+            `list[str]`: One per sample, cluster by cluster. They give the right gradients, but read badly.
 
         Raises:
             ValueError: If the samples are no texts.
@@ -291,8 +286,11 @@ class Synset(DatasetArtefact):
 
     def to_pandas(self) -> pd.DataFrame:
         """
-        One line per synthetic sample: cluster, cluster size, most likely label (one per token for language models),
-        weight, matching error, input.
+        Table of the synthetic samples: cluster, cluster size, most likely label (one per token for language models),
+        weight, matching error and input.
+
+        Returns:
+            `pd.DataFrame`: One line per sample.
         """
         flat = self.samples.flatten()
         per_cluster = self.samples.log_weights.shape[1]
@@ -300,7 +298,6 @@ class Synset(DatasetArtefact):
         likeliest = flat.targets.argmax(-1)
         if flat.target_ids is not None:
             likeliest = flat.target_ids.gather(-1, likeliest[..., None])[..., 0]
-        weights = flat.log_weights.exp()
         tokens = self.metadata.get("tokens")
         return pd.DataFrame(
             {
@@ -308,7 +305,7 @@ class Synset(DatasetArtefact):
                 "cluster": [self.clusters.names[k] for k in cluster],
                 "cluster_size": [int(self.clusters.sizes[k]) for k in cluster],
                 "label": likeliest.tolist(),
-                "weight": weights.flatten(1).sum(1).tolist() if weights.dim() > 1 else weights.tolist(),
+                "weight": flat.log_weights.exp().reshape(len(cluster), -1).sum(1).tolist(),
                 "matching_error": [float(self.residuals[:, k].mean()) for k in cluster],
                 self.input_name: [sample.flatten().tolist() for sample in flat.inputs],
             }

@@ -104,8 +104,8 @@ def test_ascent_raises_the_loss_of_what_is_absent(recorded, query_gradients):
 
 def test_matched_trains_from_scratch_on_the_synset(recorded):
     """The same by hand: torch's AdamW from the recorded initial parameters, on all samples but the first cluster's."""
-    prediction = matched(1, total_gradient_weight=0.1, **FAST)(recorded, recorded.task.queries)
-    config = DistillationConfig(samples_per_cluster=1, total_gradient_weight=0.1, **FAST)
+    prediction = matched(1, **FAST)(recorded, recorded.task.queries)
+    config = DistillationConfig(samples_per_cluster=1, **FAST)
     inputs, targets, log_weights = (tensor.flatten(0, 1) for tensor in recorded.synset(config)[0].samples.tensors())
     trajectory = Trajectory.load(recorded.folder)
 

@@ -35,6 +35,11 @@ def int8_folder(tmp_path):
     return with_responses().save_pretrained(tmp_path / "synset")
 
 
+def stored(responses, kind):
+    with responses._opened() as read:
+        return {name: read(f"{kind}.{name}") for name in responses.parameter_shapes}
+
+
 def pieces(matrix, shapes):
     return matrix.split([math.prod(shape) for shape in shapes.values()], dim=1)
 
@@ -49,19 +54,19 @@ def test_int8_is_within_half_a_step_of_each_cluster_and_tensor(shapes, num_clust
     found = responses.decode()
     assert found.dtype == torch.float32 and found.shape == deviations.shape
     for name, before, after in zip(shapes, pieces(deviations, shapes), pieces(found, shapes), strict=True):
-        scales = responses.scales[name]
+        scales = stored(responses, "scales")[name]
         assert scales.shape == (num_clusters,)
         # A step is the 127th part of the largest magnitude: an independent account of the scale.
         largest = before.abs().amax(1) if before.shape[1] else torch.zeros(num_clusters)
         torch.testing.assert_close(scales, largest / 127)
         assert ((after - before).abs() <= (1 + FLOAT_ROUNDING) * scales[:, None] / 2).all()
-        assert responses.values[name].shape == (num_clusters, *shapes[name])
+        assert stored(responses, "values")[name].shape == (num_clusters, *shapes[name])
 
 
 def test_bfloat16_is_within_its_relative_error():
     deviations = tiny_deviations()
     responses = tiny_responses("bfloat16")
-    assert responses.scales == {}
+    assert not [name for name in responses.source if name.startswith("scales")]
     assert ((responses.decode() - deviations).abs() <= BFLOAT16_ERROR * deviations.abs()).all()
 
 
@@ -73,15 +78,17 @@ def test_vectors_are_laid_out_as_flat_parameters_are():
     flat = space.flatten(parts)
     responses = Responses.encode(flat, shapes, rewind_step=0)
     torch.testing.assert_close(responses.decode(), flat)
-    for name, values in responses.values.items():
-        torch.testing.assert_close(values * responses.scales[name].view(-1, *[1] * len(shapes[name])), parts[name])
+    scales = stored(responses, "scales")
+    for name, values in stored(responses, "values").items():
+        torch.testing.assert_close(values * scales[name].view(-1, *[1] * len(shapes[name])), parts[name])
 
 
 def test_the_size_is_that_of_what_is_stored(folder):
     responses = Synset.from_pretrained(folder).responses
     assert responses is not None
-    stored = [*responses.values.values(), *responses.scales.values()]
-    assert responses.num_bytes == sum(tensor.nbytes for tensor in stored)
+    kinds = ["values", "scales"] if responses.precision == "int8" else ["values"]
+    tensors = [tensor for kind in kinds for tensor in stored(responses, kind).values()]
+    assert responses.num_bytes == sum(tensor.nbytes for tensor in tensors)
     assert responses.num_bytes < 0.6 * 4 * tiny_deviations().numel()
 
 
@@ -218,7 +225,7 @@ def edited(folder, edit):
 def test_a_changed_value_is_noticed_when_read_and_is_not_saved_on(int8_folder, tmp_path):
     edit = tensor(RESPONSES_FILE, "values.hidden.bias", lambda values: values + (values < 100).to(values.dtype))
     synset = Synset.from_pretrained(edited(int8_folder, edit))
-    for use in (synset.responses.decode, synset.responses.check, lambda: synset.responses.values):
+    for use in (synset.responses.decode, synset.responses.check):
         with pytest.raises(ValueError, match="SHA-256 .* over its responses, the synset announces"):
             use()
     with pytest.raises(ValueError, match="SHA-256"):

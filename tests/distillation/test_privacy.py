@@ -47,7 +47,7 @@ def text_parts(kind):
     batches = CachedBatches(RowReader(texts(), model), rows, batch_size=5)
     space = input_space(model, kind, num_tokens=4, num_choices=5)
     config = DistillationConfig(samples_per_cluster=2)
-    return space, initial_samples(batches, rows, range(3), space, 3, CROSS_ENTROPY, config), batches
+    return space, initial_samples(batches, range(3), space, 3, CROSS_ENTROPY, config), batches
 
 
 @pytest.mark.parametrize("kind", ["inputs_embeds", "soft_tokens"])

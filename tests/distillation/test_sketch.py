@@ -6,9 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_rgm import DistillationConfig, ReverseGradientMatchingDistiller
+from hf_rgm.distillation.learner import cluster_residuals
 from hf_rgm.distillation.sketch import CountSketch
 from hf_rgm.model.row_gradients import cluster_gradients
-from hf_rgm.synset.synset_gradients import cluster_residuals
 from hf_rgm.testing import tiny_recorded_run, tiny_synset
 
 RUN = tiny_recorded_run()

@@ -12,7 +12,7 @@ from hf_rgm.attribution.attributor import Attributor
 from hf_rgm.clusters.cluster_map import ClusterMap
 from hf_rgm.distillation.config import INITIALISATIONS, DistillationConfig
 from hf_rgm.distillation.distiller import ReverseGradientMatchingDistiller
-from hf_rgm.distillation.learner import BlockLearner
+from hf_rgm.distillation.learner import BlockLearner, cluster_residuals
 from hf_rgm.exceptions import DivergenceError
 from hf_rgm.model.functional_model import FunctionalModel
 from hf_rgm.model.losses import RowLoss
@@ -21,7 +21,7 @@ from hf_rgm.model.row_reader import CachedBatches, RowReader
 from hf_rgm.recording.callback import TrajectoryCallback
 from hf_rgm.synset.inputs import ContinuousInputs
 from hf_rgm.synset.matched_states import MatchedState
-from hf_rgm.synset.synset_gradients import SynsetGradients, cluster_residuals
+from hf_rgm.synset.synset_gradients import SynsetGradients
 from hf_rgm.testing import TinyConfig, TinyModel, tiny_recorded_run, tiny_synset, tiny_trainer
 from tests.vision import distilled_run, vit
 

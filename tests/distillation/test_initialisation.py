@@ -22,7 +22,7 @@ def start(clusters=range(6), rows=None, **settings):
     reader = RowReader(run.train_dataset, model)
     batches = CachedBatches(reader, rows, batch_size=3)
     config = DistillationConfig(**settings)
-    return initial_samples(batches, rows, clusters, ContinuousInputs(model), 3, CROSS_ENTROPY, config)
+    return initial_samples(batches, clusters, ContinuousInputs(model), 3, CROSS_ENTROPY, config)
 
 
 def pixels(rows):
