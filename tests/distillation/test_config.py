@@ -45,20 +45,6 @@ def test_unknown_settings_are_refused():
         DistillationConfig.from_dict({"depth": 1})
 
 
-def test_settings_of_synsets_from_before_there_was_a_tolerance_are_read():
-    values = {
-        **DistillationConfig(num_iterations=600, target_learning_rate=0.1).to_dict(),
-        "curriculum_tolerance": 0.05,
-    }
-    del values["tolerance"]
-    assert DistillationConfig.from_dict(values) == DistillationConfig(num_iterations=600, target_learning_rate=0.1)
-
-
-def test_settings_that_are_gone_are_read():
-    values = {**DistillationConfig(seed=3).to_dict(), "total_gradient_weight": 0.3, "num_probes": 2}
-    assert DistillationConfig.from_dict(values) == DistillationConfig(seed=3)
-
-
 def test_presets():
     quick = DistillationConfig.from_preset("quick", seed=3)
     assert (quick.samples_per_cluster, quick.seed) == (2, 3)
