@@ -29,6 +29,7 @@ def test_public_names_are_few_sorted_and_there():
         "from transformers import pipeline; import hf_rgm",
         "import hf_rgm; hf_rgm.AttributionPipeline; from transformers import pipeline",
         "import hf_rgm, importlib; importlib.reload(hf_rgm); import transformers.pipelines",
+        "import hf_rgm, importlib.util as u; u.find_spec('transformers.pipelines'); import transformers.pipelines",
     ],
 )
 def test_importing_the_package_makes_the_task_known(program):

@@ -181,7 +181,7 @@ class Attributor:
         request = Request(resolve_objective(objective), self._queries(queries, data_collator), rewind, num_masks, seed)
         evaluations = [Evaluation(run, request) for run in self._runs(rows, data_collator)]
         with self.model.differentiable():
-            by_run = []
+            by_run, _ = [], evaluations[0].values  # what does not fit fails before the work
             for own in evaluations:
                 if not from_rows(chosen, own):
                     by_run.append(chosen(own.run).scores(own))
@@ -250,8 +250,8 @@ class Attributor:
         with self.model.differentiable():
             by_run = [chosen(own.run).values(own, masks).values for own in evaluations]
             if chosen.anchored:
-                changes = [values - own.values.cpu() for values, own in zip(by_run, evaluations, strict=True)]
-                return (evaluations[0].values.cpu() + torch.stack(changes).mean(0)).numpy()
+                first, others = evaluations[0].values.cpu(), zip(by_run[1:], evaluations[1:], strict=True)
+                by_run[1:] = [first + values - own.values.cpu() for values, own in others]
             return torch.stack(by_run).mean(0).numpy()
 
     def unlearn(

@@ -163,7 +163,9 @@ class Engine(ABC):
                         continue
                     probed = [index for index, position in enumerate(own) if position in probes]
                     work.add((values, self.drifts(models[probed], some[probed]).tolist() if probed else [], ""))
+                    models = values = None  # not held beside those of the next part
             search.add(work.results)
+            del work
         return search.outcome()
 
 
@@ -192,8 +194,9 @@ class _Search:
         self._rewind = rewind
         self._probes = [] if engine.max_drift is None else probed(num_masks)
         self._limit = float("inf") if engine.max_drift is None else engine.max_drift
-        self._tried: list[_Attempt] = []
-        self._current: tuple[float, list[int]] = (0.0, [])
+        self._best = _Attempt(0.0, [], None, float("inf"), "")
+        self._rest: _Attempt | None = None
+        self._current: tuple[float, list[int], bool] = (0.0, [], False)
 
     def attempts(self) -> Iterator[tuple[float, list[int], list[int]]]:
         """What is to be replayed next: the rewind, positions of masks, and those among them to check for drift."""
@@ -214,12 +217,16 @@ class _Search:
 
     def add(self, found: list[tuple[Tensor | None, list[float], str]]) -> None:
         """Takes the results of the last attempt: for each part its values, drifts and failure."""
-        rewind, positions = self._current
+        rewind, positions, is_rest = self._current
         failure = next((failure for _, _, failure in found if failure), "")
         drifts = [drift for _, some, _ in found for drift in some]
         values = None if failure else torch.cat([values for values, _, _ in found if values is not None])
         drift = float("inf") if failure else float(np.mean(drifts)) if drifts else 0.0
-        self._tried.append(_Attempt(rewind, positions, values, drift, failure))
+        attempt = _Attempt(rewind, positions, values, drift, failure)
+        if is_rest:
+            self._rest = attempt
+        elif attempt.drift <= self._best.drift:  # values of other attempts are not held
+            self._best = attempt
 
     def outcome(self) -> Outcome:
         """
@@ -228,11 +235,11 @@ class _Search:
         Raises:
             DivergenceError: If there are none.
         """
-        best, order = self._best, torch.tensor(self._best.positions)
+        best = self._best
         values = self._complete(best)
         if self._rest is not None:
-            values = torch.cat([values, self._complete(self._rest)])
-            order = torch.cat([order, torch.tensor(self._rest.positions)])
+            order = torch.tensor([*best.positions, *self._rest.positions])
+            values = torch.cat([values, self._complete(self._rest)])[order.argsort()]
         if best.drift > self._limit:
             run = self._engine.run
             instead = "pass the training rows as `rows`, " if run.rows is None and self._engine.takes_rows else ""
@@ -242,22 +249,13 @@ class _Search:
                 "`samples_per_cluster`, record more states, or remove less at once.",
                 *(best.drift, self._engine.start(best.rewind), run.trajectory.num_steps, self._limit, instead),
             )
-        return Outcome(values[order.argsort()], self._engine.start(best.rewind), best.drift if self._probes else None)
-
-    _rest: _Attempt | None = None
-
-    @property
-    def _best(self) -> _Attempt:
-        """The attempt of least drift; of equal ones the latest."""
-        return min(reversed(self._tried), key=lambda attempt: attempt.drift)
+        return Outcome(values, self._engine.start(best.rewind), best.drift if self._probes else None)
 
     def _attempt(
         self, rewind: float, positions: list[int], *, is_rest: bool = False
     ) -> Iterator[tuple[float, list[int], list[int]]]:
-        self._current = rewind, positions
+        self._current = rewind, positions, is_rest
         yield rewind, positions, [] if is_rest else self._probes
-        if is_rest:
-            self._rest = self._tried.pop()
 
     def _complete(self, attempt: _Attempt) -> Tensor:
         if attempt.values is None:

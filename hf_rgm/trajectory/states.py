@@ -69,6 +69,8 @@ def write_state(
 ) -> None:
     """Writes a state; in `bfloat16` and `int8`, parameters are kept as differences from `final`."""
     metadata = {"format": "pt", "step": str(state.step)}
+    if (precision == PRECISIONS[0]) != (final is None):
+        raise ValueError("States of lower precision, and no others, are differences from the final state.")
     if precision != PRECISIONS[0]:
         metadata[_PRECISION] = precision
     tensors = {}

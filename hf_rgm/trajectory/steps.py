@@ -122,7 +122,7 @@ def read_part(folder: ArtefactFolder, first_step: int) -> StepTable:
             return file.read(name, shape=shape, dtypes=(dtype,)).numpy().copy()
 
         def lists(name: str) -> list[np.ndarray] | None:
-            if name not in file.names:
+            if name not in file.names and name + _OFFSETS not in file.names:
                 return None
             elements, offsets = column(name, None, dtype="I64"), column(name + _OFFSETS, length + 1, dtype="I64")
             if offsets[0] != 0 or offsets[-1] != len(elements) or (offsets[1:] < offsets[:-1]).any():
@@ -132,6 +132,8 @@ def read_part(folder: ArtefactFolder, first_step: int) -> StepTable:
 
         epoch = column("epoch", None)
         length = len(epoch)
+        if length == 0:
+            raise ValueError(f"{file.path} has no steps. {_WAY_OUT}")
         sizes = lists("micro_batch_sizes")
         check_memory(_INTEGER_BYTES * sum(map(len, sizes or [])), f"'micro_batch_sizes' of {file.path}")
         return StepTable(

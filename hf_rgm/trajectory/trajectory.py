@@ -203,6 +203,7 @@ class Trajectory:
     def without_rows(self) -> Trajectory:
         """A copy to share, which does not tell the rows of each step."""
         shared = copy.copy(self)
+        shared.metadata = dict(self.metadata)
         shared.steps = replace(self.steps, rows=None, micro_batch_sizes=None)
         return shared
 
