@@ -104,7 +104,7 @@ class Attributor:
             opened = of_runs(model, *recorded, rows, data_collator, **options)
         else:
             check_only_synset(trajectory, clusters)
-            opened = of_synset(model, synset, **options)
+            opened = of_synset(model, synset, has_rows=rows is not None, **options)
         self.model, self.subject, self.synset, samples, self.row_loss = opened
         self._known_runs = KnownRuns(
             self.model,

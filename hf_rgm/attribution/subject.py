@@ -145,6 +145,7 @@ def of_synset(
     model: nn.Module,
     synset: Synset | str | Path,
     *,
+    has_rows: bool,
     device: torch.device | str | None,
     function: LossFunction | None,
     force: bool,
@@ -159,7 +160,8 @@ def of_synset(
     synset = synset if isinstance(synset, Synset) else Synset.from_pretrained(synset)
     functional = FunctionalModel(model, trainable_names=tuple(synset.trajectory.parameter_shapes), device=device)
     synset.check_model(functional, force=force)
-    warn_unless_matched(synset.matched_states, synset.residuals)
+    if not has_rows and synset.responses is None:  # else nothing depends on the samples
+        warn_unless_matched(synset.matched_states, synset.residuals)
     name = synset.input_name
     inputs = input_space(functional, name if name in SPACES else "auto")
     if inputs.name != name:

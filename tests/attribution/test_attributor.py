@@ -187,6 +187,15 @@ def test_a_synset_that_matches_nothing_is_told(caplog):
     assert "At recorded step 29 the synthetic samples of most clusters" in caplog.text
 
 
+def test_nothing_is_told_of_samples_that_nothing_depends_on(caplog):
+    unmatched = torch.full_like(tiny_synset().residuals, 3.0)
+    Attributor(RUN.model, dataclasses.replace(tiny_synset(), residuals=unmatched), rows=RUN.train_dataset)
+    with_responses = dataclasses.replace(tiny_synset(responses="int8"), residuals=unmatched)
+    assert with_responses.responses is not None
+    Attributor(RUN.model, with_responses)
+    assert not caplog.messages
+
+
 def test_a_late_rewind_still_gives_scores(attributor):
     for engine in ("adjoint", "linearized_replay", "replay", "plain_replay"):
         assert attributor.attribute(RUN.queries, engine=engine, rewind=0.999).scores.any()
