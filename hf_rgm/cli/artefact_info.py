@@ -89,6 +89,7 @@ def _trajectory(folder: ArtefactFolder, name: str) -> tuple[dict[str, Any], list
         "training rows": trajectory.num_rows,
     }
     return facts, [
+        f"ask it: hf-rgm attribute MODEL {name} QUERIES -o FOLDER --rows DATASET --cluster-column COLUMN",
         f"distil it: hf-rgm distill {name} MODEL DATASET -o SYNSET --cluster-column COLUMN",
         f"or: ReverseGradientMatchingDistiller(model, {name!r}, train_dataset, clusters).distill()",
     ]
