@@ -115,8 +115,8 @@ def warn_unless_matched(matched_states: Sequence[MatchedState], matching_errors:
         if float(residuals.median()) >= 1:
             logger.warning(
                 "At %s the synthetic samples of most clusters match the data's gradients no better than no samples "
-                "would (relative squared error %.3g): scores by the samples alone will be noise. Pass the training rows, "
-                "keep responses, or distil again with more `samples_per_cluster` or a smaller `tolerance`.",
+                "would (relative squared error %.3g): scores by the samples alone will be noise. Pass the training "
+                "rows, keep responses, or distil again with more `samples_per_cluster` or a smaller `tolerance`.",
                 matched,
                 float(residuals.median()),
             )
