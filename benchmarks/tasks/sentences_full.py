@@ -41,5 +41,5 @@ def load() -> Task:
         num_cluster_masks=12,
         num_row_masks=6,
         seeds=(1, 2),
-        max_memory="14GB",
+        max_memory="8GB",
     )

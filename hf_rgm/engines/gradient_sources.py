@@ -169,8 +169,8 @@ class RowSource:
         """Positions within `rows`, `(batch_size,)`, inputs and labels: batches whose row gradients fit into memory."""
         at_once = min(ROWS_AT_ONCE, form.at_once(max_bytes))
         # The more texts are read together, the more of them have one length and form a batch.
-        reads_more = self.model.main_input_name == "input_ids" or not form.is_whole
-        for read in ranges(len(rows), READ_AT_ONCE if reads_more else at_once):
+        is_text = self.model.main_input_name == "input_ids"
+        for read in ranges(len(rows), READ_AT_ONCE if is_text else max(at_once, LOSS_ROWS_AT_ONCE)):
             inputs, labels = self.reader.batch(rows[read.start : read.stop])
             for part, some, own in batches_by_length(self.model, inputs, labels, at_once):
                 yield read.start + part, some, own

@@ -36,7 +36,9 @@ class LinearEngine(Engine):
 
     def __init__(self, run: RecordedRun) -> None:
         super().__init__(run)
-        _ = run.rank  # too little memory is told before any work
+        _ = run.rank  # too little memory is told before any work,
+        if not run.form.is_whole:  # and so is what sketches cannot follow
+            run.segments(self.rewind)
 
     @property
     def batch_size(self) -> int:

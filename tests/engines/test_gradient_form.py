@@ -13,7 +13,7 @@ from hf_rgm.engines.gradient_form import SketchedGradients, WholeGradients
 from hf_rgm.engines.linear import LinearEngine
 from hf_rgm.model.functional_model import FunctionalModel
 from hf_rgm.testing import tiny_recorded_run
-from tests.engines.parts import MASKS, flat, row_run, sample_run
+from tests.engines.parts import FLOAT_TOLERANCE, MASKS, flat, row_run, sample_run
 from tests.recorded import TinyNet, record
 
 RUN = tiny_recorded_run()
@@ -49,11 +49,11 @@ def test_with_a_bucket_for_every_parameter_nothing_is_lost(optimizer, make):
     named = short.model.space.unflatten(queries)
     changes = LinearEngine(whole).replay(MASKS, 0.0) @ queries.T
     torch.testing.assert_close(
-        LinearEngine(short).replay(MASKS, 0.0) @ short.form(named).T, changes, rtol=2e-3, atol=2e-5
+        LinearEngine(short).replay(MASKS, 0.0) @ short.form(named).T, changes, rtol=1e-4, atol=FLOAT_TOLERANCE
     )
     expected = AdjointEngine(whole).cluster_scores(queries, 0.0)
     torch.testing.assert_close(
-        AdjointEngine(short).cluster_scores(short.form(named), 0.0), expected, rtol=2e-3, atol=2e-5
+        AdjointEngine(short).cluster_scores(short.form(named), 0.0), expected, rtol=1e-4, atol=FLOAT_TOLERANCE
     )
 
 
@@ -156,9 +156,9 @@ class TestAttribution:
         )
         found = short.attribute(RUN.queries, rewind=0.3)
         for one, other in ((found.scores, expected.scores), (found.row_scores, expected.row_scores)):
-            assert spearmanr(one.ravel(), other.ravel())[0] > 0.8
+            assert spearmanr(one.ravel(), other.ravel())[0] > 0.9
         assert not short._runs(None, None)[0].form.is_whole
-        assert found.metadata["drift"] == pytest.approx(expected.metadata["drift"], rel=1.0)
+        assert found.metadata["drift"] == pytest.approx(expected.metadata["drift"], rel=0.4)
 
     def test_rows_are_scored_from_what_clusters_took(self, attributor, in_short, monkeypatch):
         in_short(100)
@@ -198,6 +198,9 @@ def test_decay_through_adam_s_gradient_is_refused():
     form = SketchedGradients(run.model, run.path(0.0), 64)
     with pytest.raises(NotImplementedError, match="Weight decay of adam goes through the gradient"):
         form.segments(run.path(0.0))
+    run.form = form
+    with pytest.raises(NotImplementedError, match="Weight decay of adam"):  # before any row is read
+        LinearEngine(run)
 
 
 def test_flat_is_named_whole():
