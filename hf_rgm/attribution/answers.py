@@ -10,48 +10,40 @@ import torch
 
 from hf_rgm.attribution.subject import Subject
 from hf_rgm.engines.adjoint import AdjointEngine
-from hf_rgm.engines.engine import Engine, Outcome
+from hf_rgm.engines.engine import Engine
 from hf_rgm.engines.linear import LinearEngine
 from hf_rgm.engines.request import Evaluation
 from hf_rgm.engines.row_scores import RowScorer, ScoreFolder, cluster_sums, scores_identity
 from hf_rgm.results.result import AttributionResult
 
 
-def from_rows(engine: type[Engine], evaluation: Evaluation) -> bool:
-    """Whether the clusters' scores are the sums of their rows': the adjoint's, where rows are scored."""
-    return engine is AdjointEngine and evaluation.run.rows is not None
-
-
-def completed(
+def answer(
     engine: type[Engine],
     evaluations: Sequence[Evaluation],
-    by_run: Sequence[Outcome],
     subject: Subject,
     *,
     query_ids: Sequence[Any] | None,
     output_dir: str | Path | None,
     disable_tqdm: bool,
 ) -> AttributionResult:
-    """The result of the clusters' scores by run, with scores of rows where there are any; by run none: from rows."""
+    """The scores of clusters, means over recorded runs, and of rows where there are any."""
     run, request = evaluations[0].run, evaluations[0].request
-    values, row_scores, rewinds = evaluations[0].values, None, []
-    if run.rows is not None and (request.objective.differentiable or not by_run):
-        rewinds = [AdjointEngine.rewind if request.rewind is None else request.rewind] * len(evaluations)
-        if issubclass(engine, LinearEngine) and by_run:  # from where clusters are trusted
-            rewinds = [
-                found.start / own.run.trajectory.num_steps for found, own in zip(by_run, evaluations, strict=True)
-            ]
+    values, row_scores = evaluations[0].values, None  # what does not fit fails before the work
+    if run.rows is not None and (request.objective.differentiable or engine is AdjointEngine):
+        # First, as their gradients add up to the clusters'; from where clusters are trusted.
+        following = engine if issubclass(engine, LinearEngine) else AdjointEngine
+        rewinds = [following(own.run).rewind_of(request) for own in evaluations]
         folder = None
         if output_dir is not None:
             folder = ScoreFolder(output_dir, scores_identity(evaluations, rewinds, subject.samples_sha256))
         row_scores = RowScorer(evaluations, rewinds, disable_tqdm=disable_tqdm).scores(folder)
-    if by_run:
+    if row_scores is not None and engine is AdjointEngine:
+        start = run.path(AdjointEngine(run).rewind_of(request)).start
+        scores, drift = cluster_sums(row_scores, subject.clusters), None
+    else:
+        by_run = [engine(own.run).scores(own) for own in evaluations]
         scores = torch.stack([found.values for found in by_run]).mean(0)
         start, drift = by_run[0].start, by_run[0].drift
-    elif row_scores is not None:
-        scores, start, drift = cluster_sums(row_scores, subject.clusters), run.path(rewinds[0]).start, None
-    else:
-        raise RuntimeError("Clusters are scored by the engine or by their rows.")
     if query_ids is None:
         names = [f"{request.objective.name} {i}" for i in range(len(values))]
         query_ids = range(len(values)) if len(values) == len(request.queries) else names

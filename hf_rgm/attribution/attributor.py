@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from hf_rgm.attribution.answers import completed, from_rows
+from hf_rgm.attribution.answers import answer
 from hf_rgm.attribution.estimates import estimate
 from hf_rgm.attribution.known_runs import KnownRuns
 from hf_rgm.attribution.options import UnlearningOptions, passes_options_to
@@ -181,12 +181,8 @@ class Attributor:
         request = Request(resolve_objective(objective), self._queries(queries, data_collator), rewind, num_masks, seed)
         evaluations = [Evaluation(run, request) for run in self._runs(rows, data_collator)]
         with self.model.differentiable():
-            by_run, _ = [], evaluations[0].values  # what does not fit fails before the work
-            for own in evaluations:
-                if not from_rows(chosen, own):
-                    by_run.append(chosen(own.run).scores(own))
             options: dict[str, Any] = {"query_ids": query_ids, "output_dir": output_dir}
-            return completed(chosen, evaluations, by_run, self.subject, disable_tqdm=self.disable_tqdm, **options)
+            return answer(chosen, evaluations, self.subject, disable_tqdm=self.disable_tqdm, **options)
 
     def estimate(
         self,
