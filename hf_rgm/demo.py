@@ -26,7 +26,7 @@ from hf_rgm.model.functional_model import FunctionalModel
 from hf_rgm.model.losses import label_losses
 from hf_rgm.model.row_reader import CachedBatches, RowReader
 from hf_rgm.pages.exhibit import Exhibit
-from hf_rgm.pages.report import attribution_report
+from hf_rgm.pages.views import attribution_report
 from hf_rgm.plots import plot_inspection_curve, plot_matching_error, plot_predicted_against_actual, plot_synset_gallery
 from hf_rgm.recording.callback import TrajectoryCallback
 from hf_rgm.results.result import AttributionResult

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,21 +12,11 @@ import numpy as np
 
 from hf_rgm.explorer.open_exhibit import open_exhibit
 from hf_rgm.explorer.what_if import NEEDS, replay_without, what_if_section
-from hf_rgm.model.row_reader import DataCollator
+from hf_rgm.pages import views
 from hf_rgm.pages.exhibit import Exhibit, of_query
-from hf_rgm.pages.html import STYLE, Section, fragment, heading, paragraphs
+from hf_rgm.pages.html import STYLE, Section, escaped, fragment, paragraphs
 from hf_rgm.pages.shown_rows import shortened
-from hf_rgm.pages.views import (
-    banner,
-    cluster_section,
-    clusters_section,
-    facts_section,
-    heatmap_section,
-    query_section,
-    rows_section,
-)
 from hf_rgm.results.result import AttributionResult
-from hf_rgm.synset.synset import Synset
 
 if TYPE_CHECKING:
     import gradio
@@ -60,27 +51,26 @@ class Explorer:
         return int(np.abs(of_query(self.exhibit.result.scores, _position(query))).argmax())
 
     def query(self, query: int) -> str:
-        return _html(query_section(self.exhibit, _position(query)))
+        return _html(views.query_section(self.exhibit, _position(query)))
 
     def clusters(self, query: int) -> str:
-        return _html(clusters_section(self.exhibit, _position(query)))
+        return _html(views.clusters_section(self.exhibit, _position(query)))
 
     def cluster(self, cluster: int, query: int) -> str:
-        return _html(cluster_section(self.exhibit, cluster, _position(query)))
+        return _html(views.cluster_section(self.exhibit, cluster, _position(query)))
 
     def rows(self, query: int) -> str:
-        return _html(rows_section(self.exhibit, _position(query)))
+        return _html(views.rows_section(self.exhibit, _position(query)))
 
     def what_if(self, clusters: Sequence[int], query: int) -> str:
         """Predictions without some clusters, or why there are none."""
         chosen = tuple(sorted(set(clusters)))
         try:
-            replayed = self._replayed(chosen)
+            section = what_if_section(self.exhibit, self._replayed(chosen), chosen, _position(query))
         except ValueError as error:
             section = Section("Nothing was replayed")
             section.text(str(error))
-            return _html(section)
-        return _html(what_if_section(self.exhibit, replayed, chosen, _position(query)))
+        return _html(section)
 
 
 def build_app(exhibit: Exhibit, *, title: str = TITLE) -> gradio.Blocks:
@@ -92,8 +82,8 @@ def build_app(exhibit: Exhibit, *, title: str = TITLE) -> gradio.Blocks:
     quiet: dict[str, Any] = {"show_progress": "minimal", "api_visibility": "private"}
     with gr.Blocks(title=title, analytics_enabled=False, fill_width=True) as app:
         html = functools.partial(gr.HTML, apply_default_css=False)
-        html(fragment(heading(title)), elem_id="rgm-heading")
-        html(fragment(paragraphs(banner(exhibit.result))), elem_id="rgm-banner")
+        html(fragment(f"<h1>{escaped(title)}</h1>"), elem_id="rgm-heading")
+        html(fragment(paragraphs(views.banner(exhibit.result))), elem_id="rgm-banner")
         with gr.Row():
             with gr.Column(scale=1, min_width=280):
                 query = gr.Dropdown(queries, value=first, label="Query", elem_id="rgm-query")
@@ -124,9 +114,9 @@ def build_app(exhibit: Exhibit, *, title: str = TITLE) -> gradio.Blocks:
                 what_if_view = html(_html(hint), elem_id="rgm-what-if-view")
                 replayed = gr.State([])
             with gr.Tab("All scores"):
-                html(_html(heatmap_section(exhibit.result)), elem_id="rgm-heatmap-view")
+                html(_html(views.heatmap_section(exhibit.result)), elem_id="rgm-heatmap-view")
             with gr.Tab("About"):
-                html(_html(facts_section(exhibit.result)), elem_id="rgm-facts-view")
+                html(_html(views.facts_section(exhibit.result)), elem_id="rgm-facts-view")
 
         def choose(query: int, removed: list[int]) -> tuple[Any, ...]:
             strongest = explorer.strongest(query)
@@ -145,7 +135,10 @@ def build_app(exhibit: Exhibit, *, title: str = TITLE) -> gradio.Blocks:
         shown = [query_view, clusters_view, cluster, cluster_view, rows_view, what_if_view]
         query.input(choose, [query, replayed], shown, **quiet)
         cluster.input(explorer.cluster, [cluster, query], cluster_view, **quiet)
-        replay.click(remove, [dropped, query], [what_if_view, replayed], **quiet)
+        shown = [what_if_view, replayed]
+        replay.click(
+            lambda removed, query: (explorer.what_if(removed, query), removed), [dropped, query], shown, **quiet
+        )
     return app
 
 
@@ -156,41 +149,20 @@ def launch_settings() -> dict[str, Any]:
 
 
 def explore(
-    attributions: AttributionResult | str | Path,
-    *,
-    synset: Synset | str | Path | None = None,
-    model: Any = None,
-    rows: Any = None,
-    queries: Any = None,
-    tokenizer: Any = None,
-    data_collator: DataCollator | None = None,
-    title: str = TITLE,
-    revision: str | None = None,
-    token: str | bool | None = None,
-    launch: bool = True,
-    **launch_options: Any,
+    attributions: AttributionResult | str | Path, *, title: str = TITLE, launch: bool = True, **options: Any
 ) -> gradio.Blocks:
     """
-    Shows attributions in the browser; the more of [`~hf_rgm.explorer.open_exhibit.open_exhibit`] is given, the more.
+    Shows attributions in the browser. Needs the extra `explorer`.
 
-    `launch=False` only builds the page. `launch_options` are those of `gradio.Blocks.launch`, such as `server_port`.
-    Needs the extra `explorer`.
+    `options` are those of [`~hf_rgm.explorer.open_exhibit.open_exhibit`], such as `synset`, `model`, `rows` and
+    `queries` (what is given is shown), and those of `gradio.Blocks.launch`, such as `server_port`. `launch=False` only
+    builds the page.
     """
     _gradio()
-    exhibit = open_exhibit(
-        attributions,
-        synset=synset,
-        model=model,
-        rows=rows,
-        queries=queries,
-        tokenizer=tokenizer,
-        data_collator=data_collator,
-        revision=revision,
-        token=token,
-    )
-    app = build_app(exhibit, title=title)
+    given = {name: options.pop(name) for name in inspect.signature(open_exhibit).parameters if name in options}
+    app = build_app(open_exhibit(attributions, **given), title=title)
     if launch:
-        app.launch(**{**launch_settings(), **launch_options})
+        app.launch(**{**launch_settings(), **options})
     return app
 
 

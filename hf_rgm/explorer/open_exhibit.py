@@ -41,13 +41,12 @@ def open_exhibit(
     given = {"synset": synset, "model": model, "rows": rows, "queries": queries}
     if not isinstance(attributions, AttributionResult):
         attributions, given = with_neighbours(attributions, given)
-    synset = given["synset"]
-    if not isinstance(attributions, AttributionResult):
         attributions = AttributionResult.from_pretrained(attributions, revision=revision, token=token)
+    synset = given["synset"]
     if synset is not None and not isinstance(synset, Synset):
         synset = Synset.from_pretrained(synset, token=token)
     attributor, beside = (None, None) if given["model"] is None else _attributor(given["model"], synset, token)
-    if _named(tokenizer):
+    if isinstance(tokenizer, str | Path):
         with folder_or_repository(tokenizer):
             tokenizer = AutoTokenizer.from_pretrained(str(tokenizer), token=token)
     return Exhibit(
@@ -67,16 +66,11 @@ def with_neighbours(attributions: str | Path, given: dict[str, Any]) -> tuple[st
     if not (folder / ATTRIBUTIONS / CONFIG_FILE).is_file():
         return attributions, given
     beside = {name: folder / name for name in given if (folder / name).is_dir()}
-    found = {name: beside.get(name) if value is None else value for name, value in given.items()}
-    return folder / ATTRIBUTIONS, found
-
-
-def _named(value: Any) -> bool:
-    return isinstance(value, str | Path)
+    return folder / ATTRIBUTIONS, {name: beside.get(name) if v is None else v for name, v in given.items()}
 
 
 def _dataset(given: Any) -> Any:
-    if not _named(given):
+    if not isinstance(given, str | Path):
         return given
     loaded = datasets.load_from_disk(str(given))
     if not isinstance(loaded, datasets.Dataset):
@@ -85,9 +79,10 @@ def _dataset(given: Any) -> Any:
 
 
 def _attributor(model: Any, synset: Synset | None, token: str | bool | None) -> tuple[Attributor, Any]:
+    """Attributor of a model, and the tokenizer that is saved with it."""
     if synset is None:
         raise ValueError("A model needs its synset to be asked what it would be without clusters. Pass `synset`.")
-    if not _named(model):
+    if not isinstance(model, str | Path):
         return Attributor(model, synset, disable_tqdm=True), None
     build: Any = pipeline  # its overloads only have the tasks of transformers
     with folder_or_repository(model):
