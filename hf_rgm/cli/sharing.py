@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from hf_rgm.cli import common
-from hf_rgm.cli.common import check_output_folder, clear_errors, hide_bars, interruptible
+from hf_rgm.cli.common import check_output_folder, clear_errors, hide_bars
 
 if TYPE_CHECKING:
     from hf_rgm.hub.artefact import DatasetArtefact
@@ -51,7 +51,7 @@ def push(
     Example: hf-rgm push hf-rgm-demo/synset me/my-synset --private
     """
     hide_bars(quiet)
-    with interruptible("A push is one commit: all of it is there, or nothing. Push again."), clear_errors():
+    with clear_errors("A push is one commit: all of it is there, or nothing. Push again."):
         commit = _kind(str(folder)).push_saved(
             folder, repo_id, license=license, private=private, revision=revision, create_pr=create_pr
         )
@@ -76,7 +76,7 @@ def pull(
     from hf_rgm.hub.repository import HubFolder, open_artefact
 
     hide_bars(quiet)
-    with interruptible("What was downloaded is in the Hub's cache; the same command goes on."), clear_errors():
+    with clear_errors("What was downloaded is in the Hub's cache; the same command goes on."):
         kind = _kind(repo_id, revision)
         check_output_folder(output_dir, kind.marker, overwrite=overwrite)
         folder = open_artefact(repo_id, kind.marker, revision=revision)
