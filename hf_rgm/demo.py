@@ -312,9 +312,7 @@ def _write_report(
     }
     (folder / "plots").mkdir(exist_ok=True)
     for name, axes in drawings.items():
-        figure = axes.get_figure(root=True)
-        if figure is not None:
-            figure.savefig(folder / "plots" / f"{name}.png")
+        axes.figure.savefig(folder / "plots" / f"{name}.png")  # type: ignore[union-attr]
     hardest = [result.query_ids[i] for i in np.argsort(result.objective_values)[:4]]
     exhibit = Exhibit(result, synset=synset, rows=data.train, queries=data.queries)
     report = attribution_report(exhibit, title="hf-rgm demo: which digits taught the model this?", query_ids=hardest)

@@ -46,7 +46,7 @@ def attribute(
     objective: Annotated[
         str, typer.Option(help="margin, loss, log_probability, mean_loss, accuracy, or MODULE:OBJECT of your own.")
     ] = "margin",
-    rewind: Annotated[float | None, typer.Option(help="Fraction of training to go back to.")] = None,
+    rewind: Annotated[float | None, typer.Option(help="Fraction of training to rewind to.")] = None,
     top: Annotated[int, typer.Option(min=1, help="Clusters to print.")] = 5,
     html: Annotated[Path | None, typer.Option(help="Also write a report, one HTML file.")] = None,
     revision: common.ModelRevision = None,
@@ -56,7 +56,7 @@ def attribute(
     as_json: common.AsJson = False,
 ) -> None:
     """
-    Score the clusters of the training data for some queries, and tell which help and harm most.
+    Score the clusters of the training data for some queries, and show which help and harm most.
 
     Examples:
 

@@ -22,9 +22,9 @@ ModelRevision = Annotated[str | None, typer.Option(help="Branch, tag or commit o
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of the repository.")]
 
 QueriesSplit = Annotated[str | None, typer.Option(help="Split of the queries.", show_default="test")]
-NumQueries = Annotated[int | None, typer.Option(min=1, help="Only the first so many queries.")]
+NumQueries = Annotated[int | None, typer.Option(min=1, help="Only the first N queries.")]
 RowsSplit = Annotated[str | None, typer.Option(help="Split of the training rows.", show_default="train")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is finished there.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace finished work there.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
 
@@ -51,7 +51,7 @@ def with_options(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def hide_bars(quiet: bool = False) -> bool:
-    """Whether progress bars are off (`--quiet`, CI, no terminal); switches off those of the libraries then."""
+    """Whether progress bars are off (`--quiet`, CI, no terminal); if so, those of the libraries are too."""
     hidden = quiet or os.environ.get("CI", "").lower() in ("1", "true", "yes") or not sys.stderr.isatty()
     if hidden:
         import datasets

@@ -50,9 +50,7 @@ def distill(
     ] = None,
     revision: common.ModelRevision = None,
     overwrite: common.Overwrite = False,
-    estimate: Annotated[
-        bool, typer.Option("--estimate", help="Only tell what memory, disk and time it needs.")
-    ] = False,
+    estimate: Annotated[bool, typer.Option("--estimate", help="Only estimate memory, disk and time.")] = False,
     preset: Annotated[
         str, typer.Option(help=f"One of {', '.join(PRESETS)}; other settings come on top.", rich_help_panel=PANEL)
     ] = "accurate",

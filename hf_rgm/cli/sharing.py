@@ -19,9 +19,9 @@ Target = Annotated[str, typer.Argument(help="A folder, or the id of a dataset re
 
 def info(target: Target, revision: common.Revision = None, as_json: common.AsJson = False) -> None:
     """
-    What a trajectory, a synset or attributions are, whether they are whole, and what can be done with them.
+    Show what a trajectory, a synset or attributions hold, whether they are whole, and what can be done with them.
 
-    Ends with 1 if they are not whole.
+    The exit status is 1 if they are not whole.
 
     Example: hf-rgm info hf-rgm-demo/synset
     """

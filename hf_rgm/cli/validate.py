@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 def validate(
     model: common.Model,
     synset: Annotated[Path, typer.Argument(help="Folder of its synset, which keeps the result.", exists=True)],
-    queries: Annotated[str, typer.Argument(help=f"Labelled rows that chose no setting: {common.ROWS}")],
+    queries: Annotated[str, typer.Argument(help=f"Labelled rows that no setting was chosen on: {common.ROWS}")],
     dataset: Annotated[str, typer.Argument(help="The training rows, named likewise.")],
     build_trainer: Annotated[
         str, typer.Option(help="FILE.py:FUNCTION or MODULE:FUNCTION; function(dataset, seed) returns a fresh Trainer.")
@@ -47,7 +47,7 @@ def validate(
     as_json: common.AsJson = False,
 ) -> None:
     """
-    Retrain without parts of the data and tell how well the synset had predicted it; the synset keeps the figures.
+    Retrain without parts of the data and measure how well the synset predicts it; the synset keeps the figures.
 
     After Ctrl-C the same command goes on. Retrainings are shared among the processes of torchrun.
 
@@ -63,7 +63,7 @@ def validate(
         measured = Synset.from_pretrained(synset)
         if measured.fidelity is not None and not overwrite:
             raise FileExistsError(
-                f"{synset} keeps figures that were measured already (`hf-rgm info {synset}` tells them). Pass "
+                f"{synset} keeps figures that were measured already (see `hf-rgm info {synset}`). Pass "
                 f"`--overwrite` to replace them; retrainings kept in {folder} are not done again."
             )
         asked = loading.queries(queries, split)

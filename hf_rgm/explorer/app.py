@@ -50,17 +50,14 @@ class Explorer:
         """The cluster with the largest score, positive or negative."""
         return int(np.abs(of_query(self.exhibit.result.scores, _position(query))).argmax())
 
-    def query(self, query: int) -> str:
-        return _html(views.query_section(self.exhibit, _position(query)))
-
-    def clusters(self, query: int) -> str:
-        return _html(views.clusters_section(self.exhibit, _position(query)))
+    def of_query(self, query: int) -> tuple[str, str, str]:
+        """A query, its clusters and its rows."""
+        shown = (views.query_section, views.clusters_section, views.rows_section)
+        query_view, clusters_view, rows_view = (_html(view(self.exhibit, _position(query))) for view in shown)
+        return query_view, clusters_view, rows_view
 
     def cluster(self, cluster: int, query: int) -> str:
         return _html(views.cluster_section(self.exhibit, cluster, _position(query)))
-
-    def rows(self, query: int) -> str:
-        return _html(views.rows_section(self.exhibit, _position(query)))
 
     def what_if(self, clusters: Sequence[int], query: int) -> str:
         """Predictions without some clusters, or why there are none."""
@@ -79,6 +76,7 @@ def build_app(exhibit: Exhibit, *, title: str = TITLE) -> gradio.Blocks:
     explorer = Explorer(exhibit)
     queries, clusters = explorer.query_choices(), explorer.cluster_choices()
     first = queries[1][1]
+    first_query, first_clusters, first_rows = explorer.of_query(first)
     quiet: dict[str, Any] = {"show_progress": "minimal", "api_visibility": "private"}
     with gr.Blocks(title=title, analytics_enabled=False, fill_width=True) as app:
         html = functools.partial(gr.HTML, apply_default_css=False)
@@ -87,16 +85,16 @@ def build_app(exhibit: Exhibit, *, title: str = TITLE) -> gradio.Blocks:
         with gr.Row():
             with gr.Column(scale=1, min_width=280):
                 query = gr.Dropdown(queries, value=first, label="Query", elem_id="rgm-query")
-                query_view = html(explorer.query(first), elem_id="rgm-query-view")
+                query_view = html(first_query, elem_id="rgm-query-view")
             with gr.Column(scale=2, min_width=280):
-                clusters_view = html(explorer.clusters(first), elem_id="rgm-clusters-view")
+                clusters_view = html(first_clusters, elem_id="rgm-clusters-view")
         with gr.Tabs():
             with gr.Tab("Cluster"):
                 strongest = explorer.strongest(first)
                 cluster = gr.Dropdown(clusters, value=strongest, label="Cluster", elem_id="rgm-cluster")
                 cluster_view = html(explorer.cluster(strongest, first), elem_id="rgm-cluster-view")
             with gr.Tab("Rows"):
-                rows_view = html(explorer.rows(first), elem_id="rgm-rows-view")
+                rows_view = html(first_rows, elem_id="rgm-rows-view")
             with gr.Tab("What if"):
                 dropped = gr.Dropdown(
                     clusters,
@@ -120,19 +118,13 @@ def build_app(exhibit: Exhibit, *, title: str = TITLE) -> gradio.Blocks:
 
         def choose(query: int, removed: list[int]) -> tuple[Any, ...]:
             strongest = explorer.strongest(query)
-            return (
-                explorer.query(query),
-                explorer.clusters(query),
-                strongest,
-                explorer.cluster(strongest, query),
-                explorer.rows(query),
-                explorer.what_if(removed, query) if removed else gr.skip(),
-            )
+            predicted = explorer.what_if(removed, query) if removed else gr.skip()
+            return (*explorer.of_query(query), strongest, explorer.cluster(strongest, query), predicted)
 
         def remove(clusters: list[int], query: int) -> tuple[str, list[int]]:
             return explorer.what_if(clusters, query), clusters
 
-        shown = [query_view, clusters_view, cluster, cluster_view, rows_view, what_if_view]
+        shown = [query_view, clusters_view, rows_view, cluster, cluster_view, what_if_view]
         query.input(choose, [query, replayed], shown, **quiet)
         cluster.input(explorer.cluster, [cluster, query], cluster_view, **quiet)
         shown = [what_if_view, replayed]

@@ -17,7 +17,7 @@ from hf_rgm.results.result_files import CONFIG_FILE
 from hf_rgm.synset.synset import Synset
 
 ATTRIBUTIONS = "attributions"
-"""Folder of a demo with the attributions; those of `synset`, `model`, `rows` and `queries` lie beside it."""
+"""Folder of the attributions in a demo, beside `synset`, `model`, `rows` and `queries`."""
 
 
 def open_exhibit(
@@ -33,10 +33,9 @@ def open_exhibit(
     token: str | bool | None = None,
 ) -> Exhibit:
     """
-    Reads attributions and, as far as given, what they were made from: objects, folders, or repositories on the Hub.
+    Exhibit of objects, folders or repositories on the Hub; `rows` and `queries` are datasets or saved folders.
 
-    `attributions` may be a folder such as the demo's, with folders `attributions`, `synset`, `model`, `rows` and
-    `queries`. `rows` and `queries` are datasets or folders of `save_to_disk`; a model needs the synset.
+    `attributions` may be a folder such as the demo's, with all the others beside the attributions.
     """
     given = {"synset": synset, "model": model, "rows": rows, "queries": queries}
     if not isinstance(attributions, AttributionResult):
@@ -81,7 +80,7 @@ def _dataset(given: Any) -> Any:
 def _attributor(model: Any, synset: Synset | None, token: str | bool | None) -> tuple[Attributor, Any]:
     """Attributor of a model, and the tokenizer that is saved with it."""
     if synset is None:
-        raise ValueError("A model needs its synset to be asked what it would be without clusters. Pass `synset`.")
+        raise ValueError("Predictions without clusters need the synset of the model. Pass `synset`.")
     if not isinstance(model, str | Path):
         return Attributor(model, synset, disable_tqdm=True), None
     build: Any = pipeline  # its overloads only have the tasks of transformers

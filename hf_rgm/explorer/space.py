@@ -59,8 +59,7 @@ def write_space(
     """
     Writes a folder to push as a Gradio Space, or to run with `python app.py`.
 
-    What is local is copied into it, and shown to everybody who can see the Space. Arguments are those of
-    [`~hf_rgm.explorer.open_exhibit.open_exhibit`]; `requirement` is what pip installs there.
+    Local folders are copied into it, for everybody who can see the Space. `requirement` is what pip installs there.
     """
     for name, text in (("title", title), ("requirement", requirement)):
         if len(text.splitlines()) != 1:

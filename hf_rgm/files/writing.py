@@ -82,7 +82,7 @@ class FolderLock:
     """
     Keeps other processes from writing to a folder, until it is released or this process ends, however that ends.
 
-    Within one process the last one to acquire it has it: whatever had it before has failed.
+    Within one process the last to acquire it holds it: earlier holders have failed.
     """
 
     def __init__(self, folder: Path) -> None:

@@ -89,7 +89,7 @@ def query_section(exhibit: Exhibit, position: int | None) -> Section:
         section.cards({"": [card]})
     section.text(f"The trained model's {result.objective}: {result.objective_values[position]:.4g}.")
     if card is None:
-        section.text("What it looks like is not known here: start with the queries to see it.")
+        section.text("To see what it looks like, start with the queries.")
     return section
 
 
@@ -120,9 +120,9 @@ def cluster_section(exhibit: Exhibit, cluster: int, position: int | None) -> Sec
     if groups:
         section.cards(groups)
     for known, what in (
-        (result.cluster_ids is not None, "Which rows it has is not part of these attributions."),
-        (exhibit.rows is not None, "What rows look like is not known here: start with the training rows to see them."),
-        (exhibit.synset is not None, "Synthetic samples are not at hand: start with the synset to see them."),
+        (result.cluster_ids is not None, "These attributions do not say which rows it has."),
+        (exhibit.rows is not None, "To see what rows look like, start with the training rows."),
+        (exhibit.synset is not None, "To see synthetic samples, start with the synset."),
     ):
         if not known:
             section.text(what)
@@ -134,7 +134,7 @@ def rows_section(exhibit: Exhibit, position: int | None, *, k: int = SHOWN_ROWS)
     result = exhibit.result
     section = Section("Rows that raise and lower the objective most")
     if result.row_scores is None:
-        section.text("Rows were not scored: attribute with the training rows (`rows=...`) for that.")
+        section.text("Rows were not scored: attribute with the training rows (`rows=...`) to score them.")
         return section
     query = None if position is None else result.query_ids[position]
     section.text(ROWS_IN_GROUPS)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from hf_rgm.files.reading import ArtefactFolder, check_memory, parsed, printable, with_defaults
+from hf_rgm.files.reading import ArtefactFolder, check_memory, parsed, printable
 
 
 @pytest.fixture
@@ -135,7 +135,7 @@ GOOD: dict[str, Any] = {"number": 1, "share": 1, "names": ["a", 1], "shapes": {"
 
 
 def test_fields_are_checked_by_their_types():
-    content = parsed(Content, with_defaults(Content, GOOD | {"unknown": 1}), "x.json")
+    content = parsed(Content, GOOD | {"unknown": 1}, "x.json")
     assert content == Content(**GOOD) and not content.flag
 
 
@@ -161,14 +161,14 @@ def test_fields_are_checked_by_their_types():
 )
 def test_other_types_are_refused_by_name(name, value):
     with pytest.raises(ValueError, match=rf"x\.json is damaged: `{name}` is .*, not "):
-        parsed(Content, with_defaults(Content, GOOD | {name: value}), "x.json")
+        parsed(Content, GOOD | {name: value}, "x.json")
 
 
 def test_missing_fields_and_what_the_class_refuses_are_named():
-    with pytest.raises(ValueError, match=r"x\.json lacks flag"):
-        parsed(Content, GOOD, "x.json")
+    with pytest.raises(ValueError, match=r"x\.json lacks number, share"):
+        parsed(Content, {name: value for name, value in GOOD.items() if name not in ("number", "share")}, "x.json")
     with pytest.raises(ValueError, match=r"x\.json is damaged: number is negative"):
-        parsed(Content, with_defaults(Content, GOOD | {"number": -1}), "x.json")
+        parsed(Content, GOOD | {"number": -1}, "x.json")
 
 
 @pytest.mark.parametrize(

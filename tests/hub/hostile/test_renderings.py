@@ -181,7 +181,7 @@ def panels_of_the_explorer(text: str, folder: Path) -> None:
     result = result_named(text)
     rows = [{"text": text, "label": text}] * 6
     explorer = Explorer(Exhibit(result, rows=rows, queries=rows[: result.num_queries]))
-    for panel in (explorer.query(0), explorer.clusters(0), explorer.cluster(0, 0)):
+    for panel in (*explorer.of_query(0)[:2], explorer.cluster(0, 0)):
         check_page(panel, text[:79])
 
 
