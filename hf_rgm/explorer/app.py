@@ -8,20 +8,27 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import datasets
 import numpy as np
+from transformers import AutoTokenizer, pipeline
 
-from hf_rgm.explorer.open_exhibit import open_exhibit
+from hf_rgm.attribution.attributor import Attributor
 from hf_rgm.explorer.what_if import NEEDS, replay_without, what_if_section
+from hf_rgm.hub.repository import folder_or_repository
+from hf_rgm.model.row_reader import DataCollator
 from hf_rgm.pages import views
 from hf_rgm.pages.exhibit import Exhibit, of_query
 from hf_rgm.pages.html import STYLE, Section, escaped, fragment, paragraphs
 from hf_rgm.pages.shown_rows import shortened
 from hf_rgm.results.result import AttributionResult
+from hf_rgm.results.result_files import CONFIG_FILE
+from hf_rgm.synset.synset import Synset
 
 if TYPE_CHECKING:
     import gradio
 
 TITLE = "Training-data attribution"
+ATTRIBUTIONS = "attributions"  # folder in a demo's, beside `synset`, `model`, `rows` and `queries`
 ALL_QUERIES = -1
 KEPT_REPLAYS = 32
 # The cards are light whatever the browser prefers, so the frame around them is too.
@@ -146,7 +153,7 @@ def explore(
     """
     Shows attributions in the browser. Needs the extra `explorer`.
 
-    `options` are those of [`~hf_rgm.explorer.open_exhibit.open_exhibit`], such as `synset`, `model`, `rows` and
+    `options` are those of [`open_exhibit`], such as `synset`, `model`, `rows` and
     `queries` (what is given is shown), and those of `gradio.Blocks.launch`, such as `server_port`. `launch=False` only
     builds the page.
     """
@@ -156,6 +163,75 @@ def explore(
     if launch:
         app.launch(**{**launch_settings(), **options})
     return app
+
+
+def open_exhibit(
+    attributions: AttributionResult | str | Path,
+    *,
+    synset: Synset | str | Path | None = None,
+    model: Any = None,
+    rows: Any = None,
+    queries: Any = None,
+    tokenizer: Any = None,
+    data_collator: DataCollator | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+) -> Exhibit:
+    """
+    Exhibit of objects, folders or repositories on the Hub; `rows` and `queries` are datasets or saved folders.
+
+    `attributions` may be a folder such as the demo's, with all the others beside the attributions.
+    """
+    given = {"synset": synset, "model": model, "rows": rows, "queries": queries}
+    if not isinstance(attributions, AttributionResult):
+        attributions, given = with_neighbours(attributions, given)
+        attributions = AttributionResult.from_pretrained(attributions, revision=revision, token=token)
+    synset = given["synset"]
+    if synset is not None and not isinstance(synset, Synset):
+        synset = Synset.from_pretrained(synset, token=token)
+    attributor, beside = (None, None) if given["model"] is None else _attributor(given["model"], synset, token)
+    if isinstance(tokenizer, str | Path):
+        with folder_or_repository(tokenizer):
+            tokenizer = AutoTokenizer.from_pretrained(str(tokenizer), token=token)
+    return Exhibit(
+        attributions,
+        synset=synset,
+        rows=_dataset(given["rows"]),
+        queries=_dataset(given["queries"]),
+        attributor=attributor,
+        tokenizer=tokenizer or beside,
+        data_collator=data_collator,
+    )
+
+
+def with_neighbours(attributions: str | Path, given: dict[str, Any]) -> tuple[str | Path, dict[str, Any]]:
+    """Attributions and what is given, completed by what lies beside them in a folder such as the demo's."""
+    folder = Path(attributions)
+    if not (folder / ATTRIBUTIONS / CONFIG_FILE).is_file():
+        return attributions, given
+    beside = {name: folder / name for name in given if (folder / name).is_dir()}
+    return folder / ATTRIBUTIONS, {name: beside.get(name) if v is None else v for name, v in given.items()}
+
+
+def _dataset(given: Any) -> Any:
+    if not isinstance(given, str | Path):
+        return given
+    loaded = datasets.load_from_disk(str(given))
+    if not isinstance(loaded, datasets.Dataset):
+        raise ValueError(f"{given} holds the splits {', '.join(map(str, loaded))}. Pass the dataset of one of them.")
+    return loaded
+
+
+def _attributor(model: Any, synset: Synset | None, token: str | bool | None) -> tuple[Attributor, Any]:
+    """Attributor of a model, and the tokenizer that is saved with it."""
+    if synset is None:
+        raise ValueError("Predictions without clusters need the synset of the model. Pass `synset`.")
+    if not isinstance(model, str | Path):
+        return Attributor(model, synset, disable_tqdm=True), None
+    build: Any = pipeline  # its overloads only have the tasks of transformers
+    with folder_or_repository(model):
+        built = build("data-attribution", model=str(model), synset=synset, token=token, disable_tqdm=True)
+    return built.attributor, built.tokenizer
 
 
 def _gradio() -> Any:

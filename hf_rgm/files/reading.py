@@ -35,6 +35,8 @@ Content = TypeVar("Content")
 class ArtefactFolder:
     """The folder of an artefact, through which its files are reached; links may lead to what is in `boundary`."""
 
+    is_remote = False  # whether files are downloaded when they are read
+
     def __init__(self, root: str | Path, *, boundary: Path | None = None) -> None:
         self.root = Path(root)
         finish_replacement(self.root)
@@ -42,11 +44,6 @@ class ArtefactFolder:
 
     def __str__(self) -> str:
         return str(self.root)
-
-    @property
-    def is_remote(self) -> bool:
-        """Whether files are downloaded when they are read."""
-        return False
 
     def subfolder(self, name: str) -> ArtefactFolder:
         """A folder in this one."""
@@ -119,17 +116,8 @@ class TensorFile:
         self.path = path
         self._file = file
         self._way_out = way_out
-        self._names = dict.fromkeys(file.keys())
-
-    @property
-    def metadata(self) -> dict[str, str]:
-        """What the header says besides the tensors."""
-        return self._file.metadata() or {}
-
-    @property
-    def names(self) -> list[str]:
-        """Names of the tensors."""
-        return list(self._names)
+        self.names = dict.fromkeys(file.keys())
+        self.metadata: dict[str, str] = file.metadata() or {}  # what the header says besides the tensors
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor, from the header."""
@@ -141,7 +129,7 @@ class TensorFile:
 
     def check_no_others(self, names: Collection[str]) -> None:
         """Refuses a file with other tensors than these."""
-        extra = sorted(printable(name) for name in set(self._names) - set(names))
+        extra = sorted(printable(name) for name in set(self.names) - set(names))
         if extra:
             raise ValueError(f"{self.path} has the tensors {extra[:5]} too many. {self._way_out}")
 
@@ -153,7 +141,7 @@ class TensorFile:
 
     def check(self, name: str, *, shape: Sequence[int | None], dtypes: Sequence[str]) -> tuple[int, ...]:
         """Refuses a tensor that `read` would refuse, by its header; its shape otherwise."""
-        if name not in self._names:
+        if name not in self.names:
             raise ValueError(f"{self.path} has no tensor {name!r}. {self._way_out}")
         found, dtype = self.shape(name), self.dtype(name)
         fits = len(found) == len(shape) and all(

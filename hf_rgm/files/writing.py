@@ -37,13 +37,10 @@ _NO_ACCESS = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 def format_size(num_bytes: float) -> str:
     """A number of bytes in words: `1.8 MB`."""
-    if num_bytes < 1000:
-        return f"{num_bytes:.0f} B"
-    for unit in ("kB", "MB", "GB"):
-        num_bytes /= 1000
-        if num_bytes < 1000:
-            return f"{num_bytes:.1f} {unit}"
-    return f"{num_bytes / 1000:.1f} TB"
+    power = 0
+    while num_bytes >= 1000 and power < 4:
+        num_bytes, power = num_bytes / 1000, power + 1
+    return f"{num_bytes:.{min(power, 1)}f} {('B', 'kB', 'MB', 'GB', 'TB')[power]}"
 
 
 @contextlib.contextmanager

@@ -89,6 +89,8 @@ class HubFolder(ArtefactFolder):
     `token`, `cache_dir` and `local_files_only` of `huggingface_hub`.
     """
 
+    is_remote = True
+
     def __init__(
         self, repo_id: str, commit: str, root: Path, *, boundary: Path, prefix: str = "", **access: Any
     ) -> None:
@@ -100,10 +102,6 @@ class HubFolder(ArtefactFolder):
 
     def __str__(self) -> str:
         return f"{self.repo_id}@{self.commit[:8]}/{self._prefix}".rstrip("/")
-
-    @property
-    def is_remote(self) -> bool:
-        return True
 
     def subfolder(self, name: str) -> HubFolder:
         prefix = f"{self._prefix}{name}/"

@@ -75,7 +75,7 @@ def test_json_is_read_and_its_version_checked(folder):
 
 def test_tensors_are_read_after_a_look_at_the_header(folder):
     with ArtefactFolder(folder).open_tensors("t.safetensors") as file:
-        assert file.names == ["x"] and file.metadata == {"k": "v"}
+        assert list(file.names) == ["x"] and file.metadata == {"k": "v"}
         assert file.shape("x") == (2, 3) and file.dtype("x") == "F32"
         assert torch.equal(file.read("x", shape=(2, None), dtypes=("F32",)), torch.arange(6.0).reshape(2, 3))
         for shape, dtype in (((2,), "F32"), ((2, 4), "F32"), ((2, 3), "F16")):

@@ -1,36 +1,10 @@
 import base64
 import re
-from html.parser import HTMLParser
 
 import numpy as np
 from matplotlib.figure import Figure
 
 from hf_rgm.pages.html import HtmlReport
-
-
-class Reader(HTMLParser):
-    """Collects tags, attributes and text, and checks that what opens closes."""
-
-    VOID = ("meta", "img")
-
-    def __init__(self, page):
-        super().__init__()
-        self.tags, self.attributes, self.texts, self.open = [], [], [], []
-        self.feed(page)
-        self.close()
-        assert self.open == []
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append(tag)
-        self.attributes.extend(attrs)
-        if tag not in self.VOID:
-            self.open.append(tag)
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        self.texts.append(data)
 
 
 def test_pictures_are_inside_and_nothing_is_fetched():
@@ -50,7 +24,7 @@ def test_sections_and_parts_keep_their_order():
     first = report.section("first")
     report.section("second").text("three")
     first.text("one\n\ntwo")
-    texts = [text for text in Reader(report.to_html()).texts if text.strip()]
+    texts = [text for text in re.split(r"<[^>]*>", report.to_html()) if text.strip()]
     assert texts[-5:] == ["first", "one", "two", "second", "three"]
 
 

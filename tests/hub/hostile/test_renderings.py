@@ -72,7 +72,12 @@ def result_named(text: str) -> AttributionResult:
         objective=text,
         objective_values=np.ones(2),
         engine=text,
-        metadata={"model": {"class": text, "name_or_path": text}, text: text, "nested": {text: [text]}},
+        metadata={
+            "model": {"class": text, "name_or_path": text},
+            "num_runs": text,
+            text: text,
+            "nested": {text: [text]},
+        },
     )
 
 
@@ -93,18 +98,28 @@ def visible(markdown: str) -> str:
 
 
 class Parsed(HTMLParser):
-    """What is in a page."""
+    """What is in a page, whose tags must close as they open."""
+
+    VOID = ("meta", "img", "col")
 
     def __init__(self, page: str) -> None:
         super().__init__()
-        self.tags: set[str] = set()
-        self.attributes: set[tuple[str, str]] = set()
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str]] = []
         self.text = ""
+        self.open: list[str] = []
         self.feed(page)
+        self.close()
+        assert self.open == []
 
     def handle_starttag(self, tag, attrs):
-        self.tags.add(tag)
-        self.attributes |= {(name, value or "") for name, value in attrs}
+        self.tags.append(tag)
+        self.attributes += [(name, value or "") for name, value in attrs]
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
 
     def handle_data(self, data):
         self.text += data
@@ -124,7 +139,7 @@ def check_page(page: str, text: str) -> None:
     """Fails unless a page shows a text, and has only tags, attributes and addresses of ours."""
     assert is_plain(page)
     parsed = Parsed(page)
-    assert parsed.tags <= SAFE_TAGS
+    assert set(parsed.tags) <= SAFE_TAGS
     names = {name for name, _ in parsed.attributes}
     assert not [name for name in names if name.startswith("on")] and not names & {"href", "action", "formaction"}
     assert all(value.startswith("data:image/png") for name, value in parsed.attributes if name == "src")
@@ -173,7 +188,7 @@ def all_parts_of_a_page(text: str, folder: Path) -> None:
     shown, plain = Parsed(page(text)), Parsed(page("plain"))
     check_page(page(text), text)
     assert shown.tags == plain.tags
-    assert {name for name, _ in shown.attributes} == {name for name, _ in plain.attributes}
+    assert [name for name, _ in shown.attributes] == [name for name, _ in plain.attributes]
     assert shown.text.count("\n".join(map(printable, text.split("\n")))) >= plain.text.count("plain") == 18
 
 
