@@ -160,7 +160,7 @@ def _option(about: str) -> Any:
 
 @dataclass
 class ClusterOptions:
-    """Options that tell which row belongs to which cluster."""
+    """Options of which row belongs to which cluster."""
 
     cluster_column: Annotated[list[str] | None, _option("Column that names the cluster; may be repeated.")] = None
     cluster_ids: Annotated[

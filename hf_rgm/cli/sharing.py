@@ -101,6 +101,6 @@ def _kind(target: str, revision: str | None = None) -> type[DatasetArtefact]:
         raise ValueError(f"{description.where} is not whole: {description.problem}")
     if description.kind not in classes:
         raise ValueError(
-            f"{target} is a {description.kind}, which is not shared: it tells which row was in which step. Distil it."
+            f"{target} is a {description.kind}, which is not shared: it says which row was in which step. Distil it."
         )
     return classes[description.kind]

@@ -106,7 +106,7 @@ def leads_out(name: str) -> bool:
 def check_name(name: str) -> None:
     """Refuses a file name that leads out of its folder."""
     if leads_out(name):
-        raise ValueError(f"{name!r} is no name of a file in an artefact. {WAY_OUT}")
+        raise ValueError(f"{name!r} is not the name of a file in an artefact. {WAY_OUT}")
 
 
 class TensorFile:

@@ -177,7 +177,7 @@ def check_replaceable(target: Path, marker: str) -> None:
 
 
 def _workspace_of(target: Path) -> Path:
-    # A folder may be named by where it is seen from, as `.`.
+    # `.` has no name of its own.
     absolute = Path(os.path.abspath(target))
     return absolute.with_name(f".{absolute.name}{_WORKSPACE}")
 

@@ -30,7 +30,7 @@ def test_files_are_found(folder):
 
 @pytest.mark.parametrize("name", ["../x", "/etc/passwd", "a/../../x", "..", "a\\b"])
 def test_names_that_lead_out_are_refused(folder, name):
-    with pytest.raises(ValueError, match="is no name of a file in an artefact"):
+    with pytest.raises(ValueError, match="is not the name of a file in an artefact"):
         ArtefactFolder(folder).file(name)
 
 
