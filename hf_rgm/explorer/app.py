@@ -134,10 +134,7 @@ def build_app(exhibit: Exhibit, *, title: str = TITLE) -> gradio.Blocks:
         shown = [query_view, clusters_view, rows_view, cluster, cluster_view, what_if_view]
         query.input(choose, [query, replayed], shown, **quiet)
         cluster.input(explorer.cluster, [cluster, query], cluster_view, **quiet)
-        shown = [what_if_view, replayed]
-        replay.click(
-            lambda removed, query: (explorer.what_if(removed, query), removed), [dropped, query], shown, **quiet
-        )
+        replay.click(remove, [dropped, query], [what_if_view, replayed], **quiet)
     return app
 
 
@@ -153,9 +150,8 @@ def explore(
     """
     Shows attributions in the browser. Needs the extra `explorer`.
 
-    `options` are those of [`open_exhibit`], such as `synset`, `model`, `rows` and
-    `queries` (what is given is shown), and those of `gradio.Blocks.launch`, such as `server_port`. `launch=False` only
-    builds the page.
+    `options` are those of [`open_exhibit`], such as `synset`, `model`, `rows` and `queries`, and those of
+    `gradio.Blocks.launch`, such as `server_port`. `launch=False` only builds the page.
     """
     _gradio()
     given = {name: options.pop(name) for name in inspect.signature(open_exhibit).parameters if name in options}
