@@ -24,7 +24,7 @@ from hf_rgm.attribution.options import CallOptions, MixtureOptions, UnlearningOp
 from hf_rgm.clusters.cluster_map import ClusterMap
 from hf_rgm.engines.memory_shares import DEFAULT_MEMORY
 from hf_rgm.hub.artefact import CardOptions
-from hf_rgm.hub.repository import is_repo_id, link_model, model_address
+from hf_rgm.hub.repository import is_repo_id, link_model, web_address
 from hf_rgm.model.functional_model import main_input_name
 from hf_rgm.model.losses import LossFunction
 from hf_rgm.model.row_reader import DataCollator, knows_words, padding_collator
@@ -275,7 +275,7 @@ class AttributionPipeline(Pipeline):
             links = {"synset": repo_id, "attribution": results_id}
             known = {name: value for name, value in links.items() if value}
             if link_model(model_id, known, token=token, revision=revision, create_pr=create_pr):
-                addresses["model"] = model_address(model_id)
+                addresses["model"] = web_address(model_id, "model")
         return addresses
 
     def _reader_of_samples(self) -> dict[str, Any]:

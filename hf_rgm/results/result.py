@@ -322,7 +322,7 @@ class AttributionResult(DatasetArtefact):
             ValueError: If queries, rows or synset are not those of the result.
         """
         from hf_rgm.pages.exhibit import Exhibit
-        from hf_rgm.pages.report import attribution_report
+        from hf_rgm.pages.views import attribution_report
 
         exhibit = Exhibit(self, synset=synset, rows=rows, queries=queries, tokenizer=tokenizer)
         return attribution_report(exhibit, title=title, query_ids=query_ids).save(path)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hf_rgm.agreement.fidelity_figures import check_kept_report
 from hf_rgm.clusters.cluster_map import ClusterMap
-from hf_rgm.files.reading import WAY_OUT, ArtefactFolder, parsed, with_defaults
+from hf_rgm.files.reading import WAY_OUT, ArtefactFolder, parsed
 from hf_rgm.files.writing import write_json
 from hf_rgm.model.functional_model import parameters_sha256
 from hf_rgm.synset.matched_states import MatchedState
@@ -136,10 +136,10 @@ def read_synset(folder: ArtefactFolder) -> dict[str, Any]:
     """The arguments of [`Synset`] from a folder that `write_synset` wrote."""
     source = f"{folder}/{CONFIG_FILE}"
     content = folder.read_json(CONFIG_FILE, format_version=FORMAT_VERSION, again="record and distil again")
-    description = parsed(SynsetDescription, with_defaults(SynsetDescription, content), source)
-    told = parsed(_Metadata, with_defaults(_Metadata, description.metadata), f"`metadata` of {source}")
+    description = parsed(SynsetDescription, content, source)
+    told = parsed(_Metadata, description.metadata, f"`metadata` of {source}")
     if told.privacy:
-        parsed(_Privacy, with_defaults(_Privacy, told.privacy), f"`privacy` of {source}")
+        parsed(_Privacy, told.privacy, f"`privacy` of {source}")
     check_kept_report(description.fidelity, f"`fidelity` of {source}")
     if description.num_runs < 1 or any(len(state) != 2 for state in description.matched_states):
         raise ValueError(
