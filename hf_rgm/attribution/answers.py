@@ -1,4 +1,4 @@
-"""From the clusters' scores of each recorded run to a result: scores of rows, means over runs, names."""
+"""Results from the scores of each recorded run: means over runs, scores of rows, names."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from hf_rgm.results.result import AttributionResult
 
 
 def from_rows(engine: type[Engine], evaluation: Evaluation) -> bool:
-    """Whether the clusters' scores are the sums of their rows': the adjoint's, where rows are scored."""
+    """Whether clusters' scores are sums of their rows' scores: those of the adjoint, where there are rows."""
     return engine is AdjointEngine and evaluation.run.rows is not None
 
 
@@ -32,7 +32,7 @@ def completed(
     output_dir: str | Path | None,
     disable_tqdm: bool,
 ) -> AttributionResult:
-    """The result of the clusters' scores by run, with scores of rows where there are any; by run none: from rows."""
+    """Result from the clusters' scores by run, with scores of rows if there are any; `by_run` is empty `from_rows`."""
     run, request = evaluations[0].run, evaluations[0].request
     values, row_scores, rewinds = evaluations[0].values, None, []
     if run.rows is not None and (request.objective.differentiable or not by_run):

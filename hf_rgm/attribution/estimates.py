@@ -1,4 +1,4 @@
-"""What an attribution will cost, from a little of each part of the work."""
+"""Estimated cost of an attribution, from a little of each part of the work."""
 
 from __future__ import annotations
 
@@ -14,15 +14,7 @@ EMPTY_RESULT_BYTES = 16_000
 
 
 def estimate(engine: type[Engine], evaluation: Evaluation, *, num_queries: int | None, num_runs: int) -> CostEstimate:
-    """
-    What [`Attributor.attribute`] takes.
-
-    Args:
-        engine (`type[Engine]`): What will score the clusters.
-        evaluation (`Evaluation`): Along the first recorded run; its queries stand for all that there will be.
-        num_queries (`int`, *optional*): How many that is. Defaults to those given.
-        num_runs (`int`): Recorded runs.
-    """
+    """Cost of [`Attributor.attribute`], measured on some queries along the first recorded run."""
     run, request = evaluation.run, evaluation.request
     objective, given = request.objective, len(request.queries)
     more = (num_queries or given) / given

@@ -34,7 +34,7 @@ from hf_rgm.model.out_of_memory import advice_on_memory
 from hf_rgm.model.processes import Processes
 from hf_rgm.model.row_gradients import cluster_gradients, measure_rows
 from hf_rgm.model.row_reader import CachedBatches, DataCollator, RowReader
-from hf_rgm.synset.compatibility import check_runs, row_loss_of, warn_unless_matched
+from hf_rgm.synset.compatibility import check_runs, open_runs, row_loss_of, warn_unless_matched
 from hf_rgm.synset.inputs import input_space
 from hf_rgm.synset.matched_states import StateVectors, matched_states
 from hf_rgm.synset.responses import Responses
@@ -106,10 +106,7 @@ class ReverseGradientMatchingDistiller:
     ) -> None:
         self.config = config or DistillationConfig()
         self._processes = Processes()
-        recorded = [trajectory] if isinstance(trajectory, str | Path | Trajectory) else list(trajectory)
-        if not recorded:
-            raise ValueError("`trajectory` is an empty list. Name at least the run that trained the model.")
-        self.trajectories = tuple(t if isinstance(t, Trajectory) else Trajectory.load(t) for t in recorded)
+        self.trajectories = open_runs(trajectory)
         self.clusters = clusters
         self.disable_tqdm = disable_tqdm
         self.model = FunctionalModel(

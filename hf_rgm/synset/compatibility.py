@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +23,14 @@ logger = logging.getLogger(__name__)
 
 CROSS_ENTROPY_TYPE = "nll"
 """TRL's name for the cross entropy. The plain `Trainer` records no name."""
+
+
+def open_runs(trajectory: str | Path | Trajectory | Sequence[str | Path | Trajectory]) -> tuple[Trajectory, ...]:
+    """Recorded runs, read from their folders where these are given."""
+    runs = [trajectory] if isinstance(trajectory, str | Path | Trajectory) else list(trajectory)
+    if not runs:
+        raise ValueError("`trajectory` is an empty list. Name at least the run that trained the model.")
+    return tuple(run if isinstance(run, Trajectory) else Trajectory.load(run) for run in runs)
 
 
 def check_runs(

@@ -313,4 +313,4 @@ def test_the_gradients_that_are_matched_are_those_of_the_loss_that_was_trained(t
         with pytest.raises(ValueError, match="distilled with a `row_loss` of its own"):
             attributor.attribute(RUN.queries, rows=RUN.train_dataset)
     else:
-        assert attributor.row_loss == RowLoss(label_smoothing=0.3)
+        assert attributor.subject.row_loss == RowLoss(label_smoothing=0.3)
