@@ -7,10 +7,9 @@ from typing import TYPE_CHECKING, Any
 from hf_rgm.files.writing import format_size
 from hf_rgm.hub.artefact import LOCAL, CardOptions
 from hf_rgm.hub.cards import SIGN_CONVENTION, TAGS, fidelity_section, model_name, recorded_model, render
-from hf_rgm.synset.responses_file import RESPONSES_FILE
+from hf_rgm.synset.responses import RESPONSES_FILE, Responses
 
 if TYPE_CHECKING:
-    from hf_rgm.synset.responses import Responses
     from hf_rgm.synset.synset import Synset
 
 

@@ -18,8 +18,7 @@ from hf_rgm.files.reading import WAY_OUT, ArtefactFolder, parsed, with_defaults
 from hf_rgm.files.writing import write_json
 from hf_rgm.model.functional_model import parameters_sha256
 from hf_rgm.synset.matched_states import MatchedState
-from hf_rgm.synset.responses import ResponsesDescription, open_responses
-from hf_rgm.synset.responses_file import RESPONSES_FILE
+from hf_rgm.synset.responses import RESPONSES_FILE, Responses, ResponsesDescription
 from hf_rgm.synset.samples import SyntheticSamples
 from hf_rgm.trajectory.trajectory import Trajectory
 
@@ -166,7 +165,7 @@ def read_synset(folder: ArtefactFolder) -> dict[str, Any]:
         )
     responses = None
     if description.responses is not None:
-        responses = open_responses(
+        responses = Responses.open(
             folder,
             parsed(ResponsesDescription, description.responses, f"`responses` of {source}"),
             num_clusters=clusters.num_clusters,
