@@ -14,7 +14,7 @@ from hf_rgm.files.reading import printable
 from hf_rgm.model.functional_model import FunctionalModel, parameters_sha256
 from hf_rgm.model.losses import LossFunction, RowLoss
 from hf_rgm.model.row_reader import RowReader
-from hf_rgm.synset.inputs import InputSpace
+from hf_rgm.synset.inputs import ContinuousInputs
 from hf_rgm.synset.matched_states import MatchedState
 from hf_rgm.synset.samples import SyntheticSamples
 from hf_rgm.trajectory.trajectory import Trajectory
@@ -88,7 +88,7 @@ def row_loss_of(trajectories: Sequence[Trajectory], reader: RowReader, function:
     return RowLoss(labels_per_row=reader.labels_per_row(), label_smoothing=label_smoothing, function=function)
 
 
-def check_samples(model: FunctionalModel, inputs: InputSpace, samples: SyntheticSamples) -> None:
+def check_samples(model: FunctionalModel, inputs: ContinuousInputs, samples: SyntheticSamples) -> None:
     """Checks samples by trying the model on one of them."""
     # Ids first: on a GPU an id out of range would end the process.
     ids = samples.input_ids

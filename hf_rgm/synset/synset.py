@@ -19,7 +19,7 @@ from hf_rgm.files.writing import staged_folder
 from hf_rgm.hub.artefact import CardOptions, DatasetArtefact
 from hf_rgm.model.functional_model import FunctionalModel, parameters_sha256
 from hf_rgm.synset.card import synset_card
-from hf_rgm.synset.inputs import SoftTokens
+from hf_rgm.synset.inputs import SOFT_TOKENS
 from hf_rgm.synset.matched_states import MatchedState
 from hf_rgm.synset.responses import Responses
 from hf_rgm.synset.samples import SyntheticSamples
@@ -112,7 +112,7 @@ class Synset(DatasetArtefact):
                     f"Synset {name} {tuple(ids.shape)}, {ids.dtype}, do not belong to logits {tuple(learned.shape)}: "
                     "they must be the integers, not negative, that these choose from. Copy or distil it again."
                 )
-        if (self.samples.input_ids is None) == (self.input_name == SoftTokens.name):
+        if (self.samples.input_ids is None) == (self.input_name == SOFT_TOKENS):
             raise ValueError(
                 f"The synset's inputs are `{self.input_name}`, but it holds "
                 f"{'no' if self.samples.input_ids is None else 'its own'} input_ids. Copy or distil it again."

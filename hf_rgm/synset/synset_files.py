@@ -43,14 +43,14 @@ FILES = (
     f"{RUNS_FOLDER}/*/*/*",
 )
 
-LEARNED = ("inputs", "targets", "log_weights")
-INTEGERS = ("input_ids", "target_ids")
+REQUIRED = {"inputs", "targets", "log_weights", "residuals"}
+INTEGERS = {"input_ids", "target_ids"}
 MIN_LABELS_PER_ROW, MAX_LABELS_PER_ROW = 1e-6, 1e9
 
 
 @dataclass
 class SynsetDescription:
-    """What `synset.json` must hold; see [`Synset`]."""
+    """Content of `synset.json`; see [`Synset`]."""
 
     parameters_sha256: str
     input_name: str
@@ -65,7 +65,7 @@ class SynsetDescription:
 
 @dataclass
 class _Privacy:
-    """What the privacy measure must hold; see `hf_rgm.distillation.privacy.measure_privacy`."""
+    """Content of the privacy measure; see `hf_rgm.distillation.privacy.measure_privacy`."""
 
     distance: float
     row_distance: float | None
@@ -81,7 +81,7 @@ class _Privacy:
 
 @dataclass
 class _Metadata:
-    """The metadata that is computed with."""
+    """Metadata that other modules compute with."""
 
     labels_per_row: float = 1.0
     label_smoothing_factor: float = 0.0
@@ -153,10 +153,8 @@ def read_synset(folder: ArtefactFolder) -> dict[str, Any]:
         raise ValueError(
             f"`metadata` of {source} has the tokens of {len(told.tokens)} samples, there are {num_samples}. {WAY_OUT}"
         )
-    # Runs are opened one by one: a wrong number fails at the first that is missing.
-    trajectories = []
-    for run in range(description.num_runs):
-        trajectories.append(Trajectory.load(folder.subfolder(f"{RUNS_FOLDER}/{run}")))
+    # A wrong number of runs fails at the first that is missing.
+    trajectories = [Trajectory.load(folder.subfolder(f"{RUNS_FOLDER}/{run}")) for run in range(description.num_runs)]
     _check_runs(trajectories, clusters, description, source)
     if parameters_sha256(trajectories[0].final.parameters) != description.parameters_sha256:
         raise ValueError(
@@ -190,23 +188,17 @@ def read_synset(folder: ArtefactFolder) -> dict[str, Any]:
 
 def _read_tensors(folder: ArtefactFolder, description: SynsetDescription, num_clusters: int) -> dict[str, Tensor]:
     """Reads all tensors, after every announced shape has been checked."""
-    required, announced = {*LEARNED, "residuals"}, description.tensors
+    announced, num_states = description.tensors, len(description.matched_states)
     source = f"{folder}/{CONFIG_FILE}"
-    if not required <= set(announced) <= required | set(INTEGERS):
+    if not REQUIRED <= set(announced) <= REQUIRED | INTEGERS:
         raise ValueError(f"{source} announces the tensors {sorted(announced)[:10]}, not those of a synset. {WAY_OUT}")
     for name, shape in announced.items():
-        of_clusters = shape[-1:] if name == "residuals" else shape[:1]
-        if len(shape) < 2 or min(shape) < 1 or of_clusters != [num_clusters]:
+        fits = shape == [num_states, num_clusters] if name == "residuals" else shape[:1] == [num_clusters]
+        if not fits or len(shape) < 2 or min(shape) < 1:
             raise ValueError(
-                f"{source} announces {name} of shape {shape[:8]}, but the cluster map has {num_clusters} clusters. "
-                f"The files do not belong together. {WAY_OUT}"
+                f"{source} announces {name} of shape {shape[:8]} for {num_states} matched states and {num_clusters} "
+                f"clusters. The files do not belong together. {WAY_OUT}"
             )
-    if announced["residuals"] != [len(description.matched_states), num_clusters]:
-        raise ValueError(
-            f"{source} announces residuals of shape {announced['residuals'][:8]} for "
-            f"{len(description.matched_states)} matched states and {num_clusters} clusters. The files do not "
-            f"belong together. {WAY_OUT}"
-        )
     with folder.open_tensors(TENSORS_FILE) as file:
         file.check_no_others(announced)
         tensors = {

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.func import grad, vmap
 
 from hf_rgm.model.functional_model import FunctionalModel
-from hf_rgm.synset.inputs import InputSpace
+from hf_rgm.synset.inputs import ContinuousInputs
 from hf_rgm.synset.samples import SyntheticSamples, soft_cross_entropy
 
 logger = logging.getLogger(__name__)
@@ -20,7 +20,7 @@ VECTORIZED_TOLERANCE = 1e-3
 class SynsetGradients:
     """Gradients of clusters' synthetic samples in the trainable parameters, differentiable in the samples."""
 
-    def __init__(self, model: FunctionalModel, inputs: InputSpace) -> None:
+    def __init__(self, model: FunctionalModel, inputs: ContinuousInputs) -> None:
         self.model = model
         self.inputs = inputs
         self._vectorized: bool | None = None
