@@ -91,8 +91,8 @@ class Responses:
             if scales is not None:
                 tensors[f"{SCALES}.{name}"] = scales
         if bool(bad.any()):
-            found = torch.nonzero(bad).flatten().tolist()[:5]
-            clusters = found if cluster_names is None else [printable(cluster_names[k]) for k in found]
+            names = range(len(bad)) if cluster_names is None else [printable(name) for name in cluster_names]
+            clusters = [names[k] for k in torch.nonzero(bad).flatten().tolist()[:5]]
             raise ValueError(
                 f"The deviations of clusters {clusters} are NaN, infinite or too large for {precision}. Follow them "
                 "from a later training step, or keep the synset without responses."

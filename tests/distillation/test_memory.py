@@ -8,20 +8,20 @@ from torch.func import grad, vmap
 
 from hf_rgm import DistillationConfig
 from hf_rgm.distillation.learner import matching_error
-from hf_rgm.distillation.memory_plan import MatchMemory, measure_match, plan_memory
+from hf_rgm.distillation.memory_plan import measure_match, plan_memory
 from hf_rgm.model.functional_model import FunctionalModel
 from hf_rgm.model.peak_memory import HEAP_BLOCK_BYTES, PeakTensors
 from hf_rgm.synset.inputs import ContinuousInputs
 from hf_rgm.synset.synset_gradients import SynsetGradients
 from hf_rgm.testing import tiny_recorded_run, tiny_synset
 
-MATCH = MatchMemory(fixed_bytes=1_000, cluster_bytes=20_000)
+MATCH = (1_000, 20_000)
 SIZES = {"num_parameters": 1_000, "num_states": 4, "num_clusters": 8}
 
 
 def plan(max_bytes, **settings):
     config = DistillationConfig(max_memory=f"{max_bytes // 1_000}KB", sketch_dimension=100, **settings)
-    return plan_memory(config, match=MATCH, **SIZES)
+    return plan_memory(config, match_bytes=MATCH, **SIZES)
 
 
 class TestPeakTensors:
@@ -69,13 +69,13 @@ def test_a_match_is_linear_in_its_clusters():
     """Measured on one and two clusters, it tells what six need."""
     model, synset = FunctionalModel(tiny_recorded_run().model), tiny_synset()
     gradients = SynsetGradients(model, ContinuousInputs(model))
-    told = measure_match(gradients, model.parameters(), synset.samples)
+    fixed, each = measure_match(gradients, model.parameters(), synset.samples)
     leaves = synset.samples.leaves()
     with PeakTensors() as memory:
         synthetic = gradients(model.parameters(), leaves)
         matching_error(synthetic, torch.ones_like(synthetic[0]), torch.ones(())).backward()
-    assert told(6) == pytest.approx(memory.resident_bytes, rel=0.02)
-    assert told.cluster_bytes > 4 * 3 * model.num_parameters
+    assert fixed + 6 * each == pytest.approx(memory.resident_bytes, rel=0.02)
+    assert each > 4 * 3 * model.num_parameters
 
 
 class TestPlan:
@@ -97,12 +97,12 @@ class TestPlan:
 
     def test_reading_a_state_counts_where_matches_are_small(self):
         config = DistillationConfig(max_memory="1MB", cluster_block_size=1, samples_per_cluster=1)
-        small = plan_memory(config, match=MatchMemory(0, 1), **SIZES)
+        small = plan_memory(config, match_bytes=(0, 1), **SIZES)
         assert small.step_bytes == 3 * 4 * 1_000
 
     def test_gradients_of_single_samples_count_where_matches_are_small(self):
         config = DistillationConfig(max_memory="1MB", cluster_block_size=2, samples_per_cluster=5)
-        small = plan_memory(config, match=MatchMemory(0, 1), **SIZES)
+        small = plan_memory(config, match_bytes=(0, 1), **SIZES)
         assert small.step_bytes == (5 + 2) * 4 * 1_000 + 8 * 4 * 2**2 * 5
 
     def test_too_little_is_refused(self):

@@ -16,8 +16,7 @@ from hf_rgm.fidelity.report import FidelityReport
 from hf_rgm.hub import CardOptions, cards
 from hf_rgm.hub.cards import NOT_MEASURED, escaped, fidelity_section
 from hf_rgm.results.result_card import attribution_card
-from hf_rgm.results.unlearned import UnlearnedModel, UnlearningCheck
-from hf_rgm.results.unlearned_card import unlearned_model_card
+from hf_rgm.results.unlearned import UnlearnedModel, UnlearningCheck, unlearned_model_card
 from hf_rgm.synset.card import synset_card
 from hf_rgm.testing import tiny_synset
 
