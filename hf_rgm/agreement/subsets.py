@@ -10,11 +10,6 @@ from numpy.typing import NDArray
 from hf_rgm.clusters.cluster_map import ClusterMap
 
 
-def leave_one_out_masks(num_items: int) -> NDArray[np.bool_]:
-    """Masks that drop one item each: `(num_items, num_items)`, bool."""
-    return ~np.eye(num_items, dtype=bool)
-
-
 def random_masks(num_items: int, num_masks: int, *, keep: float = 0.5, seed: int = 0) -> NDArray[np.bool_]:
     """Different masks `(num_masks, num_items)` that keep a share; more masks begin with the same ones."""
     kept = math.floor(keep * num_items + 1e-9)  # 0.29 * 100 is a little less than 29

@@ -38,9 +38,8 @@ from hf_rgm.synset.compatibility import check_runs, open_runs, row_loss_of, warn
 from hf_rgm.synset.inputs import input_space
 from hf_rgm.synset.matched_states import StateVectors, matched_states
 from hf_rgm.synset.responses import Responses
-from hf_rgm.synset.samples import SyntheticSamples
+from hf_rgm.synset.samples import SynsetGradients, SyntheticSamples
 from hf_rgm.synset.synset import Synset
-from hf_rgm.synset.synset_gradients import SynsetGradients
 from hf_rgm.trajectory.path import states_by_epochs
 from hf_rgm.trajectory.trajectory import Trajectory
 

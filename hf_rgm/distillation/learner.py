@@ -13,8 +13,7 @@ from hf_rgm.distillation.stopping import MatchQuality, SampleProducts, round_len
 from hf_rgm.exceptions import DivergenceError
 from hf_rgm.model.cost_estimates import measured
 from hf_rgm.synset.matched_states import StateVectors
-from hf_rgm.synset.samples import SyntheticSamples
-from hf_rgm.synset.synset_gradients import SynsetGradients
+from hf_rgm.synset.samples import SynsetGradients, SyntheticSamples
 
 DIVERGED_FACTOR = 100.0
 """Growth of the matching error at a state, from its first value or 1, that counts as divergence."""

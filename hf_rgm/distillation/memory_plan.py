@@ -12,8 +12,7 @@ from torch import Tensor
 from hf_rgm.distillation.config import DistillationConfig
 from hf_rgm.distillation.learner import matching_error
 from hf_rgm.model.peak_memory import PeakTensors
-from hf_rgm.synset.samples import SyntheticSamples
-from hf_rgm.synset.synset_gradients import SynsetGradients
+from hf_rgm.synset.samples import SynsetGradients, SyntheticSamples
 
 logger = logging.getLogger(__name__)
 

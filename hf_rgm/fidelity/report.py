@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from hf_rgm.agreement.budget import LDS_CLUSTERS, LDS_ROWS, LEAVE_CLUSTER_OUT, plan_retrainings
 from hf_rgm.agreement.correlations import leave_cluster_out_correlation, linear_datamodeling_score, noise_ceiling
 from hf_rgm.agreement.fidelity_figures import Agreement, FidelityFigures
-from hf_rgm.agreement.subsets import kept_rows, leave_one_out_masks, random_masks
+from hf_rgm.agreement.subsets import kept_rows, random_masks
 from hf_rgm.attribution.attributor import Attributor
 from hf_rgm.clusters.cluster_map import ClusterMap
 from hf_rgm.engines.objectives import Objective, resolve_objective
@@ -208,7 +208,7 @@ def _subset_masks(name: str, count: int, clusters: ClusterMap, seed: int) -> NDA
     """Subsets of a measure: masks `(count, num_clusters)` or, for rows, `(count, num_rows)`, bool."""
     if name == LEAVE_CLUSTER_OUT:
         chosen = np.random.default_rng(seed).permutation(clusters.num_clusters)[:count]
-        return leave_one_out_masks(clusters.num_clusters)[np.sort(chosen)]
+        return ~np.eye(clusters.num_clusters, dtype=bool)[np.sort(chosen)]
     return random_masks(clusters.num_rows if name == LDS_ROWS else clusters.num_clusters, count, seed=seed)
 
 

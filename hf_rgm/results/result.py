@@ -17,8 +17,7 @@ from hf_rgm.files.reading import ArtefactFolder, printable
 from hf_rgm.files.writing import staged_folder
 from hf_rgm.hub.artefact import CardOptions, DatasetArtefact
 from hf_rgm.hub.cards import SIGN_CONVENTION
-from hf_rgm.results.result_card import attribution_card
-from hf_rgm.results.result_files import CONFIG_FILE, FILES, long_form, read_result, write_result
+from hf_rgm.results.result_files import CONFIG_FILE, FILES, attribution_card, long_form, read_result, write_result
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -18,12 +18,11 @@ from hf_rgm.files.reading import ArtefactFolder, printable
 from hf_rgm.files.writing import staged_folder
 from hf_rgm.hub.artefact import CardOptions, DatasetArtefact
 from hf_rgm.model.functional_model import FunctionalModel, parameters_sha256
-from hf_rgm.synset.card import synset_card
 from hf_rgm.synset.inputs import SOFT_TOKENS
 from hf_rgm.synset.matched_states import MatchedState
 from hf_rgm.synset.responses import Responses
 from hf_rgm.synset.samples import SyntheticSamples
-from hf_rgm.synset.synset_files import CONFIG_FILE, FILES, read_synset, with_pictures, write_synset
+from hf_rgm.synset.synset_files import CONFIG_FILE, FILES, read_synset, synset_card, with_pictures, write_synset
 from hf_rgm.trajectory.trajectory import Trajectory
 
 logger = logging.getLogger(__name__)

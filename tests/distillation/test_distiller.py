@@ -21,7 +21,7 @@ from hf_rgm.model.row_reader import CachedBatches, RowReader
 from hf_rgm.recording.callback import TrajectoryCallback
 from hf_rgm.synset.inputs import ContinuousInputs
 from hf_rgm.synset.matched_states import MatchedState
-from hf_rgm.synset.synset_gradients import SynsetGradients
+from hf_rgm.synset.samples import SynsetGradients
 from hf_rgm.testing import TinyConfig, TinyModel, tiny_recorded_run, tiny_synset, tiny_trainer
 from tests.vision import distilled_run, vit
 

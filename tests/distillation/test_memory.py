@@ -12,7 +12,7 @@ from hf_rgm.distillation.memory_plan import measure_match, plan_memory
 from hf_rgm.model.functional_model import FunctionalModel
 from hf_rgm.model.peak_memory import HEAP_BLOCK_BYTES, PeakTensors
 from hf_rgm.synset.inputs import ContinuousInputs
-from hf_rgm.synset.synset_gradients import SynsetGradients
+from hf_rgm.synset.samples import SynsetGradients
 from hf_rgm.testing import tiny_recorded_run, tiny_synset
 
 MATCH = (1_000, 20_000)

@@ -13,9 +13,9 @@ from markdown_it import MarkdownIt
 from hf_rgm import AttributionResult, ClusterMap
 from hf_rgm.files.reading import printable
 from hf_rgm.pages.html import HtmlReport
-from hf_rgm.results.result_card import attribution_card
+from hf_rgm.results.result_files import attribution_card
 from hf_rgm.results.unlearned import UnlearnedModel, unlearned_model_card
-from hf_rgm.synset.card import synset_card
+from hf_rgm.synset.synset_files import synset_card
 from hf_rgm.testing import tiny_recorded_run, tiny_synset
 from tests.hub.hostile.artefacts import is_plain
 
