@@ -131,12 +131,7 @@ class AttributionPipeline(Pipeline):
 
     @property
     def synset(self) -> Synset:
-        """
-        The synset in use.
-
-        Raises:
-            ValueError: If the pipeline works by the training rows, without one.
-        """
+        """The synset in use; raises a `ValueError` if the pipeline works by the training rows, without one."""
         if self.attributor.synset is None:
             raise ValueError(
                 "This pipeline works by the training rows, without a synset. To share what it does, distil one with "

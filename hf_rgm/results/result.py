@@ -149,12 +149,7 @@ class AttributionResult(DatasetArtefact):
         return len(self.cluster_names)
 
     def query_index(self, query: str | int) -> int:
-        """
-        Position of a query given by its id.
-
-        Raises:
-            KeyError: If there is no such query.
-        """
+        """Position of the query with an id; raises a `KeyError` if there is none."""
         query = printable(query) if isinstance(query, str) else query
         if query not in self.query_ids:
             shown = ", ".join(repr(name) for name in self.query_ids[:5]) + ", ..." * (self.num_queries > 5)
@@ -168,7 +163,7 @@ class AttributionResult(DatasetArtefact):
 
     def to_dataset(self, k: int | None = None) -> datasets.Dataset:
         """
-        One line for each query and cluster, the highest score of each query first.
+        A line for each query and cluster, the highest score of each query first.
 
         Args:
             k (`int`, *optional*): Keep only the `k` highest and `k` lowest clusters of each query.
@@ -284,8 +279,8 @@ class AttributionResult(DatasetArtefact):
         names = [f"row {row}" for row in range(len(scores))] if rows else self.cluster_names
         if rows and self.cluster_ids is not None:
             names = [f"row {row} ({self.cluster_names[c]})" for row, c in enumerate(self.cluster_ids)]
-        whose = f"mean over {self.num_queries} queries" if query is None else f"query {query}"
-        return plot_bars(names, scores, k=k, ax=ax, title=title or f"{self.objective}, {whose}")
+        asked = f"mean over {self.num_queries} queries" if query is None else f"query {query}"
+        return plot_bars(names, scores, k=k, ax=ax, title=title or f"{self.objective}, {asked}")
 
     def to_html(
         self,
