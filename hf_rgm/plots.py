@@ -332,7 +332,7 @@ def _one_line(value: Any, length: int = 60) -> str:
 
 
 def _count(what: str, shown: int, total: int, measure: str) -> str:
-    """What is shown, and of how many if not all."""
+    """Axis label that says how many of the total are shown."""
     return what if shown == total else f"{what} (the {shown} of {total} with the largest {measure})"
 
 

@@ -61,7 +61,7 @@ def linear_datamodeling_score(predictions: Array, values: Array, *, seed: int = 
     """
     LDS: mean over queries of the Spearman correlation over subsets, both `(num_queries, num_subsets)`.
 
-    Predictions are sums of the scores of what a subset keeps, or replayed objectives. With few subsets the score is
+    Predictions are sums of the kept clusters' or rows' scores, or replayed objectives. With few subsets the score is
     biased towards 0, as rank correlations of samples are: by about 0.05 with 12 subsets, 0.1 with 5.
 
     Source: Park et al., "TRAK: Attributing Model Behavior at Scale", 2023.

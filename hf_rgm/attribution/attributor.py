@@ -10,8 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from hf_rgm.attribution.answers import completed, from_rows
-from hf_rgm.attribution.estimates import estimate
+from hf_rgm.attribution.answers import completed, estimate, from_rows
 from hf_rgm.attribution.options import passes_options_to
 from hf_rgm.attribution.subject import KnownRuns, subject_of_runs, subject_of_synset
 from hf_rgm.attribution.unlearning import chosen_clusters, engine_without, without_clusters

@@ -237,7 +237,7 @@ class AttributionPipeline(Pipeline):
             token (`str` or `bool`, *optional*): Defaults to that of `hf auth login`.
             revision (`str`, *optional*): Branch of each repository to commit to. Defaults to the main branch.
             create_pr (`bool`, *optional*, defaults to `False`): Open a pull request in each repository.
-            card (`CardOptions`, *optional*): What the cards say besides, such as a licence.
+            card (`CardOptions`, *optional*): Licence, links or another template for the cards.
             options: Those of [`Synset.save_pretrained`], such as `state_precision`.
 
         Returns:

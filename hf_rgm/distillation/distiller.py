@@ -60,7 +60,7 @@ class ReverseGradientMatchingDistiller:
             which agree better with retraining with any seed.
         train_dataset: The training dataset, same rows in the same order.
         clusters (`ClusterMap`): Which row belongs to which cluster.
-        config (`DistillationConfig`, *optional*): Settings. The defaults are meant to be good.
+        config (`DistillationConfig`, *optional*): Settings.
         data_collator (`Callable`, *optional*): The Trainer's. Defaults to `default_data_collator`.
         row_loss (`Callable`, *optional*): Takes logits `(batch_size, *positions, num_labels)` and labels and returns
             the loss of each row, `(batch_size,)`. Needed if the Trainer has its own `compute_loss`, which is not

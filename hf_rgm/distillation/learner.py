@@ -138,18 +138,21 @@ class BlockLearner:
         return self.config.states_per_iteration * measured(lambda: self._match(last, samples)).seconds
 
     def time_settling(self, start: SyntheticSamples) -> float:
-        """Wall time in seconds of what follows a round."""
+        """Wall time in seconds of settling the samples after a round."""
         return measured(lambda: self._settle(start)).seconds
 
     def residuals(self, samples: SyntheticSamples) -> Tensor:
         """Relative squared matching error of each cluster at each state: `(num_states, num_clusters)`."""
-        rows = []
-        for index, real in enumerate(self._targets):
-            parts = [self._synthetic(index, samples[chunk]).detach() for chunk in self._chunks(len(real))]
-            rows.append(cluster_residuals(torch.cat(parts), real))
-            if not torch.isfinite(rows[-1]).all():
-                self._raise_diverged(index, rows[-1])
+        rows = [self._residuals_at(index, samples) for index in range(len(self._states))]
+        for index, row in enumerate(rows):
+            if not torch.isfinite(row).all():
+                self._raise_diverged(index, row)
         return torch.stack(rows)
+
+    @torch.no_grad()
+    def _residuals_at(self, index: int, samples: SyntheticSamples) -> Tensor:
+        parts = [self._synthetic(index, samples[chunk]) for chunk in self._chunks(len(self._names))]
+        return cluster_residuals(torch.cat(parts), self._targets[index])
 
     def _synthetic(self, index: int, samples: SyntheticSamples) -> Tensor:
         """Clusters' synthetic gradients at one state, or their sketches: `(num_clusters, num_parameters)`."""
@@ -157,17 +160,15 @@ class BlockLearner:
 
     def _match(self, index: int, samples: SyntheticSamples) -> float:
         """Matching error at one state; its gradient is added to the samples'."""
-        value, residuals = 0.0, []
+        value = 0.0
         for chunk in self._chunks(len(self._names)):
             synthetic = self._synthetic(index, samples[chunk])
-            real = self._targets[index, chunk]
-            error = matching_error(synthetic, real, self._energies[index])
+            error = matching_error(synthetic, self._targets[index, chunk], self._energies[index])
             error.backward()
             value += error.item()
-            residuals.append(cluster_residuals(synthetic.detach(), real))
         # `not <` also catches NaN.
         if not value < self._bounds.setdefault(index, DIVERGED_FACTOR * max(value, 1.0)):
-            self._raise_diverged(index, torch.cat(residuals))
+            self._raise_diverged(index, self._residuals_at(index, samples))
         return value
 
     def _chunks(self, length: int) -> list[slice]:

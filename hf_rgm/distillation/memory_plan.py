@@ -33,7 +33,7 @@ def measure_match(
     with torch.enable_grad():
         gradients(parameters, samples[torch.zeros(2, dtype=torch.int64)].detach())  # decides how to vectorise
         one, two = match(1), match(2)
-    # What the second cluster adds is what any further one adds.
+    # Every further cluster adds as much as the second.
     return max(0, 2 * one - two), max(0, two - one)
 
 

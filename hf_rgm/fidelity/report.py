@@ -96,11 +96,11 @@ class FidelityReport(FidelityFigures):
         Random halves of the clusters come first, with two seeds from 24 retrainings on; then, from 48 and 72 on,
         single clusters left out and, with `rows=True`, random halves of the rows (see
         [`~hf_rgm.agreement.budget.plan_retrainings`]). Replay engines replay the subset of clusters itself; the
-        adjoint, and every engine for subsets of rows, predicts by the sum of the scores of what is kept. Under
+        adjoint, and every engine for subsets of rows, sums the scores of the kept clusters or rows. Under
         `torchrun` the retrainings are shared among processes, see [`~hf_rgm.fidelity.retraining.retrain`].
 
         Args:
-            attributor (`Attributor`): What to measure.
+            attributor (`Attributor`): The attributor to measure.
             queries: Rows with labels that were not used to choose settings.
             build_trainer (`Callable`): `build_trainer(dataset, seed)` returns a fresh `Trainer` with the recipe of the
                 recorded run.
@@ -113,7 +113,7 @@ class FidelityReport(FidelityFigures):
             engine (`str`, *optional*): As in [`Attributor.attribute`].
             rows (`bool`, *optional*, defaults to `False`): Whether an attributor without rows is given them, so that
                 clusters are scored by their real gradients, and rows too. Otherwise the synset alone is measured.
-            objective (`str` or `Objective`, *optional*, defaults to `"margin"`): What is predicted.
+            objective (`str` or `Objective`, *optional*, defaults to `"margin"`): The objective that is predicted.
             rewind (*optional*): As in [`Attributor.attribute`].
             data_collator (`Callable`, *optional*): Collates queries and rows. Defaults to `default_data_collator`.
             output_dir (`str` or `Path`, *optional*): Keeps finished retrainings, separately for other queries or

@@ -295,7 +295,7 @@ class AttributionResult(DatasetArtefact):
     ) -> Path:
         """
         Writes a self-contained page: the heat map, and the clusters and rows that matter, on average and for some
-        queries, with pictures or texts of what is given.
+        queries, with pictures or texts of the data that is passed.
 
         Args:
             path (`str` or `Path`): The file to write.

@@ -39,7 +39,7 @@ top = load_dataset("{repo_id}", split="train")  # a table"""
 
 @dataclass
 class ResultDescription:
-    """What `attribution.json` must hold; see [`AttributionResult`]."""
+    """Content of `attribution.json`; see [`AttributionResult`]."""
 
     cluster_names: list[str]
     query_ids: list[str | int]
@@ -174,7 +174,7 @@ def long_form(result: AttributionResult, k: int | None = None) -> pd.DataFrame:
 
 
 def _examples(rows: np.ndarray, cluster_score: float, row_scores: np.ndarray | None) -> list[int]:
-    """The rows that most push the way their cluster does; without row scores, its first rows."""
+    """Rows that push most in the direction of their cluster; without row scores, its first rows."""
     if row_scores is not None:
         direction = 1.0 if cluster_score >= 0 else -1.0
         rows = rows[np.argsort(-direction * row_scores[rows], kind="stable")]

@@ -48,7 +48,7 @@ class ResponsesDescription:
 
 @dataclass(frozen=True, eq=False)
 class Responses:
-    """Changes `δ_k` of the trained parameters if cluster `k` is left out, in 8 or 16 bits, in memory or a file."""
+    """Changes `δ_k` of the trained parameters if cluster `k` is left out, in 8 or 16 bits, in memory or in a file."""
 
     precision: str  # "bfloat16", or "int8" with a scale for each cluster and parameter tensor
     rewind_step: int  # the training step they were followed from
@@ -158,7 +158,7 @@ class Responses:
         return decoded
 
     def check(self) -> None:
-        """Compares the whole file with the synset's description; downloads it if it is not at hand."""
+        """Compares the whole file with the synset's description; downloads it first if need be."""
         with self._opened():
             pass
 
