@@ -101,8 +101,7 @@ def _keep(synset: Synset, folder: Path, report: FidelityReport) -> bool:
     from hf_rgm.files.writing import replacing, write_json
     from hf_rgm.hub import CardOptions
     from hf_rgm.hub.repository import CARD
-    from hf_rgm.synset.card import synset_card
-    from hf_rgm.synset.synset_files import CONFIG_FILE
+    from hf_rgm.synset.synset_files import CONFIG_FILE, synset_card
 
     card = folder / CARD
     options = CardOptions(license=RepoCard.load(card).data.get("license")) if card.is_file() else None

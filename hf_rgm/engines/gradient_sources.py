@@ -22,9 +22,8 @@ from hf_rgm.model.padding import batches_by_length
 from hf_rgm.model.processes import Processes
 from hf_rgm.model.row_gradients import cluster_gradients, measure_rows, row_gradients
 from hf_rgm.model.row_reader import CachedBatches, RowReader
-from hf_rgm.synset.inputs import InputSpace
-from hf_rgm.synset.samples import SyntheticSamples, soft_cross_entropies
-from hf_rgm.synset.synset_gradients import SynsetGradients
+from hf_rgm.synset.inputs import ContinuousInputs
+from hf_rgm.synset.samples import SynsetGradients, SyntheticSamples, soft_cross_entropies
 from hf_rgm.trajectory.path import RecordedPath
 from hf_rgm.trajectory.trajectory import Trajectory
 
@@ -45,7 +44,7 @@ class SampleSource:
     """Source of the clusters' training losses, with gradients and curvature: a synset's samples."""
 
     model: FunctionalModel
-    inputs: InputSpace
+    inputs: ContinuousInputs
     samples: SyntheticSamples
 
     def __post_init__(self) -> None:

@@ -12,7 +12,7 @@ from hf_rgm.agreement.fidelity_figures import DESCRIPTIONS, FidelityFigures
 from hf_rgm.pages.exhibit import Exhibit, of_query
 from hf_rgm.pages.html import Card, HtmlReport, Section
 from hf_rgm.pages.shown_rows import shortened
-from hf_rgm.plots.score_plots import plot_heatmap
+from hf_rgm.plots import plot_heatmap
 
 if TYPE_CHECKING:
     from hf_rgm.results.result import AttributionResult

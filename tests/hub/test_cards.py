@@ -14,10 +14,9 @@ from hf_rgm.agreement.fidelity_figures import Agreement
 from hf_rgm.fidelity.report import FidelityReport
 from hf_rgm.hub import CardOptions, cards
 from hf_rgm.hub.cards import NOT_MEASURED, fidelity_section
-from hf_rgm.results.result_card import attribution_card
-from hf_rgm.results.unlearned import UnlearnedModel, UnlearningCheck
-from hf_rgm.results.unlearned_card import unlearned_model_card
-from hf_rgm.synset.card import synset_card
+from hf_rgm.results.result_files import attribution_card
+from hf_rgm.results.unlearned import UnlearnedModel, UnlearningCheck, unlearned_model_card
+from hf_rgm.synset.synset_files import synset_card
 from hf_rgm.testing import tiny_synset
 
 REPORT = FidelityReport(
