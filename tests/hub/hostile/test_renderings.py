@@ -24,10 +24,9 @@ from hf_rgm.files.reading import printable
 from hf_rgm.pages.exhibit import Exhibit
 from hf_rgm.pages.html import Card, HtmlReport
 from hf_rgm.pages.shown_rows import png_of
-from hf_rgm.results.result_card import attribution_card
-from hf_rgm.results.unlearned import UnlearnedModel
-from hf_rgm.results.unlearned_card import unlearned_model_card
-from hf_rgm.synset.card import synset_card
+from hf_rgm.results.result_files import attribution_card
+from hf_rgm.results.unlearned import UnlearnedModel, unlearned_model_card
+from hf_rgm.synset.synset_files import synset_card
 from hf_rgm.testing import tiny_recorded_run, tiny_synset
 from tests.hub.hostile.artefacts import ARTEFACTS, is_plain
 from tests.hub.hostile.edits import set_json
