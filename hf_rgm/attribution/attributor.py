@@ -280,7 +280,7 @@ class Attributor:
         removed = chosen_clusters(clusters, known)
         run = self._runs(rows, data_collator)[0]
         available = self._available(rows)  # rows are for the checks too, whatever the engine takes
-        name = engine or engine_without(removed, known, available, rewind=rewind, whole=run.form.is_whole)
+        name = engine or engine_without(run.exposure.share(removed), available, rewind=rewind, whole=run.form.is_whole)
         chosen = check_engine(name, available=available, replays=True)
         reader = None if queries is None else self._reader(queries, data_collator)
         with self.model.differentiable():

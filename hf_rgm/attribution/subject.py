@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from hf_rgm.model.row_reader import DataCollator, RowReader
 from hf_rgm.synset.compatibility import check_runs, check_samples, open_runs, row_loss_of, warn_unless_matched
 from hf_rgm.synset.inputs import SPACES, input_space
 from hf_rgm.synset.synset import Synset
-from hf_rgm.trajectory.path import states_by_epochs
+from hf_rgm.trajectory.exposure import Exposure
 from hf_rgm.trajectory.trajectory import Trajectory
 
 
@@ -151,19 +151,20 @@ class KnownRuns:
 
     def _run(self, trajectory: Trajectory, reader: RowReader | None) -> RecordedRun:
         subject, rows = self.subject, None
+        exposure = Exposure(trajectory, subject.clusters)
         max_bytes = self.max_bytes // len(subject.trajectories)
         if reader is not None:
             kept = MemoryShares.of(max_bytes, with_rows=True).kept
             source = (subject.model, reader, subject.clusters, subject.row_loss)
-            rows = RowSource(*source, max_bytes=kept, processes=self.processes)
+            rows = RowSource(*source, max_bytes=kept, processes=self.processes, exposure=exposure)
         return RecordedRun(
             subject.model,
             trajectory,
             subject.clusters,
-            samples=subject.samples,
+            samples=None if subject.samples is None else replace(subject.samples, exposure=exposure),
             rows=rows,
             responses=None if subject.synset is None else subject.synset.responses,
-            max_states=states_by_epochs(trajectory),
+            max_states=exposure.max_states,
             max_bytes=max_bytes,
             processes=self.processes,
             disable_tqdm=self.disable_tqdm,

@@ -37,17 +37,15 @@ def chosen_clusters(clusters: Iterable[str | int], known: ClusterMap) -> list[in
 
 
 def engine_without(
-    chosen: list[int],
-    clusters: ClusterMap,
+    share: float,
     available: dict[str, bool],
     *,
     rewind: float | None = None,
     whole: bool = True,
 ) -> str:
-    """Name of the engine nearest to retraining without some clusters; `whole`: the linear engine gives models."""
+    """Name of the engine nearest to retraining without a share of the data; `whole`: the linear one gives models."""
     # Without 2% of the data linearised replay is nearest, and anchored replay may be farther off than the trained
     # model itself. Without half of it anchored replay is nearer, and training on from a recorded state nearest.
-    share = clusters.sizes[chosen].sum() / clusters.num_rows
     linear = default_engine(available, rewind=rewind)
     if share <= MAX_LINEAR_SHARE and (whole or linear != LinearEngine.name):
         return linear

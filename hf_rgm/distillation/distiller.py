@@ -40,7 +40,7 @@ from hf_rgm.synset.matched_states import StateVectors, matched_states
 from hf_rgm.synset.responses import Responses
 from hf_rgm.synset.samples import SynsetGradients, SyntheticSamples
 from hf_rgm.synset.synset import Synset
-from hf_rgm.trajectory.path import states_by_epochs
+from hf_rgm.trajectory.exposure import Exposure
 from hf_rgm.trajectory.trajectory import Trajectory
 
 logger = logging.getLogger(__name__)
@@ -271,6 +271,7 @@ class ReverseGradientMatchingDistiller:
             return None
         states_bytes = 8 * len(trajectory.state_steps) * model.num_parameters
         max_bytes = max(1, self.config.max_bytes - states_bytes)
+        exposure = Exposure(trajectory, self.clusters)
         rows = RowSource(
             model,
             self.reader,
@@ -278,9 +279,15 @@ class ReverseGradientMatchingDistiller:
             self.row_loss,
             max_bytes=MemoryShares.of(max_bytes, with_rows=True).kept,
             processes=self._processes,
+            exposure=exposure,
         )
         # Processes read the rows all together or not at all, and each kept only its own blocks: reuse on one only.
-        if self._processes.count == 1 and sum(part.shape[1] for part in kept) == self.clusters.num_clusters:
+        seen_alike = exposure.of_clusters(trajectory.state_steps) is None
+        if (
+            seen_alike
+            and self._processes.count == 1
+            and sum(part.shape[1] for part in kept) == self.clusters.num_clusters
+        ):
             states = [state.step for state in self.matched_states]
             rows.keep(trajectory, WholeGradients(self.model.space), states, torch.cat(kept, dim=1))
             kept.clear()
@@ -289,7 +296,7 @@ class ReverseGradientMatchingDistiller:
             trajectory,
             self.clusters,
             rows=rows,
-            max_states=states_by_epochs(trajectory),
+            max_states=exposure.max_states,
             max_bytes=max_bytes,
             processes=self._processes,
             disable_tqdm=self.disable_tqdm,

@@ -63,7 +63,8 @@ class Engine(ABC):
     """Whether there are models under any cluster weights."""
     anchored: ClassVar[bool] = True
     """Whether p = 1 gives the trained model, against which others are then compared."""
-    rewind: ClassVar[float]
+    rewind: float
+    """Fraction of training to go back to where nothing is asked for."""
     max_drift: ClassVar[float | None] = None
     """Drift of replays that are trusted; `None` where it is not measured."""
     is_dear: ClassVar[bool] = True
@@ -71,6 +72,9 @@ class Engine(ABC):
 
     def __init__(self, run: RecordedRun) -> None:
         self.run = run
+        self.later_rewinds = LATER_REWINDS
+        if run.exposure.is_ordered:  # rows that were seen before a rewind point would have no effect
+            self.rewind, self.later_rewinds = 0.0, ()
 
     @property
     @abstractmethod
@@ -205,7 +209,7 @@ class _Search:
         tries_first = self._engine.is_dear and self._rewind is None
         positions = self._probes if tries_first and self._probes else self._every
         yield from self._attempt(first, positions)
-        for later in LATER_REWINDS if self._rewind is None else ():
+        for later in self._engine.later_rewinds if self._rewind is None else ():
             if self._best.drift <= self._limit:
                 break
             if later > first:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from hf_rgm.clusters.cluster_map import ClusterMap
@@ -24,6 +25,7 @@ from hf_rgm.model.row_gradients import cluster_gradients, measure_rows, row_grad
 from hf_rgm.model.row_reader import CachedBatches, RowReader
 from hf_rgm.synset.inputs import ContinuousInputs
 from hf_rgm.synset.samples import SynsetGradients, SyntheticSamples, soft_cross_entropies
+from hf_rgm.trajectory.exposure import Exposure
 from hf_rgm.trajectory.path import RecordedPath
 from hf_rgm.trajectory.trajectory import Trajectory
 
@@ -46,8 +48,13 @@ class SampleSource:
     model: FunctionalModel
     inputs: ContinuousInputs
     samples: SyntheticSamples
+    exposure: Exposure | None = None
 
     def __post_init__(self) -> None:
+        total = None if self.exposure is None else self.exposure.total_of_clusters
+        if total is not None:  # samples stand for clusters as if all rows were seen alike
+            weights = torch.from_numpy(total).to(self.samples.log_weights).log()
+            self.samples = replace(self.samples, log_weights=self.samples.log_weights + weights[:, None])
         self._num_clusters, self._per_cluster = self.samples.log_weights.shape[:2]
         self._gradients = SynsetGradients(self.model, self.inputs)
 
@@ -60,7 +67,19 @@ class SampleSource:
 
     def gradients(self, path: RecordedPath, form: GradientForm) -> ClusterGradients:
         """Gradients of the clusters at the recorded states of a path; all processes must call it together."""
-        return lambda state, clusters: self._taken(path.state(state), form, clusters)
+        shares = None if self.exposure is None else self.exposure.of_clusters(path.used_states)
+        if shares is None or self.exposure is None:
+            return lambda state, clusters: self._taken(path.state(state), form, clusters)
+        total = self.exposure.total_of_clusters
+        shares = {
+            state: own if total is None else own / np.where(total > 0, total, 1) for state, own in shares.items()
+        }
+
+        def gradients(state: int, clusters: range) -> Tensor:
+            found = self._taken(path.state(state), form, clusters)
+            return found * torch.from_numpy(shares[state][clusters.start : clusters.stop]).to(found)[:, None]
+
+        return gradients
 
     @torch.no_grad()
     def losses(self, vector: Tensor) -> Tensor:
@@ -118,6 +137,7 @@ class RowSource:
     row_loss: RowLoss
     max_bytes: int = field(kw_only=True)  # for what is kept: gradients, or collated batches
     processes: Processes = field(kw_only=True)
+    exposure: Exposure | None = field(default=None, kw_only=True)
     _kept: _Kept | None = field(default=None, init=False)
 
     @functools.cached_property
@@ -128,6 +148,9 @@ class RowSource:
         rows = order[np.linspace(0, len(ids), min(MAX_CANDIDATES, len(ids)), endpoint=False).astype(int)]
         inputs, labels = self.reader.batch(rows)
         weights = (labels != IGNORED_LABEL).float() * (1 / (len(rows) * self.row_loss.labels_per_row))
+        total = None if self.exposure is None else self.exposure.total_of_rows
+        if total is not None:
+            weights *= torch.from_numpy(total[rows]).to(weights).reshape(-1, *[1] * (weights.dim() - 1))
         return WeightedInputs(inputs, weights, torch.from_numpy(ids[rows]).to(labels.device, torch.int64))
 
     def gradients(self, path: RecordedPath, form: GradientForm) -> ClusterGradients:
@@ -137,14 +160,18 @@ class RowSource:
             return self._kept.gradients
         if self.keeps_rows(form, len(states)):
             sums = torch.zeros(len(states), self.clusters.num_clusters, form.length, device=self.model.device)
-            rows = {state: self._every_row(path.state(state), form, sums[i]) for i, state in enumerate(states)}
+            weights = self.weights(path)
+            rows = {
+                state: self._every_row(path.state(state), form, sums[i], weights.get(state))
+                for i, state in enumerate(states)
+            }
             self._kept = _Kept(path.trajectory, form, states, sums, rows)
             return self._kept.gradients
         if not self._keeps_clusters(form, len(states)):
             return self.gradients_as_asked(path, form)
-        batches, vectors = self._by_cluster(0), [path.state(state) for state in states]
+        batches = self._by_cluster(0)
         parts = self.processes.parts(len(batches), at_most=len(batches))
-        found = self.processes.map(lambda part: self._taken(vectors, form, batches, part).cpu(), parts)
+        found = self.processes.map(lambda part: self._taken(path, states, form, batches, part).cpu(), parts)
         self.keep(path.trajectory, form, states, torch.cat(found, dim=1).to(self.model.device))
         return self.gradients(path, form)
 
@@ -154,7 +181,18 @@ class RowSource:
         if self._kept is not None and self._kept.serves(path.trajectory, form, states):
             return self._kept.gradients
         batches = self._by_cluster(self.max_bytes)
-        return lambda state, clusters: self._taken([path.state(state)], form, batches, clusters)[0]
+        return lambda state, clusters: self._taken(path, [state], form, batches, clusters)[0]
+
+    @property
+    def seen(self) -> NDArray[np.bool_]:
+        """Whether training saw each row, `(num_rows,)`."""
+        total = None if self.exposure is None else self.exposure.total_of_rows
+        return np.ones(len(self.reader), dtype=bool) if total is None else total > 0
+
+    def weights(self, path: RecordedPath) -> dict[int, Tensor]:
+        """Exposures of the rows by recorded state, `(num_rows,)`; none if all are 1."""
+        found = None if self.exposure is None else self.exposure.of_rows(path.used_states)
+        return {state: torch.from_numpy(own).to(self.model.device) for state, own in (found or {}).items()}
 
     def unknown_sums(self, trajectory: Trajectory, form: GradientForm, states: list[int]) -> dict[int, Tensor]:
         """Zeros `(num_clusters, length)` by state, to add rows' gradients to; none if they are known or do not fit."""
@@ -230,18 +268,26 @@ class RowSource:
         return CachedBatches(self.reader, groups, batch_size=ROWS_AT_ONCE, max_bytes=max_bytes)
 
     @torch.enable_grad()
-    def _taken(self, vectors: list[Tensor], form: GradientForm, batches: CachedBatches, clusters: range) -> Tensor:
-        """Gradients of some clusters at several states, `(len(vectors), len(clusters), length)`."""
-        return cluster_gradients(self.model, vectors, batches, clusters, len(self.reader), self.row_loss, form=form)
+    def _taken(
+        self, path: RecordedPath, states: list[int], form: GradientForm, batches: CachedBatches, clusters: range
+    ) -> Tensor:
+        """Gradients of some clusters at several states, `(len(states), len(clusters), length)`."""
+        weights, vectors = self.weights(path), [path.state(state) for state in states]
+        return cluster_gradients(
+            *(self.model, vectors, batches, clusters, len(self.reader), self.row_loss),
+            form=form,
+            row_weights=torch.stack([weights[state] for state in states]) if weights else None,
+        )
 
-    def _every_row(self, vector: Tensor, form: GradientForm, sums: Tensor) -> Tensor:
+    def _every_row(self, vector: Tensor, form: GradientForm, sums: Tensor, weights: Tensor | None) -> Tensor:
         """Sketches of all rows, `(num_rows, length)`, bfloat16; adds them to `sums`, `(num_clusters, length)`."""
         named, num_rows = form.named(vector), len(self.reader)
         rows = torch.empty(num_rows, form.length, dtype=torch.bfloat16, device=self.model.device)
         for part, inputs, labels in self.batches(range(num_rows), form, self.max_bytes):
             row = int(part)  # sketches are computed one by one
             gradient = row_gradients(self.model, named, inputs, labels, self.row_loss, form)[0]
-            sums[int(self.clusters.cluster_ids[row])] += gradient / num_rows
+            weight = 1.0 if weights is None else float(weights[row])
+            sums[int(self.clusters.cluster_ids[row])] += gradient * (weight / num_rows)
             rows[row] = gradient.bfloat16()
         return rows
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from hf_rgm.engines.engine import LATER_REWINDS, Engine, Outcome, probed
+from hf_rgm.engines.engine import Engine, Outcome, probed
 from hf_rgm.engines.gradient_form import GradientForm
 from hf_rgm.engines.gradient_sources import ClusterGradients, force
 from hf_rgm.engines.objectives import Objective
@@ -178,7 +178,7 @@ class LinearEngine(Engine):
                 return float("inf")
 
         found: dict[float, float] = {}
-        for rewind in (self.rewind, *LATER_REWINDS):
+        for rewind in (self.rewind, *self.later_rewinds):
             # Only the probes change: the gradients of many other clusters wait until it is known where from.
             gradients = self.gradients(rewind, of_few=num_clusters > 2 * len(singles))
             # One process decides: the last bits of the others may differ.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, field
 from typing import TypeVar
 
 import torch
@@ -21,6 +21,7 @@ from hf_rgm.model.cost_estimates import PieceOfWork, measured
 from hf_rgm.model.functional_model import FunctionalModel
 from hf_rgm.model.processes import Processes
 from hf_rgm.synset.responses import Responses
+from hf_rgm.trajectory.exposure import Exposure
 from hf_rgm.trajectory.path import RecordedPath
 from hf_rgm.trajectory.states import TrajectoryState
 from hf_rgm.trajectory.trajectory import Trajectory
@@ -53,12 +54,14 @@ class RecordedRun:
     samples: SampleSource | None = None
     rows: RowSource | None = None
     responses: Responses | None = None
+    exposure: Exposure = field(init=False)
     max_states: int | None = None  # recorded states in use; all by default
     max_bytes: int  # for engines, beside the recorded states
     processes: Processes
     disable_tqdm: bool
 
     def __post_init__(self) -> None:
+        self.exposure = Exposure(self.trajectory, self.clusters)
         self.disable_tqdm = self.disable_tqdm or not self.processes.shows_progress
         self._paths: dict[tuple[float, int], RecordedPath] = {}
         self._curvature: dict[int, CurvatureRows] = {}

@@ -171,24 +171,26 @@ def row_scores(
     num_rows, clusters = len(source.reader), torch.tensor(source.clusters.cluster_ids).to(run.model.device)
     result = torch.zeros(len(next(iter(directions.values()))), len(rows), device=run.model.device)
     # 1/n times the sum over segments of <u, grad of the row's loss>, from kept sketches where there are any.
-    missing = {}
+    missing, weights = {}, source.weights(path)
     for state, direction in directions.items():
         kept = source.kept_rows(path, form, state)
         if kept is None:
             missing[state] = direction
         else:
-            result += direction @ kept[rows.start : rows.stop].float().T / num_rows
+            own = weights[state][rows.start : rows.stop] if weights else 1.0
+            result += direction @ kept[rows.start : rows.stop].float().T * (own / num_rows)
     for part, inputs, labels in source.batches(rows, form, run.shares.gradients // 3) if missing else ():
         for state, direction in missing.items():
             named = form.named(path.state(state))
+            own = weights[state][rows.start + part] if weights else torch.ones_like(part, dtype=torch.float32)
             if sums:
                 gradients = row_gradients(run.model, named, inputs, labels, source.row_loss, form)
-                sums[state].index_add_(0, clusters[rows.start + part], gradients, alpha=1 / num_rows)
                 change = direction @ gradients.T
+                sums[state].index_add_(0, clusters[rows.start + part], gradients * own[:, None], alpha=1 / num_rows)
             else:
                 sketch = None if form.is_whole else form  # whole directions may go in forward mode
                 change = row_derivatives(run.model, named, direction, inputs, labels, source.row_loss, sketch)
-            result[:, part] += change / num_rows
+            result[:, part] += change * (own / num_rows)
     return result
 
 

@@ -48,12 +48,13 @@ class TrainingOnEngine(ContinuingEngine):
     def _trained_on(self, mask: Tensor, start: int) -> Tensor:
         """Final parameters `(1, num_parameters)` under one mask, `(num_clusters,)`."""
         weights = mask[torch.tensor(self.run.clusters.cluster_ids, device=mask.device, dtype=torch.int64)]
-        kept = np.flatnonzero(weights.cpu().numpy() > 0)
+        seen = given(self.run.rows, "the training rows").seen
+        kept = np.flatnonzero((weights.cpu().numpy() > 0) & seen)
         # Weights are relative to the whole training set: without a tenth of it, gradients are a tenth smaller.
-        weights = weights * (len(kept) / len(weights))
+        weights = weights * (len(kept) / int(seen.sum()))
         max_norm = float(self.run.trajectory.metadata.get("max_grad_norm") or 0.0)
         # If nothing is kept all weights are 0, and any batches will do.
-        batches = _batches(kept if len(kept) else np.arange(len(weights)), self._rows_per_step)
+        batches = _batches(kept if len(kept) else np.flatnonzero(seen), self._rows_per_step)
 
         def clipped(_: int, current: Tensor) -> Tensor:
             batch = next(batches)

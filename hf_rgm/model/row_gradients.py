@@ -32,26 +32,34 @@ def cluster_gradients(
     row_loss: RowLoss = CROSS_ENTROPY,
     *,
     form: ToVector | None = None,
+    row_weights: Tensor | None = None,
 ) -> Tensor:
-    """Gradient of each cluster's part of the training loss at each state: `(num_states, num_clusters, length)`."""
+    """
+    Gradient of each cluster's part of the training loss at each state: `(num_states, num_clusters, length)`.
+
+    Rows count by `row_weights`, `(num_states, num_rows)`, if there are any.
+    """
     # `G_k(theta) = (1 / num_rows) * sum over rows i of cluster k of grad loss_i(theta)`, one backward pass per batch.
     make = form or model.space.flatten
 
-    def gradient(state: Tensor, inputs: dict[str, Tensor], labels: Tensor) -> Tensor:
+    def gradient(state: Tensor, inputs: dict[str, Tensor], labels: Tensor, weights: Tensor | float) -> Tensor:
         named = model.space.unflatten(state)
         parameters = {name: value.detach().requires_grad_() for name, value in named.items()}
         logits = model.logits(parameters, inputs)
         check_labels(logits, labels)
-        loss = row_loss(logits, labels).sum() / num_rows
+        loss = (row_loss(logits, labels) * weights).sum() / num_rows
         gradients = torch.autograd.grad(loss, list(parameters.values()), materialize_grads=True)
         return make(dict(zip(parameters, gradients, strict=True)))
 
     result = None
     for position, cluster in enumerate(clusters):
+        rows = torch.tensor(batches.rows(cluster))
         for collated, all_labels in batches.group(cluster):  # each batch is collated once for all states
-            for _, inputs, labels in batches_by_length(model, collated, all_labels, ROWS_AT_ONCE):
+            own, rows = rows[: len(all_labels)], rows[len(all_labels) :]
+            for part, inputs, labels in batches_by_length(model, collated, all_labels, ROWS_AT_ONCE):
                 for index, state in enumerate(states):
-                    kept = gradient(state, inputs, labels)
+                    weights = 1.0 if row_weights is None else row_weights[index, own[part.cpu()]]
+                    kept = gradient(state, inputs, labels, weights)
                     if result is None:  # in place from the start: stacking at the end would double the memory
                         result = kept.new_zeros(len(states), len(clusters), len(kept))
                     result[index, position] += kept

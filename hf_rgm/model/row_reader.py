@@ -185,6 +185,10 @@ class CachedBatches:
     def __len__(self) -> int:
         return len(self._groups)
 
+    def rows(self, index: int) -> np.ndarray:
+        """Row numbers of one group, in the order of its batches."""
+        return np.asarray(self._groups[index])
+
     def num_rows(self, index: int) -> int:
         return len(self._groups[index])
 

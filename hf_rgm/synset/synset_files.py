@@ -22,6 +22,7 @@ from hf_rgm.model.functional_model import parameters_sha256
 from hf_rgm.synset.matched_states import MatchedState
 from hf_rgm.synset.responses import RESPONSES_FILE, Responses, ResponsesDescription
 from hf_rgm.synset.samples import SyntheticSamples
+from hf_rgm.trajectory.exposure import Exposure
 from hf_rgm.trajectory.trajectory import Trajectory
 
 if TYPE_CHECKING:
@@ -111,7 +112,9 @@ def write_synset(synset: Synset, folder: Path, card: str, *, samples: Any, state
     synset.clusters.save(folder / CLUSTERS_FOLDER)
     (folder / RUNS_FOLDER).mkdir()
     for run, trajectory in enumerate(synset.trajectories):
-        trajectory.without_rows().save(folder / RUNS_FOLDER / str(run), precision=state_precision)
+        shared = trajectory.without_rows()
+        shared.metadata |= Exposure(trajectory, synset.clusters).description(trajectory.state_steps)
+        shared.save(folder / RUNS_FOLDER / str(run), precision=state_precision)
     if synset.responses is not None:
         synset.responses.write(folder / RESPONSES_FILE, synset.parameters_sha256)
     write_json(

@@ -107,6 +107,11 @@ class RecordedPath:
         self._second_moments: dict[int, Tensor] = {} if like is None else like._second_moments
 
     @property
+    def used_states(self) -> list[int]:
+        """Recorded steps whose gradients and curvature stand for those near them."""
+        return self._states.tolist()
+
+    @property
     def is_adaptive(self) -> bool:
         return self.trajectory.optimizer.name != "sgd"
 
