@@ -13,8 +13,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_utils import SaveStrategy
 
 from hf_rgm.files.writing import format_size
-from hf_rgm.recording.capture import PendingStep, as_table, same_parameters
-from hf_rgm.recording.description import loss_scaler
+from hf_rgm.recording.capture import as_table, same_parameters
 from hf_rgm.recording.process_group import check_same, failing_together
 from hf_rgm.recording.recording import TrajectoryRecorder
 from hf_rgm.recording.training_run import OngoingRun, checkpoint_step
@@ -116,7 +115,7 @@ class TrajectoryCallback(TrainerCallback):
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
         """Checks that the run can be recorded, opens the folder and records the first state."""
         if self._active is not None:
-            self._active.norms.remove()
+            self._active.remove_hooks()
             self._active = None
         self._seconds = 0.0
         with self._timed():
@@ -126,7 +125,7 @@ class TrajectoryCallback(TrainerCallback):
                 check_same(run.description | {"global_step": state.global_step}, args.world_size)
                 self._begin(run, state)
             except BaseException:
-                run.norms.remove()
+                run.remove_hooks()
                 self._active = None
                 raise
 
@@ -152,20 +151,15 @@ class TrajectoryCallback(TrainerCallback):
         with self._timed():
             self._run.batches = self._run.schedule.next_update()
 
-    def on_pre_optimizer_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
-        """Notes learning rates and gradient norms."""
-        with self._timed():  # gradients are clipped now, and the scheduler has not moved on yet
-            run = self._run
-            learning_rates = [float(group["lr"]) for group in run.optimizer.param_groups]
-            scaler = loss_scaler(kwargs["optimizer"])
-            # Asking for the scale waits for the device, as the scaler itself does in most updates.
-            scale = scaler.get_scale() if scaler is not None and args.max_grad_norm else 1.0
-            measured = run.norms.measure(scale)
-            run.steps.append(PendingStep(learning_rates, *measured, batches=run.batches, scaled=scaler is not None))
-
     def on_optimizer_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
-        """Notes whether the optimizer skipped the update."""
-        self._run.steps[-1].skipped = bool(getattr(kwargs["optimizer"], "step_was_skipped", False))
+        """Notes whether the optimizer skipped the update, and checks those before it."""
+        with self._timed():
+            run = self._run
+            skipped = bool(getattr(kwargs["optimizer"], "step_was_skipped", False))
+            run.watch.end_update(skipped=skipped)
+            run.steps[-1].skipped = skipped
+            if run.num_processes == 1:
+                run.watch.settle(now=False)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
         """Records the state if it is due, and all steps before a checkpoint is written."""
@@ -211,8 +205,10 @@ class TrajectoryCallback(TrainerCallback):
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
         """Records the last state, closes the folder and logs what recording cost."""
         run = self._run
-        run.norms.remove()
+        run.remove_hooks()
         with failing_together(args.world_size), self._timed():
+            if not args.load_best_model_at_end:
+                run.watch.compare_parameters()
             self._write_steps(wait=True)
         with failing_together(args.world_size):
             with self._timed():
@@ -232,7 +228,7 @@ class TrajectoryCallback(TrainerCallback):
                 final_step = state.global_step
                 self._recorder.write_state(captured, exact=True)
             self._recorder.writer.drain()
-        recording, training = self._seconds + run.norms.seconds, time.perf_counter() - run.started
+        recording, training = self._seconds + run.norms.seconds + run.watch.seconds, time.perf_counter() - run.started
         cost = {"recording_seconds": recording, "training_seconds": training}
         self._recorder.finish(final_step, cost, stopped_early=state.global_step < state.max_steps)
         self._summary = (
@@ -264,6 +260,7 @@ class TrajectoryCallback(TrainerCallback):
 
     def _write_steps(self, *, wait: bool) -> None:
         run = self._run
+        run.watch.settle()
         if run.is_main:
             if run.steps:
                 self._recorder.write_steps(run.next_step, as_table(run.steps))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import cast
 
 import torch
@@ -13,11 +13,13 @@ from accelerate.utils import reduce
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from hf_rgm.model.sharding import whole
+from hf_rgm.model.sharding import local, whole
 
 SAMPLE_SIZE = 2**14
 """Elements of the gradient that processes average to find the clipping factor."""
 UNCLIPPED_MARGIN = 1e-5
+ALTERED_MARGIN, SHARED_MARGIN = 1e-5, 2e-2
+"""Deviations from one factor for all gradients, relative to their norms, that are rounding: exact, or of averages."""
 
 
 class GradientNorms:
@@ -38,45 +40,76 @@ class GradientNorms:
     ) -> None:
         self._parameters = dict(parameters)
         self._before: dict[str, Tensor] = {}
+        self._rows: dict[str, Tensor] = {}  # sums of the gradients' first rows, which know signs
         self._max_norm = max_norm
         self._shared = num_processes > 1 and not is_sharded
         self._stride = math.ceil(sum(p.numel() for p in self._parameters.values()) / SAMPLE_SIZE)
         self.seconds = 0.0
-        self._handles: list[RemovableHandle] = []
-        if max_norm:
-            for name, parameter in self._parameters.items():
-                keep = functools.partial(self._keep, name)
-                self._handles.append(parameter.register_post_accumulate_grad_hook(keep))
+        self._handles: list[RemovableHandle] = [
+            parameter.register_post_accumulate_grad_hook(functools.partial(self._keep, name))
+            for name, parameter in self._parameters.items()
+        ]
 
     def _keep(self, name: str, parameter: Tensor) -> None:
         start = time.perf_counter()
         if parameter.grad is not None:
-            self._before[name] = self._sample(parameter, copy=True) if self._shared else _norm(parameter.grad)
+            if self._shared:
+                self._before[name] = self._sample(parameter, copy=True)
+            else:
+                self._before[name], self._rows[name] = _norm(parameter.grad), _first_row(parameter.grad)
         self.seconds += time.perf_counter() - start
 
-    def measure(self, loss_scale: float = 1.0) -> tuple[Tensor, Tensor]:
-        """Norm before clipping and factor of clipping, each `()`; call it between clipping and the optimizer step."""
+    @staticmethod
+    def is_own(hook: object) -> bool:
+        """Whether a hook of a parameter is one of these."""
+        return isinstance(hook, functools.partial) and isinstance(getattr(hook.func, "__self__", None), GradientNorms)
+
+    def measure(self, loss_scale: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
+        """Norm before clipping, factor of clipping, and whether gradients changed otherwise, each `()`; then forgets."""
         gradients = {name: p.grad for name, p in self._parameters.items() if p.grad is not None}
         after = _total([_norm(gradient) for gradient in gradients.values()])
         one = torch.ones_like(after)
-        if not self._max_norm:
-            return after, one
         if self._shared:
-            factor = self._sampled_factor(loss_scale).to(after.device)
+            factor, altered = self._sampled_factor(loss_scale)
             # Averages may differ in their last bits without clipping.
-            factor = torch.where(after < self._max_norm * (1 - UNCLIPPED_MARGIN), one, factor.clamp(max=1))
-            return after / factor, factor
-        before = _total([self._before[name] for name in gradients if name in self._before]) / loss_scale
+            unclipped = after < self._max_norm * (1 - UNCLIPPED_MARGIN) if self._max_norm else one.bool()
+            factor = torch.where(unclipped, one, factor.to(after.device).clamp(max=1))
+            found = after / factor, factor, altered
+        else:
+            scaled = _total([self._before[name] for name in gradients if name in self._before])
+            before = scaled / loss_scale
+            # Fused optimizers may undo the scaling of the loss themselves, later.
+            factor = torch.where((after == before) | (after == scaled), one, after / before)
+            found = before, factor, self._altered(gradients, torch.where(scaled == 0, one, after / scaled))
         self._before.clear()
-        return before, torch.where(after == before, one, after / before)
+        self._rows.clear()
+        return found
 
-    def _sampled_factor(self, loss_scale: float) -> Tensor:
-        """Factor of clipping, from samples of the gradient averaged over processes."""
+    def _altered(self, gradients: Mapping[str, Tensor], factor: Tensor) -> Tensor:
+        """Whether the gradients are not those of the backward pass times one factor."""
+        if gradients.keys() != self._before.keys():
+            return torch.ones_like(factor, dtype=torch.bool)
+        if not gradients:
+            return torch.zeros_like(factor, dtype=torch.bool)
+
+        def column(values: Iterable[Tensor]) -> Tensor:
+            return torch.stack([local(value).to(factor.device) for value in values])
+
+        norms = column(self._before[name] for name in gradients) * factor
+        now, rows = column(map(_norm, gradients.values())), column(map(_first_row, gradients.values()))
+        rounding = max(torch.finfo(gradient.dtype).eps for gradient in gradients.values())
+        allowed = max(ALTERED_MARGIN, 4 * rounding) * (norms + ALTERED_MARGIN * torch.linalg.vector_norm(norms))
+        turned = (rows - column(self._rows[name] for name in gradients) * factor).abs() > allowed
+        return (((now - norms).abs() > allowed) | turned).any()
+
+    def _sampled_factor(self, loss_scale: float) -> tuple[Tensor, Tensor]:
+        """Factor of clipping, from samples of the gradient averaged over processes, and whether there is no such."""
         own = [self._before.get(name, self._nothing(p)) for name, p in self._parameters.items()]
-        self._before.clear()
-        averaged = cast(Tensor, reduce(torch.cat(own), reduction="mean"))
+        averaged = cast(Tensor, reduce(torch.cat(own), reduction="mean")) / loss_scale
         clipped = torch.cat([self._sample(p) for p in self._parameters.values()])
-        return torch.linalg.vector_norm(clipped) / (torch.linalg.vector_norm(averaged) / loss_scale)
+        norm = torch.linalg.vector_norm(clipped)
+        factor = norm / torch.linalg.vector_norm(averaged)
+        return factor, torch.linalg.vector_norm(clipped - factor * averaged) > SHARED_MARGIN * norm
 
     def _sample(self, parameter: Tensor, *, copy: bool = False) -> Tensor:
         gradient = parameter.grad
@@ -92,11 +125,20 @@ class GradientNorms:
             handle.remove()
         self._handles.clear()
         self._before.clear()
+        self._rows.clear()
 
 
 def _norm(gradient: Tensor) -> Tensor:
     values = gradient.coalesce().values() if gradient.is_sparse else gradient
     return torch.linalg.vector_norm(values.detach(), dtype=torch.float32)
+
+
+def _first_row(gradient: Tensor) -> Tensor:
+    """Sum of the first row of a gradient, `()`, float32; 0 of a sparse one."""
+    own = local(gradient.detach())
+    if own.is_sparse:
+        return torch.zeros((), device=own.device)
+    return (own[:1] if own.dim() else own).sum(dtype=torch.float32)
 
 
 def _total(norms: list[Tensor]) -> Tensor:

@@ -15,8 +15,9 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from hf_rgm.model.sharding import is_sharded, named_parameters
 from hf_rgm.recording.batches import RowSchedule
 from hf_rgm.recording.capture import PendingStep, capture_state, optimizer_updates
-from hf_rgm.recording.description import check_supported, describe_run, fingerprint_columns, inner_optimizer
+from hf_rgm.recording.description import check_supported, describe_run, fingerprint_columns, inner_optimizer, loss_scaler
 from hf_rgm.recording.gradient_norms import GradientNorms
+from hf_rgm.recording.training_watch import TrainingWatch
 from hf_rgm.trajectory.fingerprint import dataset_fingerprint
 from hf_rgm.trajectory.optimizers import OptimizerRule
 from hf_rgm.trajectory.states import TrajectoryState
@@ -69,8 +70,26 @@ class OngoingRun:
             is_sharded=self.is_sharded,
         )
         self.batches: list[np.ndarray] = []  # rows of the current update
+        self._scaler = loss_scaler(optimizer)
         self.steps: list[PendingStep] = []  # not written yet, the first of them `next_step`
         self.next_step = state.global_step
+        self.watch = TrainingWatch(
+            model, self.optimizer, self.rule, first_step=state.global_step, note_update=self._note_update
+        )
+
+    def _note_update(self) -> torch.Tensor:
+        """Notes the update that the optimizer is about to make; whether its gradients are not the recorded ones."""
+        learning_rates = [float(group["lr"]) for group in self.optimizer.param_groups]
+        # Asking for the scale waits for the device, as the scaler itself does in most updates.
+        scale = self._scaler.get_scale() if self._scaler is not None else 1.0
+        norm, factor, altered = self.norms.measure(scale)
+        scaled = self._scaler is not None
+        self.steps.append(PendingStep(learning_rates, norm, factor, batches=self.batches, scaled=scaled))
+        return altered
+
+    def remove_hooks(self) -> None:
+        self.norms.remove()
+        self.watch.remove()
 
     def captured(self, step: int) -> TrajectoryState | None:
         """The current state, on the main process; where the model is split, all processes must call this."""
