@@ -40,9 +40,12 @@ class GradientNorms:
     ) -> None:
         self._parameters = dict(parameters)
         self._before: dict[str, Tensor] = {}
-        self._rows: dict[str, Tensor] = {}  # sums of the gradients' first rows, which know signs
+        self._turn = 0  # of the parameter whose gradient's sign is looked at, another one in every update
+        self._row: Tensor | None = None  # sum of its first row
         self._max_norm = max_norm
         self._shared = num_processes > 1 and not is_sharded
+        self._list = list(self._parameters.values())
+        self._rounding = max(ALTERED_MARGIN, *(4 * torch.finfo(p.dtype).eps for p in self._list))
         self._stride = math.ceil(sum(p.numel() for p in self._parameters.values()) / SAMPLE_SIZE)
         self.seconds = 0.0
         self._handles: list[RemovableHandle] = [
@@ -56,7 +59,9 @@ class GradientNorms:
             if self._shared:
                 self._before[name] = self._sample(parameter, copy=True)
             else:
-                self._before[name], self._rows[name] = _norm(parameter.grad), _first_row(parameter.grad)
+                self._before[name] = _norm(parameter.grad)
+                if parameter is self._watched:
+                    self._row = _first_row(parameter.grad)
         self.seconds += time.perf_counter() - start
 
     @staticmethod
@@ -67,7 +72,8 @@ class GradientNorms:
     def measure(self, loss_scale: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
         """Norm before clipping, factor of clipping, and whether gradients changed otherwise, each `()`; then forgets."""
         gradients = {name: p.grad for name, p in self._parameters.items() if p.grad is not None}
-        after = _total([_norm(gradient) for gradient in gradients.values()])
+        norms = _stacked(map(_norm, gradients.values()))
+        after = torch.linalg.vector_norm(norms)
         one = torch.ones_like(after)
         if self._shared:
             factor, altered = self._sampled_factor(loss_scale)
@@ -75,32 +81,32 @@ class GradientNorms:
             unclipped = after < self._max_norm * (1 - UNCLIPPED_MARGIN) if self._max_norm else one.bool()
             factor = torch.where(unclipped, one, factor.to(after.device).clamp(max=1))
             found = after / factor, factor, altered
+        elif gradients.keys() != self._before.keys():
+            found = after, one, one.bool()
         else:
-            scaled = _total([self._before[name] for name in gradients if name in self._before])
+            own = _stacked(self._before[name] for name in gradients)
+            scaled = torch.linalg.vector_norm(own)
             before = scaled / loss_scale
             # Fused optimizers may undo the scaling of the loss themselves, later.
             factor = torch.where((after == before) | (after == scaled), one, after / before)
-            found = before, factor, self._altered(gradients, torch.where(scaled == 0, one, after / scaled))
+            found = before, factor, self._altered(norms, own, torch.where(scaled == 0, one, after / scaled))
         self._before.clear()
-        self._rows.clear()
+        self._row, self._turn = None, self._turn + 1
         return found
 
-    def _altered(self, gradients: Mapping[str, Tensor], factor: Tensor) -> Tensor:
-        """Whether the gradients are not those of the backward pass times one factor."""
-        if gradients.keys() != self._before.keys():
-            return torch.ones_like(factor, dtype=torch.bool)
-        if not gradients:
-            return torch.zeros_like(factor, dtype=torch.bool)
+    @property
+    def _watched(self) -> torch.nn.Parameter:
+        return self._list[self._turn % len(self._list)]
 
-        def column(values: Iterable[Tensor]) -> Tensor:
-            return torch.stack([local(value).to(factor.device) for value in values])
-
-        norms = column(self._before[name] for name in gradients) * factor
-        now, rows = column(map(_norm, gradients.values())), column(map(_first_row, gradients.values()))
-        rounding = max(torch.finfo(gradient.dtype).eps for gradient in gradients.values())
-        allowed = max(ALTERED_MARGIN, 4 * rounding) * (norms + ALTERED_MARGIN * torch.linalg.vector_norm(norms))
-        turned = (rows - column(self._rows[name] for name in gradients) * factor).abs() > allowed
-        return (((now - norms).abs() > allowed) | turned).any()
+    def _altered(self, norms: Tensor, before: Tensor, factor: Tensor) -> Tensor:
+        """Whether gradients, of norms `(num_gradients,)`, are not those before times one factor."""
+        expected = before * factor
+        difference = (norms - expected).abs() - self._rounding * expected
+        gradient = self._watched.grad
+        if self._row is not None and gradient is not None:
+            turned = (_first_row(gradient) - self._row * factor).abs() - self._rounding * _norm(local(gradient))
+            difference = torch.cat([difference, turned[None].to(difference.device)])
+        return (difference > self._rounding * ALTERED_MARGIN * torch.linalg.vector_norm(expected)).any()
 
     def _sampled_factor(self, loss_scale: float) -> tuple[Tensor, Tensor]:
         """Factor of clipping, from samples of the gradient averaged over processes, and whether there is no such."""
@@ -125,7 +131,6 @@ class GradientNorms:
             handle.remove()
         self._handles.clear()
         self._before.clear()
-        self._rows.clear()
 
 
 def _norm(gradient: Tensor) -> Tensor:
@@ -141,7 +146,7 @@ def _first_row(gradient: Tensor) -> Tensor:
     return (own[:1] if own.dim() else own).sum(dtype=torch.float32)
 
 
-def _total(norms: list[Tensor]) -> Tensor:
-    if not norms:
-        return torch.zeros(())
-    return whole(torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms])))
+def _stacked(norms: Iterable[Tensor]) -> Tensor:
+    """Norms `(num_gradients,)` of whole gradients, one 0 of none."""
+    found = [*norms] or [torch.zeros(())]
+    return whole(torch.stack([norm.to(found[0].device) for norm in found]))

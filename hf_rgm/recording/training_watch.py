@@ -55,6 +55,7 @@ class TrainingWatch:
         named = named_parameters(model)
         self._trained = {name: p for name, p in named.items() if p.requires_grad}
         self._frozen = {name: p for name, p in named.items() if not p.requires_grad}
+        self._parameters = list(self._trained.values())
         self._modules = dict(model.named_modules())
         self._optimizer, self._rule = optimizer, rule
         self._constants = self._read_constants()
@@ -128,18 +129,17 @@ class TrainingWatch:
 
     def _parameter_norms(self) -> Tensor:
         """Norms of all parameters in few parts, and of one parameter's moments, another one after every update."""
-        parameters = [local(p) for p in self._trained.values()]
-        turn = list(self._trained.values())[self._updates % len(self._trained)]
-        parts = [[tensor] for tensor in self._moments(turn).values()]
-        room = 0
-        for tensor in parameters:
+        turn = self._parameters[self._updates % len(self._parameters)]
+        # Moments are so small that they would not show in a norm with parameters.
+        parts, room = [[moment] for moment in self._moments(turn).values()], 0
+        for tensor in map(local, self._parameters):
             if tensor.numel() > room:
                 parts.append([])
                 room = NORM_ELEMENTS
             parts[-1].append(tensor)
             room -= tensor.numel()
-        device = parameters[0].device
-        return torch.stack([_norm(part).to(device) for part in parts])
+        norms = [_norm(part) for part in parts]
+        return torch.stack([norm.to(norms[0].device) for norm in norms])
 
     def _moments(self, parameter: Tensor) -> dict[str, Tensor]:
         state = self._optimizer.state.get(parameter, {})
@@ -227,7 +227,7 @@ class TrainingWatch:
 
 def _norm(tensors: Iterable[Tensor]) -> Tensor:
     tensors = [t.detach() for t in tensors]
-    if all(t.dtype == torch.float32 for t in tensors):
+    if len(tensors) > 1 and all(t.dtype == torch.float32 for t in tensors):
         return get_total_norm(tensors)
     return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(t, dtype=torch.float32) for t in tensors]))
 
