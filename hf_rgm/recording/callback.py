@@ -150,6 +150,12 @@ class TrajectoryCallback(TrainerCallback):
         """Determines the rows of this update."""
         with self._timed():
             self._run.batches = self._run.schedule.next_update()
+            self._before_stopping(state, control)
+
+    def on_pre_optimizer_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
+        """Records all steps before a checkpoint that is written because training was told to stop."""
+        with self._timed():
+            self._before_stopping(state, control)
 
     def on_optimizer_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
         """Notes whether the optimizer skipped the update, and checks those before it."""
@@ -167,25 +173,26 @@ class TrajectoryCallback(TrainerCallback):
             run = self._run
             run.steps[-1].epoch = float(state.epoch or 0)
             due = state.global_step in run.planned
-            if due or control.should_save:
+            saves = control.should_save or control.should_training_stop
+            if due or saves:
                 with failing_together(run.num_processes):
                     if due:
                         self._record_state(state.global_step, exact=state.global_step >= state.max_steps)
-                    self._write_steps(wait=control.should_save)
+                    self._write_steps(checkpoint=state.global_step if saves else None)
             elif run.num_processes == 1:
                 self._recorder.writer.check()
 
     def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
         """Records all steps before a checkpoint is written."""
-        if control.should_save:
+        if control.should_save or control.should_training_stop:
             with self._timed(), failing_together(args.world_size):
-                self._write_steps(wait=True)
+                self._write_steps(checkpoint=state.global_step)
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
         """Records all steps where the result of the evaluation may lead to a checkpoint."""
         if args.save_strategy == SaveStrategy.BEST and self._active is not None:
             with self._timed(), failing_together(args.world_size):
-                self._write_steps(wait=True)
+                self._write_steps(checkpoint=state.global_step)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
         """Records the state of the best checkpoint so far, where training is to end with it."""
@@ -193,7 +200,7 @@ class TrajectoryCallback(TrainerCallback):
             run = self._run
             is_best = args.load_best_model_at_end and checkpoint_step(state.best_model_checkpoint) == state.global_step
             with failing_together(args.world_size):
-                self._write_steps(wait=True)
+                self._write_steps(checkpoint=state.global_step)
                 outdated = run.best_step if is_best and run.is_main else None
                 if outdated is not None and outdated not in {*run.planned, state.global_step}:
                     self._recorder.drop_state(outdated)
@@ -207,9 +214,10 @@ class TrajectoryCallback(TrainerCallback):
         run = self._run
         run.remove_hooks()
         with failing_together(args.world_size), self._timed():
-            if not args.load_best_model_at_end:
+            if run.best_step in (None, state.global_step):  # else that checkpoint is loaded by now
                 run.watch.compare_parameters()
-            self._write_steps(wait=True)
+            self._write_steps()
+            run.check_frozen()
         with failing_together(args.world_size):
             with self._timed():
                 captured = run.captured(state.global_step)
@@ -252,20 +260,31 @@ class TrajectoryCallback(TrainerCallback):
         )
         return None
 
+    def _before_stopping(self, state: TrainerState, control: TrainerControl) -> None:
+        # The Trainer's answer to SIGTERM writes a checkpoint in the middle of an update, and tells no callback.
+        if control.should_training_stop:
+            self._write_steps(checkpoint=state.global_step)
+
     def _record_state(self, step: int, *, exact: bool) -> None:
         """Records a state unless it is there. All processes must call this."""
         captured = self._run.captured(step)
         if captured is not None:
             self._recorder.write_state(captured, exact=exact)
 
-    def _write_steps(self, *, wait: bool) -> None:
+    def _write_steps(self, *, checkpoint: int | None = None) -> None:
+        """Writes pending steps; waits for that, and notes checksums, where a checkpoint of a step may be written."""
         run = self._run
         run.watch.settle()
+        sums = None
+        if checkpoint not in (None, run.noted_step) and (run.is_main or run.is_sharded):
+            sums, run.noted_step = run.checkpoint_sums(), checkpoint
         if run.is_main:
             if run.steps:
                 self._recorder.write_steps(run.next_step, as_table(run.steps))
-            if wait:
+            if checkpoint is not None:
                 self._recorder.writer.drain()
+            if sums is not None:
+                self._recorder.note_checkpoint(run.noted_step, sums)
         run.next_step += len(run.steps)
         run.steps.clear()
 

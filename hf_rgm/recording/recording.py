@@ -86,6 +86,8 @@ class TrajectoryRecorder:
             existing = self._resumable(existing, step)
             wanted |= {earlier for earlier in existing["state_steps"] or () if earlier <= step}
             self._description["updates_before"] = existing.get("updates_before", 0)
+            earlier = {key: sums for key, sums in existing["checkpoints"].items() if int(key) <= step}
+            self._description["checkpoints"] |= earlier
         self._description["state_steps"] = sorted(wanted)
         self._exact.clear()
         self._own = True
@@ -131,12 +133,25 @@ class TrajectoryRecorder:
             raise ValueError(
                 f"Training resumes at step {step}, but {self.folder} records no steps 0 to {step - 1}. {way_out}"
             )
-        for key in ("optimizer", "parameters", "num_rows", "dataset_fingerprint"):
-            if existing[key] != self._description[key]:
+        for key in ("optimizer", "parameters", "frozen_sha256", "num_rows", "dataset_fingerprint"):
+            if existing.get(key) != self._description[key]:
                 raise ValueError(
                     f"Training resumes at step {step}, but the `{key}` of the trajectory in {self.folder} is another. "
                     f"{way_out}"
                 )
+        noted, now = existing.get("checkpoints", {}).get(str(step)), self._description["checkpoints"][str(step)]
+        if noted is None:
+            raise ValueError(
+                f"Training resumes at step {step}, but {self.folder} does not know what the checkpoint holds: it was "
+                f"written elsewhere, or by an earlier release. {way_out}"
+            )
+        differing = [kind for kind in now if noted.get(kind) != now[kind]]
+        if differing:
+            raise ValueError(
+                f"Training resumes at step {step} with other {' and '.join(f'`{kind}`' for kind in differing)} than it "
+                "stopped with: the checkpoint was saved without its optimizer (`save_only_model=True`), or was not "
+                "loaded whole. Such a jump is not recorded. Train from the beginning, with `save_only_model=False`."
+            )
         done = 0
         for start in recorded_parts(self.folder):
             if start != done:
@@ -154,6 +169,12 @@ class TrajectoryRecorder:
     def write_steps(self, start: int, steps: StepTable) -> None:
         """Adds steps, starting at number `start`."""
         self._submit(start + len(steps), lambda: write_part(self.folder, start, steps))
+
+    def note_checkpoint(self, step: int, sums: Mapping[str, str]) -> None:
+        """Notes the checksums of a checkpoint that is about to be written, or was."""
+        self._description["checkpoints"][str(step)] = dict(sums)
+        with self._stopping(step):
+            self._write_description()
 
     def write_state(self, state: TrajectoryState, *, exact: bool) -> None:
         """Adds a copy of a state unless it is there, in the model's own dtype if it must be exact."""

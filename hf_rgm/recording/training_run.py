@@ -12,10 +12,18 @@ from torch import nn
 from transformers import TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from hf_rgm.model.functional_model import frozen_sha256
 from hf_rgm.model.sharding import is_sharded, named_parameters
 from hf_rgm.recording.batches import RowSchedule
 from hf_rgm.recording.capture import PendingStep, capture_state, optimizer_updates
-from hf_rgm.recording.description import check_supported, describe_run, fingerprint_columns, inner_optimizer, loss_scaler
+from hf_rgm.recording.checkpoint_sums import checkpoint_sums
+from hf_rgm.recording.description import (
+    check_supported,
+    describe_run,
+    fingerprint_columns,
+    inner_optimizer,
+    loss_scaler,
+)
 from hf_rgm.recording.gradient_norms import GradientNorms
 from hf_rgm.recording.training_watch import TrainingWatch
 from hf_rgm.trajectory.fingerprint import dataset_fingerprint
@@ -41,7 +49,9 @@ class OngoingRun:
         self.started = time.perf_counter()
         check_supported(args, model, lr_scheduler)
         named = named_parameters(model)
+        self.is_sharded = is_sharded(model)
         self.parameters = {name: p for name, p in named.items() if p.requires_grad}
+        self._frozen = {name: p for name, p in named.items() if not p.requires_grad}
         self.optimizer = inner_optimizer(optimizer)
         self.rule = OptimizerRule.from_torch(self.optimizer, named.items())
         self.schedule = RowSchedule(train_dataloader, args.gradient_accumulation_steps, global_step=state.global_step)
@@ -56,13 +66,15 @@ class OngoingRun:
             "parameters": {name: list(parameter.shape) for name, parameter in self.parameters.items()},
             "num_rows": self.schedule.num_rows,
             "dataset_fingerprint": dataset_fingerprint(train_dataloader.dataset, fingerprint_columns(args, model)),
+            "frozen_sha256": frozen_sha256(self._frozen),
             "updates_before": optimizer_updates(self.optimizer, self.parameters),
         }
+        step = state.global_step
+        self.description["checkpoints"] = {str(step): self.checkpoint_sums()} if step else {}
         self.planned = {round(step) for step in np.linspace(0, state.max_steps, num_states)}
         self.best_step = checkpoint_step(state.best_model_checkpoint) if args.load_best_model_at_end else None
         self.is_main = state.is_world_process_zero
         self.num_processes = args.world_size
-        self.is_sharded = is_sharded(model)
         self.norms = GradientNorms(
             self.parameters,
             max_norm=args.max_grad_norm or 0.0,
@@ -73,6 +85,7 @@ class OngoingRun:
         self._scaler = loss_scaler(optimizer)
         self.steps: list[PendingStep] = []  # not written yet, the first of them `next_step`
         self.next_step = state.global_step
+        self.noted_step: int | None = None  # whose checksums are noted
         self.watch = TrainingWatch(
             model, self.optimizer, self.rule, first_step=state.global_step, note_update=self._note_update
         )
@@ -86,6 +99,18 @@ class OngoingRun:
         scaled = self._scaler is not None
         self.steps.append(PendingStep(learning_rates, norm, factor, batches=self.batches, scaled=scaled))
         return altered
+
+    def checkpoint_sums(self) -> dict[str, str]:
+        """Digests of what a checkpoint holds now; where the model is split, all processes must call this."""
+        return checkpoint_sums(self.parameters, self.optimizer, self.rule, is_sharded=self.is_sharded)
+
+    def check_frozen(self) -> None:
+        """Checks that frozen parameters are where they were; where the model is split, all processes must call this."""
+        if frozen_sha256(self._frozen) != self.description["frozen_sha256"]:
+            raise NotImplementedError(
+                "Parameters that the optimizer does not train changed during training (a moving average inside of "
+                "the model?), which is not recorded, so attributions would be wrong. Keep them as they are."
+            )
 
     def remove_hooks(self) -> None:
         self.norms.remove()

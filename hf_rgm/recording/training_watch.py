@@ -150,7 +150,9 @@ class TrainingWatch:
         frozen = [name for name, p in self._trained.items() if not p.requires_grad]
         if not thawed and not frozen:
             return None
-        how = "are trained from here on, which were frozen" if thawed else "are frozen from here on, which were trained"
+        how = (
+            "are trained from here on, which were frozen" if thawed else "are frozen from here on, which were trained"
+        )
         return (
             f"At step {self._step}, parameters {(thawed or frozen)[:3]} ({len(thawed or frozen)} in all) {how} when "
             "training began. Only parameters that are trained from the first to the last step are recorded. Freeze "
@@ -170,7 +172,7 @@ class TrainingWatch:
 
     def _read_constants(self) -> list[dict[str, Any]]:
         return [
-            {key: group[key] for key in _CONSTANTS if key in group} | {"parameters": len(group["params"])}
+            {key: group[key] for key in _CONSTANTS if key in group} | {"params": [*map(id, group["params"])]}
             for group in self._optimizer.param_groups
         ]
 
@@ -179,10 +181,15 @@ class TrainingWatch:
         if found == self._constants:
             return None
         pairs = zip(found, self._constants, strict=False)
-        changed = [f"`{key}` from {old[key]} to {new[key]}" for new, old in pairs for key in old if new[key] != old[key]]
+        changed = [
+            f"`{key}` from {old[key]} to {new[key]}"
+            for new, old in pairs
+            for key in old
+            if key != "params" and new[key] != old[key]
+        ]
         return (
             f"The optimizer's settings changed before step {self._step}: "
-            f"{', '.join(changed[:3]) or 'it has other parameter groups'}. Only learning rates are recorded at every "
+            f"{', '.join(changed[:3]) or 'its parameter groups have other members'}. Only learning rates are recorded at every "
             "step. Leave the others as they are."
         )
 

@@ -264,7 +264,7 @@ class Trajectory:
             )
         source = f"{folder}/{METADATA_FILE}"
         description = parsed(_Description, content, source)
-        metadata = {key: value for key, value in content.items() if key not in _OWN_KEYS}
+        metadata = {key: value for key, value in content.items() if key not in (*_OWN_KEYS, "checkpoints")}
         parsed(_Metadata, with_defaults(_Metadata, metadata), f"What {source} says of the run")
         steps_of_states = description.state_steps
         if description.num_rows < 1 or not 0 < description.num_steps <= MAX_UPDATES:
