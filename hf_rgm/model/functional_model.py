@@ -273,7 +273,7 @@ def _base_model(model: nn.Module) -> nn.Module:
 
 
 def frozen_sha256(frozen: Mapping[str, Tensor]) -> str:
-    """Identity of parameters, by up to 1,024 evenly spaced elements of each; all processes of a split model call it."""
+    """Identity of parameters, by up to 1,024 evenly spaced elements of each; all processes of a split model call."""
     return parameters_sha256(
         {name: whole(p.detach()).flatten()[:: max(1, p.numel() // FROZEN_ELEMENTS)] for name, p in frozen.items()}
     )

@@ -276,15 +276,15 @@ class TrajectoryCallback(TrainerCallback):
         run = self._run
         run.watch.settle()
         sums = None
-        if checkpoint not in (None, run.noted_step) and (run.is_main or run.is_sharded):
+        if checkpoint is not None and checkpoint != run.noted_step and (run.is_main or run.is_sharded):
             sums, run.noted_step = run.checkpoint_sums(), checkpoint
         if run.is_main:
             if run.steps:
                 self._recorder.write_steps(run.next_step, as_table(run.steps))
             if checkpoint is not None:
                 self._recorder.writer.drain()
-            if sums is not None:
-                self._recorder.note_checkpoint(run.noted_step, sums)
+            if checkpoint is not None and sums is not None:
+                self._recorder.note_checkpoint(checkpoint, sums)
         run.next_step += len(run.steps)
         run.steps.clear()
 

@@ -70,7 +70,7 @@ class GradientNorms:
         return isinstance(hook, functools.partial) and isinstance(getattr(hook.func, "__self__", None), GradientNorms)
 
     def measure(self, loss_scale: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
-        """Norm before clipping, factor of clipping, and whether gradients changed otherwise, each `()`; then forgets."""
+        """Norm before clipping, factor of clipping, and whether gradients changed otherwise, each `()`."""
         gradients = {name: p.grad for name, p in self._parameters.items() if p.grad is not None}
         norms = _stacked(map(_norm, gradients.values()))
         after = torch.linalg.vector_norm(norms)

@@ -148,8 +148,8 @@ class TrajectoryRecorder:
         differing = [kind for kind in now if noted.get(kind) != now[kind]]
         if differing:
             raise ValueError(
-                f"Training resumes at step {step} with other {' and '.join(f'`{kind}`' for kind in differing)} than it "
-                "stopped with: the checkpoint was saved without its optimizer (`save_only_model=True`), or was not "
+                f"Training resumes at step {step} with other `{'` and `'.join(differing)}` than it stopped with: the "
+                "checkpoint was saved without its optimizer (`save_only_model=True`), or was not "
                 "loaded whole. Such a jump is not recorded. Train from the beginning, with `save_only_model=False`."
             )
         done = 0

@@ -105,7 +105,7 @@ class OngoingRun:
         return checkpoint_sums(self.parameters, self.optimizer, self.rule, is_sharded=self.is_sharded)
 
     def check_frozen(self) -> None:
-        """Checks that frozen parameters are where they were; where the model is split, all processes must call this."""
+        """Checks that frozen parameters are where they were; all processes of a split model call this."""
         if frozen_sha256(self._frozen) != self.description["frozen_sha256"]:
             raise NotImplementedError(
                 "Parameters that the optimizer does not train changed during training (a moving average inside of "

@@ -150,13 +150,12 @@ class TrainingWatch:
         frozen = [name for name, p in self._trained.items() if not p.requires_grad]
         if not thawed and not frozen:
             return None
-        how = (
-            "are trained from here on, which were frozen" if thawed else "are frozen from here on, which were trained"
-        )
+        were, are = ("frozen", "trained") if thawed else ("trained", "frozen")
         return (
-            f"At step {self._step}, parameters {(thawed or frozen)[:3]} ({len(thawed or frozen)} in all) {how} when "
-            "training began. Only parameters that are trained from the first to the last step are recorded. Freeze "
-            "before `trainer.train()` and leave it so, or train in parts, each with a Trainer and a recording of its own."
+            f"At step {self._step}, parameters {(thawed or frozen)[:3]} ({len(thawed or frozen)} in all) are {are} from "
+            f"here on, which were {were} when training began. Only parameters that are trained from the first to the "
+            "last step are recorded. Freeze before `trainer.train()` and leave it so, or train in parts, each with a "
+            "Trainer and a recording of its own."
         )
 
     def _hooked(self) -> str | None:
@@ -189,8 +188,8 @@ class TrainingWatch:
         ]
         return (
             f"The optimizer's settings changed before step {self._step}: "
-            f"{', '.join(changed[:3]) or 'its parameter groups have other members'}. Only learning rates are recorded at every "
-            "step. Leave the others as they are."
+            f"{', '.join(changed[:3]) or 'its parameter groups have other members'}. Only learning rates are "
+            "recorded at every step. Leave the others as they are."
         )
 
     def _elements(self) -> dict[str, dict[str, Any]]:
