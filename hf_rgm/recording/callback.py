@@ -134,6 +134,7 @@ class TrajectoryCallback(TrainerCallback):
         step = state.global_step
         with failing_together(run.num_processes):
             if run.is_main:
+                run.description |= run.digest_rows(self._recorder.num_digested_rows if step else None)
                 self._recorder.begin(run.description, step=step, planned=run.planned, best=run.best_step)
                 self._announce(run)
         with failing_together(run.num_processes):

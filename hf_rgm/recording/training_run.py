@@ -20,7 +20,6 @@ from hf_rgm.recording.checkpoint_sums import checkpoint_sums
 from hf_rgm.recording.description import (
     check_supported,
     describe_run,
-    fingerprint_columns,
     inner_optimizer,
     loss_scaler,
 )
@@ -28,6 +27,7 @@ from hf_rgm.recording.gradient_norms import GradientNorms
 from hf_rgm.recording.training_watch import TrainingWatch
 from hf_rgm.trajectory.fingerprint import dataset_fingerprint
 from hf_rgm.trajectory.optimizers import OptimizerRule
+from hf_rgm.trajectory.row_digest import readable_rows, rows_sha256
 from hf_rgm.trajectory.states import TrajectoryState
 
 
@@ -61,11 +61,12 @@ class OngoingRun:
                 "epoch. Leave `ignore_data_skip` at its default."
             )
         description = describe_run(args, model, batch_size=self.schedule.batch_size, sampler_seed=self.schedule.seed)
+        self._dataset, self._columns = train_dataloader.dataset, description["fingerprint_columns"]
         self.description = description | {
             "optimizer": self.rule.to_dict(),
             "parameters": {name: list(parameter.shape) for name, parameter in self.parameters.items()},
             "num_rows": self.schedule.num_rows,
-            "dataset_fingerprint": dataset_fingerprint(train_dataloader.dataset, fingerprint_columns(args, model)),
+            "dataset_fingerprint": dataset_fingerprint(self._dataset, self._columns),
             "frozen_sha256": frozen_sha256(self._frozen),
             "updates_before": optimizer_updates(self.optimizer, self.parameters),
         }
@@ -99,6 +100,11 @@ class OngoingRun:
         scaled = self._scaler is not None
         self.steps.append(PendingStep(learning_rates, norm, factor, batches=self.batches, scaled=scaled))
         return altered
+
+    def digest_rows(self, num_rows: int | None = None) -> dict[str, Any]:
+        """Digest of `num_rows` rows, or of as many as time allows, for the description."""
+        count = readable_rows(self._dataset, self._columns) if num_rows is None else num_rows
+        return {"num_digested_rows": count, "rows_sha256": rows_sha256(self._dataset, self._columns, count)}
 
     def checkpoint_sums(self) -> dict[str, str]:
         """Digests of what a checkpoint holds now; where the model is split, all processes must call this."""

@@ -152,10 +152,10 @@ class TrainingWatch:
             return None
         were, are = ("frozen", "trained") if thawed else ("trained", "frozen")
         return (
-            f"At step {self._step}, parameters {(thawed or frozen)[:3]} ({len(thawed or frozen)} in all) are {are} from "
-            f"here on, which were {were} when training began. Only parameters that are trained from the first to the "
-            "last step are recorded. Freeze before `trainer.train()` and leave it so, or train in parts, each with a "
-            "Trainer and a recording of its own."
+            f"At step {self._step}, parameters {(thawed or frozen)[:3]} ({len(thawed or frozen)} in all) are {are} "
+            f"from here on, which were {were} when training began. Only parameters that are trained from the first "
+            "to the last step are recorded. Freeze before `trainer.train()` and leave it so, or train in parts, each "
+            "with a Trainer and a recording of its own."
         )
 
     def _hooked(self) -> str | None:

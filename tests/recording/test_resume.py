@@ -272,3 +272,21 @@ def test_resuming_with_other_frozen_parameters_is_refused(tmp_path):
         trainer = make_trainer(tmp_path, model, callback, **ARGUMENTS, save_steps=2)
         with pytest.raises((RuntimeError, ValueError), match="`frozen_sha256` of" if checkpoint else "interrupted"):
             trainer.train(resume_from_checkpoint=checkpoint)
+
+
+def test_a_recorded_state_that_was_changed_is_noticed(tmp_path):
+    interrupt(tmp_path, fails_at=12, save_steps=2)
+    path = tmp_path / "trajectory" / "states" / "step-00000000.safetensors"
+    tensors = load_file(path)
+    tensors["parameters.head.bias"] += 1
+    save_file(tensors, path, metadata={"format": "pt", "step": "0"})
+    with pytest.raises(ValueError, match=r"states of steps \['0'\] in .* are not what was recorded"):
+        resume(tmp_path, checkpoint=4)
+
+
+def test_resuming_on_rows_that_the_fingerprint_does_not_see_is_refused(tmp_path):
+    rows = dataset(100)
+    other = [row | {"labels": (row["labels"] + 1) % 3} if row["row"] == 51 else row for row in rows]
+    interrupt(tmp_path, fails_at=12, save_steps=2, train_dataset=rows)
+    with pytest.raises(ValueError, match="`rows_sha256` of the trajectory in .* is another"):
+        resume(tmp_path, checkpoint=4, train_dataset=other)
