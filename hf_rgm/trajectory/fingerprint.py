@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import logging
-import random
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from numbers import Number
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 from torch import Tensor
+
+from hf_rgm.model.random_state import random_state_kept
 
 logger = logging.getLogger(__name__)
 
@@ -96,15 +95,3 @@ def _feed_array(digest: Any, array: np.ndarray) -> None:
     kind = {"f": "<f4", "b": "<i8", "i": "<i8", "u": "<i8"}.get(array.dtype.kind, array.dtype.str)
     digest.update(f"array{array.shape}{kind if array.size else ''}".encode())
     digest.update(np.ascontiguousarray(array.astype(kind)).tobytes())
-
-
-@contextlib.contextmanager
-def random_state_kept() -> Iterator[None]:
-    # Rows may be augmented at random; reading them must not change what training draws next.
-    python_state, numpy_state = random.getstate(), np.random.get_state()
-    try:
-        with torch.random.fork_rng(devices=[]):
-            yield
-    finally:
-        random.setstate(python_state)
-        np.random.set_state(numpy_state)

@@ -13,7 +13,8 @@ import datasets
 import numpy as np
 from torch import Tensor
 
-from hf_rgm.trajectory.fingerprint import feed, random_state_kept, sampled_digests
+from hf_rgm.model.random_state import random_state_kept
+from hf_rgm.trajectory.fingerprint import feed, sampled_digests
 
 logger = logging.getLogger(__name__)
 
