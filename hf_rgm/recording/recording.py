@@ -134,7 +134,15 @@ class TrajectoryRecorder:
             raise ValueError(
                 f"Training resumes at step {step}, but {self.folder} records no steps 0 to {step - 1}. {way_out}"
             )
-        for key in ("optimizer", "parameters", "frozen_sha256", "num_rows", "dataset_fingerprint", "rows_sha256"):
+        for key in (
+            "optimizer",
+            "parameters",
+            "architecture",
+            "frozen_sha256",
+            "num_rows",
+            "dataset_fingerprint",
+            "rows_sha256",
+        ):
             if existing.get(key) != self._description[key]:
                 raise ValueError(
                     f"Training resumes at step {step}, but the `{key}` of the trajectory in {self.folder} is another. "

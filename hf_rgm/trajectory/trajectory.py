@@ -50,6 +50,8 @@ class _Metadata:
     num_digested_rows: int = 0
     rows_sha256: str | None = None
     states_sha256: dict[str, str] | None = None
+    architecture: dict[str, str] | None = None
+    frozen_sha256: str | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.updates_before <= MAX_UPDATES:
