@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from hf_rgm.model.architecture import difference
 from hf_rgm.model.functional_model import FunctionalModel, parameters_sha256
 from hf_rgm.model.losses import LossFunction, RowLoss
 from hf_rgm.model.row_reader import RowReader
-from hf_rgm.synset.inputs import InputSpace
+from hf_rgm.synset.inputs import ContinuousInputs
 from hf_rgm.synset.matched_states import MatchedState
 from hf_rgm.synset.samples import SyntheticSamples
 from hf_rgm.trajectory.trajectory import Trajectory
@@ -23,6 +24,14 @@ logger = logging.getLogger(__name__)
 
 CROSS_ENTROPY_TYPE = "nll"
 """TRL's name for the cross entropy. The plain `Trainer` records no name."""
+
+
+def open_runs(trajectory: str | Path | Trajectory | Sequence[str | Path | Trajectory]) -> tuple[Trajectory, ...]:
+    """Recorded runs, read from their folders where these are given."""
+    runs = [trajectory] if isinstance(trajectory, str | Path | Trajectory) else list(trajectory)
+    if not runs:
+        raise ValueError("`trajectory` is an empty list. Name at least the run that trained the model.")
+    return tuple(run if isinstance(run, Trajectory) else Trajectory.load(run) for run in runs)
 
 
 def check_runs(
@@ -94,7 +103,7 @@ def row_loss_of(trajectories: Sequence[Trajectory], reader: RowReader, function:
     return RowLoss(labels_per_row=reader.labels_per_row(), label_smoothing=label_smoothing, function=function)
 
 
-def check_samples(model: FunctionalModel, inputs: InputSpace, samples: SyntheticSamples) -> None:
+def check_samples(model: FunctionalModel, inputs: ContinuousInputs, samples: SyntheticSamples) -> None:
     """Checks samples by trying the model on one of them."""
     # Ids first: on a GPU an id out of range would end the process.
     ids = samples.input_ids

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Mapping
 
 import torch
@@ -16,57 +15,21 @@ TOKENS = "input_ids"
 COMPANIONS = ("attention_mask", "token_type_ids", "position_ids")
 """Arguments that may come with token ids. Synthetic samples have no padding and leave the others to the model."""
 
-SPACES = ("inputs_embeds", "soft_tokens")
+EMBEDDINGS, SOFT_TOKENS = SPACES = ("inputs_embeds", "soft_tokens")
 FIRST_TOKEN_SMOOTHING = 0.2
 ABSENT = 1e-9
 """Count assumed for ids that do not occur."""
 
 
-class InputSpace(ABC):
-    """How synthetic inputs start, and how they become arguments of the forward; `name` is what synsets call them."""
-
-    name: str
-
-    def __init__(self, model: FunctionalModel) -> None:
-        self.model = model
-
-    @abstractmethod
-    def read(self, inputs: Mapping[str, Tensor], labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Rows of a collated batch in the shape of synthetic ones, `(batch_size, ...)`, and their labels."""
-
-    @abstractmethod
-    def start(self, init: str, real: Tensor, chosen: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
-        """First `inputs`, and `input_ids` if any, of a cluster's samples, by its rows `real` and those `chosen`."""
-
-    @abstractmethod
-    def to_forward(self, samples: SyntheticSamples) -> dict[str, Tensor]:
-        """Keyword arguments of the forward for samples with one leading dimension."""
-
-    def vectors(self, real: Tensor) -> Tensor:
-        """Rows where distances mean something: `(num_rows, ...)`, float32."""
-        return real
-
-    def sample_vectors(self, samples: SyntheticSamples) -> Tensor:
-        """Samples with one leading dimension where distances mean something."""
-        return samples.inputs
-
-    def tokens(self, samples: SyntheticSamples) -> Tensor | None:
-        """Token ids of synthetic texts, `(num_samples, num_tokens)`; `None` if samples are not texts."""
-        return None
-
-    def row_tokens(self, real: Tensor) -> Tensor | None:
-        """Token ids of rows, `(num_rows, num_tokens)`; `None` if rows are not texts."""
-        return None
-
-
-class ContinuousInputs(InputSpace):
+class ContinuousInputs:
     """The main input itself, if it is continuous: `pixel_values`, `input_features`, `input_values`, table columns."""
 
     def __init__(self, model: FunctionalModel) -> None:
-        super().__init__(model)
-        self.name = model.main_input_name
+        self.model = model
+        self.name = model.main_input_name  # what synsets call these inputs
 
     def read(self, inputs: Mapping[str, Tensor], labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows of a collated batch in the shape of synthetic ones, `(batch_size, ...)`, and their labels."""
         value = _main_input(inputs, self.name)
         if not value.is_floating_point():
             raise NotImplementedError(
@@ -88,6 +51,7 @@ class ContinuousInputs(InputSpace):
         return value, labels
 
     def start(self, init: str, real: Tensor, chosen: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+        """First `inputs`, and `input_ids` if any, of a cluster's samples, by its rows `real` and those `chosen`."""
         noise = torch.randn((len(chosen), *real.shape[1:]), generator=generator).to(real)
         centre, deviation = real.mean(0), real.std(correction=0)
         # Identical samples of a cluster would stay identical, so they get a little noise.
@@ -99,7 +63,24 @@ class ContinuousInputs(InputSpace):
         return {"inputs": real.mean() + deviation * noise}
 
     def to_forward(self, samples: SyntheticSamples) -> dict[str, Tensor]:
+        """Keyword arguments of the forward for samples with one leading dimension."""
         return {self.name: samples.inputs}
+
+    def vectors(self, real: Tensor) -> Tensor:
+        """Rows where distances mean something: `(num_rows, ...)`, float32."""
+        return real
+
+    def sample_vectors(self, samples: SyntheticSamples) -> Tensor:
+        """Samples with one leading dimension where distances mean something."""
+        return samples.inputs
+
+    def tokens(self, samples: SyntheticSamples) -> Tensor | None:
+        """Token ids of synthetic texts, `(num_samples, num_tokens)`; `None` if samples are not texts."""
+        return None
+
+    def row_tokens(self, real: Tensor) -> Tensor | None:
+        """Token ids of rows, `(num_rows, num_tokens)`; `None` if rows are not texts."""
+        return None
 
 
 class EmbeddedTokens(ContinuousInputs):
@@ -107,7 +88,7 @@ class EmbeddedTokens(ContinuousInputs):
 
     def __init__(self, model: FunctionalModel, num_tokens: int = 1) -> None:
         super().__init__(model)
-        self.name = "inputs_embeds"
+        self.name = EMBEDDINGS
         self.num_tokens = num_tokens
 
     def tokens(self, samples: SyntheticSamples) -> Tensor:
@@ -126,14 +107,14 @@ class EmbeddedTokens(ContinuousInputs):
             return self.model.embed(self.model.parameters(), ids), labels
 
 
-class SoftTokens(InputSpace):
+class SoftTokens(ContinuousInputs):
     """Learned mixtures of vocabulary entries as tokens, embedded by the model itself, for trained embeddings."""
 
     # Free vectors would pass no gradient to the embedding matrix.
-    name = "soft_tokens"
 
     def __init__(self, model: FunctionalModel, num_tokens: int = 1, num_choices: int = 1) -> None:
         super().__init__(model)
+        self.name = SOFT_TOKENS
         self.num_tokens = num_tokens
         self.num_choices = num_choices
 
@@ -177,7 +158,7 @@ class SoftTokens(InputSpace):
 
 def input_space(
     model: FunctionalModel, kind: str = "auto", *, num_tokens: int = 1, num_choices: int = 1
-) -> InputSpace:
+) -> ContinuousInputs:
     """The input space of a model; `kind` matters for token models, numbers for starts in token spaces."""
     if model.main_input_name != TOKENS:
         return ContinuousInputs(model)
@@ -186,7 +167,7 @@ def input_space(
             f"{type(model.module).__name__} is an encoder-decoder; synsets are for encoders and decoders. Use a model "
             "of one of the two kinds."
         )
-    if kind == SoftTokens.name or kind == "auto" and model.trains_embeddings:
+    if kind == SOFT_TOKENS or kind == "auto" and model.trains_embeddings:
         return SoftTokens(model, num_tokens, num_choices)
     return EmbeddedTokens(model, num_tokens)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
@@ -11,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from hf_rgm.files.reading import WAY_OUT, ArtefactFolder, parsed, with_defaults
+from hf_rgm.files.reading import WAY_OUT, ArtefactFolder, parsed
 from hf_rgm.files.writing import staged_folder, write_json
 from hf_rgm.trajectory.fingerprint import dataset_fingerprint
 from hf_rgm.trajectory.optimizers import OptimizerRule
@@ -19,6 +20,8 @@ from hf_rgm.trajectory.precision import PRECISIONS, check_precision
 from hf_rgm.trajectory.row_digest import rows_sha256
 from hf_rgm.trajectory.states import StateFile, TrajectoryState, file_sha256, state_path, write_state
 from hf_rgm.trajectory.steps import StepTable, check_rows, read_steps, write_part
+
+logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 2
 METADATA_FILE = "trajectory.json"
@@ -280,7 +283,13 @@ class Trajectory:
         source = f"{folder}/{METADATA_FILE}"
         description = parsed(_Description, content, source)
         metadata = {key: value for key, value in content.items() if key not in (*_OWN_KEYS, "checkpoints")}
-        told = parsed(_Metadata, with_defaults(_Metadata, metadata), f"What {source} says of the run")
+        told = parsed(_Metadata, metadata, f"What {source} says of the run")
+        if told.states_sha256 is None or told.rows_sha256 is None:
+            logger.warning(
+                "%s was recorded by an earlier release: changes of its states, of the model's configuration, and of "
+                "rows other than 64 would not be noticed. Record the run again if in doubt.",
+                folder,
+            )
         digests = told.states_sha256 or {}
         metadata.pop("states_sha256", None)
         steps_of_states = description.state_steps
