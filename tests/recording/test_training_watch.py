@@ -9,7 +9,7 @@ from transformers import TrainerCallback
 
 from hf_rgm.recording.callback import TrajectoryCallback
 from hf_rgm.trajectory.trajectory import Trajectory
-from tests.trajectory.helpers import MeanModel, assert_identical, make_trainer, train, trainable
+from tests.recording.helpers import MeanModel, assert_identical, make_trainer, train, trainable
 
 AT = 3
 """The step, of 18, before which something is changed: not one of those that are computed again."""
