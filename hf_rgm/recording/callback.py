@@ -52,7 +52,8 @@ class TrajectoryCallback(TrainerCallback):
             not record the steps before, or if the optimizer misses a trainable parameter.
         FileExistsError: In `on_train_begin`, if the folder holds a complete trajectory or something else.
         NotImplementedError: In `on_train_begin`, if the optimizer, the order of rows or the parallelism (FSDP1,
-            DeepSpeed, tensor parallelism) cannot be recorded.
+            DeepSpeed, tensor parallelism) cannot be recorded; later, at the step before which anything but the
+            optimizer changed parameters, moments, gradients or its settings, or layers were frozen or unfrozen.
         OSError: When the disk is full or the folder can no longer be written. Training stops there and can be resumed.
         RuntimeError: In `on_train_begin`, if another process records into the folder or the processes that train
             together differ in data or settings; later, on processes that stop because another one failed.
