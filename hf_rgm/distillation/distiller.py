@@ -27,6 +27,7 @@ from hf_rgm.engines.gradient_sources import RowSource
 from hf_rgm.engines.kept_responses import compute_responses
 from hf_rgm.engines.memory_shares import MemoryShares
 from hf_rgm.engines.recorded_run import RecordedRun
+from hf_rgm.engines.row_scores import rows_identity
 from hf_rgm.model.cost_estimates import CostEstimate
 from hf_rgm.model.functional_model import FunctionalModel, parameters_sha256
 from hf_rgm.model.losses import LossFunction
@@ -120,6 +121,7 @@ class ReverseGradientMatchingDistiller:
         self.reader = RowReader(
             train_dataset, self.model, data_collator=data_collator, remove_unused_columns=remove_unused_columns
         )
+        self.reader.warn_of_draws()
         check_runs(self.model, self.trajectories, train_dataset)
         clusters.check_num_rows(len(self.reader))
         self.row_loss = row_loss_of(self.trajectories, self.reader, row_loss)
@@ -142,7 +144,7 @@ class ReverseGradientMatchingDistiller:
             "matched_states": [[state.run, state.step] for state in self.matched_states],
             "block_size": self._plan.block_size,
             "sketch_dimension": self._plan.sketch_dimension,
-        }
+        } | rows_identity(self.reader, self.row_loss)
 
     def estimate(self) -> CostEstimate:
         """

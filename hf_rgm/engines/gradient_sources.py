@@ -309,6 +309,7 @@ def force(gradients: ClusterGradients, state: int, masks: Tensor, *, length: int
 def training_rows(rows: Any, model: FunctionalModel, clusters: ClusterMap, data_collator: Any) -> RowReader:
     """Reader of the training rows; raises a `ValueError` if there are more or fewer than the clusters have."""
     reader = RowReader(rows, model, data_collator=data_collator, what="rows")
+    reader.warn_of_draws()
     if len(reader) != clusters.num_rows:
         raise ValueError(
             f"`rows` has {len(reader)} rows, but the clusters have {clusters.num_rows}. Pass the training dataset "

@@ -25,9 +25,12 @@ from hf_rgm.engines.memory_shares import ranges
 from hf_rgm.engines.recorded_run import RecordedRun, given
 from hf_rgm.engines.request import Evaluation
 from hf_rgm.files.writing import remove_unfinished, replacing
+from hf_rgm.model.code_digest import code_digest
 from hf_rgm.model.cost_estimates import PieceOfWork, measured
 from hf_rgm.model.functional_model import parameters_sha256
+from hf_rgm.model.losses import RowLoss
 from hf_rgm.model.row_gradients import MAX_FORWARD_DIRECTIONS, row_derivatives, row_gradients
+from hf_rgm.model.row_reader import RowReader
 
 # Blocks of rows, as long as none is shorter or longer than the bounds: few files, and work for many processes.
 BLOCKS = 64
@@ -218,9 +221,6 @@ def scores_identity(
 ) -> dict[str, Any]:
     """Everything that scores of rows depend on, JSON-safe; the digest is empty without a synset."""
     request, run, source = evaluations[0].request, evaluations[0].run, _rows_of(evaluations[0].run)
-    inputs, labels = source.reader.batch(range(min(8, len(source.reader))))
-    with torch.no_grad():
-        losses = source.row_loss(run.model.logits(run.model.space.unflatten(run.final), inputs), labels)
     return {
         "parameters_sha256": [parameters_sha256(own.run.trajectory.final.parameters) for own in evaluations],
         "samples_sha256": samples_sha256,
@@ -230,12 +230,24 @@ def scores_identity(
             for own, rewind in zip(evaluations, rewinds, strict=True)
         ],
         "objective": request.objective.name,
-        # Values and losses tell apart objectives of one name, functions that are row losses, and collators.
+        # Values and code tell apart objectives of one name.
+        "objective_code": code_digest(request.objective.function),
         "values": _digest({"values": evaluations[0].values}),
-        "losses": _digest({"losses": losses}),
         "queries": _digest({**request.queries.inputs, "labels": request.queries.labels}),
-        "labels_per_row": source.row_loss.labels_per_row,
-        "label_smoothing": source.row_loss.label_smoothing,
+    } | rows_identity(source.reader, source.row_loss)
+
+
+def rows_identity(reader: RowReader, row_loss: RowLoss) -> dict[str, Any]:
+    """All rows as they are collated, and the code of their loss, JSON-safe."""
+    digest = hashlib.sha256()
+    for rows in ranges(len(reader), ROWS_AT_ONCE):
+        inputs, labels = reader.batch(rows)
+        digest.update(_digest({**inputs, "labels": labels}).encode())
+    return {
+        "batches": digest.hexdigest(),
+        "row_loss": None if row_loss.function is None else code_digest(row_loss.function),
+        "labels_per_row": row_loss.labels_per_row,
+        "label_smoothing": row_loss.label_smoothing,
     }
 
 

@@ -20,7 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from hf_rgm.model.sharding import is_split
+from hf_rgm.model.sharding import is_split, whole
 from hf_rgm.model.token_host import (
     PartialEmbeddings,
     PrimitiveLayerNorm,
@@ -135,12 +135,7 @@ class FunctionalModel:
 
     def frozen_sha256(self) -> str:
         """Identity of the frozen parameters, by up to 1,024 evenly spaced elements of each."""
-        frozen = {
-            name: parameter.flatten()[:: max(1, parameter.numel() // FROZEN_ELEMENTS)]
-            for name, parameter in self.module.named_parameters()
-            if name not in self.space.names
-        }
-        return parameters_sha256(frozen)
+        return frozen_sha256({n: p for n, p in self.module.named_parameters() if n not in self.space.names})
 
     @property
     def config(self) -> Any:
@@ -275,6 +270,13 @@ def _base_model(model: nn.Module) -> nn.Module:
     """The Transformers model inside a PEFT wrapper, or the model itself."""
     get_base_model = getattr(model, "get_base_model", None)
     return get_base_model() if callable(get_base_model) else model  # type: ignore[return-value]
+
+
+def frozen_sha256(frozen: Mapping[str, Tensor]) -> str:
+    """Identity of parameters, by up to 1,024 evenly spaced elements of each; all processes of a split model call."""
+    return parameters_sha256(
+        {name: whole(p.detach()).flatten()[:: max(1, p.numel() // FROZEN_ELEMENTS)] for name, p in frozen.items()}
+    )
 
 
 def parameters_sha256(parameters: Mapping[str, Tensor]) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -18,6 +20,11 @@ from transformers import (
 
 from hf_rgm.model.functional_model import LABEL_NAMES, FunctionalModel
 from hf_rgm.model.losses import IGNORED_LABEL
+from hf_rgm.model.random_state import random_state_kept
+
+logger = logging.getLogger(__name__)
+
+TRIED_ROWS = 8
 
 DataCollator = Callable[[list[Any]], Mapping[str, Any]]
 
@@ -81,14 +88,7 @@ class RowReader:
 
     def batch(self, rows: Sequence[int] | np.ndarray) -> tuple[dict[str, Tensor], Tensor]:
         """Collates rows to inputs (float32) and labels `(num_rows, *positions)`, on the model's device."""
-        indices = [int(row) for row in rows]
-        if isinstance(self.dataset, datasets.Dataset):
-            items = self.dataset.__getitems__(indices)  # all at once, as PyTorch's `DataLoader` reads them
-        else:
-            items = [self.dataset[index] for index in indices]
-        if self._keep is not None and isinstance(items[0], Mapping):
-            items = [{name: value for name, value in item.items() if name in self._keep} for item in items]
-        batch = dict(self._collated(items))
+        items, batch = self._read(rows)
         labels = next((batch.pop(name) for name in LABEL_NAMES if name in batch), None)
         if labels is None and not self._predict_labels:
             raise ValueError(
@@ -121,6 +121,36 @@ class RowReader:
         if self._model.shifts_labels:  # to where they are predicted, one position to the left
             labels = torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], IGNORED_LABEL)], dim=1)
         return inputs, labels
+
+    def _read(self, rows: Sequence[int] | np.ndarray, *, seed: int = 0) -> tuple[list[Any], dict[str, Any]]:
+        """Some rows, and their batch; what is drawn at random depends on the rows alone, so it is always the same."""
+        indices = [int(row) for row in rows]
+        with random_state_kept(zlib.crc32(np.array([*indices, seed], np.int64).tobytes())):
+            if isinstance(self.dataset, datasets.Dataset):
+                items = self.dataset.__getitems__(indices)  # all at once, as PyTorch's `DataLoader` reads them
+            else:
+                items = [self.dataset[index] for index in indices]
+            if self._keep is not None and isinstance(items[0], Mapping):
+                items = [{name: value for name, value in item.items() if name in self._keep} for item in items]
+            return items, dict(self._collated(items))
+
+    def warn_of_draws(self) -> None:
+        """Warns if rows, or their batches, are drawn at random."""
+        rows = range(min(TRIED_ROWS, len(self)))
+        batch, again, otherwise = (self._read(rows, seed=seed)[1] for seed in (0, 0, 1))
+        if not _same(batch, again):
+            logger.warning(
+                "Rows of `%s` differ whenever they are read: they, or the `data_collator`, draw at random from a "
+                "generator of their own. Scores will differ from call to call. Give it no seed or generator, so that "
+                "it draws from the global ones.",
+                self.what,
+            )
+        elif not _same(batch, otherwise):
+            logger.warning(
+                "Rows of `%s` are drawn at random when they are read, by themselves or by the `data_collator` (masks, "
+                "augmentation). One draw is taken for all computations, which training did not see.",
+                self.what,
+            )
 
     def labels_per_row(self, batch_size: int = 256) -> float:
         """Mean number of labels of a row, without those of -100."""
@@ -163,6 +193,15 @@ class RowReader:
             with torch.no_grad():
                 labels = self._model.logits(self._model.parameters(), inputs).argmax(-1)
         return labels if mask is None or labels.dim() == 1 else labels.masked_fill(mask == 0, IGNORED_LABEL)
+
+
+def _same(batch: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether two batches hold equal tensors."""
+    tensors = {name: value for name, value in batch.items() if isinstance(value, Tensor)}
+    return all(
+        isinstance(other.get(name), Tensor) and torch.equal(value.nan_to_num(), other[name].nan_to_num())
+        for name, value in tensors.items()
+    )
 
 
 class CachedBatches:

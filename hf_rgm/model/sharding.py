@@ -36,3 +36,8 @@ def whole(tensor: Tensor, *, keep: bool = True) -> Tensor:
         return tensor
     full = tensor.full_tensor().detach()
     return full.cpu() if keep else torch.empty(0)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This process's part of a split tensor; others are returned unchanged."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

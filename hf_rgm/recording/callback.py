@@ -13,8 +13,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_utils import SaveStrategy
 
 from hf_rgm.files.writing import format_size
-from hf_rgm.recording.capture import PendingStep, as_table, same_parameters
-from hf_rgm.recording.description import loss_scaler
+from hf_rgm.recording.capture import as_table, same_parameters
 from hf_rgm.recording.process_group import check_same, failing_together
 from hf_rgm.recording.recording import TrajectoryRecorder
 from hf_rgm.recording.training_run import OngoingRun, checkpoint_step
@@ -53,7 +52,8 @@ class TrajectoryCallback(TrainerCallback):
             not record the steps before, or if the optimizer misses a trainable parameter.
         FileExistsError: In `on_train_begin`, if the folder holds a complete trajectory or something else.
         NotImplementedError: In `on_train_begin`, if the optimizer, the order of rows or the parallelism (FSDP1,
-            DeepSpeed, tensor parallelism) cannot be recorded.
+            DeepSpeed, tensor parallelism) cannot be recorded; later, at the step before which anything but the
+            optimizer changed parameters, moments, gradients or its settings, or layers were frozen or unfrozen.
         OSError: When the disk is full or the folder can no longer be written. Training stops there and can be resumed.
         RuntimeError: In `on_train_begin`, if another process records into the folder or the processes that train
             together differ in data or settings; later, on processes that stop because another one failed.
@@ -116,7 +116,7 @@ class TrajectoryCallback(TrainerCallback):
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
         """Checks that the run can be recorded, opens the folder and records the first state."""
         if self._active is not None:
-            self._active.norms.remove()
+            self._active.remove_hooks()
             self._active = None
         self._seconds = 0.0
         with self._timed():
@@ -126,7 +126,7 @@ class TrajectoryCallback(TrainerCallback):
                 check_same(run.description | {"global_step": state.global_step}, args.world_size)
                 self._begin(run, state)
             except BaseException:
-                run.norms.remove()
+                run.remove_hooks()
                 self._active = None
                 raise
 
@@ -135,6 +135,7 @@ class TrajectoryCallback(TrainerCallback):
         step = state.global_step
         with failing_together(run.num_processes):
             if run.is_main:
+                run.description |= run.digest_rows(self._recorder.num_digested_rows if step else None)
                 self._recorder.begin(run.description, step=step, planned=run.planned, best=run.best_step)
                 self._announce(run)
         with failing_together(run.num_processes):
@@ -151,21 +152,22 @@ class TrajectoryCallback(TrainerCallback):
         """Determines the rows of this update."""
         with self._timed():
             self._run.batches = self._run.schedule.next_update()
+            self._before_stopping(state, control)
 
     def on_pre_optimizer_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
-        """Notes learning rates and gradient norms."""
-        with self._timed():  # gradients are clipped now, and the scheduler has not moved on yet
-            run = self._run
-            learning_rates = [float(group["lr"]) for group in run.optimizer.param_groups]
-            scaler = loss_scaler(kwargs["optimizer"])
-            # Asking for the scale waits for the device, as the scaler itself does in most updates.
-            scale = scaler.get_scale() if scaler is not None and args.max_grad_norm else 1.0
-            measured = run.norms.measure(scale)
-            run.steps.append(PendingStep(learning_rates, *measured, batches=run.batches, scaled=scaler is not None))
+        """Records all steps before a checkpoint that is written because training was told to stop."""
+        with self._timed():
+            self._before_stopping(state, control)
 
     def on_optimizer_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
-        """Notes whether the optimizer skipped the update."""
-        self._run.steps[-1].skipped = bool(getattr(kwargs["optimizer"], "step_was_skipped", False))
+        """Notes whether the optimizer skipped the update, and checks those before it."""
+        with self._timed():
+            run = self._run
+            skipped = bool(getattr(kwargs["optimizer"], "step_was_skipped", False))
+            run.watch.end_update(skipped=skipped)
+            run.steps[-1].skipped = skipped
+            if run.num_processes == 1:
+                run.watch.settle(now=False)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
         """Records the state if it is due, and all steps before a checkpoint is written."""
@@ -173,25 +175,26 @@ class TrajectoryCallback(TrainerCallback):
             run = self._run
             run.steps[-1].epoch = float(state.epoch or 0)
             due = state.global_step in run.planned
-            if due or control.should_save:
+            saves = control.should_save or control.should_training_stop
+            if due or saves:
                 with failing_together(run.num_processes):
                     if due:
                         self._record_state(state.global_step, exact=state.global_step >= state.max_steps)
-                    self._write_steps(wait=control.should_save)
+                    self._write_steps(checkpoint=state.global_step if saves else None)
             elif run.num_processes == 1:
                 self._recorder.writer.check()
 
     def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
         """Records all steps before a checkpoint is written."""
-        if control.should_save:
+        if control.should_save or control.should_training_stop:
             with self._timed(), failing_together(args.world_size):
-                self._write_steps(wait=True)
+                self._write_steps(checkpoint=state.global_step)
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
         """Records all steps where the result of the evaluation may lead to a checkpoint."""
         if args.save_strategy == SaveStrategy.BEST and self._active is not None:
             with self._timed(), failing_together(args.world_size):
-                self._write_steps(wait=True)
+                self._write_steps(checkpoint=state.global_step)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
         """Records the state of the best checkpoint so far, where training is to end with it."""
@@ -199,7 +202,7 @@ class TrajectoryCallback(TrainerCallback):
             run = self._run
             is_best = args.load_best_model_at_end and checkpoint_step(state.best_model_checkpoint) == state.global_step
             with failing_together(args.world_size):
-                self._write_steps(wait=True)
+                self._write_steps(checkpoint=state.global_step)
                 outdated = run.best_step if is_best and run.is_main else None
                 if outdated is not None and outdated not in {*run.planned, state.global_step}:
                     self._recorder.drop_state(outdated)
@@ -211,9 +214,12 @@ class TrajectoryCallback(TrainerCallback):
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
         """Records the last state, closes the folder and logs what recording cost."""
         run = self._run
-        run.norms.remove()
+        run.remove_hooks()
         with failing_together(args.world_size), self._timed():
-            self._write_steps(wait=True)
+            if run.best_step in (None, state.global_step):  # else that checkpoint is loaded by now
+                run.watch.compare_parameters()
+            self._write_steps()
+            run.check_frozen()
         with failing_together(args.world_size):
             with self._timed():
                 captured = run.captured(state.global_step)
@@ -232,7 +238,7 @@ class TrajectoryCallback(TrainerCallback):
                 final_step = state.global_step
                 self._recorder.write_state(captured, exact=True)
             self._recorder.writer.drain()
-        recording, training = self._seconds + run.norms.seconds, time.perf_counter() - run.started
+        recording, training = self._seconds + run.norms.seconds + run.watch.seconds, time.perf_counter() - run.started
         cost = {"recording_seconds": recording, "training_seconds": training}
         self._recorder.finish(final_step, cost, stopped_early=state.global_step < state.max_steps)
         self._summary = (
@@ -256,19 +262,31 @@ class TrajectoryCallback(TrainerCallback):
         )
         return None
 
+    def _before_stopping(self, state: TrainerState, control: TrainerControl) -> None:
+        # The Trainer's answer to SIGTERM writes a checkpoint in the middle of an update, and tells no callback.
+        if control.should_training_stop:
+            self._write_steps(checkpoint=state.global_step)
+
     def _record_state(self, step: int, *, exact: bool) -> None:
         """Records a state unless it is there. All processes must call this."""
         captured = self._run.captured(step)
         if captured is not None:
             self._recorder.write_state(captured, exact=exact)
 
-    def _write_steps(self, *, wait: bool) -> None:
+    def _write_steps(self, *, checkpoint: int | None = None) -> None:
+        """Writes pending steps; waits for that, and notes checksums, where a checkpoint of a step may be written."""
         run = self._run
+        run.watch.settle()
+        sums = None
+        if checkpoint is not None and checkpoint != run.noted_step and (run.is_main or run.is_sharded):
+            sums, run.noted_step = run.checkpoint_sums(), checkpoint
         if run.is_main:
             if run.steps:
                 self._recorder.write_steps(run.next_step, as_table(run.steps))
-            if wait:
+            if checkpoint is not None:
                 self._recorder.writer.drain()
+            if checkpoint is not None and sums is not None:
+                self._recorder.note_checkpoint(checkpoint, sums)
         run.next_step += len(run.steps)
         run.steps.clear()
 

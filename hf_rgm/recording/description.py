@@ -12,6 +12,7 @@ from accelerate.utils import DistributedType
 from torch import nn
 from transformers import TrainingArguments
 
+from hf_rgm.model.architecture import architecture
 from hf_rgm.model.functional_model import LABEL_NAMES, forward_arguments
 from hf_rgm.model.sharding import is_sharded, is_split, model_class
 
@@ -101,6 +102,7 @@ def describe_run(args: TrainingArguments, model: nn.Module, *, batch_size: int, 
             # Transformers keeps the Hub commit of a loaded model nowhere else.
             "commit_hash": getattr(config, "_commit_hash", None),
         },
+        "architecture": architecture(model),
         "fingerprint_columns": fingerprint_columns(args, model),
         "seeds": {"seed": args.seed, "data_seed": args.data_seed, "sampler_seed": sampler_seed},
         "loss_reduction": loss_reduction(model),

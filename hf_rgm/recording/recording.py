@@ -19,6 +19,7 @@ from hf_rgm.trajectory.states import (
     StateFile,
     TrajectoryState,
     detached_state,
+    file_sha256,
     recorded_states,
     state_path,
     write_state,
@@ -86,6 +87,8 @@ class TrajectoryRecorder:
             existing = self._resumable(existing, step)
             wanted |= {earlier for earlier in existing["state_steps"] or () if earlier <= step}
             self._description["updates_before"] = existing.get("updates_before", 0)
+            earlier = {key: sums for key, sums in existing["checkpoints"].items() if int(key) <= step}
+            self._description["checkpoints"] |= earlier
         self._description["state_steps"] = sorted(wanted)
         self._exact.clear()
         self._own = True
@@ -131,12 +134,33 @@ class TrajectoryRecorder:
             raise ValueError(
                 f"Training resumes at step {step}, but {self.folder} records no steps 0 to {step - 1}. {way_out}"
             )
-        for key in ("optimizer", "parameters", "num_rows", "dataset_fingerprint"):
-            if existing[key] != self._description[key]:
+        for key in (
+            "optimizer",
+            "parameters",
+            "architecture",
+            "frozen_sha256",
+            "num_rows",
+            "dataset_fingerprint",
+            "rows_sha256",
+        ):
+            if existing.get(key) != self._description[key]:
                 raise ValueError(
                     f"Training resumes at step {step}, but the `{key}` of the trajectory in {self.folder} is another. "
                     f"{way_out}"
                 )
+        noted, now = existing.get("checkpoints", {}).get(str(step)), self._description["checkpoints"][str(step)]
+        if noted is None:
+            raise ValueError(
+                f"Training resumes at step {step}, but {self.folder} does not know what the checkpoint holds: it was "
+                f"written elsewhere, or by an earlier release. {way_out}"
+            )
+        differing = [kind for kind in now if noted.get(kind) != now[kind]]
+        if differing:
+            raise ValueError(
+                f"Training resumes at step {step} with other `{'` and `'.join(differing)}` than it stopped with: the "
+                "checkpoint was saved without its optimizer (`save_only_model=True`), or was not "
+                "loaded whole. Such a jump is not recorded. Train from the beginning, with `save_only_model=False`."
+            )
         done = 0
         for start in recorded_parts(self.folder):
             if start != done:
@@ -149,18 +173,46 @@ class TrajectoryRecorder:
             )
         if 0 not in recorded_states(self.folder):
             raise ValueError(f"{state_path(self.folder, 0)} is missing, so training cannot be resumed here. {way_out}")
+        now = self._state_digests(step)
+        known = existing.get("states_sha256") or {}
+        changed = [key for key, digest in known.items() if now.get(key, digest) != digest]
+        if changed:
+            raise ValueError(f"The states of steps {changed} in {self.folder} are not what was recorded. {way_out}")
         return existing
+
+    @property
+    def num_digested_rows(self) -> int | None:
+        """Number of rows in the digest of the run that is in the folder, if there is one."""
+        if not (self.folder / METADATA_FILE).is_file():
+            return None
+        return read_metadata(ArtefactFolder(self.folder)).get("num_digested_rows")
 
     def write_steps(self, start: int, steps: StepTable) -> None:
         """Adds steps, starting at number `start`."""
         self._submit(start + len(steps), lambda: write_part(self.folder, start, steps))
+
+    def note_checkpoint(self, step: int, sums: Mapping[str, str]) -> None:
+        """Notes the checksums of a checkpoint that is about to be written, or was."""
+        self._description["checkpoints"][str(step)] = dict(sums)
+        self._description["states_sha256"] = self._state_digests(step)
+        with self._stopping(step):
+            self._write_description()
+
+    def _state_digests(self, last: int) -> dict[str, str]:
+        steps = [step for step in recorded_states(self.folder) if step <= last]
+        return {str(step): file_sha256(state_path(self.folder, step)) for step in steps}
 
     def write_state(self, state: TrajectoryState, *, exact: bool) -> None:
         """Adds a copy of a state unless it is there, in the model's own dtype if it must be exact."""
         if state.step in self._exact or (not exact and self.has_state(state.step)):
             return
         copy = detached_state(state, torch.float32 if exact else self._dtype)
-        self._submit(state.step, lambda: write_state(state_path(self.folder, copy.step), copy))
+
+        def write() -> None:
+            write_state(state_path(self.folder, copy.step), copy)
+            file_sha256(state_path(self.folder, copy.step))  # known to `_state_digests` then
+
+        self._submit(state.step, write)
         if exact:
             self._exact.add(state.step)
 
@@ -204,6 +256,7 @@ class TrajectoryRecorder:
             "complete": True,
             "num_steps": num_steps,
             "state_steps": [step for step in recorded if step <= num_steps],
+            "states_sha256": self._state_digests(num_steps),
             "recording": dict(cost),
             "stopped_early": stopped_early,
         }

@@ -12,13 +12,22 @@ from torch import nn
 from transformers import TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from hf_rgm.model.functional_model import frozen_sha256
 from hf_rgm.model.sharding import is_sharded, named_parameters
 from hf_rgm.recording.batches import RowSchedule
 from hf_rgm.recording.capture import PendingStep, capture_state, optimizer_updates
-from hf_rgm.recording.description import check_supported, describe_run, fingerprint_columns, inner_optimizer
+from hf_rgm.recording.checkpoint_sums import checkpoint_sums
+from hf_rgm.recording.description import (
+    check_supported,
+    describe_run,
+    inner_optimizer,
+    loss_scaler,
+)
 from hf_rgm.recording.gradient_norms import GradientNorms
+from hf_rgm.recording.training_watch import TrainingWatch
 from hf_rgm.trajectory.fingerprint import dataset_fingerprint
 from hf_rgm.trajectory.optimizers import OptimizerRule
+from hf_rgm.trajectory.row_digest import readable_rows, rows_sha256
 from hf_rgm.trajectory.states import TrajectoryState
 
 
@@ -40,7 +49,9 @@ class OngoingRun:
         self.started = time.perf_counter()
         check_supported(args, model, lr_scheduler)
         named = named_parameters(model)
+        self.is_sharded = is_sharded(model)
         self.parameters = {name: p for name, p in named.items() if p.requires_grad}
+        self._frozen = {name: p for name, p in named.items() if not p.requires_grad}
         self.optimizer = inner_optimizer(optimizer)
         self.rule = OptimizerRule.from_torch(self.optimizer, named.items())
         self.schedule = RowSchedule(train_dataloader, args.gradient_accumulation_steps, global_step=state.global_step)
@@ -50,18 +61,21 @@ class OngoingRun:
                 "epoch. Leave `ignore_data_skip` at its default."
             )
         description = describe_run(args, model, batch_size=self.schedule.batch_size, sampler_seed=self.schedule.seed)
+        self._dataset, self._columns = train_dataloader.dataset, description["fingerprint_columns"]
         self.description = description | {
             "optimizer": self.rule.to_dict(),
             "parameters": {name: list(parameter.shape) for name, parameter in self.parameters.items()},
             "num_rows": self.schedule.num_rows,
-            "dataset_fingerprint": dataset_fingerprint(train_dataloader.dataset, fingerprint_columns(args, model)),
+            "dataset_fingerprint": dataset_fingerprint(self._dataset, self._columns),
+            "frozen_sha256": frozen_sha256(self._frozen),
             "updates_before": optimizer_updates(self.optimizer, self.parameters),
         }
+        step = state.global_step
+        self.description["checkpoints"] = {str(step): self.checkpoint_sums()} if step else {}
         self.planned = {round(step) for step in np.linspace(0, state.max_steps, num_states)}
         self.best_step = checkpoint_step(state.best_model_checkpoint) if args.load_best_model_at_end else None
         self.is_main = state.is_world_process_zero
         self.num_processes = args.world_size
-        self.is_sharded = is_sharded(model)
         self.norms = GradientNorms(
             self.parameters,
             max_norm=args.max_grad_norm or 0.0,
@@ -69,8 +83,44 @@ class OngoingRun:
             is_sharded=self.is_sharded,
         )
         self.batches: list[np.ndarray] = []  # rows of the current update
+        self._scaler = loss_scaler(optimizer)
         self.steps: list[PendingStep] = []  # not written yet, the first of them `next_step`
         self.next_step = state.global_step
+        self.noted_step: int | None = None  # whose checksums are noted
+        self.watch = TrainingWatch(
+            model, self.optimizer, self.rule, first_step=state.global_step, note_update=self._note_update
+        )
+
+    def _note_update(self) -> torch.Tensor:
+        """Notes the update that the optimizer is about to make; whether its gradients are not the recorded ones."""
+        learning_rates = [float(group["lr"]) for group in self.optimizer.param_groups]
+        # Asking for the scale waits for the device, as the scaler itself does in most updates.
+        scale = self._scaler.get_scale() if self._scaler is not None else 1.0
+        norm, factor, altered = self.norms.measure(scale)
+        scaled = self._scaler is not None
+        self.steps.append(PendingStep(learning_rates, norm, factor, batches=self.batches, scaled=scaled))
+        return altered
+
+    def digest_rows(self, num_rows: int | None = None) -> dict[str, Any]:
+        """Digest of `num_rows` rows, or of as many as time allows, for the description."""
+        count = readable_rows(self._dataset, self._columns) if num_rows is None else num_rows
+        return {"num_digested_rows": count, "rows_sha256": rows_sha256(self._dataset, self._columns, count)}
+
+    def checkpoint_sums(self) -> dict[str, str]:
+        """Digests of what a checkpoint holds now; where the model is split, all processes must call this."""
+        return checkpoint_sums(self.parameters, self.optimizer, self.rule, is_sharded=self.is_sharded)
+
+    def check_frozen(self) -> None:
+        """Checks that frozen parameters are where they were; all processes of a split model call this."""
+        if frozen_sha256(self._frozen) != self.description["frozen_sha256"]:
+            raise NotImplementedError(
+                "Parameters that the optimizer does not train changed during training (a moving average inside of "
+                "the model?), which is not recorded, so attributions would be wrong. Keep them as they are."
+            )
+
+    def remove_hooks(self) -> None:
+        self.norms.remove()
+        self.watch.remove()
 
     def captured(self, step: int) -> TrajectoryState | None:
         """The current state, on the main process; where the model is split, all processes must call this."""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from hf_rgm.files.reading import printable
+from hf_rgm.model.architecture import difference
 from hf_rgm.model.functional_model import FunctionalModel, parameters_sha256
 from hf_rgm.model.losses import LossFunction, RowLoss
 from hf_rgm.model.row_reader import RowReader
@@ -48,6 +49,9 @@ def check_runs(
                 f"{different[0]}. Pass the model that was trained."
             )
         trajectory.check_dataset(train_dataset, what=called)
+    other = other_function(model, trajectories[0])
+    if other is not None:
+        raise ValueError(f"{other} Pass the model as the Trainer left it.")
     final, own = trajectories[0].final.parameters, model.parameters()
     for name in found:
         if not torch.equal(final[name], own[name].cpu()):
@@ -63,6 +67,17 @@ def check_runs(
                 f"Runs {twin} and {run} end at the same parameters: they are the same run. Train each with a seed "
                 "of its own."
             )
+
+
+def other_function(model: FunctionalModel, trajectory: Trajectory) -> str | None:
+    """Why a model with the recorded parameters is not the one that was recorded, if so."""
+    settings, frozen = trajectory.metadata.get("architecture"), trajectory.metadata.get("frozen_sha256")
+    changed = difference(settings, model.module) if settings else None
+    if changed is not None:
+        return f"The model is configured otherwise than the recorded one: {printable(changed)[:300]}."
+    if frozen not in (None, model.frozen_sha256()):
+        return "The model's parameters that were not trained are not those of the recorded run."
+    return None
 
 
 def row_loss_of(trajectories: Sequence[Trajectory], reader: RowReader, function: LossFunction | None) -> RowLoss:

@@ -18,6 +18,7 @@ from hf_rgm.files.reading import ArtefactFolder, printable
 from hf_rgm.files.writing import staged_folder
 from hf_rgm.hub.artefact import CardOptions, DatasetArtefact
 from hf_rgm.model.functional_model import FunctionalModel, parameters_sha256
+from hf_rgm.synset.compatibility import other_function
 from hf_rgm.synset.inputs import SOFT_TOKENS
 from hf_rgm.synset.matched_states import MatchedState
 from hf_rgm.synset.responses import Responses
@@ -204,7 +205,10 @@ class Synset(DatasetArtefact):
                 "use them together anyway."
             )
         else:
-            return
+            other = other_function(model, self.trajectory)
+            if other is None:
+                return
+            message = f"{other} Load the model that was recorded, or pass `force=True` to use it anyway."
         if not force:
             raise ParameterMismatchError(message)
         logger.warning(message)

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import logging
-import random
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from numbers import Number
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 from torch import Tensor
+
+from hf_rgm.model.random_state import random_state_kept
 
 logger = logging.getLogger(__name__)
 
@@ -27,28 +26,33 @@ def dataset_fingerprint(dataset: Any, columns: Collection[str] | None = None) ->
     if not hasattr(dataset, "__len__"):
         raise TypeError(f"`dataset` must be a map-style dataset with a length, got {type(dataset).__name__}.")
     length = len(dataset)
-    indices = np.unique(np.linspace(0, length - 1, min(_MAX_ROWS, length)).round().astype(int)).tolist()
-    with _random_state_kept():
-        first, second = ([_row_digest(dataset[index], columns) for index in indices] for _ in range(2))
-    if first != second:
+    digests = sampled_digests(dataset, columns)
+    if length and not digests:
         logger.warning(
             "Rows of the training set differ when they are read again (random augmentation?), so its fingerprint "
             "covers only its length, %d. Attribution will see other augmentations than training did.",
             length,
         )
-        first = []
-    return hashlib.sha256(b"".join([str(length).encode(), *first])).hexdigest()
+    return hashlib.sha256(b"".join([str(length).encode(), *digests])).hexdigest()
+
+
+def sampled_digests(dataset: Any, columns: Collection[str] | None) -> list[bytes]:
+    """Digests of up to 64 evenly spaced rows, none if they differ when they are read again."""
+    indices = np.unique(np.linspace(0, len(dataset) - 1, min(_MAX_ROWS, len(dataset))).round().astype(int)).tolist()
+    with random_state_kept():
+        first, second = ([_row_digest(dataset[index], columns) for index in indices] for _ in range(2))
+    return first if first == second else []
 
 
 def _row_digest(row: Any, columns: Collection[str] | None) -> bytes:
     if isinstance(row, Mapping) and columns is not None and any(name in row for name in columns):
         row = {name: row[name] for name in columns if name in row}
     digest = hashlib.sha256()
-    _feed(digest, row)
+    feed(digest, row)
     return digest.digest()
 
 
-def _feed(digest: Any, value: Any) -> None:
+def feed(digest: Any, value: Any) -> None:
     if isinstance(value, str):
         value = value.encode()
     if isinstance(value, bytes):
@@ -56,8 +60,8 @@ def _feed(digest: Any, value: Any) -> None:
     elif isinstance(value, Mapping):
         digest.update(f"mapping{len(value)}".encode())
         for key in sorted(value, key=str):
-            _feed(digest, str(key))
-            _feed(digest, value[key])
+            feed(digest, str(key))
+            feed(digest, value[key])
     elif isinstance(value, Tensor):
         tensor = value.detach().cpu()
         _feed_array(digest, tensor.float().numpy() if tensor.is_floating_point() else tensor.numpy())
@@ -81,7 +85,7 @@ def _feed_sequence(digest: Any, values: list[Any] | tuple[Any, ...]) -> None:
         return
     digest.update(f"sequence{len(values)}".encode())
     for value in values:
-        _feed(digest, value)
+        feed(digest, value)
 
 
 def _feed_array(digest: Any, array: np.ndarray) -> None:
@@ -91,15 +95,3 @@ def _feed_array(digest: Any, array: np.ndarray) -> None:
     kind = {"f": "<f4", "b": "<i8", "i": "<i8", "u": "<i8"}.get(array.dtype.kind, array.dtype.str)
     digest.update(f"array{array.shape}{kind if array.size else ''}".encode())
     digest.update(np.ascontiguousarray(array.astype(kind)).tobytes())
-
-
-@contextlib.contextmanager
-def _random_state_kept() -> Iterator[None]:
-    # Rows may be augmented at random; reading them must not change what training draws next.
-    python_state, numpy_state = random.getstate(), np.random.get_state()
-    try:
-        with torch.random.fork_rng(devices=[]):
-            yield
-    finally:
-        random.setstate(python_state)
-        np.random.set_state(numpy_state)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import hashlib
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,6 +99,24 @@ def _detached(tensor: Tensor, limit: torch.dtype) -> Tensor:
     return tensor.detach().to(device="cpu", dtype=dtype, copy=True, memory_format=torch.contiguous_format)
 
 
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a safetensors file, computed again only if it was written since."""
+    told = path.stat()
+    return _file_sha256(path, told.st_mtime_ns, told.st_size)
+
+
+@functools.lru_cache(maxsize=256)
+def _file_sha256(path: Path, changed: int, size: int) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        # Safetensors writes the keys of its header in any order.
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        digest.update(json.dumps(header, sort_keys=True).encode())
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
 @dataclass(frozen=True)
 class StateFile:
     """A state on disk or on the Hub, read when asked for."""
@@ -105,6 +126,7 @@ class StateFile:
     shapes: Mapping[str, tuple[int, ...]]
     moment_names: tuple[str, ...]
     reference: StateFile | None = None  # the trained model, which the file may hold differences from
+    sha256: str | None = None  # of the file, as recorded
 
     @property
     def name(self) -> str:
@@ -124,19 +146,31 @@ class StateFile:
                 f"{self.folder}/{self.name} is missing. Copy the whole folder again, or record the training run again."
             ) from error
 
+    def checked_path(self) -> Path:
+        """Path of the file, if its content is what was recorded."""
+        with self._opened() as file:
+            self._members(file)
+            self._check_content(file)
+            return file.path
+
+    def _check_content(self, file: TensorFile) -> None:
+        if self.sha256 not in (None, file_sha256(file.path)):
+            raise ValueError(f"{file.path} is not the state that was recorded: its content changed. {_WAY_OUT}")
+
     def check(self) -> None:
         """Checks names and shapes by the file's header."""
         with self._opened() as file:
             self._members(file)
 
     def read(self) -> TrajectoryState:
-        """Reads the state as float32; differences are added to the trained parameters."""
+        """Reads the state as float32, if it is as recorded; differences are added to the trained parameters."""
         with self._opened() as file:
             precision = file.metadata.get(_PRECISION, PRECISIONS[0])
             values = {
                 kind: {name: self._tensor(file, kind, name, precision) for name in names}
                 for kind, names in self._members(file).items()
             }
+            self._check_content(file)
         parameters = values.pop(_PARAMETERS)
         if precision != PRECISIONS[0]:
             if self.reference is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
@@ -16,8 +17,11 @@ from hf_rgm.files.writing import staged_folder, write_json
 from hf_rgm.trajectory.fingerprint import dataset_fingerprint
 from hf_rgm.trajectory.optimizers import OptimizerRule
 from hf_rgm.trajectory.precision import PRECISIONS, check_precision
-from hf_rgm.trajectory.states import StateFile, TrajectoryState, state_path, write_state
+from hf_rgm.trajectory.row_digest import rows_sha256
+from hf_rgm.trajectory.states import StateFile, TrajectoryState, file_sha256, state_path, write_state
 from hf_rgm.trajectory.steps import StepTable, check_rows, read_steps, write_part
+
+logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 2
 METADATA_FILE = "trajectory.json"
@@ -46,10 +50,17 @@ class _Metadata:
     updates_before: int = 0
     fingerprint_columns: list[str] | None = None
     seeds: dict[str, int | None] | None = None
+    num_digested_rows: int = 0
+    rows_sha256: str | None = None
+    states_sha256: dict[str, str] | None = None
+    architecture: dict[str, str] | None = None
+    frozen_sha256: str | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.updates_before <= MAX_UPDATES:
             raise ValueError(f"updates_before must be from 0 to {MAX_UPDATES}, got {self.updates_before}")
+        if self.num_digested_rows < 0:
+            raise ValueError(f"num_digested_rows must not be negative, got {self.num_digested_rows}")
 
 
 _OWN_KEYS = tuple(item.name for item in fields(_Description))
@@ -199,6 +210,12 @@ class Trajectory:
                 f"{self.dataset_fingerprint[:12]}: same length, other rows or another order. Pass the dataset exactly "
                 "as it was given to the Trainer."
             )
+        noted, count = self.metadata.get("rows_sha256"), min(self.num_rows, self.metadata.get("num_digested_rows", 0))
+        if noted is not None and noted != rows_sha256(dataset, self.metadata.get("fingerprint_columns") or (), count):
+            raise ValueError(
+                f"Some of the {self.num_rows} rows of `{what}` are not what they were when the run was recorded. Pass "
+                "the dataset exactly as it was given to the Trainer."
+            )
 
     def without_rows(self) -> Trajectory:
         """A copy to share, which does not tell the rows of each step."""
@@ -230,7 +247,7 @@ class Trajectory:
                     write_state(target, self.state(step), precision=precision, final=final)
                 elif isinstance(state, StateFile):
                     target.parent.mkdir(exist_ok=True)
-                    shutil.copyfile(state.path(), target)
+                    shutil.copyfile(state.checked_path(), target)
                 else:
                     write_state(target, state)
             write_part(staging, 0, self.steps)
@@ -244,7 +261,8 @@ class Trajectory:
                 num_steps=self.num_steps,
                 state_steps=list(self.state_steps),
             )
-            write_json(staging / METADATA_FILE, self.metadata | vars(description))
+            digests = {str(step): file_sha256(state_path(staging, step)) for step in self._states}
+            write_json(staging / METADATA_FILE, self.metadata | {"states_sha256": digests} | vars(description))
 
     @classmethod
     def load(cls, folder: str | Path | ArtefactFolder) -> Trajectory:
@@ -264,8 +282,16 @@ class Trajectory:
             )
         source = f"{folder}/{METADATA_FILE}"
         description = parsed(_Description, content, source)
-        metadata = {key: value for key, value in content.items() if key not in _OWN_KEYS}
-        parsed(_Metadata, metadata, f"What {source} says of the run")
+        metadata = {key: value for key, value in content.items() if key not in (*_OWN_KEYS, "checkpoints")}
+        told = parsed(_Metadata, metadata, f"What {source} says of the run")
+        if told.states_sha256 is None or told.rows_sha256 is None:
+            logger.warning(
+                "%s was recorded by an earlier release: changes of its states, of the model's configuration, and of "
+                "rows other than 64 would not be noticed. Record the run again if in doubt.",
+                folder,
+            )
+        digests = told.states_sha256 or {}
+        metadata.pop("states_sha256", None)
         steps_of_states = description.state_steps
         if description.num_rows < 1 or not 0 < description.num_steps <= MAX_UPDATES:
             raise ValueError(
@@ -284,7 +310,8 @@ class Trajectory:
         shapes = {name: tuple(shape) for name, shape in description.parameters.items()}
 
         def state_file(step: int, reference: StateFile | None = None) -> StateFile:
-            return StateFile(folder, step, shapes, optimizer.moment_names, reference)
+            sha256 = digests.get(str(step))
+            return StateFile(folder, step, shapes, optimizer.moment_names, reference, sha256)
 
         final = state_file(description.num_steps)
         states = {step: final if step == final.step else state_file(step, final) for step in steps_of_states}

@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import logging
+
 import numpy as np
 import pytest
 import torch
 from datasets import Dataset, IterableDataset
+from transformers import default_data_collator
 
 from hf_rgm.model.functional_model import FunctionalModel
 from hf_rgm.model.row_reader import CachedBatches, RowReader
@@ -148,3 +151,38 @@ def test_kept_batches_are_read_once(model):
     for _ in range(3):
         list(batches.group(0))
     assert Counting.reads == 6
+
+
+def random_mask(items):
+    batch = default_data_collator(items)
+    return batch | {"pixel_values": batch["pixel_values"] * (torch.rand(batch["pixel_values"].shape) < 0.5)}
+
+
+def test_a_collator_that_draws_at_random_draws_the_same_for_the_same_rows(model, caplog):
+    state = torch.get_rng_state()
+    with caplog.at_level(logging.WARNING, logger="hf_rgm"):
+        one, other = (RowReader(items(), model, data_collator=random_mask) for _ in range(2))
+        one.warn_of_draws()
+        first, again = one.batch([0, 2])[0]["pixel_values"], other.batch([0, 2])[0]["pixel_values"]
+    assert torch.equal(first, again) and torch.equal(one.batch([0, 2])[0]["pixel_values"], first)
+    assert not torch.equal(one.batch([2, 0])[0]["pixel_values"].flip(0), first)
+    assert "are drawn at random when they are read" in caplog.text
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_collator_with_a_generator_of_its_own_is_told_of(model, caplog):
+    generator = torch.Generator().manual_seed(0)
+
+    def collate(items):
+        batch = default_data_collator(items)
+        return batch | {"pixel_values": torch.rand(batch["pixel_values"].shape, generator=generator)}
+
+    with caplog.at_level(logging.WARNING, logger="hf_rgm"):
+        RowReader(items(), model, data_collator=collate).warn_of_draws()
+    assert "Scores will differ from call to call" in caplog.text
+
+
+def test_rows_that_are_always_the_same_are_not_told_of(model, caplog):
+    with caplog.at_level(logging.WARNING, logger="hf_rgm"):
+        RowReader(items(), model).warn_of_draws()
+    assert "drawn at random" not in caplog.text and "whenever they are read" not in caplog.text

@@ -6,6 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
 from hf_rgm.recording.callback import TrajectoryCallback
@@ -81,6 +82,12 @@ def test_resuming_in_the_middle_of_a_written_part_drops_what_follows(tmp_path):
     # Parts end at steps 3 (a state), 5 (a checkpoint) and 6 (a state); the checkpoint resumed from is at step 4.
     interrupt(tmp_path, fails_at=15, save_steps=5)
     shutil.copytree(tmp_path / "elsewhere" / "output" / "checkpoint-4", tmp_path / "output" / "checkpoint-4")
+    with pytest.raises(ValueError, match="does not know what the checkpoint holds"):
+        resume(tmp_path, checkpoint=4)
+    described = {name: tmp_path / name / "trajectory.json" for name in ("trajectory", "elsewhere/whole")}
+    content, elsewhere = (json.loads(path.read_text()) for path in described.values())
+    content["checkpoints"]["4"] = elsewhere["checkpoints"]["4"]
+    described["trajectory"].write_text(json.dumps(content))
     _, resumed = resume(tmp_path, checkpoint=4, save_steps=50)
     assert_same_steps(resumed.steps, whole.steps)
 
@@ -232,3 +239,54 @@ def test_no_step_is_lost_between_checkpoints(tmp_path):
     assert len(resumed.steps) == 9
     assert np.isfinite(resumed.steps.gradient_norm).all()
     assert torch.isfinite(resumed.final.parameters["head.weight"]).all()
+
+
+def test_a_checkpoint_without_its_optimizer_is_refused(tmp_path):
+    interrupt(tmp_path, fails_at=12, save_steps=2, save_only_model=True)
+    with pytest.raises(
+        ValueError, match="with other `exp_avg` and `exp_avg_sq` than it stopped with.*save_only_model"
+    ):
+        resume(tmp_path, checkpoint=4)
+
+
+def test_a_checkpoint_that_is_not_loaded_whole_is_refused(tmp_path):
+    interrupt(tmp_path, fails_at=12, save_steps=2)
+    path = tmp_path / "output" / "checkpoint-4" / "model.safetensors"
+    tensors = load_file(path)
+    tensors["head.bias"] = torch.randn(3)  # made anew, as transformers does for what it does not find
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="with other `parameters` than it stopped with.*not loaded whole"):
+        resume(tmp_path, checkpoint=4)
+
+
+def test_resuming_with_other_frozen_parameters_is_refused(tmp_path):
+    for checkpoint in (None, True):
+        model = OutOfMemoryModel(12, "interrupted") if checkpoint is None else MeanModel()
+        model.layers[0].requires_grad_(False)
+        if checkpoint:
+            path = tmp_path / "output" / "checkpoint-4" / "model.safetensors"
+            tensors = load_file(path)
+            tensors["layers.0.weight"] += 1
+            save_file(tensors, path, metadata={"format": "pt"})
+        callback = TrajectoryCallback(tmp_path / "trajectory", num_states=4)
+        trainer = make_trainer(tmp_path, model, callback, **ARGUMENTS, save_steps=2)
+        with pytest.raises((RuntimeError, ValueError), match="`frozen_sha256` of" if checkpoint else "interrupted"):
+            trainer.train(resume_from_checkpoint=checkpoint)
+
+
+def test_a_recorded_state_that_was_changed_is_noticed(tmp_path):
+    interrupt(tmp_path, fails_at=12, save_steps=2)
+    path = tmp_path / "trajectory" / "states" / "step-00000000.safetensors"
+    tensors = load_file(path)
+    tensors["parameters.head.bias"] += 1
+    save_file(tensors, path, metadata={"format": "pt", "step": "0"})
+    with pytest.raises(ValueError, match=r"states of steps \['0'\] in .* are not what was recorded"):
+        resume(tmp_path, checkpoint=4)
+
+
+def test_resuming_on_rows_that_the_fingerprint_does_not_see_is_refused(tmp_path):
+    rows = dataset(100)
+    other = [row | {"labels": (row["labels"] + 1) % 3} if row["row"] == 51 else row for row in rows]
+    interrupt(tmp_path, fails_at=12, save_steps=2, train_dataset=rows)
+    with pytest.raises(ValueError, match="`rows_sha256` of the trajectory in .* is another"):
+        resume(tmp_path, checkpoint=4, train_dataset=other)

@@ -3,10 +3,13 @@ import json
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from hf_rgm.files.reading import ArtefactFolder
+from hf_rgm.trajectory.fingerprint import dataset_fingerprint
 from hf_rgm.trajectory.optimizers import OptimizerRule, ParameterGroup
+from hf_rgm.trajectory.row_digest import rows_sha256
 from hf_rgm.trajectory.states import TrajectoryState, detached_state, write_state
 from hf_rgm.trajectory.steps import StepTable, part_path, read_steps, write_part
 from hf_rgm.trajectory.trajectory import Trajectory
@@ -263,3 +266,37 @@ def test_damaged_folders_are_refused_by_name(folder, damage):
 def test_missing_folder_tells_how_to_record_one(tmp_path):
     with pytest.raises(FileNotFoundError, match="Record a training run with `TrajectoryCallback"):
         Trajectory.load(tmp_path / "nowhere")
+
+
+def scaled(path, name="parameters.a.weight"):
+    tensors = load_file(path)
+    tensors[name] = 2 * tensors[name]
+    with safe_open(path, framework="pt") as file:
+        save_file(tensors, path, metadata=file.metadata())
+
+
+@pytest.mark.parametrize("step", [0, 2, NUM_STEPS])
+@pytest.mark.parametrize("precision", [None, "bfloat16"])
+def test_a_state_that_was_changed_is_noticed_when_it_is_read(tmp_path, step, precision):
+    make().save(tmp_path / "t", precision=precision)
+    trajectory = Trajectory.load(tmp_path / "t")
+    trajectory.state(step)
+    scaled(tmp_path / "t" / "states" / f"step-{step:08d}.safetensors")
+    with pytest.raises(ValueError, match=f"step-{step:08d}.* is not the state that was recorded"):
+        trajectory.state(step)
+    with pytest.raises(ValueError, match="is not the state that was recorded"):
+        Trajectory.load(tmp_path / "t").save(tmp_path / "copy")
+
+
+def test_rows_beyond_the_fingerprint_are_compared():
+    rows = [{"x": [float(row)], "labels": row % 2} for row in range(200)]
+    fingerprint = dataset_fingerprint(rows, ["x", "labels"])
+    noted = {"num_digested_rows": 200, "rows_sha256": rows_sha256(rows, ["x", "labels"], 200)}
+    trajectory = make(
+        num_rows=200, dataset_fingerprint=fingerprint, metadata={"fingerprint_columns": ["x", "labels"]} | noted
+    )
+    trajectory.check_dataset(rows)
+    other = [row | {"labels": 1 - row["labels"]} if index == 100 else row for index, row in enumerate(rows)]
+    assert dataset_fingerprint(other, ["x", "labels"]) == fingerprint
+    with pytest.raises(ValueError, match="Some of the 200 rows of `rows` are not what they were"):
+        trajectory.check_dataset(other, what="rows")

@@ -155,8 +155,17 @@ def tensors(name: str, change: Callable[[dict[str, torch.Tensor]], object]) -> E
             metadata = file.metadata()
         change(content)
         save_file({key: tensor.contiguous() for key, tensor in content.items()}, folder / name, metadata=metadata)
+        _without_digests(folder / name)
 
     return edit
+
+
+def _without_digests(path: Path) -> None:
+    """Takes the digests of states out of their trajectory: whoever changes a state would change these too."""
+    trajectory = path.parent.parent / "trajectory.json"
+    if path.parent.name == "states":
+        content = json.loads(trajectory.read_text())
+        trajectory.write_text(json.dumps({key: value for key, value in content.items() if key != "states_sha256"}))
 
 
 def tensor(name: str, key: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Edit:
@@ -187,6 +196,7 @@ def header(name: str, change: Callable[[dict[str, Any]], object], *, extend_to: 
         if extend_to is not None:
             with open(folder / name, "rb+") as file:
                 file.truncate(8 + len(encoded) + extend_to)
+        _without_digests(folder / name)
 
     return edit
 

@@ -47,8 +47,9 @@ def load(artefact: Artefact, folder: Path, target: Path) -> None:
     """Loads what was mutated; errors must be those that are announced."""
     try:
         content = artefact.read(ArtefactFolder(folder))
-        for step in getattr(content, "state_steps", ()):
-            content.state(step)
+        for trajectory in getattr(content, "trajectories", [content]):
+            for step in getattr(trajectory, "state_steps", ()):
+                trajectory.state(step)
     except Exception as error:
         assert is_refusal(error), repr(error)
         return

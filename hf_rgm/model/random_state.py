@@ -1,0 +1,26 @@
+"""Global random states, kept as they are while rows are read that may be augmented or masked at random."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+
+
+@contextlib.contextmanager
+def random_state_kept(seed: int | None = None) -> Iterator[None]:
+    """A block after which Python, numpy and torch (on the CPU) draw on as before; in it, they draw from `seed`."""
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            if seed is not None:
+                random.seed(seed)
+                np.random.seed(seed % 2**32)
+                torch.default_generator.manual_seed(seed)
+            yield
+    finally:
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
