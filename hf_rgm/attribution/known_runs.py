@@ -75,8 +75,9 @@ class KnownRuns:
                     "The synset was distilled with a `row_loss` of its own, which rows are scored by. Pass the same "
                     "function as `row_loss`."
                 )
-            reader = training_rows(rows, self._model, self._subject.clusters, collator)
-            self._subject.trajectory.check_dataset(rows, what="rows")
+            trajectory = self._subject.trajectory
+            reader = training_rows(rows, self._model, self._subject.clusters, collator, trajectory)
+            trajectory.check_dataset(rows, what="rows")
         runs = [self._run(trajectory, reader) for trajectory in self._subject.trajectories]
         self._known = rows, collator, runs
         return runs

@@ -133,12 +133,18 @@ def of_runs(
     Raises:
         ValueError: If they do not, or the loss is none that is known.
     """
-    functional = FunctionalModel(model, trainable_names=tuple(trajectories[0].parameter_shapes), device=device)
-    reader = training_rows(rows, functional, clusters, data_collator)
+    functional = _functional(model, trajectories[0], device)
+    reader = training_rows(rows, functional, clusters, data_collator, trajectories[0])
     if not force:
         check_runs(functional, trajectories, rows, called="rows")
     row_loss = row_loss_of(trajectories, reader, function)
     return Opened(functional, Subject.of_runs(functional, trajectories, clusters), None, None, row_loss)
+
+
+def _functional(model: nn.Module, trajectory: Trajectory, device: torch.device | str | None) -> FunctionalModel:
+    """The model as a function of the parameters that a run trained."""
+    names = tuple(trajectory.parameter_shapes)
+    return FunctionalModel(model, trainable_names=names, device=device, shifts_labels=trajectory.shifts_labels)
 
 
 def of_synset(
@@ -158,7 +164,7 @@ def of_synset(
         ValueError: If the model does not take the samples.
     """
     synset = synset if isinstance(synset, Synset) else Synset.from_pretrained(synset)
-    functional = FunctionalModel(model, trainable_names=tuple(synset.trajectory.parameter_shapes), device=device)
+    functional = _functional(model, synset.trajectory, device)
     synset.check_model(functional, force=force)
     if not has_rows and synset.responses is None:  # else nothing depends on the samples
         warn_unless_matched(synset.matched_states, synset.residuals)
@@ -173,6 +179,7 @@ def of_synset(
         labels_per_row=float(synset.metadata.get("labels_per_row", 1.0)),
         label_smoothing=float(synset.metadata.get("label_smoothing_factor", 0.0)),
         function=function,
+        scale=float(synset.metadata.get("loss_scale", 1.0)),
     )
     samples = SampleSource(functional, inputs, synset.samples.map(lambda tensor: tensor.to(functional.device)))
     return Opened(functional, Subject.of_synset(synset), synset, samples, row_loss)

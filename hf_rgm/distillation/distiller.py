@@ -66,7 +66,7 @@ class ReverseGradientMatchingDistiller:
         row_loss (`Callable`, *optional*): Takes logits `(batch_size, *positions, num_labels)` and labels and returns
             the loss of each row, `(batch_size,)`. Needed if the Trainer has its own `compute_loss`, which is not
             recorded. Defaults to the cross entropy, with the label smoothing of the recorded run.
-        remove_unused_columns (`bool`, *optional*, defaults to `True`): As in `TrainingArguments`.
+        remove_unused_columns (`bool`, *optional*): As in `TrainingArguments`. Defaults to that of the recorded run.
         output_dir (`str` or `Path`, *optional*): Folder for finished blocks of clusters. A killed run continues there.
         disable_tqdm (`bool`, *optional*, defaults to `False`): No progress bar.
 
@@ -100,7 +100,7 @@ class ReverseGradientMatchingDistiller:
         config: DistillationConfig | None = None,
         data_collator: DataCollator | None = None,
         row_loss: LossFunction | None = None,
-        remove_unused_columns: bool = True,
+        remove_unused_columns: bool | None = None,
         output_dir: str | Path | None = None,
         disable_tqdm: bool = False,
     ) -> None:
@@ -112,8 +112,12 @@ class ReverseGradientMatchingDistiller:
         self.trajectories = tuple(t if isinstance(t, Trajectory) else Trajectory.load(t) for t in recorded)
         self.clusters = clusters
         self.disable_tqdm = disable_tqdm
+        first = self.trajectories[0]
         self.model = FunctionalModel(
-            model, trainable_names=tuple(self.trajectories[0].parameter_shapes), device=self._processes.device
+            model,
+            trainable_names=tuple(first.parameter_shapes),
+            device=self._processes.device,
+            shifts_labels=first.shifts_labels,
         )
         self.inputs = input_space(
             self.model,
@@ -121,9 +125,10 @@ class ReverseGradientMatchingDistiller:
             num_tokens=self.config.num_tokens,
             num_choices=self.config.num_token_choices,
         )
-        self.reader = RowReader(
-            train_dataset, self.model, data_collator=data_collator, remove_unused_columns=remove_unused_columns
-        )
+        options = first.reader_options
+        if remove_unused_columns is not None:
+            options["remove_unused_columns"] = remove_unused_columns
+        self.reader = RowReader(train_dataset, self.model, data_collator=data_collator, **options)
         check_runs(self.model, self.trajectories, train_dataset)
         clusters.check_num_rows(len(self.reader))
         self.row_loss = row_loss_of(self.trajectories, self.reader, row_loss)
@@ -258,6 +263,7 @@ class ReverseGradientMatchingDistiller:
                 "num_rows": len(self.reader),
                 "labels_per_row": self.row_loss.labels_per_row,
                 "label_smoothing_factor": self.row_loss.label_smoothing,
+                "loss_scale": self.row_loss.scale,
                 "tokens": None if tokens is None else tokens.tolist(),
                 "frozen_sha256": self.model.frozen_sha256(),
                 "privacy": measure_privacy(self.inputs, samples, self.batches),

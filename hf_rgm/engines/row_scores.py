@@ -195,6 +195,7 @@ def scores_identity(
         "queries": _digest({**request.queries.inputs, "labels": request.queries.labels}),
         "labels_per_row": source.row_loss.labels_per_row,
         "label_smoothing": source.row_loss.label_smoothing,
+        "loss_scale": source.row_loss.scale,
     }
 
 

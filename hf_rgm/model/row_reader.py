@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import datasets
@@ -49,6 +49,7 @@ class RowReader:
         *,
         data_collator: DataCollator | None = None,
         remove_unused_columns: bool = True,
+        columns: Collection[str] = (),
         what: str = "train_dataset",
         predict_labels: bool = False,
     ) -> None:
@@ -59,7 +60,7 @@ class RowReader:
             )
         if len(dataset) == 0:
             raise ValueError(f"`{what}` is empty. Pass the rows to work on.")
-        keep = {*model.forward_arguments, *LABEL_NAMES}
+        keep = {*model.forward_arguments, *LABEL_NAMES, *columns}  # `columns`: what else the collator takes
         if remove_unused_columns and isinstance(dataset, datasets.Dataset):
             columns = [name for name in dataset.column_names if name in keep]
             if not {*columns} - {*LABEL_NAMES}:
@@ -73,7 +74,7 @@ class RowReader:
         self.what = what
         self._keep = keep if remove_unused_columns else None
         self._collate = data_collator or default_data_collator
-        self._model = model
+        self.model = model
         self._predict_labels = predict_labels
 
     def __len__(self) -> int:
@@ -81,6 +82,10 @@ class RowReader:
 
     def batch(self, rows: Sequence[int] | np.ndarray) -> tuple[dict[str, Tensor], Tensor]:
         """Collates rows to inputs (float32) and labels `(num_rows, *positions)`, on the model's device."""
+        return self.tensors(self.collated(rows), rows)
+
+    def collated(self, rows: Sequence[int] | np.ndarray) -> dict[str, Any]:
+        """Rows as the model gets them in training."""
         indices = [int(row) for row in rows]
         if isinstance(self.dataset, datasets.Dataset):
             items = self.dataset.__getitems__(indices)  # all at once, as PyTorch's `DataLoader` reads them
@@ -88,16 +93,22 @@ class RowReader:
             items = [self.dataset[index] for index in indices]
         if self._keep is not None and isinstance(items[0], Mapping):
             items = [{name: value for name, value in item.items() if name in self._keep} for item in items]
-        batch = dict(self._collated(items))
+        return dict(self._collate_items(items))
+
+    def tensors(
+        self, collated: Mapping[str, Any], rows: Sequence[int] | np.ndarray
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """Inputs and labels of a collated batch, as `batch` gives them."""
+        batch = dict(collated)
         labels = next((batch.pop(name) for name in LABEL_NAMES if name in batch), None)
         if labels is None and not self._predict_labels:
             raise ValueError(
                 f"Rows of `{self.what}` have no {' / '.join(LABEL_NAMES)} after collating (they have: "
                 f"{', '.join(batch) or 'nothing'}). Attribution compares losses, so every row needs its label."
             )
-        if labels is not None and len(labels) != len(items):
+        if labels is not None and len(labels) != len(rows):
             raise NotImplementedError(
-                f"The `data_collator` turns {len(items)} rows of `{self.what}` into {len(labels)}, so that one cannot "
+                f"The `data_collator` turns {len(rows)} rows of `{self.what}` into {len(labels)}, so that one cannot "
                 "be told from another. Train and distil with one that pads rows and does not flatten them into one "
                 "sequence (`DataCollatorWithFlattening`, `padding_free=True`)."
             )
@@ -114,29 +125,43 @@ class RowReader:
                     bad = [int(rows[i]) for i in torch.nonzero(~finite).flatten().tolist()]
                     raise ValueError(f"`{name}` of `{self.what}` has NaN or infinite values in rows {bad[:10]}.")
                 value = value.float()
-            inputs[name] = value.to(self._model.device)
+            inputs[name] = value.to(self.model.device)
         if labels is None:
             labels = self._own_labels(inputs)
-        labels = labels.to(self._model.device)
-        if self._model.shifts_labels:  # to where they are predicted, one position to the left
+        labels = labels.to(self.model.device)
+        if self.model.shifts_labels:  # to where they are predicted, one position to the left
             labels = torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], IGNORED_LABEL)], dim=1)
         return inputs, labels
 
     def labels_per_row(self, batch_size: int = 256) -> float:
         """Mean number of labels of a row, without those of -100."""
-        count = 0
+        count, known = 0, self.classes()
         for start in range(0, len(self), batch_size):
             _, labels = self.batch(range(start, min(start + batch_size, len(self))))
-            if labels.dim() == 1:
-                return 1.0
-            count += int((labels != IGNORED_LABEL).sum())
+            if known is not None and np.array_equal(labels.cpu().numpy(), known[:batch_size]):
+                count = int((known != IGNORED_LABEL).sum())
+                break
+            count, known = count + int((labels != IGNORED_LABEL).sum()), None
         if count == 0:
             raise ValueError(
                 f"No row of `{self.what}` has a label other than {IGNORED_LABEL}: nothing is learned from it."
             )
         return count / len(self)
 
-    def _collated(self, items: list[Any]) -> Mapping[str, Any]:
+    def classes(self) -> np.ndarray | None:
+        """Labels of all rows, `(num_rows,)`, int64, where a column of the dataset holds them."""
+        dataset = self.dataset
+        if not isinstance(dataset, datasets.Dataset) or dataset.format["type"] == "custom":
+            return None
+        name = next((name for name in LABEL_NAMES if name in dataset.column_names), None)
+        if name is None:
+            return None
+        kind = dataset.features[name]
+        if not isinstance(kind, datasets.Value | datasets.ClassLabel) or not kind.dtype.startswith(("int", "uint")):
+            return None
+        return np.asarray(dataset.select_columns([name]).with_format("numpy")[:][name], np.int64)
+
+    def _collate_items(self, items: list[Any]) -> Mapping[str, Any]:
         strange = next((item for item in items if not isinstance(item, Mapping)), None)
         if strange is not None:
             raise ValueError(
@@ -157,11 +182,11 @@ class RowReader:
     def _own_labels(self, inputs: dict[str, Tensor]) -> Tensor:
         """The text itself for causal language models, else what the model predicts."""
         mask = inputs.get("attention_mask")
-        if self._model.shifts_labels and "input_ids" in inputs:
+        if self.model.shifts_labels and "input_ids" in inputs:
             labels = inputs["input_ids"]
         else:
             with torch.no_grad():
-                labels = self._model.logits(self._model.parameters(), inputs).argmax(-1)
+                labels = self.model.logits(self.model.parameters(), inputs).argmax(-1)
         return labels if mask is None or labels.dim() == 1 else labels.masked_fill(mask == 0, IGNORED_LABEL)
 
 

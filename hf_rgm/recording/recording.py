@@ -86,6 +86,7 @@ class TrajectoryRecorder:
             existing = self._resumable(existing, step)
             wanted |= {earlier for earlier in existing["state_steps"] or () if earlier <= step}
             self._description["updates_before"] = existing.get("updates_before", 0)
+            self._description["trained_loss"] = self._same_loss(existing)
         self._description["state_steps"] = sorted(wanted)
         self._exact.clear()
         self._own = True
@@ -150,6 +151,18 @@ class TrajectoryRecorder:
         if 0 not in recorded_states(self.folder):
             raise ValueError(f"{state_path(self.folder, 0)} is missing, so training cannot be resumed here. {way_out}")
         return existing
+
+    def _same_loss(self, existing: dict[str, Any]) -> dict[str, Any] | None:
+        """The loss as the first part of the run measured it; refuses to resume with another."""
+        before, now = existing.get("trained_loss"), self._description.get("trained_loss")
+        if before is not None and now is not None:
+            for key in ("adds_micro_batches", "shifts_labels", "custom"):
+                if before[key] != now[key]:
+                    raise ValueError(
+                        f"Training resumes with another loss: `{key}` was {before[key]} and is {now[key]}. Resume "
+                        "with the same model, arguments and `row_loss`, or train from the beginning."
+                    )
+        return before
 
     def write_steps(self, start: int, steps: StepTable) -> None:
         """Adds steps, starting at number `start`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,13 @@ from torch import nn
 from transformers import TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from hf_rgm.model.losses import LossFunction
 from hf_rgm.model.sharding import is_sharded, named_parameters
 from hf_rgm.recording.batches import RowSchedule
 from hf_rgm.recording.capture import PendingStep, capture_state, optimizer_updates
 from hf_rgm.recording.description import check_supported, describe_run, fingerprint_columns, inner_optimizer
 from hf_rgm.recording.gradient_norms import GradientNorms
+from hf_rgm.recording.rehearsal import rehearse
 from hf_rgm.trajectory.fingerprint import dataset_fingerprint
 from hf_rgm.trajectory.optimizers import OptimizerRule
 from hf_rgm.trajectory.states import TrajectoryState
@@ -68,9 +71,16 @@ class OngoingRun:
             num_processes=self.num_processes,
             is_sharded=self.is_sharded,
         )
+        self._model, self._dataloader = model, train_dataloader
         self.batches: list[np.ndarray] = []  # rows of the current update
         self.steps: list[PendingStep] = []  # not written yet, the first of them `next_step`
         self.next_step = state.global_step
+
+    def rehearse(self, row_loss: LossFunction | None) -> None:
+        """Checks that what is trained is what will be attributed, and describes it. All processes must call this."""
+        found = rehearse(self._model, self._dataloader, [*self.parameters], row_loss)
+        if found is not None:
+            self.description["trained_loss"] = asdict(found)
 
     def captured(self, step: int) -> TrajectoryState | None:
         """The current state, on the main process; where the model is split, all processes must call this."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,6 +24,9 @@ logger = logging.getLogger(__name__)
 
 CROSS_ENTROPY_TYPE = "nll"
 """TRL's name for the cross entropy. The plain `Trainer` records no name."""
+
+SAME_SCALE, SAME_LOSS = 0.02, 0.02
+"""Relative differences of scales and losses that rounding to 16 bits explains."""
 
 
 def check_runs(
@@ -71,12 +76,48 @@ def row_loss_of(trajectories: Sequence[Trajectory], reader: RowReader, function:
                     "seed."
                 )
     loss_type, label_smoothing = losses[0]
-    if function is None and loss_type != CROSS_ENTROPY_TYPE:
+    trained = trajectories[0].trained_loss
+    if function is None and loss_type != CROSS_ENTROPY_TYPE and trained is None:
         raise ValueError(
             f"The recorded run was trained with `loss_type={loss_type!r}`, which is not the cross entropy. Pass "
             "the loss of each row as `row_loss`."
         )
-    return RowLoss(labels_per_row=reader.labels_per_row(), label_smoothing=label_smoothing, function=function)
+    scales = [1.0 if each is None else each.scale for each in (t.trained_loss for t in trajectories)]
+    far = next((run for run, scale in enumerate(scales) if not math.isclose(scale, scales[0], rel_tol=SAME_SCALE)), 0)
+    if far:
+        raise ValueError(
+            f"The loss of run {far} is {scales[far] / scales[0]:.3g} times that of run 0 (gradient accumulation?): "
+            "one synset stands for one loss. Distil a synset for each, or train all with the same settings but the "
+            "seed."
+        )
+    row_loss = RowLoss(reader.labels_per_row(), label_smoothing, function, scales[0])
+    check_losses(trajectories[0], reader, row_loss)
+    return row_loss
+
+
+def check_losses(trajectory: Trajectory, reader: RowReader, row_loss: RowLoss) -> None:
+    """Checks the losses of some rows at the first recorded state against those before the first step of training."""
+    trained = trajectory.trained_loss
+    if trained is None:
+        return
+    if trained.custom and row_loss.function is None:
+        raise ValueError(
+            "The run was recorded with a `row_loss` of its own. Pass the same function as `row_loss` here."
+        )
+    if not trained.rows or 0 not in trajectory.state_steps:
+        return
+    model = reader.model
+    inputs, labels = reader.batch(trained.rows)
+    parameters = {name: value.to(model.device) for name, value in trajectory.state(0).parameters.items()}
+    with torch.no_grad():
+        own = replace(row_loss, labels_per_row=1.0, scale=1.0)(model.logits(parameters, inputs), labels).cpu()
+    recorded = torch.tensor(trained.losses)
+    if not torch.allclose(own, recorded, rtol=SAME_LOSS, atol=SAME_LOSS * float(recorded.abs().mean())):
+        raise ValueError(
+            f"Rows {trained.rows} have losses {[round(x, 3) for x in own.tolist()]} at the first recorded state; in "
+            f"training they had {[round(x, 3) for x in trained.losses]}. Pass the `data_collator` that the Trainer "
+            f"used ({trained.data_collator}), the same `row_loss`, and the rows as they were."
+        )
 
 
 def check_samples(model: FunctionalModel, inputs: InputSpace, samples: SyntheticSamples) -> None:

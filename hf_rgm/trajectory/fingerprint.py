@@ -28,7 +28,7 @@ def dataset_fingerprint(dataset: Any, columns: Collection[str] | None = None) ->
         raise TypeError(f"`dataset` must be a map-style dataset with a length, got {type(dataset).__name__}.")
     length = len(dataset)
     indices = np.unique(np.linspace(0, length - 1, min(_MAX_ROWS, length)).round().astype(int)).tolist()
-    with _random_state_kept():
+    with random_state_kept():  # rows may be augmented at random
         first, second = ([_row_digest(dataset[index], columns) for index in indices] for _ in range(2))
     if first != second:
         logger.warning(
@@ -94,11 +94,11 @@ def _feed_array(digest: Any, array: np.ndarray) -> None:
 
 
 @contextlib.contextmanager
-def _random_state_kept() -> Iterator[None]:
-    # Rows may be augmented at random; reading them must not change what training draws next.
+def random_state_kept(devices: Collection[int] = ()) -> Iterator[None]:
+    """A block after which Python, NumPy and torch (and CUDA `devices`) draw what they would have drawn without it."""
     python_state, numpy_state = random.getstate(), np.random.get_state()
     try:
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=devices):
             yield
     finally:
         random.setstate(python_state)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from hf_rgm.trajectory.optimizers import OptimizerRule
 from hf_rgm.trajectory.precision import PRECISIONS, check_precision
 from hf_rgm.trajectory.states import StateFile, TrajectoryState, state_path, write_state
 from hf_rgm.trajectory.steps import StepTable, check_rows, read_steps, write_part
+from hf_rgm.trajectory.trained_loss import TrainedLoss
 
 FORMAT_VERSION = 2
 METADATA_FILE = "trajectory.json"
@@ -46,6 +47,7 @@ class _Metadata:
     updates_before: int = 0
     fingerprint_columns: list[str] | None = None
     seeds: dict[str, int | None] | None = None
+    trained_loss: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.updates_before <= MAX_UPDATES:
@@ -200,10 +202,29 @@ class Trajectory:
                 "as it was given to the Trainer."
             )
 
+    @property
+    def trained_loss(self) -> TrainedLoss | None:
+        """What the trained loss was seen to be before the first step, if it was looked at."""
+        told = self.metadata.get("trained_loss")
+        return None if told is None else parsed(TrainedLoss, told, "What the trajectory says of its loss")
+
+    @property
+    def shifts_labels(self) -> bool | None:
+        """Whether tokens predicted the label of the next one, if that was looked at."""
+        return None if self.trained_loss is None else self.trained_loss.shifts_labels
+
+    @property
+    def reader_options(self) -> dict[str, Any]:
+        """Options of a `RowReader` by which rows are read as in training."""
+        told = self.trained_loss
+        return {} if told is None else {"remove_unused_columns": told.remove_unused_columns, "columns": told.columns}
+
     def without_rows(self) -> Trajectory:
         """A copy to share, which does not tell the rows of each step."""
         shared = copy.copy(self)
         shared.metadata = dict(self.metadata)
+        if self.trained_loss is not None:
+            shared.metadata["trained_loss"] = asdict(replace(self.trained_loss, rows=[], losses=[]))
         shared.steps = replace(self.steps, rows=None, micro_batch_sizes=None)
         return shared
 
@@ -294,7 +315,7 @@ class Trajectory:
         steps = read_steps(folder, description.num_steps)
         check_rows(steps, description.num_rows, str(folder))
         try:
-            return cls(
+            trajectory = cls(
                 optimizer=optimizer,
                 parameter_shapes=shapes,
                 steps=steps,
@@ -304,6 +325,8 @@ class Trajectory:
                 metadata=metadata,
                 folder=folder.root,
             )
+            _ = trajectory.trained_loss  # damage is seen now
+            return trajectory
         except ValueError as error:
             raise ValueError(f"The trajectory in {folder} is damaged: {error} {WAY_OUT}") from error
 
