@@ -34,6 +34,7 @@ from hf_rgm.model.out_of_memory import advice_on_memory
 from hf_rgm.model.processes import Processes
 from hf_rgm.model.row_gradients import cluster_gradients, measure_rows
 from hf_rgm.model.row_reader import CachedBatches, DataCollator, RowReader
+from hf_rgm.model.synthetic_inputs import check_distillable
 from hf_rgm.synset.compatibility import check_runs, row_loss_of, warn_unless_matched
 from hf_rgm.synset.inputs import input_space
 from hf_rgm.synset.matched_states import StateVectors, matched_states
@@ -122,7 +123,7 @@ class ReverseGradientMatchingDistiller:
         self.inputs = input_space(
             self.model,
             self.config.token_inputs,
-            num_tokens=self.config.num_tokens,
+            num_tokens=min(self.config.num_tokens, first.longest_input or self.config.num_tokens),
             num_choices=self.config.num_token_choices,
         )
         options = first.reader_options
@@ -131,6 +132,7 @@ class ReverseGradientMatchingDistiller:
         self.reader = RowReader(train_dataset, self.model, data_collator=data_collator, **options)
         check_runs(self.model, self.trajectories, train_dataset)
         clusters.check_num_rows(len(self.reader))
+        check_distillable(self.model, self.reader.batch([0])[0])
         self.row_loss = row_loss_of(self.trajectories, self.reader, row_loss)
         rows = [clusters.rows(k) for k in range(clusters.num_clusters)]
         self.batches = CachedBatches(self.reader, rows, batch_size=self.config.batch_size, max_bytes=CACHE_BYTES)

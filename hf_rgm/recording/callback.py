@@ -14,7 +14,7 @@ from transformers.trainer_utils import SaveStrategy
 
 from hf_rgm.files.writing import format_size
 from hf_rgm.model.losses import LossFunction
-from hf_rgm.recording.capture import PendingStep, as_table, same_parameters
+from hf_rgm.recording.capture import PendingStep, are_finite, as_table, same_parameters
 from hf_rgm.recording.description import loss_scaler
 from hf_rgm.recording.process_group import check_same, failing_together
 from hf_rgm.recording.recording import TrajectoryRecorder
@@ -193,6 +193,7 @@ class TrajectoryCallback(TrainerCallback):
                 with failing_together(run.num_processes):
                     if due:
                         self._record_state(state.global_step, exact=state.global_step >= state.max_steps)
+                        run.look_again(state.global_step)
                     self._write_steps(wait=control.should_save)
             elif run.num_processes == 1:
                 self._recorder.writer.check()
@@ -282,7 +283,9 @@ class TrajectoryCallback(TrainerCallback):
         run = self._run
         if run.is_main:
             if run.steps:
-                self._recorder.write_steps(run.next_step, as_table(run.steps))
+                table = as_table(run.steps)
+                run.is_finite = run.is_finite and are_finite(table, run.next_step)
+                self._recorder.write_steps(run.next_step, table)
             if wait:
                 self._recorder.writer.drain()
         run.next_step += len(run.steps)

@@ -5,12 +5,11 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
-from accelerate.utils.memory import should_reduce_batch_size
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.func import grad
@@ -19,9 +18,9 @@ from transformers import Trainer
 from hf_rgm.model.functional_model import FunctionalModel
 from hf_rgm.model.losses import IGNORED_LABEL, LossFunction, RowLoss, check_labels
 from hf_rgm.model.row_reader import RowReader
-from hf_rgm.model.sharding import is_split
-from hf_rgm.recording.own_loss import OwnLoss, calling_trainer
-from hf_rgm.trajectory.fingerprint import random_state_kept
+from hf_rgm.model.synthetic_inputs import TOKENS, check_distillable, check_inputs
+from hf_rgm.recording.comparison import Comparison, compared
+from hf_rgm.recording.own_loss import OwnLoss
 from hf_rgm.trajectory.trained_loss import TrainedLoss
 
 logger = logging.getLogger(__name__)
@@ -31,6 +30,10 @@ MAX_SCALE_ROWS = 1024
 """Rows by which a scale is measured that depends on the rows."""
 MIN_COSINE, TOLERANCE = {False: 0.9999, True: 0.98}, {False: 0.01, True: 0.05}
 """Least cosine of the two gradients, and relative differences of lengths that do not count; True for 16 bits."""
+MIN_COSINE_LATER, TOLERANCE_LATER = {False: 0.999, True: 0.9}, {False: 0.02, True: 0.25}
+"""The same during training, whose gradients become small."""
+NEGLIGIBLE = 1e-3
+"""Share of the first gradient's length below which rounding is all there is."""
 EXACT = {False: 1e-3, True: 0.02}
 """Relative differences that are rounding."""
 MOVED, LEAST, MOST, MAX_TRIES = 0.5, 0.05, 0.9, 12
@@ -40,15 +43,6 @@ WAY_OUT = (
     "Pass the loss of each row, a function of logits and labels, as `row_loss` to TrajectoryCallback (and later to "
     "the distiller, Attributor or pipeline), or train with the model's plain cross entropy."
 )
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """The gradient of a batch under the Trainer's own loss against that of the mean loss of its labels or rows."""
-
-    cosine: float
-    ratio: float
-    count: int  # labels, or rows
 
 
 class Rehearsal:
@@ -68,6 +62,7 @@ class Rehearsal:
         own = dict(model.named_parameters())
         self.own = OwnLoss(trainer, model, {name: own[name] for name in names})
         self.parameters = self.model.parameters()
+        self.longest_input: int | None = None
         self.is_short = args.bf16 or args.fp16 or any(p.dtype.itemsize < 4 for p in own.values())
         self.batch_size = min(args.per_device_train_batch_size, ROWS_AT_ONCE)
 
@@ -76,38 +71,35 @@ class Rehearsal:
         collated = self.reader.collated(rows)
         inputs, labels = self.reader.tensors(collated, rows)
         count = self._count(labels)
+        if self.model.main_input_name == TOKENS and TOKENS in inputs:
+            self.longest_input = max(self.longest_input or 0, inputs[TOKENS].shape[1])
         if count == 0:
             return None
         ours = self._gradient(lambda p: self._mean_loss(p, inputs, labels))
         theirs = self.own.gradient(collated, times=times)
-        products = torch.zeros(3, dtype=torch.float64)
-        for name, own in ours.items():
-            other = theirs[name].to(own.device)
-            for index, (one, two) in enumerate(((own, own), (other, other), (own, other))):
-                products[index] += torch.sum(one * two, dtype=torch.float64).cpu()
-        squared, squared_own, product = products.tolist()
-        if not np.isfinite(squared_own + squared):
-            raise ValueError(
-                f"The gradient of rows {rows.tolist()} is NaN or infinite before the first step. Check these rows, "
-                "the initial weights, and whether the model takes bf16 or fp16."
-            )
-        if squared == squared_own == 0:
-            return Comparison(1.0, 1.0, count)
-        if squared == 0:
-            return Comparison(0.0, float("inf"), count)
-        return Comparison(product / max(1e-300, (squared * squared_own) ** 0.5), product / squared, count)
+        return compared(ours, theirs, count, rows)
 
     def agrees(self, comparison: Comparison | None) -> bool:
         return comparison is None or comparison.cosine >= MIN_COSINE[self.is_short]
 
-    def run(self) -> TrainedLoss:
+    def run(self) -> tuple[TrainedLoss, Comparison]:
         """Compares the losses on some batches, and says how they are related; refuses what cannot be attributed."""
         batches = list(self._batches())
+        inputs, _ = self.reader.batch(batches[0])
+        if self.model.main_input_name == TOKENS and TOKENS in inputs and inputs[TOKENS].dim() != 2:
+            check_inputs(TOKENS, inputs)
         rows, losses = self._losses(batches[0])
         with self._told_apart(batches[0]):
-            return self._compared(batches, rows, losses)
+            trained = self._compared(batches, rows, losses)
+        try:
+            check_distillable(self.model, inputs)
+        except (NotImplementedError, ValueError) as error:
+            logger.warning("This run can be attributed by its rows, but no synset can be distilled from it: %s", error)
+        return trained
 
-    def _compared(self, batches: list[NDArray[np.int64]], rows: list[int], losses: list[float]) -> TrainedLoss:
+    def _compared(
+        self, batches: list[NDArray[np.int64]], rows: list[int], losses: list[float]
+    ) -> tuple[TrainedLoss, Comparison]:
         compared = {index: self._checked(rows) for index, rows in enumerate(batches)}
         known = {index: found for index, found in compared.items() if found is not None}
         if not known:
@@ -115,13 +107,13 @@ class Rehearsal:
                 f"None of {sum(map(len, batches))} rows tried has a label other than {IGNORED_LABEL}: nothing is "
                 "learned from them. Fix the labels."
             )
-        first = batches[next(iter(known))]
+        first = next(iter(known.values()))
         scale = self._scale(batches, known)
-        adds = self._adds_micro_batches(first, next(iter(known.values())))
-        self._check_training_mode(first)
-        self._check_rows_apart(first)
+        adds = self._adds_micro_batches(first)
+        self._check_training_mode(first.rows)
+        self._check_rows_apart(first.rows)
         collator: Any = self.trainer.data_collator
-        return TrainedLoss(
+        trained = TrainedLoss(
             scale=scale * (self.args.gradient_accumulation_steps if adds else 1),
             adds_micro_batches=adds,
             shifts_labels=self.model.shifts_labels,
@@ -129,9 +121,27 @@ class Rehearsal:
             cosine=min(found.cosine for found in known.values()),
             columns=sorted(getattr(self.reader.dataset, "column_names", None) or ()),
             remove_unused_columns=bool(self.args.remove_unused_columns),
+            longest_input=self.longest_input,
             data_collator=getattr(collator, "__qualname__", type(collator).__qualname__),
             rows=rows,
             losses=losses,
+        )
+        return trained, first
+
+    def again(self, before: Comparison) -> str | None:
+        """What has become of the trained loss since it was compared `before`; `None` if it is the same."""
+        try:
+            now = self.compare(before.rows)
+        except ValueError as error:
+            return str(error)
+        if now is None or now.norm < NEGLIGIBLE * before.norm:
+            return None
+        ratio = now.ratio / before.ratio
+        if now.cosine >= MIN_COSINE_LATER[self.is_short] and abs(ratio - 1) <= TOLERANCE_LATER[self.is_short]:
+            return None
+        return (
+            f"{self._trained()} is no longer what it was before the first step: on rows {now.rows.tolist()} its "
+            f"gradient has cosine {now.cosine:.4f} with that of the recorded loss, and {ratio:.3g} times the length."
         )
 
     def _checked(self, rows: NDArray[np.int64]) -> Comparison | None:
@@ -234,10 +244,10 @@ class Rehearsal:
                 total, divisor = total + count, divisor + count * ours / self.own.value(collated)
         return total / divisor
 
-    def _adds_micro_batches(self, rows: NDArray[np.int64], once: Comparison) -> bool:
+    def _adds_micro_batches(self, once: Comparison) -> bool:
         """Whether an update's gradient is the sum over its micro-batches, and not the mean."""
         accumulated = self.args.gradient_accumulation_steps
-        several = self.compare(rows, times=accumulated) if accumulated > 1 else None
+        several = self.compare(once.rows, times=accumulated) if accumulated > 1 else None
         if several is None:
             return False
         times = several.ratio / once.ratio
@@ -333,29 +343,3 @@ class Rehearsal:
                 f"{type(self.model.module).__name__} cannot be differentiated by `torch.func`, which attribution "
                 f"takes gradients with: {str(error).split('. ')[0]}. Train a model of PyTorch's own operators."
             ) from error
-
-
-@contextlib.contextmanager
-def _unless_out_of_memory(what: str) -> Iterator[None]:
-    """Goes on with a warning if memory runs out: training itself may fit."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        if not (isinstance(error, MemoryError | torch.OutOfMemoryError) or should_reduce_batch_size(error)):
-            raise
-        logger.warning("Memory ran out %s, so that the trained loss is not compared with the attributed one.", what)
-
-
-def rehearse(model: nn.Module, dataloader: Any, names: list[str], row_loss: LossFunction | None) -> TrainedLoss | None:
-    """Rehearses attribution in the Trainer that is calling; `None` where there is none, or no whole model."""
-    trainer = calling_trainer()
-    if trainer is None or is_split(model):
-        logger.warning(
-            "The trained loss is not compared with the attributed one: %s.",
-            "no Trainer is calling" if trainer is None else "the model is split among processes",
-        )
-        return None
-    devices = [torch.cuda.current_device()] if torch.cuda.is_available() and torch.cuda.is_initialized() else []
-    with _unless_out_of_memory("before the first step"), random_state_kept(devices):
-        return Rehearsal(trainer, model, dataloader, names, row_loss).run()
-    return None

@@ -88,12 +88,7 @@ class RecordedPath:
             raise ValueError(f"`rewind` must be at least 0 and below 1 (a fraction of training), got {rewind}.")
         if stride < 1:
             raise ValueError(f"`stride` must be at least 1 training step, got {stride}.")
-        constants = [(g.betas, g.eps, g.momentum, g.dampening, g.nesterov) for g in trajectory.optimizer.groups]
-        if len(set(constants)) > 1:
-            raise NotImplementedError(
-                "Parameter groups with different (betas, eps, momentum, dampening, nesterov) are not supported, got "
-                f"{constants[0]} and {next(c for c in constants if c != constants[0])}. Train all alike."
-            )
+        trajectory.optimizer.check_alike()
         self.trajectory = trajectory
         self.space = space
         self.device = device

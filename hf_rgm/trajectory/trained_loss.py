@@ -20,7 +20,7 @@ class TrainedLoss:
     columns: list[str] = field(default_factory=list)
     remove_unused_columns: bool = True
     data_collator: str | None = None
-    longest_input: int | None = None  # tokens
+    longest_input: int | None = None  # tokens, among some rows
     rows: list[int] = field(default_factory=list)  # some rows, and their losses at the first state
     losses: list[float] = field(default_factory=list)
 

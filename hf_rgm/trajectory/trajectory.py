@@ -214,6 +214,11 @@ class Trajectory:
         return None if self.trained_loss is None else self.trained_loss.shifts_labels
 
     @property
+    def longest_input(self) -> int | None:
+        """Tokens of the longest text among some training rows, if that was looked at."""
+        return None if self.trained_loss is None else self.trained_loss.longest_input
+
+    @property
     def reader_options(self) -> dict[str, Any]:
         """Options of a `RowReader` by which rows are read as in training."""
         told = self.trained_loss
