@@ -134,7 +134,8 @@ def full_gradient(trainer, functional) -> torch.Tensor:
     batch = trainer.data_collator(trainer.train_dataset.select_columns(columns).to_list())
     model = trainer.model.eval()
     own = [value for name, value in model.named_parameters() if name in functional.space.names]
-    loss = trainer.compute_loss(model, dict(batch))
+    _, count = trainer.get_batch_samples(iter([batch]), 1, trainer.args.device)  # what training divides by
+    loss = trainer.compute_loss(model, dict(batch), num_items_in_batch=count)
     return torch.cat([gradient.flatten() for gradient in torch.autograd.grad(loss, own)])
 
 

@@ -249,9 +249,11 @@ class TrajectoryCallback(TrainerCallback):
                 final_step = state.global_step
                 self._recorder.write_state(captured, exact=True)
             self._recorder.writer.drain()
+            trained_loss = run.trained_loss()
         recording, training = self._seconds + run.norms.seconds, time.perf_counter() - run.started
         cost = {"recording_seconds": recording, "training_seconds": training}
-        self._recorder.finish(final_step, cost, stopped_early=state.global_step < state.max_steps)
+        stopped_early = state.global_step < state.max_steps
+        self._recorder.finish(final_step, cost, stopped_early=stopped_early, trained_loss=trained_loss)
         self._summary = (
             f"Recorded {final_step} steps in {self.folder}: {format_size(self._recorder.num_bytes())} on disk, "
             f"{recording:.2f} s, which is {recording / training:.1%} of the {training:.2f} s of training."

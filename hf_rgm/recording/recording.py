@@ -86,7 +86,7 @@ class TrajectoryRecorder:
             existing = self._resumable(existing, step)
             wanted |= {earlier for earlier in existing["state_steps"] or () if earlier <= step}
             self._description["updates_before"] = existing.get("updates_before", 0)
-            self._description["trained_loss"] = self._same_loss(existing)
+            self._check_same_loss(existing)
         self._description["state_steps"] = sorted(wanted)
         self._exact.clear()
         self._own = True
@@ -152,8 +152,8 @@ class TrajectoryRecorder:
             raise ValueError(f"{state_path(self.folder, 0)} is missing, so training cannot be resumed here. {way_out}")
         return existing
 
-    def _same_loss(self, existing: dict[str, Any]) -> dict[str, Any] | None:
-        """The loss as the first part of the run measured it; refuses to resume with another."""
+    def _check_same_loss(self, existing: dict[str, Any]) -> None:
+        """Refuses to resume with another loss than the first part of the run had."""
         before, now = existing.get("trained_loss"), self._description.get("trained_loss")
         if before is not None and now is not None:
             for key in ("adds_micro_batches", "shifts_labels", "custom"):
@@ -162,7 +162,6 @@ class TrajectoryRecorder:
                         f"Training resumes with another loss: `{key}` was {before[key]} and is {now[key]}. Resume "
                         "with the same model, arguments and `row_loss`, or train from the beginning."
                     )
-        return before
 
     def write_steps(self, start: int, steps: StepTable) -> None:
         """Adds steps, starting at number `start`."""
@@ -209,7 +208,14 @@ class TrajectoryRecorder:
         else:
             self._writer.submit(lambda: path.unlink(missing_ok=True))
 
-    def finish(self, num_steps: int, cost: Mapping[str, float], *, stopped_early: bool) -> None:
+    def finish(
+        self,
+        num_steps: int,
+        cost: Mapping[str, float],
+        *,
+        stopped_early: bool,
+        trained_loss: Mapping[str, Any] | None = None,
+    ) -> None:
         """Marks the trajectory as complete, ending at step `num_steps`. Later steps stay, to resume after."""
         self.writer.drain()
         recorded = recorded_states(self.folder)
@@ -219,6 +225,7 @@ class TrajectoryRecorder:
             "state_steps": [step for step in recorded if step <= num_steps],
             "recording": dict(cost),
             "stopped_early": stopped_early,
+            "trained_loss": trained_loss,
         }
         with self._stopping(num_steps):
             self._write_description()

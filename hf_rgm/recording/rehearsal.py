@@ -85,28 +85,24 @@ class Rehearsal:
     def run(self) -> tuple[TrainedLoss, Comparison]:
         """Compares the losses on some batches, and says how they are related; refuses what cannot be attributed."""
         batches = list(self._batches())
-        inputs, _ = self.reader.batch(batches[0])
-        if self.model.main_input_name == TOKENS and TOKENS in inputs and inputs[TOKENS].dim() != 2:
-            check_inputs(TOKENS, inputs)
-        rows, losses = self._losses(batches[0])
-        with self._told_apart(batches[0]):
-            trained = self._compared(batches, rows, losses)
+        labelled = next((rows for rows in batches if self._count(self.reader.batch(rows)[1])), None)
+        if labelled is None:
+            raise ValueError(
+                f"None of {sum(map(len, batches))} rows tried has a label other than {IGNORED_LABEL}: nothing is "
+                "learned from them. Fix the labels."
+            )
+        inputs = self._check_derivative(labelled)
+        with self._told_apart(labelled):
+            trained = self._compared(batches)
         try:
             check_distillable(self.model, inputs)
         except (NotImplementedError, ValueError) as error:
             logger.warning("This run can be attributed by its rows, but no synset can be distilled from it: %s", error)
         return trained
 
-    def _compared(
-        self, batches: list[NDArray[np.int64]], rows: list[int], losses: list[float]
-    ) -> tuple[TrainedLoss, Comparison]:
+    def _compared(self, batches: list[NDArray[np.int64]]) -> tuple[TrainedLoss, Comparison]:
         compared = {index: self._checked(rows) for index, rows in enumerate(batches)}
         known = {index: found for index, found in compared.items() if found is not None}
-        if not known:
-            raise ValueError(
-                f"None of {sum(map(len, batches))} rows tried has a label other than {IGNORED_LABEL}: nothing is "
-                "learned from them. Fix the labels."
-            )
         first = next(iter(known.values()))
         scale = self._scale(batches, known)
         adds = self._adds_micro_batches(first)
@@ -123,8 +119,6 @@ class Rehearsal:
             remove_unused_columns=bool(self.args.remove_unused_columns),
             longest_input=self.longest_input,
             data_collator=getattr(collator, "__qualname__", type(collator).__qualname__),
-            rows=rows,
-            losses=losses,
         )
         return trained, first
 
@@ -318,23 +312,26 @@ class Rehearsal:
                 f"{(difference / length) ** 0.5:.2g}). Train a model that treats rows apart."
             )
 
-    def _losses(self, rows: NDArray[np.int64]) -> tuple[list[int], list[float]]:
-        """Rows and the sums of their labels' losses at the start; none if rows are collated at random."""
+    def losses(self) -> tuple[list[int], list[float]]:
+        """Some rows and the sums of their labels' losses; none if rows are collated at random."""
+        rows = next(self._batches())
         (inputs, labels), (again, _) = (self.reader.batch(rows) for _ in range(2))
-        if self._count(labels) == 0 or any(not torch.equal(inputs[name], again[name]) for name in inputs):
+        if any(not torch.equal(inputs[name], again[name]) for name in inputs):
             return [], []
         row_loss = replace(self._row_loss(labels), labels_per_row=1.0)
         with torch.no_grad():
-            logits = self.model.logits(self.parameters, inputs)
-        if self.row_loss is None:
-            check_labels(logits, labels)
-        self._check_derivative(inputs, labels, row_loss)
-        losses = row_loss(logits, labels).tolist()
+            losses = row_loss(self.model.logits(self.parameters, inputs), labels).tolist()
         return (rows.tolist(), losses) if np.isfinite(losses).all() else ([], [])
 
-    def _check_derivative(self, inputs: Mapping[str, Tensor], labels: Tensor, row_loss: RowLoss) -> None:
-        """Refuses models that `torch.func` cannot differentiate."""
-        one = {name: value[:1] for name, value in inputs.items()}
+    def _check_derivative(self, rows: NDArray[np.int64]) -> dict[str, Tensor]:
+        """Refuses labels that are not classes and models that `torch.func` cannot differentiate; gives the inputs."""
+        inputs, labels = self.reader.batch(rows)
+        if self.model.main_input_name == TOKENS and TOKENS in inputs and inputs[TOKENS].dim() != 2:
+            check_inputs(TOKENS, inputs)
+        if self.row_loss is None:
+            with torch.no_grad():
+                check_labels(self.model.logits(self.parameters, inputs), labels)
+        row_loss, one = self._row_loss(labels), {name: value[:1] for name, value in inputs.items()}
         try:
             with torch.enable_grad(), self.model.differentiable():
                 grad(lambda p: row_loss(self.model.logits(p, one), labels[:1]).sum())(self.parameters)
@@ -343,3 +340,4 @@ class Rehearsal:
                 f"{type(self.model.module).__name__} cannot be differentiated by `torch.func`, which attribution "
                 f"takes gradients with: {str(error).split('. ')[0]}. Train a model of PyTorch's own operators."
             ) from error
+        return inputs

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -55,6 +55,15 @@ class Stage:
                 return None
             rehearsal.model.shifts_labels = bool(trained.shifts_labels)
             return rehearsal.again(before)
+
+    def with_losses(self, trained: TrainedLoss) -> TrainedLoss:
+        """The trained loss with those of some rows now, at the end of training."""
+        with self._open("after the last step") as rehearsal:
+            if rehearsal is not None:
+                rehearsal.model.shifts_labels = bool(trained.shifts_labels)
+                rows, losses = rehearsal.losses()
+                return replace(trained, rows=rows, losses=losses)
+        return trained
 
     @contextlib.contextmanager
     def _open(self, when: str) -> Iterator[Rehearsal | None]:

@@ -98,6 +98,13 @@ class OngoingRun:
             self._rehearsed = (stage, *found)
             self.description["trained_loss"] = asdict(found[0])
 
+    def trained_loss(self) -> dict[str, Any] | None:
+        """Description of the trained loss, with losses of some rows under the final parameters."""
+        if self._rehearsed is None:
+            return self.description.get("trained_loss")
+        stage, trained, _ = self._rehearsed
+        return asdict(stage.with_losses(trained))
+
     def look_again(self, step: int) -> None:
         """Warns, once, if the trained loss has become another. All processes must call this."""
         if self._rehearsed is not None and step in self._looks:

@@ -21,7 +21,7 @@ class TrainedLoss:
     remove_unused_columns: bool = True
     data_collator: str | None = None
     longest_input: int | None = None  # tokens, among some rows
-    rows: list[int] = field(default_factory=list)  # some rows, and their losses at the first state
+    rows: list[int] = field(default_factory=list)  # some rows, and their losses at the last state
     losses: list[float] = field(default_factory=list)
 
     def __post_init__(self) -> None:

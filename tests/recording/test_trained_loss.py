@@ -19,6 +19,7 @@ from transformers import (
     MixtralConfig,
     MixtralForCausalLM,
     Trainer,
+    TrainerCallback,
     set_seed,
 )
 
@@ -169,7 +170,10 @@ def weighted(logits, labels):
 def record(folder, model, data, *, kind=Trainer, row_loss=None, trainer=None, **arguments):
     """A recorded run of an epoch, by plain SGD."""
     built = make_trainer(
-        folder, model, train_dataset=data, **{"num_train_epochs": 1, "optim": "sgd", "max_grad_norm": 0.0} | arguments
+        folder,
+        model,
+        train_dataset=data,
+        **{"num_train_epochs": 1, "optim": "sgd", "max_grad_norm": 0.0, "weight_decay": 0.0} | arguments,
     )
     callback = TrajectoryCallback(folder / "trajectory", num_states=3, row_loss=row_loss)
     made = kind(model, built.args, train_dataset=data, callbacks=[callback], **(trainer or {}))
@@ -345,7 +349,7 @@ def test_a_loss_of_rows_is_checked_by_every_stage(tmp_path):
         assert stage(weighted).row_loss.scale == trajectory.trained_loss.scale
         with pytest.raises(ValueError, match="recorded with a `row_loss` of its own"):
             stage(None)
-        with pytest.raises(ValueError, match="in training they had"):
+        with pytest.raises(ValueError, match="at the end of training they had"):
             stage(lambda z, y: F.cross_entropy(z, y, reduction="none"))
 
 
@@ -358,9 +362,6 @@ def test_another_collator_is_refused_when_distilling(tmp_path):
             "labels": torch.tensor([(item["labels"] + 1) % 3 for item in items]),
         }
 
-    with torch.no_grad():
-        for parameter in trajectory.state(0).parameters.values():
-            assert torch.isfinite(parameter).all()
     reader = RowReader(rows(), FunctionalModel(trainer.model), data_collator=other)
     row_loss_of([trajectory], RowReader(rows(), FunctionalModel(trainer.model)), None)
     with pytest.raises(ValueError, match="Pass the `data_collator` that the Trainer used"):
@@ -393,7 +394,8 @@ def test_a_loss_that_changes_in_training_is_said(tmp_path, caplog):
 
 
 def test_nan_is_said_while_training_goes_on(tmp_path, caplog):
-    record(tmp_path, bert(), rows(), learning_rate=1e30)
+    callback = TrajectoryCallback(tmp_path / "trajectory", num_states=3)
+    make_trainer(tmp_path, bert(), callback, train_dataset=rows(), optim="sgd", learning_rate=1e30).train()
     assert caplog.text.count("is NaN or infinite, and so is the model from there on") == 1
 
 
@@ -430,15 +432,23 @@ def test_the_rehearsal_disturbs_nothing(tmp_path):
 
 
 def test_resuming_with_another_loss_is_refused(tmp_path):
-    options = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
-    record(tmp_path, bert(), rows(), **options)
-    built = make_trainer(
-        tmp_path, bert(), train_dataset=rows(), optim="sgd", max_grad_norm=0.0, **options | {"max_steps": 6}
-    )
-    plain = {"row_loss": lambda z, y: F.cross_entropy(z, y, reduction="none")}
-    built.add_callback(TrajectoryCallback(tmp_path / "trajectory", num_states=3, **plain))
+    options = {"optim": "sgd", "max_grad_norm": 0.0, "save_strategy": "steps", "save_steps": 2}
+
+    def trainer(**callback):
+        recording = TrajectoryCallback(tmp_path / "trajectory", num_states=3, **callback)
+        return make_trainer(tmp_path, bert(), recording, train_dataset=rows(), **options)
+
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop = state.global_step == 3
+
+    first = trainer()
+    first.add_callback(Stop())
+    first.train()
+    last = trainer(row_loss=lambda logits, labels: F.cross_entropy(logits, labels, reduction="none"))
+    checkpoint = next(tmp_path.rglob("checkpoint-2"))
     with pytest.raises(ValueError, match="resumes with another loss: `custom` was False and is True"):
-        built.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+        last.train(resume_from_checkpoint=str(checkpoint))
 
 
 def test_a_transform_is_remembered_by_later_stages(tmp_path):
