@@ -238,7 +238,9 @@ def test_a_flattening_collator_is_refused():
 
 
 def test_another_loss_has_to_be_passed(tokenizer, tmp_path):
-    trainer = trained(tmp_path, tokenizer, rows("prompts"), loss_type="dft", num_train_epochs=1)
+    with pytest.raises(NotImplementedError, match="loss_type='dft'.*`row_loss`"):
+        trained(tmp_path, tokenizer, rows("prompts"), loss_type="dft", num_train_epochs=1)
+    trainer = sft_trainer(tmp_path, tokenizer, rows("prompts"), loss_type="dft", num_train_epochs=1)
     dataset = trainer.train_dataset
     labels_per_row = sum(label != -100 for labels in dataset["labels"] for label in labels[1:]) / len(dataset)
 
@@ -246,8 +248,8 @@ def test_another_loss_has_to_be_passed(tokenizer, tmp_path):
         losses = label_losses(logits, labels)
         return (losses * (-losses).exp().detach()).sum(1) / labels_per_row
 
+    trainer.add_callback(TrajectoryCallback(tmp_path / "trajectory", row_loss=dynamic))
+    trainer.train()
     given = (trainer.model, tmp_path / "trajectory", dataset, ClusterMap.from_column(dataset, "source"))
-    with pytest.raises(ValueError, match="loss_type='dft'.*`row_loss`"):
-        ReverseGradientMatchingDistiller(*given, data_collator=trainer.data_collator)
     distiller = ReverseGradientMatchingDistiller(*given, data_collator=trainer.data_collator, row_loss=dynamic)
     torch.testing.assert_close(distilled_gradient(distiller), full_gradient(trainer, distiller.model), **CLOSE)

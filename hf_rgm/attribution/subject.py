@@ -137,7 +137,7 @@ def of_runs(
     reader = training_rows(rows, functional, clusters, data_collator, trajectories[0])
     if not force:
         check_runs(functional, trajectories, rows, called="rows")
-    row_loss = row_loss_of(trajectories, reader, function)
+    row_loss = row_loss_of(trajectories, reader, function, force=force)
     return Opened(functional, Subject.of_runs(functional, trajectories, clusters), None, None, row_loss)
 
 

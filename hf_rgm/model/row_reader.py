@@ -133,11 +133,13 @@ class RowReader:
             labels = torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], IGNORED_LABEL)], dim=1)
         return inputs, labels
 
-    def labels_per_row(self, batch_size: int = 256) -> float:
-        """Mean number of labels of a row, without those of -100."""
+    def labels_per_row(self, batch_size: int = 256, *, with_first: bool = False) -> float:
+        """Mean number of labels of a row, without those of -100, or that of the first position unless `with_first`."""
         count, known = 0, self.classes()
         for start in range(0, len(self), batch_size):
-            _, labels = self.batch(range(start, min(start + batch_size, len(self))))
+            rows = range(start, min(start + batch_size, len(self)))
+            collated = self.collated(rows)
+            labels = all_labels(collated) if with_first else self.tensors(collated, rows)[1]
             if known is not None and np.array_equal(labels.cpu().numpy(), known[:batch_size]):
                 count = int((known != IGNORED_LABEL).sum())
                 break
@@ -188,6 +190,11 @@ class RowReader:
             with torch.no_grad():
                 labels = self.model.logits(self.model.parameters(), inputs).argmax(-1)
         return labels if mask is None or labels.dim() == 1 else labels.masked_fill(mask == 0, IGNORED_LABEL)
+
+
+def all_labels(collated: Mapping[str, Any]) -> Tensor:
+    """Labels of a collated batch as they are given, also those that no token predicts."""
+    return next(collated[name] for name in LABEL_NAMES if name in collated)
 
 
 class CachedBatches:

@@ -18,12 +18,13 @@ class Comparison:
     cosine: float
     ratio: float
     count: int  # labels, or rows
+    all_labels: int  # with those at the first position of a text, which no token predicts
     norm: float  # of the mean's gradient
     rows: NDArray[np.int64]
 
 
 def compared(
-    ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor], count: int, rows: NDArray[np.int64]
+    ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor], counts: tuple[int, int], rows: NDArray[np.int64]
 ) -> Comparison:
     """Cosine and ratio of the trained gradient, `theirs`, to ours, by parameter."""
     products = torch.zeros(3, dtype=torch.float64)
@@ -38,8 +39,8 @@ def compared(
             "whether the model takes bf16 or fp16."
         )
     if squared == squared_own == 0:
-        return Comparison(1.0, 1.0, count, 0.0, rows)
+        return Comparison(1.0, 1.0, *counts, 0.0, rows)
     if squared == 0:
-        return Comparison(0.0, float("inf"), count, 0.0, rows)
+        return Comparison(0.0, float("inf"), *counts, 0.0, rows)
     cosine = product / max(1e-300, (squared * squared_own) ** 0.5)
-    return Comparison(cosine, product / squared, count, squared**0.5, rows)
+    return Comparison(cosine, product / squared, *counts, squared**0.5, rows)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,7 +17,7 @@ from transformers import Trainer
 
 from hf_rgm.model.functional_model import FunctionalModel
 from hf_rgm.model.losses import IGNORED_LABEL, LossFunction, RowLoss, check_labels
-from hf_rgm.model.row_reader import RowReader
+from hf_rgm.model.row_reader import RowReader, all_labels
 from hf_rgm.model.synthetic_inputs import TOKENS, check_distillable, check_inputs
 from hf_rgm.recording.comparison import Comparison, compared
 from hf_rgm.recording.own_loss import OwnLoss
@@ -26,8 +26,8 @@ from hf_rgm.trajectory.trained_loss import TrainedLoss
 logger = logging.getLogger(__name__)
 
 ROWS_AT_ONCE, MAX_CLASSES = 8, 32
-MAX_SCALE_ROWS = 1024
-"""Rows by which a scale is measured that depends on the rows."""
+LEAST_SCALE_ROWS, MOST_SCALE_ROWS, SCALE_SHARE = 64, 2048, 0.02
+"""Rows by which a scale is measured that depends on the rows, and their share of those that are trained on."""
 MIN_COSINE, TOLERANCE = {False: 0.9999, True: 0.98}, {False: 0.01, True: 0.05}
 """Least cosine of the two gradients, and relative differences of lengths that do not count; True for 16 bits."""
 MIN_COSINE_LATER, TOLERANCE_LATER = {False: 0.999, True: 0.9}, {False: 0.02, True: 0.25}
@@ -77,7 +77,8 @@ class Rehearsal:
             return None
         ours = self._gradient(lambda p: self._mean_loss(p, inputs, labels))
         theirs = self.own.gradient(collated, times=times)
-        return compared(ours, theirs, count, rows)
+        unshifted = int((all_labels(collated) != IGNORED_LABEL).sum())
+        return compared(ours, theirs, (count, unshifted), rows)
 
     def agrees(self, comparison: Comparison | None) -> bool:
         return comparison is None or comparison.cosine >= MIN_COSINE[self.is_short]
@@ -104,7 +105,8 @@ class Rehearsal:
         compared = {index: self._checked(rows) for index, rows in enumerate(batches)}
         known = {index: found for index, found in compared.items() if found is not None}
         first = next(iter(known.values()))
-        scale = self._scale(batches, known)
+        counts_first = self._counts_first([*known.values()])
+        scale = 1.0 if counts_first else self._scale(batches, known)
         adds = self._adds_micro_batches(first)
         self._check_training_mode(first.rows)
         self._check_rows_apart(first.rows)
@@ -113,6 +115,7 @@ class Rehearsal:
             scale=scale * (self.args.gradient_accumulation_steps if adds else 1),
             adds_micro_batches=adds,
             shifts_labels=self.model.shifts_labels,
+            counts_first=counts_first,
             custom=self.row_loss is not None,
             cosine=min(found.cosine for found in known.values()),
             columns=sorted(getattr(self.reader.dataset, "column_names", None) or ()),
@@ -208,6 +211,16 @@ class Rehearsal:
             gradients = torch.autograd.grad(loss(parameters), list(parameters.values()), materialize_grads=True)
         return dict(zip(parameters, gradients, strict=True))
 
+    def _counts_first(self, compared: Sequence[Comparison]) -> bool:
+        """Whether the sum over labels is divided by a count that includes those at the first position."""
+        if self.row_loss is not None or not self.model.shifts_labels:
+            return False
+        exact = EXACT[self.is_short]
+        given = [found.ratio * found.all_labels / found.count for found in compared]
+        return all(abs(each - 1) <= exact for each in given) and any(
+            abs(found.ratio - 1) > exact for found in compared
+        )
+
     def _scale(self, batches: list[NDArray[np.int64]], compared: Mapping[int, Comparison]) -> float:
         """Ratio of the trained loss to the mean over labels or rows, on average over the data."""
         ratios = {index: found.ratio for index, found in compared.items()}
@@ -226,7 +239,9 @@ class Rehearsal:
                 f"of the mean on {len(batches[least])} rows, {ratios[most]:.3g} times on {len(batches[most])} others. "
                 "Divide the sum over a batch by the number of its rows or labels."
             )
-        order = np.random.default_rng(1).permutation(len(self.reader))[:MAX_SCALE_ROWS]
+        trained = self.trainer.state.max_steps * self.args.train_batch_size * self.args.gradient_accumulation_steps
+        most_rows = min(MOST_SCALE_ROWS, max(LEAST_SCALE_ROWS, int(SCALE_SHARE * trained)))
+        order = np.random.default_rng(1).permutation(len(self.reader))[:most_rows]
         total, divisor = 0, 0.0
         for start in range(0, len(order), self.batch_size):
             rows = order[start : start + self.batch_size]

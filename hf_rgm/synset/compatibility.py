@@ -62,7 +62,9 @@ def check_runs(
             )
 
 
-def row_loss_of(trajectories: Sequence[Trajectory], reader: RowReader, function: LossFunction | None) -> RowLoss:
+def row_loss_of(
+    trajectories: Sequence[Trajectory], reader: RowReader, function: LossFunction | None, *, force: bool = False
+) -> RowLoss:
     """Loss of a row in the recorded runs, which must share it; a `function` if the training had a loss of its own."""
     losses = [
         (str(told.get("loss_type") or CROSS_ENTROPY_TYPE), float(told.get("label_smoothing_factor") or 0.0))
@@ -91,8 +93,10 @@ def row_loss_of(trajectories: Sequence[Trajectory], reader: RowReader, function:
             "one synset stands for one loss. Distil a synset for each, or train all with the same settings but the "
             "seed."
         )
-    row_loss = RowLoss(reader.labels_per_row(), label_smoothing, function, scales[0])
-    check_losses(trained, reader, row_loss)
+    counts_first = trained is not None and trained.counts_first
+    row_loss = RowLoss(reader.labels_per_row(with_first=counts_first), label_smoothing, function, scales[0])
+    if not force:
+        check_losses(trained, reader, row_loss)
     return row_loss
 
 

@@ -15,6 +15,7 @@ class TrainedLoss:
     scale: float = 1.0  # ratio of an update's gradient to that of the mean over its labels, or rows of `row_loss`
     adds_micro_batches: bool = False  # whether `scale` grows with the number of micro-batches of an update
     shifts_labels: bool | None = None
+    counts_first: bool = False  # whether the mean also counts labels at the first position, which no token predicts
     custom: bool = False  # whether it was `TrajectoryCallback(row_loss=...)`
     cosine: float = 1.0  # least cosine of the two gradients
     columns: list[str] = field(default_factory=list)

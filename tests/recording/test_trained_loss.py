@@ -159,6 +159,16 @@ def mean_of_update(output, labels, num_items_in_batch=None):
     return F.cross_entropy(output.logits, labels, reduction="sum") / num_items_in_batch
 
 
+def mean_of_positions(length):
+    """Divides by the positions of a batch, whether they have labels or not."""
+
+    def loss(output, labels, num_items_in_batch=None):
+        shifted = F.pad(labels, (0, 1), value=-100)[:, 1:]
+        return F.cross_entropy(output.logits.flatten(0, 1), shifted.flatten(), reduction="sum") / length / len(labels)
+
+    return loss
+
+
 def squared(output, labels, num_items_in_batch=None):
     return F.cross_entropy(output.logits, labels, reduction="none").square().mean()
 
@@ -203,8 +213,8 @@ SCALES = {
     "function of the batch": (bert, rows, {**ACCUMULATED, "trainer": {"compute_loss_func": mean_of_batch}}, 3.0),
     "function of the update": (bert, rows, {**ACCUMULATED, "trainer": {"compute_loss_func": mean_of_update}}, 1.0),
     "smoothed": (bert, rows, {"label_smoothing_factor": 0.2}, 1.0),
-    "unshifted count": (gpt2, texts, {}, 0.75),
-    "subclass": (lambda: gpt2(MyGPT2), texts, {}, 0.75),
+    "unshifted count": (gpt2, texts, {}, 1.0),
+    "subclass": (lambda: gpt2(MyGPT2), texts, {}, 1.0),
     "smoothed without shift": (lambda: gpt2(MyGPT2), texts, {"label_smoothing_factor": 0.2}, 1.0),
     "language model of one's own": (OwnLanguageModel, texts, {}, 1.0),
     "dropout": (lambda: MeanModel(dropout=0.5), dataset, {}, 1.0),
@@ -221,13 +231,22 @@ def test_the_scale_of_the_loss_is_recorded_and_gives_the_recorded_gradient(tmp_p
         assert norm == pytest.approx(trajectory.steps.gradient_norm[0], rel=LENGTH_TOLERANCE)
 
 
-def test_a_count_that_differs_among_rows_is_right_on_average(tmp_path):
+def test_counts_of_labels_that_no_token_predicts_are_seen(tmp_path):
     data = texts(24, lengths=(2, 3, 4))
     trainer, trajectory = record(tmp_path, gpt2(), data, per_device_train_batch_size=24)
-    assert trajectory.trained_loss.scale == pytest.approx((1 + 2 + 3) / (2 + 3 + 4), rel=LENGTH_TOLERANCE)
-    assert our_norm(trainer, trajectory, data) == pytest.approx(
-        trajectory.steps.gradient_norm[0], rel=LENGTH_TOLERANCE
-    )
+    assert trajectory.trained_loss.counts_first
+    norm = our_norm(trainer, trajectory, data)
+    assert norm == pytest.approx(trajectory.steps.gradient_norm[0], rel=LENGTH_TOLERANCE)
+
+
+def test_a_count_that_differs_among_rows_is_right_on_average(tmp_path):
+    data = texts(24, lengths=(2, 3, 4))
+    per_position = mean_of_positions(4)
+    options = {"trainer": {"compute_loss_func": per_position}, "per_device_train_batch_size": 24}
+    trainer, trajectory = record(tmp_path, gpt2(), data, **options)
+    assert trajectory.trained_loss.scale == pytest.approx((1 + 2 + 3) / (3 * 4), rel=LENGTH_TOLERANCE)
+    norm = our_norm(trainer, trajectory, data)
+    assert norm == pytest.approx(trajectory.steps.gradient_norm[0], rel=LENGTH_TOLERANCE)
 
 
 def test_labels_that_are_ignored_do_not_count(tmp_path):
