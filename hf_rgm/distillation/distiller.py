@@ -65,8 +65,8 @@ class ReverseGradientMatchingDistiller:
         config (`DistillationConfig`, *optional*): Settings. The defaults are meant to be good.
         data_collator (`Callable`, *optional*): The Trainer's. Defaults to `default_data_collator`.
         row_loss (`Callable`, *optional*): Takes logits `(batch_size, *positions, num_labels)` and labels and returns
-            the loss of each row, `(batch_size,)`. Needed if the Trainer has its own `compute_loss`, which is not
-            recorded. Defaults to the cross entropy, with the label smoothing of the recorded run.
+            the loss of each row, `(batch_size,)`. That of `TrajectoryCallback(row_loss=...)`. Defaults
+            to the cross entropy, with the label smoothing of the recorded run.
         remove_unused_columns (`bool`, *optional*): As in `TrainingArguments`. Defaults to that of the recorded run.
         output_dir (`str` or `Path`, *optional*): Folder for finished blocks of clusters. A killed run continues there.
         disable_tqdm (`bool`, *optional*, defaults to `False`): No progress bar.

@@ -184,7 +184,7 @@ class Rehearsal:
         firsts = np.sort(np.unique(classes[order], return_index=True)[1])[:MAX_CLASSES] if classes is not None else []
         order = np.concatenate([order[firsts], np.delete(order, firsts)]) if len(firsts) else order
         size, smaller = self.batch_size, max(1, self.batch_size // 2)
-        covered = max(len(firsts), 2 * size)
+        covered = max(len(firsts), size)
         yield from (order[start : start + size] for start in range(0, min(covered, len(order)), size))
         yield order[::-1][:smaller].copy()
 

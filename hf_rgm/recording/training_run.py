@@ -31,7 +31,7 @@ from hf_rgm.trajectory.trained_loss import TrainedLoss
 
 logger = logging.getLogger(__name__)
 
-MICRO_BATCHES_PER_LOOK = 120
+MICRO_BATCHES_PER_LOOK = 300
 """A look at the trained loss takes as long as about three of them."""
 
 
