@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 from datasets import Dataset
 
+from benchmarks.distances import average_distance
 from benchmarks.recorded import Prediction, Recorded
 from benchmarks.tasks import Task
 from benchmarks.truth import LOGITS, Truth
 from hf_rgm.agreement.correlations import (
     Estimate,
-    average_distance,
     leave_cluster_out_correlation,
     linear_datamodeling_score,
     noise_ceiling,

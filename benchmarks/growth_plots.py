@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from benchmarks.formats import markdown, ratio, signless, size
-from hf_rgm.plots.drawing import GRID, LINES, NEUTRAL
+from hf_rgm.plots import GRID, LINES, NEUTRAL
 
 COUNTS = {"rows": "training rows", "clusters": "clusters", "parameters": "parameters", "processes": "processes"}
 TRAINING = {"training_seconds": "one training"}

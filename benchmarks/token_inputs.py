@@ -44,7 +44,7 @@ from hf_rgm import (
 )
 from hf_rgm.model.row_gradients import cluster_gradients
 from hf_rgm.synset.inputs import input_space
-from hf_rgm.synset.synset_gradients import SynsetGradients
+from hf_rgm.synset.samples import SynsetGradients
 from hf_rgm.trajectory.trajectory import Trajectory
 
 TASKS = ("lora", "frozen embeddings")

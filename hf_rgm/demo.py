@@ -26,7 +26,7 @@ from hf_rgm.model.functional_model import FunctionalModel
 from hf_rgm.model.losses import label_losses
 from hf_rgm.model.row_reader import CachedBatches, RowReader
 from hf_rgm.pages.exhibit import Exhibit
-from hf_rgm.pages.report import attribution_report
+from hf_rgm.pages.views import attribution_report
 from hf_rgm.plots import plot_inspection_curve, plot_matching_error, plot_predicted_against_actual, plot_synset_gallery
 from hf_rgm.recording.callback import TrajectoryCallback
 from hf_rgm.results.result import AttributionResult
@@ -233,7 +233,8 @@ def run_demo(
     synset.fidelity = result.metadata["fidelity"] = fidelity.to_dict()
     synset.save_pretrained(folder / "synset")
     result.save_pretrained(folder / "attributions")
-    _write_report(folder, result, data, synset, orders, fidelity)
+    exhibit = Exhibit(result, synset=synset, rows=data.train, queries=data.queries)
+    _write_report(folder, exhibit, data, orders, fidelity)
     say(f"Written to {folder.resolve()}: open report.html, or look into synset/, attributions/ and plots/.")
     return folder
 
@@ -282,14 +283,8 @@ def _tell_queries(result: AttributionResult, data: DemoData, say: Callable[[str]
         )
 
 
-def _write_report(
-    folder: Path,
-    result: AttributionResult,
-    data: DemoData,
-    synset: Synset,
-    orders: dict[str, np.ndarray],
-    fidelity: FidelityReport,
-) -> None:
+def _write_report(folder: Path, exhibit: Exhibit, data: DemoData, orders: dict, fidelity: FidelityReport) -> None:
+    result, synset = exhibit.result, cast(Synset, exhibit.synset)
     fractions = np.linspace(0.01, 0.5, 50)
     curves = {
         name: np.array([share_found(order, data.flipped, share) for share in fractions])
@@ -312,11 +307,8 @@ def _write_report(
     }
     (folder / "plots").mkdir(exist_ok=True)
     for name, axes in drawings.items():
-        figure = axes.get_figure(root=True)
-        if figure is not None:
-            figure.savefig(folder / "plots" / f"{name}.png")
+        axes.figure.savefig(folder / "plots" / f"{name}.png")  # type: ignore[union-attr]
     hardest = [result.query_ids[i] for i in np.argsort(result.objective_values)[:4]]
-    exhibit = Exhibit(result, synset=synset, rows=data.train, queries=data.queries)
     report = attribution_report(exhibit, title="hf-rgm demo: which digits taught the model this?", query_ids=hardest)
     check = report.section("How faithful is this?")
     check.text(str(fidelity))

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import importlib
-import importlib.abc
 import importlib.util
 import sys
+from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
+from typing import Any
 
 PIPELINES = "transformers.pipelines"
 OURS = "hf_rgm.attribution.pipeline"  # registers the task at its end
@@ -21,8 +22,8 @@ def register_when_pipelines_load() -> None:
         sys.meta_path.insert(0, _Finder())
 
 
-class _Finder(importlib.abc.MetaPathFinder):
-    """Finds `transformers.pipelines` as others do, with a loader that imports our pipeline after it."""
+class _Finder(MetaPathFinder):
+    """Finds `transformers.pipelines` as others do, and lets its loader import our pipeline after it."""
 
     def find_spec(self, fullname: str, path: object, target: ModuleType | None = None) -> ModuleSpec | None:
         if fullname != PIPELINES:
@@ -32,23 +33,13 @@ class _Finder(importlib.abc.MetaPathFinder):
             spec = importlib.util.find_spec(fullname)
         finally:
             sys.meta_path.insert(0, self)
-        if spec is not None and spec.loader is not None:
-            spec.loader = _Loader(spec.loader, self)
+        loader: Any = None if spec is None else spec.loader
+        if loader is not None:
+            load = loader.exec_module
+
+            def load_and_register(module: ModuleType) -> None:
+                load(module)
+                importlib.import_module(OURS)
+
+            loader.exec_module = load_and_register
         return spec
-
-
-class _Loader(importlib.abc.Loader):
-    def __init__(self, loader: importlib.abc.Loader, finder: _Finder) -> None:
-        self._loader = loader
-        self._finder = finder
-
-    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
-        return self._loader.create_module(spec)
-
-    def exec_module(self, module: ModuleType) -> None:
-        if module.__spec__ is not None:
-            module.__loader__ = module.__spec__.loader = self._loader
-        if self._finder in sys.meta_path:
-            sys.meta_path.remove(self._finder)
-        self._loader.exec_module(module)
-        importlib.import_module(OURS)

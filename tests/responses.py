@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from hf_rgm import Synset
-from hf_rgm.synset.responses import Responses
-from hf_rgm.synset.responses_file import RESPONSES_FILE
+from hf_rgm.synset.responses import RESPONSES_FILE, Responses
 from hf_rgm.testing import tiny_synset
 from tests.hub.hostile.edits import set_json
 

@@ -17,7 +17,7 @@ from hf_rgm.demo import (
     run_demo,
     share_found,
 )
-from hf_rgm.explorer.open_exhibit import open_exhibit
+from hf_rgm.explorer.app import open_exhibit
 from hf_rgm.model.functional_model import FunctionalModel
 from hf_rgm.pages.views import fidelity_line
 from hf_rgm.results.result import AttributionResult

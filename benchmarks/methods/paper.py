@@ -24,7 +24,7 @@ from hf_rgm.engines.perturbations import leave_one_out
 from hf_rgm.model.functional_model import FunctionalModel
 from hf_rgm.model.row_reader import RowReader
 from hf_rgm.synset.inputs import SPACES, input_space
-from hf_rgm.synset.samples import soft_cross_entropy
+from hf_rgm.synset.samples import soft_cross_entropies
 
 
 def ascent(samples_per_cluster: int, *, num_steps: int, learning_rate: float, **distillation) -> Method:
@@ -89,7 +89,7 @@ def _ascend(model: FunctionalModel, synset: Synset, absent: Tensor, num_steps: i
     for _ in range(num_steps):
         leaves = {name: value.detach().requires_grad_() for name, value in parameters.items()}
         logits = model.logits(leaves, inputs.to_forward(samples))
-        loss = soft_cross_entropy(logits, samples.targets, samples.log_weights, samples.target_ids)
+        loss = soft_cross_entropies(logits, samples.targets, samples.log_weights, samples.target_ids).sum()
         gradients = torch.autograd.grad(loss, list(leaves.values()))
         parameters = {
             name: value.detach() + learning_rate * gradient

@@ -10,7 +10,7 @@ from datasets import Dataset
 from transformers import Trainer
 
 from hf_rgm import ClusterMap
-from hf_rgm.agreement.subsets import kept_rows, leave_one_out_masks, random_masks
+from hf_rgm.agreement.subsets import kept_rows, random_masks
 from hf_rgm.engines.memory_shares import DEFAULT_MEMORY
 
 CLUSTER_MASK_SEED = 7
@@ -53,7 +53,7 @@ class Task:
 
     def leave_out_subsets(self) -> list[np.ndarray]:
         """Rows kept when each cluster is left out."""
-        return kept_rows(leave_one_out_masks(self.clusters.num_clusters), self.clusters)
+        return kept_rows(~np.eye(self.clusters.num_clusters, dtype=bool), self.clusters)
 
     def cluster_masks(self, seed: int = CLUSTER_MASK_SEED) -> np.ndarray:
         """Half-masks of clusters, `(num_cluster_masks, num_clusters)`, bool."""
@@ -75,6 +75,6 @@ class Task:
         num_clusters = self.clusters.num_clusters
         left_out = np.linspace(0, num_clusters - 1, self.num_distances).round().astype(int)
         return {
-            "leave_out": leave_one_out_masks(num_clusters)[left_out],
+            "leave_out": ~np.eye(num_clusters, dtype=bool)[left_out],
             "halves": self.cluster_masks()[: self.num_distances],
         }

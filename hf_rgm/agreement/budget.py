@@ -19,11 +19,6 @@ class RetrainingPlan:
     num_points: dict[str, int]
     seeds: tuple[int, ...]
 
-    @property
-    def num_retrainings(self) -> int:
-        """All retrainings."""
-        return sum(self.num_points.values()) * len(self.seeds)
-
 
 def plan_retrainings(
     budget: int,

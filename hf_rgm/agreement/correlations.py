@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import log_softmax
 from scipy.stats import rankdata
 
 Array = NDArray[np.floating]
@@ -62,44 +61,12 @@ def linear_datamodeling_score(predictions: Array, values: Array, *, seed: int = 
     """
     LDS: mean over queries of the Spearman correlation over subsets, both `(num_queries, num_subsets)`.
 
-    Predictions are sums of the scores of what a subset keeps, or replayed objectives. With few subsets the score is
+    Predictions are sums of the kept clusters' or rows' scores, or replayed objectives. With few subsets the score is
     biased towards 0, as rank correlations of samples are: by about 0.05 with 12 subsets, 0.1 with 5.
 
     Source: Park et al., "TRAK: Attributing Model Behavior at Scale", 2023.
     """
     return _mean_correlation(predictions, values, spearman_by_query, seed)
-
-
-def average_distance(predicted: Array, retrained: Array, *, seed: int = 0) -> dict[str, Estimate]:
-    """
-    AvgDist between the logits, `(num_models, num_queries, num_labels)`, of replayed and of retrained models.
-
-    `cross_entropy` is in nats, of the predicted under the retrained softmax; its least value is the latter's entropy.
-
-    Source: Ye et al., "Distilled Datamodel with Reverse Gradient Matching", CVPR 2024.
-    """
-    predicted, retrained = np.asarray(predicted, dtype=np.float64), np.asarray(retrained, dtype=np.float64)
-    if predicted.shape != retrained.shape or predicted.ndim != 3 or predicted.size == 0:
-        raise ValueError(
-            f"`predicted` {predicted.shape} and `retrained` {retrained.shape} must be alike and not empty: logits of "
-            "shape (num_models, num_queries, num_labels)."
-        )
-    _check_finite(predicted=predicted, retrained=retrained)
-    left, right = log_softmax(predicted, axis=-1), log_softmax(retrained, axis=-1)
-    distances = {
-        "softmax_l2": np.linalg.norm(np.exp(left) - np.exp(right), axis=-1),
-        "cross_entropy": -(np.exp(right) * left).sum(-1),
-        "logits_l2": np.linalg.norm(predicted - retrained, axis=-1),
-    }
-    estimates = {}
-    for name, values in distances.items():
-
-        def mean(queries: Indices, models: Indices, by_query: Array = values.T) -> float:
-            return float(by_query[np.ix_(queries, models)].mean())
-
-        value = float(values.mean())
-        estimates[name] = Estimate(value, *_interval(mean, values.T.shape, value, seed, 0, np.inf))
-    return estimates
 
 
 def noise_ceiling(by_seed: Array, measure: Callable[[Array, Array], Estimate]) -> Estimate:
@@ -132,10 +99,10 @@ def _mean_correlation(
         chosen = np.ix_(queries, points)
         return float(np.nan_to_num(correlation(predicted[chosen], actual[chosen])).mean())
 
-    return Estimate(value, *_interval(resampled, predicted.shape, value, seed, -1, 1), num_nan=undefined)
+    return Estimate(value, *bootstrap_interval(resampled, predicted.shape, value, seed, -1, 1), num_nan=undefined)
 
 
-def _interval(
+def bootstrap_interval(
     resampled: Callable[[Indices, Indices], float],
     shape: tuple[int, ...],
     value: float,
@@ -171,14 +138,10 @@ def _checked(predicted: Array, actual: Array) -> tuple[Array, Array]:
         raise ValueError(
             f"A correlation needs at least {MIN_POINTS} points, got {predicted.shape[1]}. Retrain on more subsets."
         )
-    _check_finite(predicted=predicted, actual=actual)
-    return predicted, actual
-
-
-def _check_finite(**arrays: Array) -> None:
-    for name, values in arrays.items():
+    for name, values in (("predicted", predicted), ("actual", actual)):
         if not np.isfinite(values).all():
             raise ValueError(f"`{name}` has {int((~np.isfinite(values)).sum())} NaN or infinite values.")
+    return predicted, actual
 
 
 def _constant(values: Array) -> NDArray[np.bool_]:

@@ -1,4 +1,4 @@
-"""Measured agreement with retraining, as artefacts keep it and pages and cards show it."""
+"""Measured agreement with retraining, in artefacts, on pages and on cards."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class FidelityFigures:
 
     @property
     def source(self) -> str:
-        """What the engine had, in words."""
+        """What the engine worked on, in words."""
         if not self.rows:
             return "on the synset alone"
         return "on synset and training rows" if self.samples_sha256 else "on the training rows"
@@ -91,12 +91,7 @@ class FidelityFigures:
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> Self:
-        """
-        What [`FidelityFigures.to_dict`] gave.
-
-        Raises:
-            ValueError: If it is of another format version, or not a whole report.
-        """
+        """The inverse of [`FidelityFigures.to_dict`]; raises a `ValueError` if the report is not whole."""
         if not isinstance(content, Mapping) or content.get("format_version") != FORMAT_VERSION:
             found = content.get("format_version") if isinstance(content, Mapping) else type(content).__name__
             raise ValueError(

@@ -6,13 +6,9 @@ import math
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.special import comb
 
 from hf_rgm.clusters.cluster_map import ClusterMap
-
-
-def leave_one_out_masks(num_items: int) -> NDArray[np.bool_]:
-    """Masks that drop one item each: `(num_items, num_items)`, bool."""
-    return ~np.eye(num_items, dtype=bool)
 
 
 def random_masks(num_items: int, num_masks: int, *, keep: float = 0.5, seed: int = 0) -> NDArray[np.bool_]:
@@ -37,12 +33,7 @@ def random_masks(num_items: int, num_masks: int, *, keep: float = 0.5, seed: int
 
 def count_masks(num_items: int, num_kept: int, *, at_most: int) -> int:
     """Ways to keep some items, counted no further than `at_most`."""
-    count = 1
-    for i in range(1, min(num_kept, num_items - num_kept) + 1):
-        count = count * (num_items - i + 1) // i
-        if count >= at_most:
-            return at_most
-    return min(count, at_most)
+    return round(min(comb(num_items, num_kept), at_most))  # floats: exact far beyond any `at_most`, or infinite
 
 
 def kept_rows(masks: NDArray[np.bool_], clusters: ClusterMap | None = None) -> list[NDArray[np.int64]]:

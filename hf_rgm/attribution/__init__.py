@@ -1,1 +1,1 @@
-"""Questions about a model's training data, and their answers."""
+"""Attribution: questions about a model's training data, and their answers."""

@@ -9,13 +9,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from typing_extensions import Unpack
 
-from hf_rgm.attribution.answers import completed, from_rows
-from hf_rgm.attribution.estimates import estimate
-from hf_rgm.attribution.known_runs import KnownRuns
-from hf_rgm.attribution.options import UnlearningOptions, passes_options_to
-from hf_rgm.attribution.subject import check_only_synset, of_runs, of_synset, recorded_trajectories
+from hf_rgm.attribution.answers import answer, estimate
+from hf_rgm.attribution.options import passes_options_to
+from hf_rgm.attribution.subject import KnownRuns, subject_of_runs, subject_of_synset
 from hf_rgm.attribution.unlearning import chosen_clusters, engine_without, without_clusters
 from hf_rgm.clusters.cluster_map import ClusterMap
 from hf_rgm.distillation.config import memory_bytes
@@ -100,22 +97,18 @@ class Attributor:
         self.disable_tqdm = disable_tqdm
         options: dict[str, Any] = {"device": device, "function": row_loss, "force": force}
         if synset is None:
-            recorded = recorded_trajectories(trajectory, rows=rows, clusters=clusters)
-            opened = of_runs(model, *recorded, rows, data_collator, **options)
+            parts: dict[str, Any] = {"rows": rows, "clusters": clusters, "data_collator": data_collator}
+            self.subject = subject_of_runs(model, trajectory, **parts, **options)
+        elif trajectory is not None or clusters is not None:
+            raise ValueError(
+                "The synset knows its recorded run and its clusters. Pass either `synset=`, or `trajectory=`, `rows=` "
+                "and `clusters=`."
+            )
         else:
-            check_only_synset(trajectory, clusters)
-            opened = of_synset(model, synset, has_rows=rows is not None, **options)
-        self.model, self.subject, self.synset, samples, self.row_loss = opened
-        self._known_runs = KnownRuns(
-            self.model,
-            self.subject,
-            self.synset,
-            samples,
-            self.row_loss,
-            max_bytes=free_bytes(max_bytes, max_memory, self.subject.trajectories, self.model.num_parameters),
-            processes=Processes(),
-            disable_tqdm=disable_tqdm,
-        )
+            self.subject = subject_of_synset(model, synset, has_rows=rows is not None, **options)
+        self.model, self.synset = self.subject.model, self.subject.synset
+        max_bytes = free_bytes(max_bytes, max_memory, self.subject.trajectories, self.model.num_parameters)
+        self._known_runs = KnownRuns(self.subject, max_bytes, Processes(), disable_tqdm)
         self.rows, self._collator = rows, data_collator
         if rows is not None:
             self._runs(None, None)  # rows that do not fit are seen now
@@ -181,12 +174,8 @@ class Attributor:
         request = Request(resolve_objective(objective), self._queries(queries, data_collator), rewind, num_masks, seed)
         evaluations = [Evaluation(run, request) for run in self._runs(rows, data_collator)]
         with self.model.differentiable():
-            by_run, _ = [], evaluations[0].values  # what does not fit fails before the work
-            for own in evaluations:
-                if not from_rows(chosen, own):
-                    by_run.append(chosen(own.run).scores(own))
             options: dict[str, Any] = {"query_ids": query_ids, "output_dir": output_dir}
-            return completed(chosen, evaluations, by_run, self.subject, disable_tqdm=self.disable_tqdm, **options)
+            return answer(chosen, evaluations, self.subject, disable_tqdm=self.disable_tqdm, **options)
 
     def estimate(
         self,
@@ -298,7 +287,7 @@ class Attributor:
             return without_clusters(chosen(run), removed, rewind, reader, subject=self.subject, like=self._original)
 
     @passes_options_to(unlearn)
-    def model_without(self, clusters: Iterable[str | int], **options: Unpack[UnlearningOptions]) -> nn.Module:
+    def model_without(self, clusters: Iterable[str | int], **options: Any) -> nn.Module:
         """The model had these clusters never been trained on, in evaluation mode; see [`Attributor.unlearn`]."""
         return self.unlearn(clusters, **options).model
 

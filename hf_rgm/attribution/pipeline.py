@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,17 +16,16 @@ from transformers import (
     Pipeline,
 )
 from transformers.pipelines import PIPELINE_REGISTRY
-from typing_extensions import Unpack
 
 from hf_rgm.attribution.attributor import Attributor
-from hf_rgm.attribution.options import CallOptions, MixtureOptions, UnlearningOptions, keywords_of, passes_options_to
+from hf_rgm.attribution.options import keywords_of, passes_options_to
 from hf_rgm.clusters.cluster_map import ClusterMap
 from hf_rgm.engines.memory_shares import DEFAULT_MEMORY
 from hf_rgm.hub.artefact import CardOptions
-from hf_rgm.hub.repository import is_repo_id, link_model, model_address
+from hf_rgm.hub.repository import is_repo_id, link_model, web_address
 from hf_rgm.model.functional_model import main_input_name
 from hf_rgm.model.losses import LossFunction
-from hf_rgm.model.row_reader import DataCollator, knows_words, padding_collator
+from hf_rgm.model.row_reader import knows_words, padding_collator
 from hf_rgm.results.mixture import MixtureSuggestion
 from hf_rgm.results.result import AttributionResult
 from hf_rgm.results.unlearned import UnlearnedModel
@@ -114,6 +112,9 @@ class AttributionPipeline(Pipeline):
         super().__init__(model, **kwargs)
         if self.tokenizer is not None and not knows_words(self.tokenizer):
             self.tokenizer = None
+        collator = self._options.get("data_collator")
+        if collator is None and self.tokenizer is not None and main_input_name(self.model) == "input_ids":
+            collator = padding_collator(self.tokenizer)
         self.attributor = Attributor(
             self.model,
             synset,
@@ -125,17 +126,12 @@ class AttributionPipeline(Pipeline):
             max_memory=max_memory,
             force=force,
             disable_tqdm=disable_tqdm,
-            **self._padded({name: self._options[name] for name in ("data_collator",) if name in self._options}),
+            data_collator=collator,
         )
 
     @property
     def synset(self) -> Synset:
-        """
-        The synset in use.
-
-        Raises:
-            ValueError: If the pipeline works by the training rows, without one.
-        """
+        """The synset in use; raises a `ValueError` if the pipeline works by the training rows, without one."""
         if self.attributor.synset is None:
             raise ValueError(
                 "This pipeline works by the training rows, without a synset. To share what it does, distil one with "
@@ -144,10 +140,10 @@ class AttributionPipeline(Pipeline):
         return self.attributor.synset
 
     @overload
-    def __call__(self, queries: Any, *, top_k: None = None, **options: Unpack[CallOptions]) -> AttributionResult: ...
+    def __call__(self, queries: Any, *, top_k: None = None, **options: Any) -> AttributionResult: ...
 
     @overload
-    def __call__(self, queries: Any, *, top_k: int, **options: Unpack[CallOptions]) -> list[list[dict[str, Any]]]: ...
+    def __call__(self, queries: Any, *, top_k: int, **options: Any) -> list[list[dict[str, Any]]]: ...
 
     @passes_options_to(Attributor.attribute)
     def __call__(
@@ -158,10 +154,10 @@ class AttributionPipeline(Pipeline):
 
         Args:
             queries: A dataset, a list of dictionaries, an iterable of them, or one dictionary. With a tokenizer also
-                texts, a list or one, whose labels are what the model predicts, or rows with a `text` and their labels.
+                one text or a list of texts, which get the labels that the model predicts, or rows with a `text`.
             top_k (`int`, *optional*): Return lists of the clusters with the largest scores in place of the matrix.
-            options: Those of [`Attributor.attribute`]. `batch_size` and `num_workers`, which pipelines take, do not
-                change the result and are ignored.
+            options: Those of [`Attributor.attribute`]. `batch_size` and `num_workers`, which other pipelines take, are
+                ignored.
 
         Returns:
             `AttributionResult`: one row of scores per query. With `top_k`, a list for each query instead; see
@@ -174,24 +170,24 @@ class AttributionPipeline(Pipeline):
         top_k = preset if top_k is None else top_k
         if top_k is not None and top_k < 1:
             raise ValueError(f"`top_k` must be at least 1, got {top_k}. Leave it out for the whole matrix.")
-        result = self.attributor.attribute(self._as_rows(queries), **self._padded(options))
+        result = self.attributor.attribute(self._as_rows(queries), **options)
         result.tokenizer = self.tokenizer  # type: ignore[assignment]
         return result if top_k is None else result.to_list(top_k)
 
     @passes_options_to(Attributor.unlearn)
-    def model_without(self, clusters: Iterable[str | int], **options: Unpack[UnlearningOptions]) -> nn.Module:
+    def model_without(self, clusters: Iterable[str | int], **options: Any) -> nn.Module:
         """The model as it would be without some clusters; see [`Attributor.model_without`]."""
-        return self.attributor.model_without(clusters, **self._padded(options))
+        return self.attributor.model_without(clusters, **options)
 
     @passes_options_to(Attributor.unlearn)
-    def unlearn(self, clusters: Iterable[str | int], **options: Unpack[UnlearningOptions]) -> UnlearnedModel:
+    def unlearn(self, clusters: Iterable[str | int], **options: Any) -> UnlearnedModel:
         """The model without some clusters, checked and ready to be shared; see [`Attributor.unlearn`]."""
-        return self.attributor.unlearn(clusters, **self._padded(options))
+        return self.attributor.unlearn(clusters, **options)
 
     @passes_options_to(Attributor.suggest_mixture)
-    def suggest_mixture(self, queries: Any, **options: Unpack[MixtureOptions]) -> MixtureSuggestion:
+    def suggest_mixture(self, queries: Any, **options: Any) -> MixtureSuggestion:
         """Which clusters to train on more, and which less; see [`Attributor.suggest_mixture`]."""
-        return self.attributor.suggest_mixture(self._as_rows(queries), **self._padded(options))
+        return self.attributor.suggest_mixture(self._as_rows(queries), **options)
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:  # type: ignore[override]
         """
@@ -241,7 +237,7 @@ class AttributionPipeline(Pipeline):
             token (`str` or `bool`, *optional*): Defaults to that of `hf auth login`.
             revision (`str`, *optional*): Branch of each repository to commit to. Defaults to the main branch.
             create_pr (`bool`, *optional*, defaults to `False`): Open a pull request in each repository.
-            card (`CardOptions`, *optional*): What the cards say besides, such as a licence.
+            card (`CardOptions`, *optional*): Licence, links or another template for the cards.
             options: Those of [`Synset.save_pretrained`], such as `state_precision`.
 
         Returns:
@@ -275,7 +271,7 @@ class AttributionPipeline(Pipeline):
             links = {"synset": repo_id, "attribution": results_id}
             known = {name: value for name, value in links.items() if value}
             if link_model(model_id, known, token=token, revision=revision, create_pr=create_pr):
-                addresses["model"] = model_address(model_id)
+                addresses["model"] = web_address(model_id, "model")
         return addresses
 
     def _reader_of_samples(self) -> dict[str, Any]:
@@ -305,15 +301,6 @@ class AttributionPipeline(Pipeline):
             return row
         return {**row, **self.tokenizer(row["text"], truncation=True)}
 
-    def _padded(self, options: Mapping[str, Any]) -> dict[str, Any]:
-        if self.tokenizer is None or main_input_name(self.model) != "input_ids":
-            return {**options}
-        return {"data_collator": self._padding, **options}
-
-    @functools.cached_property
-    def _padding(self) -> DataCollator:
-        return padding_collator(self.tokenizer)  # type: ignore[arg-type]
-
     def _sanitize_parameters(self, **options: Any) -> tuple[dict, dict, dict]:
         # Called once, by the constructor of `Pipeline`, with the options it does not know.
         known = {"top_k", *keywords_of(Attributor.attribute)}
@@ -329,7 +316,7 @@ class AttributionPipeline(Pipeline):
         return input_
 
     def _forward(self, input_tensors: Any, **options: Any) -> AttributionResult:
-        return self.attributor.attribute([input_tensors], **self._padded(options))
+        return self.attributor.attribute([input_tensors], **options)
 
     def postprocess(self, model_outputs: AttributionResult, **_: Any) -> AttributionResult:
         """Part of the interface of `Pipeline`: results are complete as they are."""

@@ -1,144 +1,91 @@
-"""What is asked about: the recorded runs of a model, by a synset or by themselves."""
+"""The model and the recorded runs that questions are about, by a synset or by the runs themselves."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
 
 from hf_rgm.clusters.cluster_map import ClusterMap
-from hf_rgm.engines.gradient_sources import SampleSource, training_rows
+from hf_rgm.engines.gradient_sources import RowSource, SampleSource, training_rows
+from hf_rgm.engines.memory_shares import MemoryShares
+from hf_rgm.engines.recorded_run import RecordedRun
 from hf_rgm.model.functional_model import FunctionalModel, parameters_sha256
 from hf_rgm.model.losses import LossFunction, RowLoss
-from hf_rgm.model.row_reader import DataCollator
-from hf_rgm.synset.compatibility import check_runs, check_samples, row_loss_of, warn_unless_matched
+from hf_rgm.model.processes import Processes
+from hf_rgm.model.row_reader import DataCollator, RowReader
+from hf_rgm.synset.compatibility import check_runs, check_samples, open_runs, row_loss_of, warn_unless_matched
 from hf_rgm.synset.inputs import SPACES, input_space
 from hf_rgm.synset.synset import Synset
+from hf_rgm.trajectory.path import states_by_epochs
 from hf_rgm.trajectory.trajectory import Trajectory
 
 
 @dataclass(frozen=True, eq=False)
 class Subject:
-    """
-    The recorded runs that are asked about, the model's own first.
+    """Model and recorded runs that questions are about; the model's own run comes first."""
 
-    Args:
-        trajectories (`tuple[Trajectory, ...]`): The runs.
-        clusters (`ClusterMap`): Clusters of their training rows.
-        parameters_sha256 (`str`): Identity of the trained parameters.
-        samples_sha256 (`str`): Identity of the synset's samples; empty without a synset.
-        model_description (`dict`): What the recorded run says of the model.
-        fidelity (`dict`, *optional*): How well the synset agrees with retraining, if that was measured.
-    """
-
+    model: FunctionalModel
+    row_loss: RowLoss
     trajectories: tuple[Trajectory, ...]
     clusters: ClusterMap
-    parameters_sha256: str
-    samples_sha256: str
-    model_description: dict[str, Any]
-    fidelity: dict[str, Any] | None = None
+    parameters_sha256: str  # identity of the trained parameters
+    synset: Synset | None = None
+    samples: SampleSource | None = None  # the synset's
 
     @property
     def trajectory(self) -> Trajectory:
-        """The recorded run of the model."""
+        """Recorded run of the model."""
         return self.trajectories[0]
 
-    @classmethod
-    def of_synset(cls, synset: Synset) -> Subject:
-        """The runs that a synset was distilled from."""
-        return cls(
-            synset.trajectories,
-            synset.clusters,
-            synset.parameters_sha256,
-            synset.samples_sha256,
-            synset.model_description,
-            synset.fidelity,
-        )
+    @functools.cached_property
+    def samples_sha256(self) -> str:
+        """Identity of the synset's samples; empty without a synset."""
+        return "" if self.synset is None else self.synset.samples_sha256
 
-    @classmethod
-    def of_runs(cls, model: FunctionalModel, trajectories: tuple[Trajectory, ...], clusters: ClusterMap) -> Subject:
-        """The runs themselves."""
-        described = trajectories[0].metadata.get("model")
-        return cls(
-            trajectories,
-            clusters,
-            parameters_sha256(model.parameters()),
-            "",
-            dict(described) if isinstance(described, dict) else {},
-        )
+    @property
+    def model_description(self) -> dict[str, Any]:
+        """Description of the model in the recorded run."""
+        described = self.trajectory.metadata.get("model")
+        return dict(described) if isinstance(described, dict) else {}
+
+    @property
+    def fidelity(self) -> dict[str, Any] | None:
+        """Agreement of the synset with retraining, if it was measured."""
+        return None if self.synset is None else self.synset.fidelity
 
 
-def recorded_trajectories(
+def subject_of_runs(
+    model: nn.Module,
     trajectory: str | Path | Trajectory | Sequence[str | Path | Trajectory] | None,
     *,
     rows: Any,
     clusters: ClusterMap | None,
-) -> tuple[tuple[Trajectory, ...], ClusterMap]:
-    """
-    Opens recorded runs that are asked about without a synset, and sees that there are rows and clusters.
-
-    Raises:
-        ValueError: If there is no run, or what else is needed is missing.
-    """
-    given = {"trajectory": trajectory, "rows": rows, "clusters": clusters}
-    missing = [name for name, value in given.items() if value is None]
-    if missing or clusters is None:
-        raise ValueError(
-            f"Without a synset, attribution needs the recorded run, the training dataset and its clusters; missing: "
-            f"{', '.join(f'`{name}`' for name in missing)}. Pass `trajectory=`, `rows=` and `clusters=`, or `synset=`."
-        )
-    recorded = [trajectory] if isinstance(trajectory, str | Path | Trajectory) else list(trajectory or ())
-    if not recorded:
-        raise ValueError("`trajectory` is an empty list. Name at least the run that trained the model.")
-    return tuple(t if isinstance(t, Trajectory) else Trajectory.load(t) for t in recorded), clusters
-
-
-def check_only_synset(trajectory: Any, clusters: ClusterMap | None) -> None:
-    """Refuses a recorded run or clusters beside a synset, with a `ValueError`."""
-    if trajectory is not None or clusters is not None:
-        raise ValueError(
-            "The synset knows its recorded run and its clusters. Pass either `synset=`, or `trajectory=`, `rows=` "
-            "and `clusters=`."
-        )
-
-
-class Opened(NamedTuple):
-    """A model with what is asked about."""
-
-    model: FunctionalModel
-    subject: Subject
-    synset: Synset | None
-    samples: SampleSource | None
-    row_loss: RowLoss
-
-
-def of_runs(
-    model: nn.Module,
-    trajectories: tuple[Trajectory, ...],
-    clusters: ClusterMap,
-    rows: Any,
     data_collator: DataCollator | None,
-    *,
     device: torch.device | str | None,
     function: LossFunction | None,
     force: bool,
-) -> Opened:
-    """
-    A model with its recorded runs, once runs, rows and model are seen to belong together.
-
-    Raises:
-        ValueError: If they do not, or the loss is none that is known.
-    """
+) -> Subject:
+    """Subject of recorded runs; raises a `ValueError` unless runs, rows, clusters and model belong together."""
+    given = {"trajectory": trajectory, "rows": rows, "clusters": clusters}
+    missing = [f"`{name}`" for name, value in given.items() if value is None]
+    if trajectory is None or clusters is None or missing:
+        raise ValueError(
+            "Without a synset, attribution needs the recorded run, the training dataset and its clusters; missing: "
+            f"{', '.join(missing)}. Pass `trajectory=`, `rows=` and `clusters=`, or `synset=`."
+        )
+    trajectories = open_runs(trajectory)
     functional = _functional(model, trajectories[0], device)
     reader = training_rows(rows, functional, clusters, data_collator, trajectories[0])
     if not force:
         check_runs(functional, trajectories, rows, called="rows")
     row_loss = row_loss_of(trajectories, reader, function, force=force)
-    return Opened(functional, Subject.of_runs(functional, trajectories, clusters), None, None, row_loss)
+    return Subject(functional, row_loss, trajectories, clusters, parameters_sha256(functional.parameters()))
 
 
 def _functional(model: nn.Module, trajectory: Trajectory, device: torch.device | str | None) -> FunctionalModel:
@@ -147,7 +94,7 @@ def _functional(model: nn.Module, trajectory: Trajectory, device: torch.device |
     return FunctionalModel(model, trainable_names=names, device=device, shifts_labels=trajectory.shifts_labels)
 
 
-def of_synset(
+def subject_of_synset(
     model: nn.Module,
     synset: Synset | str | Path,
     *,
@@ -155,14 +102,8 @@ def of_synset(
     device: torch.device | str | None,
     function: LossFunction | None,
     force: bool,
-) -> Opened:
-    """
-    A model with its synset, once the samples are seen to be the model's.
-
-    Raises:
-        ParameterMismatchError: If the synset was distilled for other parameters.
-        ValueError: If the model does not take the samples.
-    """
+) -> Subject:
+    """Subject of a synset; raises an error unless it was distilled for the model."""
     synset = synset if isinstance(synset, Synset) else Synset.from_pretrained(synset)
     functional = _functional(model, synset.trajectory, device)
     synset.check_model(functional, force=force)
@@ -182,4 +123,55 @@ def of_synset(
         scale=float(synset.metadata.get("loss_scale", 1.0)),
     )
     samples = SampleSource(functional, inputs, synset.samples.map(lambda tensor: tensor.to(functional.device)))
-    return Opened(functional, Subject.of_synset(synset), synset, samples, row_loss)
+    return Subject(
+        functional, row_loss, synset.trajectories, synset.clusters, synset.parameters_sha256, synset, samples
+    )
+
+
+@dataclass(eq=False)
+class KnownRuns:
+    """Recorded runs with the rows of the last question; gradients and curvature stay while the rows stay the same."""
+
+    subject: Subject
+    max_bytes: int  # beside the recorded states
+    processes: Processes
+    disable_tqdm: bool
+    _known: tuple[Any, DataCollator | None, list[RecordedRun]] | None = field(default=None, init=False)
+
+    def of(self, rows: Any, collator: DataCollator | None) -> list[RecordedRun]:
+        """Runs with the training rows, or without any; raises a `ValueError` for other rows."""
+        if self._known is not None and self._known[0] is rows and (rows is None or self._known[1] is collator):
+            return self._known[2]
+        subject, reader = self.subject, None
+        if rows is not None:
+            custom = subject.synset is not None and subject.synset.metadata.get("custom_row_loss")
+            if custom and subject.row_loss.function is None:
+                raise ValueError(
+                    "The synset was distilled with a `row_loss` of its own, which rows are scored by. Pass the same "
+                    "function as `row_loss`."
+                )
+            reader = training_rows(rows, subject.model, subject.clusters, collator, subject.trajectory)
+            subject.trajectory.check_dataset(rows, what="rows")
+        runs = [self._run(trajectory, reader) for trajectory in subject.trajectories]
+        self._known = rows, collator, runs
+        return runs
+
+    def _run(self, trajectory: Trajectory, reader: RowReader | None) -> RecordedRun:
+        subject, rows = self.subject, None
+        max_bytes = self.max_bytes // len(subject.trajectories)
+        if reader is not None:
+            kept = MemoryShares.of(max_bytes, with_rows=True).kept
+            source = (subject.model, reader, subject.clusters, subject.row_loss)
+            rows = RowSource(*source, max_bytes=kept, processes=self.processes)
+        return RecordedRun(
+            subject.model,
+            trajectory,
+            subject.clusters,
+            samples=subject.samples,
+            rows=rows,
+            responses=None if subject.synset is None else subject.synset.responses,
+            max_states=states_by_epochs(trajectory),
+            max_bytes=max_bytes,
+            processes=self.processes,
+            disable_tqdm=self.disable_tqdm,
+        )

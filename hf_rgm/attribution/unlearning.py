@@ -1,4 +1,4 @@
-"""How a model without some clusters is made and checked."""
+"""Making and checking a model without some clusters."""
 
 from __future__ import annotations
 
@@ -25,17 +25,7 @@ MAX_LINEAR_SHARE = 0.25
 
 
 def chosen_clusters(clusters: Iterable[str | int], known: ClusterMap) -> list[int]:
-    """
-    Indices of clusters that are to be removed, in order.
-
-    Args:
-        clusters (`Iterable[str | int]`): Their names or indices; or one.
-        known (`ClusterMap`): All clusters.
-
-    Raises:
-        KeyError, IndexError: If there is no cluster of a name or index.
-        ValueError: If none or all are named.
-    """
+    """Sorted indices of the clusters to remove; raises an error if one is unknown, or if none or all are named."""
     named = [clusters] if isinstance(clusters, str | int) else clusters
     chosen = sorted({known.index(cluster) for cluster in named})
     if not 0 < len(chosen) < known.num_clusters:
@@ -54,20 +44,9 @@ def engine_without(
     rewind: float | None = None,
     whole: bool = True,
 ) -> str:
-    """
-    The engine that comes nearest to retraining without some clusters.
-
-    Measured with 2% of the data removed, where linearised replay is nearer and anchored replay may be farther off than
-    the trained model itself, and with half of it, where it is the other way round, and training on from a recorded
-    state is nearer still.
-
-    Args:
-        chosen (`list[int]`): Indices of the clusters that are removed.
-        clusters (`ClusterMap`): All clusters.
-        available (`dict[str, bool]`): Whether there are `"rows"`, `"samples"` and `"responses"`.
-        rewind (`float`, *optional*): The rewind point that is asked for.
-        whole (`bool`, *optional*, defaults to `True`): Whether the linear engine gives models.
-    """
+    """Name of the engine nearest to retraining without some clusters; `whole`: the linear engine gives models."""
+    # Without 2% of the data linearised replay is nearest, and anchored replay may be farther off than the trained
+    # model itself. Without half of it anchored replay is nearer, and training on from a recorded state nearest.
     share = clusters.sizes[chosen].sum() / clusters.num_rows
     linear = default_engine(available, rewind=rewind)
     if share <= MAX_LINEAR_SHARE and (whole or linear != LinearEngine.name):
@@ -84,7 +63,7 @@ def without_clusters(
     subject: Subject,
     like: nn.Module,
 ) -> UnlearnedModel:
-    """The model without some clusters, a copy of `like`, compared with it on rows and queries at hand."""
+    """Model without some clusters, a copy of `like`, and its losses on the rows and queries that are given."""
     run = engine.run
     mask = torch.ones(1, run.clusters.num_clusters)
     mask[0, removed] = 0
@@ -98,11 +77,10 @@ def without_clusters(
     if queries is not None:
         groups.append(("queries", queries, np.arange(len(queries))))
     checks = [_compared(run.model, run.final, vector, *group) for group in groups]
-    known = run.clusters
     return UnlearnedModel(
         model=run.model.module_with(run.model.space.unflatten(vector), like=like).eval(),
-        clusters=[known.names[k] for k in removed],
-        sizes=[int(known.sizes[k]) for k in removed],
+        clusters=[run.clusters.names[k] for k in removed],
+        sizes=[int(run.clusters.sizes[k]) for k in removed],
         checks=checks,
         engine=engine.name,
         rewind_step=outcome.start,

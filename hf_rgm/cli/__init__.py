@@ -12,16 +12,13 @@ def main() -> None:
     """
     Training-data attribution for Hugging Face models.
 
-    Exit status: 0 if all went well, 1 if not, 2 if the command line is not understood, 130 after Ctrl-C, which
-    ends `explore` with 0. HF_RGM_DEBUG=1 in the environment shows where an error comes from.
+    Exit status: 0 on success, 1 on an error, 2 for a wrong command line, 130 after Ctrl-C (0 for `explore`).
+    HF_RGM_DEBUG=1 in the environment shows the traceback of an error.
     """
 
 
-app.command()(demo.demo)
-app.command()(distill.distill)
-app.command()(attribute.attribute)
-app.command()(validate.validate)
-app.command()(explore.explore)
-app.command()(sharing.info)
-app.command()(sharing.push)
-app.command()(sharing.pull)
+for command in (
+    demo.demo, distill.distill, attribute.attribute, validate.validate,
+    explore.explore, sharing.info, sharing.push, sharing.pull,
+):  # fmt: skip
+    app.command()(command)

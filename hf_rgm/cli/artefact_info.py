@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +14,10 @@ from hf_rgm.files.reading import ArtefactFolder, printable
 from hf_rgm.files.writing import format_size
 from hf_rgm.hub.repository import open_artefact
 from hf_rgm.results.result import AttributionResult
-from hf_rgm.synset.responses import Responses
 from hf_rgm.synset.synset import Synset
 from hf_rgm.trajectory.trajectory import METADATA_FILE, Trajectory
 
 HIGH_ERROR = 0.5
-MAX_DRIFTS = {name: engine.max_drift for name, engine in ENGINES.items() if engine.max_drift is not None}
-MARKERS = {METADATA_FILE: "trajectory", Synset.marker: "synset", AttributionResult.marker: "attributions"}
 
 
 @dataclass(frozen=True)
@@ -30,8 +27,8 @@ class Description:
     kind: str
     where: str
     problem: str | None
-    facts: dict[str, Any]  # JSON-safe
-    uses: tuple[str, ...]
+    facts: dict[str, Any] = field(default_factory=dict)  # JSON-safe
+    uses: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self) | {"whole": self.problem is None}
@@ -45,19 +42,7 @@ class Description:
 
 def describe(name_or_path: str | Path, *, revision: str | None = None) -> Description:
     """Description of a folder, or of a dataset repository on the Hub."""
-    folder = _open(name_or_path, revision)
-    kind = next(kind for marker, kind in MARKERS.items() if folder.at_hand(marker))
-    read = {"trajectory": _trajectory, "synset": _synset, "attributions": _attributions}[kind]
-    try:
-        facts, uses = read(folder, str(name_or_path))
-    except (FileNotFoundError, MemoryError, ValueError) as error:
-        return Description(kind, str(folder), str(error), {}, ())
-    return Description(kind, str(folder), None, facts, tuple(uses))
-
-
-def _open(name_or_path: str | Path, revision: str | None) -> ArtefactFolder:
-    """The folder or repository, after a check that it has one of the markers."""
-    for marker in MARKERS:
+    for marker, (kind, read) in KINDS.items():
         try:
             folder = open_artefact(name_or_path, marker, revision=revision)
         except FileNotFoundError as error:
@@ -65,8 +50,14 @@ def _open(name_or_path: str | Path, revision: str | None) -> ArtefactFolder:
                 raise  # the Hub is not reached: nobody knows what is there
             continue
         if folder.at_hand(marker):
-            return folder
-    held = [path.parent.name for marker in MARKERS for path in Path(name_or_path).glob(f"*/{marker}")]
+            try:
+                facts, uses = read(folder, str(name_or_path))
+            except (FileNotFoundError, MemoryError, ValueError) as error:
+                return Description(kind, str(folder), str(error))
+            if kind != "trajectory" and not folder.is_remote:
+                uses.append(f"share: hf-rgm push {name_or_path} NAMESPACE/NAME")
+            return Description(kind, str(folder), None, facts, uses)
+    held = [path.parent.name for marker in KINDS for path in Path(name_or_path).glob(f"*/{marker}")]
     if held:
         raise FileNotFoundError(
             f"{str(name_or_path)!r} is no trajectory, synset or attributions itself, but holds {', '.join(held)}: "
@@ -74,7 +65,7 @@ def _open(name_or_path: str | Path, revision: str | None) -> ArtefactFolder:
         )
     raise FileNotFoundError(
         f"{str(name_or_path)!r} is no folder or dataset repository with a trajectory, synset or attributions: none of "
-        f"{', '.join(MARKERS)} is there."
+        f"{', '.join(KINDS)} is there."
     )
 
 
@@ -97,25 +88,33 @@ def _trajectory(folder: ArtefactFolder, name: str) -> tuple[dict[str, Any], list
 
 def _synset(folder: ArtefactFolder, name: str) -> tuple[dict[str, Any], list[str]]:
     synset = Synset.from_pretrained(folder)
+    num_runs, responses = len(synset.trajectories), synset.responses
     facts = {
         "model": f"{_model(synset.trajectory)}, trained parameters with SHA-256 {synset.parameters_sha256[:16]}",
         "samples": f"{synset.num_samples} of {synset.input_name}, {synset.num_clusters} clusters, "
-        f"{len(synset.trajectories)} recorded {'run' if len(synset.trajectories) == 1 else 'runs'}",
+        f"{num_runs} recorded {'run' if num_runs == 1 else 'runs'}",
         "training rows": synset.clusters.num_rows,
         "matching error": round(synset.matching_error, 4),
         "fidelity": _fidelity(synset.fidelity),
     }
     if synset.matching_error > HIGH_ERROR:
         facts["caution"] = "the matching error is high: give the training rows, or distil again with more samples"
-    if synset.responses is not None:
-        facts["responses"] = _responses(synset.responses, synset.trajectory.num_steps)
+    if responses is not None:
+        if responses.at_hand:
+            responses.check()  # reads all of them
+        facts["responses"] = (
+            f"{responses.precision}, {format_size(responses.num_bytes)}: the parameter changes of leaving each of "
+            f"{responses.num_clusters} clusters out, from real rows' gradients, followed from step "
+            f"{responses.rewind_step} of {synset.trajectory.num_steps}"
+            f"{'' if responses.at_hand else '; fetched when asked for'}"
+        )
     uses = [
         f"attribute: hf-rgm attribute MODEL {name} QUERIES -o ATTRIBUTIONS",
         f'or: pipeline("data-attribution", model=..., synset={name!r}), whose model_without([...]) unlearns',
     ]
     if synset.fidelity is None:
         uses.append(f"measure: hf-rgm validate MODEL {name} QUERIES DATASET --build-trainer FILE.py:NAME")
-    return facts, uses if folder.is_remote else [*uses, f"share: hf-rgm push {name} NAMESPACE/NAME"]
+    return facts, uses
 
 
 def _attributions(folder: ArtefactFolder, name: str) -> tuple[dict[str, Any], list[str]]:
@@ -128,26 +127,23 @@ def _attributions(folder: ArtefactFolder, name: str) -> tuple[dict[str, Any], li
         "sign": result.SIGN_CONVENTION,
         "fidelity": _fidelity(result.metadata.get("fidelity")),
     }
-    drift = result.metadata.get("drift")
-    if isinstance(drift, float) and drift > MAX_DRIFTS.get(result.engine, float("inf")):
+    drift, engine = result.metadata.get("drift"), ENGINES.get(result.engine)
+    if isinstance(drift, float) and engine and engine.max_drift is not None and drift > engine.max_drift:
         facts["caution"] = f"replays drifted by {drift:.3g}: do not rely on these scores"
-    uses = [f"look: hf-rgm explore {name}", f"or: AttributionResult.from_pretrained({name!r}).top()"]
-    return facts, uses if folder.is_remote else [*uses, f"share: hf-rgm push {name} NAMESPACE/NAME"]
+    return facts, [f"look: hf-rgm explore {name}", f"or: AttributionResult.from_pretrained({name!r}).top()"]
+
+
+KINDS = {
+    METADATA_FILE: ("trajectory", _trajectory),
+    Synset.marker: ("synset", _synset),
+    AttributionResult.marker: ("attributions", _attributions),
+}
+"""Kinds of artefacts and their readers, by the file that tells one."""
 
 
 def _model(trajectory: Trajectory) -> str:
     described = trajectory.metadata.get("model")
     return printable(str(described.get("class", "not known"))) if isinstance(described, dict) else "not known"
-
-
-def _responses(responses: Responses, num_steps: int) -> str:
-    if responses.at_hand:
-        responses.check()  # reads all of them
-    return (
-        f"{responses.precision}, {format_size(responses.num_bytes)}: the parameter changes of leaving each of "
-        f"{responses.num_clusters} clusters out, from real rows' gradients, followed from step "
-        f"{responses.rewind_step} of {num_steps}{'' if responses.at_hand else '; fetched when asked for'}"
-    )
 
 
 def _fidelity(fidelity: dict[str, Any] | None) -> str:

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hf_rgm.cli import common
-from hf_rgm.cli.common import check_output_file, check_output_folder, clear_errors, hide_bars, interruptible
-from hf_rgm.cli.loading import find_tokenizer, load_clusters, load_collator, load_model, load_objective, load_rows
+from hf_rgm.cli.common import check_output_folder, clear_errors, hide_bars
+from hf_rgm.cli.loading import ClusterOptions, Loading, find_tokenizer, load_objective
 
 if TYPE_CHECKING:
     from hf_rgm import AttributionResult
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 ENGINE_NAMES = ("linearized_replay", "adjoint", "responses", "training_on", "replay", "plain_replay")
 
 
+@common.with_options
 def attribute(
     model: common.Model,
     source: Annotated[
@@ -29,6 +30,8 @@ def attribute(
     ],
     queries: Annotated[str, typer.Argument(help=f"Rows to explain: {common.ROWS}")],
     output_dir: Annotated[Path, typer.Option("--output-dir", "-o", help="Folder of the attributions.")],
+    clusters: ClusterOptions,
+    loading: Loading,
     split: common.QueriesSplit = None,
     num_queries: common.NumQueries = None,
     rows: Annotated[
@@ -36,12 +39,6 @@ def attribute(
         typer.Option(help="The training rows, named as queries are: more exact, and every row is scored too."),
     ] = None,
     rows_split: common.RowsSplit = None,
-    cluster_column: common.ClusterColumn = None,
-    cluster_ids: common.ClusterIds = None,
-    cluster_embeddings: common.ClusterEmbeddings = None,
-    num_clusters: common.NumClusters = None,
-    num_clusters_per_class: common.NumClustersPerClass = None,
-    label_column: common.LabelColumn = None,
     engine: Annotated[
         str | None,
         typer.Option(help=f"One of {', '.join(ENGINE_NAMES)}; see docs/choosing.md.", show_default="what fits best"),
@@ -49,20 +46,17 @@ def attribute(
     objective: Annotated[
         str, typer.Option(help="margin, loss, log_probability, mean_loss, accuracy, or MODULE:OBJECT of your own.")
     ] = "margin",
-    rewind: Annotated[float | None, typer.Option(help="Fraction of training to go back to.")] = None,
+    rewind: Annotated[float | None, typer.Option(help="Fraction of training to rewind to.")] = None,
     top: Annotated[int, typer.Option(min=1, help="Clusters to print.")] = 5,
     html: Annotated[Path | None, typer.Option(help="Also write a report, one HTML file.")] = None,
-    model_class: common.ModelClass = None,
     revision: common.ModelRevision = None,
     synset_revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the synset.")] = None,
-    prepare: common.Prepare = None,
-    data_collator: common.DataCollator = None,
     overwrite: common.Overwrite = False,
     quiet: common.Quiet = False,
     as_json: common.AsJson = False,
 ) -> None:
     """
-    Score the clusters of the training data for some queries, and tell which help and harm most.
+    Score the clusters of the training data for some queries, and show which help and harm most.
 
     Examples:
 
@@ -74,18 +68,18 @@ def attribute(
     from hf_rgm.results.result_files import CONFIG_FILE
 
     disable_tqdm = hide_bars(quiet)
-    with interruptible("Nothing was written; the same command starts again."), clear_errors():
+    with clear_errors("Nothing was written; the same command starts again."):
         check_output_folder(output_dir, CONFIG_FILE, overwrite=overwrite)
-        check_output_file(html, overwrite=overwrite)
-        asked = load_rows(queries, split=split, default_split="test", prepare=prepare, limit=num_queries)
-        training = load_rows(rows, split=rows_split, default_split="train", prepare=prepare)
-        by = (cluster_column, cluster_ids, cluster_embeddings, num_clusters, num_clusters_per_class, label_column)
-        known = _known(source, synset_revision, training, by)
+        if html is not None and html.exists() and not overwrite:
+            raise FileExistsError(f"{html} exists already. Choose another file, or replace it by `--overwrite`.")
+        asked = loading.queries(queries, split, num_queries)
+        training = loading.rows(rows, rows_split)
+        known = _known(source, synset_revision, training, clusters)
         synset = known.get("synset")
         pipeline = AttributionPipeline(
-            load_model(model, model_class=model_class, revision=revision),
+            loading.model(model, revision),
             **known,
-            data_collator=load_collator(data_collator, asked if training is None else training, model, revision),
+            data_collator=loading.collator(asked if training is None else training, model, revision),
             disable_tqdm=disable_tqdm,
         )
         result = pipeline(
@@ -103,14 +97,14 @@ def attribute(
         typer.echo(json.dumps(content, indent=2) if as_json else _text(result, content))
 
 
-def _known(source: str, revision: str | None, rows: Any, by: tuple) -> dict[str, Any]:
+def _known(source: str, revision: str | None, rows: Any, clusters: ClusterOptions) -> dict[str, Any]:
     """Arguments of the pipeline: the synset; or a recorded run, its rows, and their clusters by the given options."""
     from hf_rgm import Synset
     from hf_rgm.trajectory.trajectory import METADATA_FILE
 
     if not (Path(source) / METADATA_FILE).is_file():
         synset = Synset.from_pretrained(source, revision=revision)
-        if any(by):
+        if clusters.given:
             raise ValueError(f"{source} is a synset, which knows its clusters. Leave the options of clusters out.")
         return {"synset": synset}
     if rows is None:
@@ -118,7 +112,7 @@ def _known(source: str, revision: str | None, rows: Any, by: tuple) -> dict[str,
             f"{source} is a recorded run: scores by it need the training rows. Pass them as `--rows`, and their "
             "clusters, for example by `--cluster-column`."
         )
-    return {"trajectory": source, "rows": rows, "clusters": load_clusters(rows, *by, seed=0)}
+    return {"trajectory": source, "rows": rows, "clusters": clusters.clusters(rows, seed=0)}
 
 
 def _content(result: AttributionResult, top: int, folder: Path) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from hf_rgm.cli import common
-from hf_rgm.cli.common import hide_bars, interruptible
+from hf_rgm.cli.common import clear_errors, hide_bars
 
 
 def demo(
@@ -34,8 +34,8 @@ def demo(
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     again = f"{output_dir} holds an unfinished demo; the same command starts it again."
-    try:
-        with interruptible(again):
+    with clear_errors(again):
+        try:
             run_demo(
                 output_dir,
                 settings=DemoSettings(seed=seed),
@@ -43,5 +43,5 @@ def demo(
                 disable_tqdm=hide_bars(quiet),
                 say=typer.echo,
             )
-    except FileExistsError as error:
-        raise typer.BadParameter(str(error), param_hint="--output-dir") from error
+        except FileExistsError as error:
+            raise typer.BadParameter(str(error), param_hint="--output-dir") from error

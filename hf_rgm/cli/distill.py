@@ -3,51 +3,41 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
 import typer
 
 from hf_rgm.cli import common
-from hf_rgm.cli.common import check_output_folder, clear_errors, hide_bars, interruptible
-from hf_rgm.cli.loading import find_tokenizer, load_clusters, load_collator, load_model, load_rows
+from hf_rgm.cli.common import check_output_folder, clear_errors, hide_bars
+from hf_rgm.cli.loading import ClusterOptions, Loading, find_tokenizer
 from hf_rgm.distillation.config import PRESETS, DistillationConfig
 
-SETTINGS = "Settings of the distiller"
+PANEL = "Settings of the distiller"
 
 
-def with_settings(command: Callable[..., None]) -> Callable[..., None]:
-    """Replaces the `**settings` of a command by an option for each field of the config, `None` if not given."""
-    own = inspect.signature(command, eval_str=True)
-    *options, _ = own.parameters.values()
-    types = get_type_hints(DistillationConfig)
-    for field in dataclasses.fields(DistillationConfig):
-        about = typer.Option(help=field.metadata["help"], rich_help_panel=SETTINGS, show_default=str(field.default))
-        annotation = Annotated[types[field.name] | None, about]  # type: ignore[valid-type]
-        options.append(
-            inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
-        )
-    command.__signature__ = own.replace(parameters=options)  # type: ignore[attr-defined]
-    return command
+def _option(field: dataclasses.Field) -> Any:
+    about = typer.Option(help=field.metadata["help"], rich_help_panel=PANEL, show_default=str(field.default))
+    return Annotated[get_type_hints(DistillationConfig)[field.name] | None, about]
 
 
-@with_settings
+Settings: Any = dataclasses.make_dataclass(
+    "Settings", [(field.name, _option(field), None) for field in dataclasses.fields(DistillationConfig)]
+)
+
+
+@common.with_options
 def distill(
     trajectory: Annotated[Path, typer.Argument(help="Folder that TrajectoryCallback recorded.", exists=True)],
     model: common.Model,
     dataset: Annotated[str, typer.Argument(help=f"The training rows: {common.ROWS}")],
     output_dir: Annotated[Path, typer.Option("--output-dir", "-o", help="Folder of the synset.")],
+    clusters: ClusterOptions,
+    loading: Loading,
+    settings: Settings,  # type: ignore[valid-type]
     split: Annotated[str | None, typer.Option(help="Split of the dataset.", show_default="train")] = None,
-    cluster_column: common.ClusterColumn = None,
-    cluster_ids: common.ClusterIds = None,
-    cluster_embeddings: common.ClusterEmbeddings = None,
-    num_clusters: common.NumClusters = None,
-    num_clusters_per_class: common.NumClustersPerClass = None,
-    label_column: common.LabelColumn = None,
     other_run: Annotated[
         list[Path] | None,
         typer.Option(help="Folder of another recorded run that differs in its seed; may be repeated."),
@@ -58,20 +48,14 @@ def distill(
             help="Keeps finished blocks of clusters.", show_default="OUTPUT_DIR-unfinished, removed at the end"
         ),
     ] = None,
-    model_class: common.ModelClass = None,
     revision: common.ModelRevision = None,
-    prepare: common.Prepare = None,
-    data_collator: common.DataCollator = None,
     overwrite: common.Overwrite = False,
-    estimate: Annotated[
-        bool, typer.Option("--estimate", help="Only tell what memory, disk and time it needs.")
-    ] = False,
+    estimate: Annotated[bool, typer.Option("--estimate", help="Only estimate memory, disk and time.")] = False,
     preset: Annotated[
-        str, typer.Option(help=f"One of {', '.join(PRESETS)}; other settings come on top.", rich_help_panel=SETTINGS)
+        str, typer.Option(help=f"One of {', '.join(PRESETS)}; other settings come on top.", rich_help_panel=PANEL)
     ] = "accurate",
     quiet: common.Quiet = False,
     as_json: common.AsJson = False,
-    **settings: Any,
 ) -> None:
     """
     Distil a recorded training run into a synset. After Ctrl-C the same command goes on.
@@ -86,29 +70,19 @@ def distill(
     disable_tqdm = hide_bars(quiet)
     blocks = work_dir or output_dir.with_name(f"{output_dir.name}-unfinished")
     go_on = f"Finished blocks of clusters are kept in {blocks}; the same command goes on from there."
-    with interruptible(go_on), clear_errors():
-        chosen = {name: value for name, value in settings.items() if value is not None}
+    with clear_errors(go_on):
+        chosen = {name: value for name, value in vars(settings).items() if value is not None}
         config = DistillationConfig.from_preset(preset, **chosen)
         check_output_folder(output_dir, CONFIG_FILE, overwrite=overwrite or estimate)
-        rows = load_rows(dataset, split=split, default_split="train", prepare=prepare)
-        clusters = load_clusters(
-            rows,
-            cluster_column,
-            cluster_ids,
-            cluster_embeddings,
-            num_clusters,
-            num_clusters_per_class,
-            label_column,
-            seed=config.seed,
-        )
-        trained = load_model(model, model_class=model_class, revision=revision)
+        rows = loading.rows(dataset, split)
+        trained = loading.model(model, revision)
         distiller = ReverseGradientMatchingDistiller(
             trained,
             [trajectory, *(other_run or [])],
             rows,
-            clusters,
+            clusters.clusters(rows, seed=config.seed),
             config=config,
-            data_collator=load_collator(data_collator, rows, model, revision),
+            data_collator=loading.collator(rows, model, revision),
             output_dir=None if estimate else blocks,
             disable_tqdm=disable_tqdm,
         )

@@ -9,13 +9,15 @@ import typer
 
 from hf_rgm.cli import common
 from hf_rgm.cli.common import check_output_folder, clear_errors, hide_bars
-from hf_rgm.cli.loading import find_tokenizer, load_collator, load_model, load_rows
+from hf_rgm.cli.loading import Loading, find_tokenizer
 
 
+@common.with_options
 def explore(
     attributions: Annotated[
         str, typer.Argument(help="Attributions: a folder (such as the demo's), or a dataset repository on the Hub.")
     ],
+    loading: Loading,
     synset: Annotated[str | None, typer.Option(help="Their synset: shows synthetic samples.")] = None,
     model: Annotated[
         str | None, typer.Option(help="The trained model: with synset and queries, asks what if.")
@@ -28,10 +30,7 @@ def explore(
     tokenizer: Annotated[
         str | None, typer.Option(help="Folder or repository; reads tokens.", show_default="the model's")
     ] = None,
-    model_class: common.ModelClass = None,
     revision: common.Revision = None,
-    prepare: common.Prepare = None,
-    data_collator: common.DataCollator = None,
     title: Annotated[str, typer.Option(help="Title of the page.")] = "Training-data attribution",
     port: Annotated[
         int | None, typer.Option(help="Port to serve at.", show_default="the first free from 7860")
@@ -51,8 +50,8 @@ def explore(
     """
     hide_bars(quiet)
     with clear_errors():
-        asked = load_rows(queries, split=split, default_split="test", prepare=prepare, limit=num_queries)
-        training = load_rows(rows, split=rows_split, default_split="train", prepare=prepare)
+        asked = loading.queries(queries, split, num_queries)
+        training = loading.rows(rows, rows_split)
         given: dict[str, Any] = {"synset": synset, "rows": training, "queries": asked, "title": title}
         if space is not None:
             from hf_rgm.explorer.space import MARKER, write_space
@@ -65,12 +64,12 @@ def explore(
         from hf_rgm.explorer.app import explore as build
         from hf_rgm.explorer.app import launch_settings
 
-        loaded = None if model is None else load_model(model, model_class=model_class)
+        loaded = None if model is None else loading.model(model)
         app = build(
             attributions,
             model=loaded,
             tokenizer=tokenizer or (model and find_tokenizer(loaded, model)),
-            data_collator=None if model is None else load_collator(data_collator, asked, model),
+            data_collator=None if model is None else loading.collator(asked, model),
             revision=revision,
             launch=False,
             **given,

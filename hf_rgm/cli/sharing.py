@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from hf_rgm.cli import common
-from hf_rgm.cli.common import check_output_folder, clear_errors, hide_bars, interruptible
+from hf_rgm.cli.common import check_output_folder, clear_errors, hide_bars
 
 if TYPE_CHECKING:
     from hf_rgm.hub.artefact import DatasetArtefact
@@ -19,9 +19,9 @@ Target = Annotated[str, typer.Argument(help="A folder, or the id of a dataset re
 
 def info(target: Target, revision: common.Revision = None, as_json: common.AsJson = False) -> None:
     """
-    What a trajectory, a synset or attributions are, whether they are whole, and what can be done with them.
+    Show what a trajectory, a synset or attributions hold, whether they are whole, and what can be done with them.
 
-    Ends with 1 if they are not whole.
+    The exit status is 1 if they are not whole.
 
     Example: hf-rgm info hf-rgm-demo/synset
     """
@@ -51,7 +51,7 @@ def push(
     Example: hf-rgm push hf-rgm-demo/synset me/my-synset --private
     """
     hide_bars(quiet)
-    with interruptible("A push is one commit: all of it is there, or nothing. Push again."), clear_errors():
+    with clear_errors("A push is one commit: all of it is there, or nothing. Push again."):
         commit = _kind(str(folder)).push_saved(
             folder, repo_id, license=license, private=private, revision=revision, create_pr=create_pr
         )
@@ -76,7 +76,7 @@ def pull(
     from hf_rgm.hub.repository import HubFolder, open_artefact
 
     hide_bars(quiet)
-    with interruptible("What was downloaded is in the Hub's cache; the same command goes on."), clear_errors():
+    with clear_errors("What was downloaded is in the Hub's cache; the same command goes on."):
         kind = _kind(repo_id, revision)
         check_output_folder(output_dir, kind.marker, overwrite=overwrite)
         folder = open_artefact(repo_id, kind.marker, revision=revision)
@@ -101,6 +101,6 @@ def _kind(target: str, revision: str | None = None) -> type[DatasetArtefact]:
         raise ValueError(f"{description.where} is not whole: {description.problem}")
     if description.kind not in classes:
         raise ValueError(
-            f"{target} is a {description.kind}, which is not shared: it tells which row was in which step. Distil it."
+            f"{target} is a {description.kind}, which is not shared: it says which row was in which step. Distil it."
         )
     return classes[description.kind]

@@ -9,21 +9,23 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from hf_rgm.cli import common
-from hf_rgm.cli.common import clear_errors, hide_bars, interruptible
-from hf_rgm.cli.loading import load_collator, load_model, load_object, load_objective, load_rows
+from hf_rgm.cli.common import clear_errors, hide_bars
+from hf_rgm.cli.loading import Loading, load_object, load_objective
 
 if TYPE_CHECKING:
     from hf_rgm import FidelityReport, Synset
 
 
+@common.with_options
 def validate(
     model: common.Model,
     synset: Annotated[Path, typer.Argument(help="Folder of its synset, which keeps the result.", exists=True)],
-    queries: Annotated[str, typer.Argument(help=f"Labelled rows that chose no setting: {common.ROWS}")],
+    queries: Annotated[str, typer.Argument(help=f"Labelled rows that no setting was chosen on: {common.ROWS}")],
     dataset: Annotated[str, typer.Argument(help="The training rows, named likewise.")],
     build_trainer: Annotated[
         str, typer.Option(help="FILE.py:FUNCTION or MODULE:FUNCTION; function(dataset, seed) returns a fresh Trainer.")
     ],
+    loading: Loading,
     budget: Annotated[int, typer.Option(help="Models to train at most.")] = 24,
     seeds: Annotated[
         list[int] | None, typer.Option("--retraining-seed", help="Seed of retrainings; may be repeated.")
@@ -39,16 +41,13 @@ def validate(
         Path | None, typer.Option(help="Keeps finished retrainings.", show_default="SYNSET-retrainings")
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the subsets and of the intervals.")] = 0,
-    model_class: common.ModelClass = None,
     revision: common.ModelRevision = None,
-    prepare: common.Prepare = None,
-    data_collator: common.DataCollator = None,
     overwrite: common.Overwrite = False,
     quiet: common.Quiet = False,
     as_json: common.AsJson = False,
 ) -> None:
     """
-    Retrain without parts of the data and tell how well the synset had predicted it; the synset keeps the figures.
+    Retrain without parts of the data and measure how well the synset predicts it; the synset keeps the figures.
 
     After Ctrl-C the same command goes on. Retrainings are shared among the processes of torchrun.
 
@@ -60,18 +59,17 @@ def validate(
     folder = Path(f"{synset.resolve()}-retrainings") if work_dir is None else work_dir
     go_on = f"Finished retrainings are kept in {folder}; the same command goes on from there."
     disable_tqdm = hide_bars(quiet)
-    with interruptible(go_on), clear_errors():
+    with clear_errors(go_on):
         measured = Synset.from_pretrained(synset)
         if measured.fidelity is not None and not overwrite:
             raise FileExistsError(
-                f"{synset} keeps figures that were measured already (`hf-rgm info {synset}` tells them). Pass "
+                f"{synset} keeps figures that were measured already (see `hf-rgm info {synset}`). Pass "
                 f"`--overwrite` to replace them; retrainings kept in {folder} are not done again."
             )
-        asked = load_rows(queries, split=split, default_split="test", prepare=prepare)
-        rows = load_rows(dataset, split=rows_split, default_split="train", prepare=prepare)
-        pipeline = AttributionPipeline(
-            load_model(model, model_class=model_class, revision=revision), synset=measured, disable_tqdm=disable_tqdm
-        )
+        asked = loading.queries(queries, split)
+        rows = loading.rows(dataset, rows_split)
+        trained = loading.model(model, revision)
+        pipeline = AttributionPipeline(trained, synset=measured, disable_tqdm=disable_tqdm)
         report = FidelityReport.measure(
             pipeline.attributor,
             asked,
@@ -82,7 +80,7 @@ def validate(
             engine=engine,
             rows=with_rows,
             objective=load_objective(objective),
-            data_collator=load_collator(data_collator, asked, model, revision),
+            data_collator=loading.collator(asked, model, revision),
             output_dir=folder,
             seed=seed,
             disable_tqdm=disable_tqdm,
@@ -103,8 +101,7 @@ def _keep(synset: Synset, folder: Path, report: FidelityReport) -> bool:
     from hf_rgm.files.writing import replacing, write_json
     from hf_rgm.hub import CardOptions
     from hf_rgm.hub.repository import CARD
-    from hf_rgm.synset.card import synset_card
-    from hf_rgm.synset.synset_files import CONFIG_FILE
+    from hf_rgm.synset.synset_files import CONFIG_FILE, synset_card
 
     card = folder / CARD
     options = CardOptions(license=RepoCard.load(card).data.get("license")) if card.is_file() else None

@@ -1,4 +1,4 @@
-"""Cluster maps as folders: what is written, and what is checked when it is read."""
+"""Cluster maps as folders: files and their checks."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TABLE_FILE = "rows.parquet"  # for the Hub's viewer, never read
 
 @dataclass
 class ClustersHeader:
-    """What `clusters.json` must hold; see [`ClusterMap`]."""
+    """Content of `clusters.json`; see [`ClusterMap`]."""
 
     num_rows: int
     names: list[str]
@@ -61,9 +61,5 @@ def read_clusters(folder: ArtefactFolder) -> dict[str, Any]:
     with folder.open_tensors(TENSORS_FILE) as file:
         file.check_no_others(("cluster_ids",))
         cluster_ids = file.read("cluster_ids", shape=(header.num_rows,), dtypes=("I64",))
-    return {
-        "cluster_ids": cluster_ids.numpy(),
-        "names": header.names,
-        "parents": header.parents,
-        "parent_names": header.parent_names,
-    }
+    parents = {"parents": header.parents, "parent_names": header.parent_names}
+    return {"cluster_ids": cluster_ids.numpy(), "names": header.names, **parents}

@@ -227,12 +227,7 @@ class ClusterMap:
         )
 
     def coarsen(self) -> ClusterMap:
-        """
-        The coarser map that this one refines.
-
-        Raises:
-            ValueError: If this map was not made by [`ClusterMap.refine`].
-        """
+        """The map that [`ClusterMap.refine`] split; raises a `ValueError` if this map was made otherwise."""
         if self.parents is None or self.parent_names is None:
             raise ValueError("This map refines no other. Use `merge` to say which clusters belong together.")
         return ClusterMap(self.parents[self.cluster_ids], self.parent_names)
@@ -295,13 +290,7 @@ class ClusterMap:
         return self._rows[self.index(cluster)]
 
     def index(self, cluster: str | int) -> int:
-        """
-        Position of a cluster given by name or position.
-
-        Raises:
-            IndexError: If the position is out of range.
-            KeyError: If no cluster has this name; the error lists names like it.
-        """
+        """Position of a cluster given by name or position; raises a `KeyError` or `IndexError` if there is none."""
         if isinstance(cluster, str):
             cluster = printable(cluster)
             if cluster not in self._index:
@@ -316,12 +305,7 @@ class ClusterMap:
         return position
 
     def check_num_rows(self, num_rows: int, what: str = "the dataset") -> None:
-        """
-        Checks that the map was made for as many rows.
-
-        Raises:
-            ValueError: If the numbers differ.
-        """
+        """Raises a `ValueError` unless the map covers this number of rows."""
         if num_rows != self.num_rows:
             raise ValueError(
                 f"The clusters cover {self.num_rows} rows, but {what} has {num_rows}. Make the `ClusterMap` from the "

@@ -1,1 +1,1 @@
-"""Distilling a synset: matching gradients, until it is done."""
+"""Distillation of a synset by matching gradients."""

@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from hf_rgm.files.writing import remove_unfinished, replacing
 
 
 class BlockStore:
-    """Finished blocks in a folder, so that a killed distillation continues; refuses those of another identity."""
+    """Finished blocks in a folder, where a killed distillation continues; refuses blocks of another one."""
 
     def __init__(self, folder: str | Path, identity: dict[str, Any]) -> None:
         self.folder = Path(folder)
@@ -42,10 +42,7 @@ class BlockStore:
     def read(self, block: range) -> dict[str, Tensor] | None:
         """The tensors of a finished block, or `None`."""
         path = self._path(block)
-        if not path.is_file():
-            return None
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+        return load_file(path) if path.is_file() else None
 
     def write(self, block: range, tensors: dict[str, Tensor]) -> None:
         """Writes a finished block whole or not at all."""

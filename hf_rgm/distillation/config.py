@@ -9,7 +9,7 @@ INITIALISATIONS = ("nearest", "random", "mean", "noise")
 TOKEN_INPUTS = ("auto", "inputs_embeds", "soft_tokens")
 RESPONSES = ("int8", "bfloat16", "none")
 PRESETS: dict[str, dict[str, Any]] = {"quick": {"samples_per_cluster": 2, "tolerance": 0.1}, "accurate": {}}
-"""What each preset changes in the defaults."""
+"""Changes that each preset makes to the defaults."""
 
 
 def memory_bytes(max_memory: str) -> int:
@@ -123,9 +123,6 @@ class DistillationConfig:
         Args:
             name (`str`): `"accurate"` (the defaults) or `"quick"` (two samples per cluster, a tolerance of 0.1).
             settings: Fields to set differently.
-
-        Raises:
-            ValueError: If there is no preset of that name.
         """
         if name not in PRESETS:
             raise ValueError(f"Unknown preset {name!r}. Use one of {', '.join(PRESETS)}.")

@@ -17,7 +17,7 @@ from hf_rgm.clusters.cluster_map import ClusterMap
 from hf_rgm.distillation.blocks import BlockStore
 from hf_rgm.distillation.config import DistillationConfig
 from hf_rgm.distillation.initialisation import initial_samples
-from hf_rgm.distillation.learner import BlockLearner, BlockTargets
+from hf_rgm.distillation.learner import BlockLearner
 from hf_rgm.distillation.memory_plan import MemoryPlan, measure_match, plan_memory
 from hf_rgm.distillation.privacy import measure_privacy
 from hf_rgm.distillation.sketch import CountSketch
@@ -35,13 +35,12 @@ from hf_rgm.model.processes import Processes
 from hf_rgm.model.row_gradients import cluster_gradients, measure_rows
 from hf_rgm.model.row_reader import CachedBatches, DataCollator, RowReader
 from hf_rgm.model.synthetic_inputs import check_distillable
-from hf_rgm.synset.compatibility import check_runs, row_loss_of, warn_unless_matched
+from hf_rgm.synset.compatibility import check_runs, open_runs, row_loss_of, warn_unless_matched
 from hf_rgm.synset.inputs import input_space
 from hf_rgm.synset.matched_states import StateVectors, matched_states
 from hf_rgm.synset.responses import Responses
-from hf_rgm.synset.samples import SyntheticSamples
+from hf_rgm.synset.samples import SynsetGradients, SyntheticSamples
 from hf_rgm.synset.synset import Synset
-from hf_rgm.synset.synset_gradients import SynsetGradients
 from hf_rgm.trajectory.path import states_by_epochs
 from hf_rgm.trajectory.trajectory import Trajectory
 
@@ -62,7 +61,7 @@ class ReverseGradientMatchingDistiller:
             which agree better with retraining with any seed.
         train_dataset: The training dataset, same rows in the same order.
         clusters (`ClusterMap`): Which row belongs to which cluster.
-        config (`DistillationConfig`, *optional*): Settings. The defaults are meant to be good.
+        config (`DistillationConfig`, *optional*): Settings.
         data_collator (`Callable`, *optional*): The Trainer's. Defaults to `default_data_collator`.
         row_loss (`Callable`, *optional*): Takes logits `(batch_size, *positions, num_labels)` and labels and returns
             the loss of each row, `(batch_size,)`. That of `TrajectoryCallback(row_loss=...)`. Defaults
@@ -107,10 +106,7 @@ class ReverseGradientMatchingDistiller:
     ) -> None:
         self.config = config or DistillationConfig()
         self._processes = Processes()
-        recorded = [trajectory] if isinstance(trajectory, str | Path | Trajectory) else list(trajectory)
-        if not recorded:
-            raise ValueError("`trajectory` is an empty list. Name at least the run that trained the model.")
-        self.trajectories = tuple(t if isinstance(t, Trajectory) else Trajectory.load(t) for t in recorded)
+        self.trajectories = open_runs(trajectory)
         self.clusters = clusters
         self.disable_tqdm = disable_tqdm
         first = self.trajectories[0]
@@ -173,7 +169,7 @@ class ReverseGradientMatchingDistiller:
             gradients = torch.ones(1, device=model.device).expand(
                 len(states), len(block), plan.sketch_dimension or model.num_parameters
             )
-            learner = self._learner(block, states, gradients, self._sketch())
+            learner = self._learner(block, states, gradients)
             iteration, settling = learner.time_iteration(start), learner.time_settling(start)
         rows = row.seconds * len(self.reader) * len(states)
         share = num_clusters / plan.block_size / min(self._processes.count, plan.num_blocks)
@@ -227,13 +223,12 @@ class ReverseGradientMatchingDistiller:
                 "(now %d) to give work to all.",
                 *(idle, len(pending), self.config.cluster_block_size),
             )
-        sketch = functools.cache(self._sketch)
         gradients_bytes = 4 * len(states) * len(clusters) * model.num_parameters  # float32
         keeps = exact and self.config.responses != "none" and gradients_bytes <= CACHE_BYTES
         kept: list[Tensor] = []
 
         def work(block: range) -> dict[str, Tensor]:
-            done, gradients = self._distill_block(block, states, sketch())
+            done, gradients = self._distill_block(block, states)
             if keeps:
                 kept.append(gradients)
             if self._store:
@@ -321,19 +316,15 @@ class ReverseGradientMatchingDistiller:
     def _plan_memory(self) -> MemoryPlan:
         with torch.enable_grad(), self.model.differentiable():
             match = measure_match(self._gradients, self.model.parameters(), self._initial_samples(range(1)))
-        return plan_memory(
-            self.config,
-            num_parameters=self.model.num_parameters,
-            num_states=len(self.matched_states),
-            num_clusters=self.clusters.num_clusters,
-            match=match,
-        )
+        sizes = self.model.num_parameters, len(self.matched_states), self.clusters.num_clusters
+        return plan_memory(self.config, *sizes, match)
 
     def _cached_bytes(self) -> int:
         inputs, labels = next(self.batches.group(0))
         own = sum(tensor.nbytes for tensor in (*inputs.values(), labels))
         return min(CACHE_BYTES, own * len(self.reader) // len(labels))
 
+    @functools.cached_property
     def _sketch(self) -> Callable[[Tensor], Tensor]:
         dimension = self._plan.sketch_dimension
         if dimension is None:
@@ -346,19 +337,15 @@ class ReverseGradientMatchingDistiller:
             num_labels = self.model.logits(self.model.parameters(), inputs).shape[-1]
         return initial_samples(self.batches, block, self.inputs, num_labels, self.row_loss, self.config)
 
-    def _distill_block(
-        self, block: range, states: StateVectors, sketch: Callable[[Tensor], Tensor]
-    ) -> tuple[dict[str, Tensor], Tensor]:
+    def _distill_block(self, block: range, states: StateVectors) -> tuple[dict[str, Tensor], Tensor]:
         """Learned tensors of a block of clusters, and the real gradients or their sketches."""
-        model = self.model
         gradients = cluster_gradients(
-            *(model, states, self.batches, block, len(self.reader), self.row_loss),
-            form=lambda gradients: sketch(model.space.flatten(gradients)),
+            *(self.model, states, self.batches, block, len(self.reader), self.row_loss),
+            form=lambda gradients: self._sketch(self.model.space.flatten(gradients)),
         )
-        start = self._initial_samples(block)
-        learner = self._learner(block, states, gradients, sketch)
+        learner = self._learner(block, states, gradients)
         samples, iterations = learner.learn(
-            start,
+            self._initial_samples(block),
             description=f"Distilling clusters {block.start}-{block.stop - 1}",
             disable_tqdm=self.disable_tqdm or not self._processes.shows_progress,
         )
@@ -369,15 +356,14 @@ class ReverseGradientMatchingDistiller:
         }
         return done, gradients
 
-    def _learner(
-        self, block: range, states: StateVectors, gradients: Tensor, sketch: Callable[[Tensor], Tensor]
-    ) -> BlockLearner:
+    def _learner(self, block: range, states: StateVectors, gradients: Tensor) -> BlockLearner:
         return BlockLearner(
-            self.model,
-            BlockTargets([self.clusters.names[k] for k in block], self.matched_states, states, gradients),
+            self._gradients,
+            [self.clusters.names[k] for k in block],
+            states,
+            gradients,
             self.config,
             torch.Generator().manual_seed(self.config.seed * 1_000_003 + block.start),
-            self._gradients,
-            sketch=sketch,
+            sketch=self._sketch,
             chunk_size=self._plan.chunk_size,
         )

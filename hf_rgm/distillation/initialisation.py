@@ -11,7 +11,7 @@ from torch import Tensor
 from hf_rgm.distillation.config import DistillationConfig
 from hf_rgm.model.losses import IGNORED_LABEL, RowLoss
 from hf_rgm.model.row_reader import CachedBatches
-from hf_rgm.synset.inputs import InputSpace, choose_ids
+from hf_rgm.synset.inputs import ContinuousInputs, choose_ids
 from hf_rgm.synset.samples import SyntheticSamples, smoothed_one_hot
 
 MAX_ROWS = 2000
@@ -24,7 +24,7 @@ UNLABELLED_LOG_WEIGHT = -3.0
 def initial_samples(
     batches: CachedBatches,
     clusters: Sequence[int],
-    inputs: InputSpace,
+    inputs: ContinuousInputs,
     num_labels: int,
     row_loss: RowLoss,
     config: DistillationConfig,
@@ -53,7 +53,7 @@ def initial_samples(
     return SyntheticSamples(**{name: torch.stack([part[name] for part in parts]).contiguous() for name in parts[0]})
 
 
-def _chosen(config: DistillationConfig, inputs: InputSpace, real: Tensor, generator: torch.Generator) -> Tensor:
+def _chosen(config: DistillationConfig, inputs: ContinuousInputs, real: Tensor, generator: torch.Generator) -> Tensor:
     count = config.samples_per_cluster
     chosen = torch.randint(len(real), (count,), generator=generator)
     if len(real) >= count:

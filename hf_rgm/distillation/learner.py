@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -13,10 +11,9 @@ from tqdm.auto import tqdm
 from hf_rgm.distillation.config import DistillationConfig
 from hf_rgm.distillation.stopping import MatchQuality, SampleProducts, round_lengths, scaled
 from hf_rgm.exceptions import DivergenceError
-from hf_rgm.model.functional_model import FunctionalModel
-from hf_rgm.synset.matched_states import MatchedState, StateVectors
-from hf_rgm.synset.samples import SyntheticSamples
-from hf_rgm.synset.synset_gradients import SynsetGradients
+from hf_rgm.model.cost_estimates import measured
+from hf_rgm.synset.matched_states import StateVectors
+from hf_rgm.synset.samples import SynsetGradients, SyntheticSamples
 
 DIVERGED_FACTOR = 100.0
 """Growth of the matching error at a state, from its first value or 1, that counts as divergence."""
@@ -25,39 +22,32 @@ ADAM_BETAS = (0.5, 0.95)
 """Means over few iterations, as rounds are short: with the usual ones 30 iterations leave half as much error again."""
 
 
-@dataclass
-class BlockTargets:
-    """What to match: clusters' real gradients, or sketches of them, `(num_states, num_clusters, num_parameters)`."""
-
-    names: Sequence[str]
-    matched: Sequence[MatchedState]
-    states: StateVectors
-    gradients: Tensor
-
-
 class BlockLearner:
     """Learns the synthetic samples of a block by Adam on the matching error, `chunk_size` clusters at a time."""
 
     def __init__(
         self,
-        model: FunctionalModel,
-        targets: BlockTargets,
+        gradients: SynsetGradients,
+        names: Sequence[str],
+        states: StateVectors,
+        targets: Tensor,
         config: DistillationConfig,
         generator: torch.Generator,
-        gradients: SynsetGradients,
         *,
         sketch: Callable[[Tensor], Tensor],
         chunk_size: int,
     ) -> None:
-        self.model = model
-        self.targets = targets
+        self._gradients = gradients
+        self._names = names  # of the clusters
+        self._states = states
+        # The clusters' real gradients, or sketches of them: (num_states, num_clusters, num_parameters).
+        self._targets = targets
         self.config = config
         self._generator = generator
-        self._gradients = gradients
         self._sketch = sketch
         self._chunk_size = chunk_size
         # One state at a time: the squares of all of them would take the memory of the gradients again.
-        self._energies = [gradients.square().sum() for gradients in targets.gradients]
+        self._energies = [real.square().sum() for real in targets]
         self._bounds: dict[int, float] = {}
 
     def learn(self, start: SyntheticSamples, *, description: str, disable_tqdm: bool) -> tuple[SyntheticSamples, int]:
@@ -94,7 +84,7 @@ class BlockLearner:
             betas=ADAM_BETAS,
         )
         scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, num_iterations)
-        batches = draw_states(len(self.targets.states), config.states_per_iteration, self._generator)
+        batches = draw_states(len(self._states), config.states_per_iteration, self._generator)
         for _, batch in zip(range(num_iterations), batches, strict=False):
             optimizer.zero_grad()
             errors = [self._match(index, samples) for index in batch]
@@ -119,7 +109,7 @@ class BlockLearner:
         gram = torch.zeros(num_clusters, per_cluster, per_cluster, dtype=torch.float64)
         with_real, among_real = [], []
         together = max(1, self._chunk_size // per_cluster)
-        for index, real in enumerate(self.targets.gradients):
+        for index, real in enumerate(self._targets):
             energy = max(float(self._energies[index]), torch.finfo(real.dtype).tiny)
             rows = []
             for first in range(0, num_clusters, together):
@@ -137,53 +127,48 @@ class BlockLearner:
     def _single_gradients(self, index: int, samples: SyntheticSamples) -> Tensor:
         """Gradient of each single sample at one state, or its sketch: `(num_samples, num_parameters)`."""
         single = samples.map(lambda tensor: tensor.flatten(0, 1).unsqueeze(1))
-        result = self.targets.gradients.new_empty(len(single.inputs), self.targets.gradients.shape[-1])
+        result = self._targets.new_empty(len(single.inputs), self._targets.shape[-1])
         for piece in self._chunks(len(result)):
             result[piece] = self._synthetic(index, single[piece]).detach()
         return result
 
     def time_iteration(self, start: SyntheticSamples) -> float:
-        """Wall time of one iteration in seconds, measured on the last state after a first try."""
-        samples = start.leaves()
-        last = len(self.targets.states) - 1
-        self._match(last, samples)
-        begun = time.perf_counter()
-        self._match(last, samples)
-        return self.config.states_per_iteration * (time.perf_counter() - begun)
+        """Wall time of one iteration in seconds, measured on the last state."""
+        samples, last = start.leaves(), len(self._states) - 1
+        return self.config.states_per_iteration * measured(lambda: self._match(last, samples)).seconds
 
     def time_settling(self, start: SyntheticSamples) -> float:
-        """Wall time in seconds of what follows a round; measure it after `time_iteration`."""
-        begun = time.perf_counter()
-        self._settle(start)
-        return time.perf_counter() - begun
+        """Wall time in seconds of settling the samples after a round."""
+        return measured(lambda: self._settle(start)).seconds
 
     def residuals(self, samples: SyntheticSamples) -> Tensor:
         """Relative squared matching error of each cluster at each state: `(num_states, num_clusters)`."""
-        rows = []
-        for index, real in enumerate(self.targets.gradients):
-            parts = [self._synthetic(index, samples[chunk]).detach() for chunk in self._chunks(len(real))]
-            rows.append(cluster_residuals(torch.cat(parts), real))
-            if not torch.isfinite(rows[-1]).all():
-                self._raise_diverged(index, rows[-1])
+        rows = [self._residuals_at(index, samples) for index in range(len(self._states))]
+        for index, row in enumerate(rows):
+            if not torch.isfinite(row).all():
+                self._raise_diverged(index, row)
         return torch.stack(rows)
+
+    @torch.no_grad()
+    def _residuals_at(self, index: int, samples: SyntheticSamples) -> Tensor:
+        parts = [self._synthetic(index, samples[chunk]) for chunk in self._chunks(len(self._names))]
+        return cluster_residuals(torch.cat(parts), self._targets[index])
 
     def _synthetic(self, index: int, samples: SyntheticSamples) -> Tensor:
         """Clusters' synthetic gradients at one state, or their sketches: `(num_clusters, num_parameters)`."""
-        return self._sketch(self._gradients(self.model.space.unflatten(self.targets.states[index]), samples))
+        return self._sketch(self._gradients(self._gradients.model.space.unflatten(self._states[index]), samples))
 
     def _match(self, index: int, samples: SyntheticSamples) -> float:
         """Matching error at one state; its gradient is added to the samples'."""
-        value, residuals = 0.0, []
-        for chunk in self._chunks(len(self.targets.names)):
+        value = 0.0
+        for chunk in self._chunks(len(self._names)):
             synthetic = self._synthetic(index, samples[chunk])
-            real = self.targets.gradients[index, chunk]
-            error = matching_error(synthetic, real, self._energies[index])
+            error = matching_error(synthetic, self._targets[index, chunk], self._energies[index])
             error.backward()
             value += error.item()
-            residuals.append(cluster_residuals(synthetic.detach(), real))
         # `not <` also catches NaN.
         if not value < self._bounds.setdefault(index, DIVERGED_FACTOR * max(value, 1.0)):
-            self._raise_diverged(index, torch.cat(residuals))
+            self._raise_diverged(index, self._residuals_at(index, samples))
         return value
 
     def _chunks(self, length: int) -> list[slice]:
@@ -192,8 +177,8 @@ class BlockLearner:
     def _raise_diverged(self, index: int, residuals: Tensor) -> None:
         worst = int(residuals.nan_to_num(nan=torch.inf).argmax())
         raise DivergenceError(
-            f"Distillation diverged at cluster {self.targets.names[worst]!r}, "
-            f"{self.targets.matched[index]}. Nothing was saved for this block of clusters. Lower "
+            f"Distillation diverged at cluster {self._names[worst]!r}, {self._states.matched[index]}. Nothing was "
+            "saved for this block of clusters. Lower "
             f"`input_learning_rate` (now {self.config.input_learning_rate}) and `target_learning_rate` (now "
             f"{self.config.target_learning_rate})."
         )

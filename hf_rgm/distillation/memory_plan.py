@@ -12,25 +12,15 @@ from torch import Tensor
 from hf_rgm.distillation.config import DistillationConfig
 from hf_rgm.distillation.learner import matching_error
 from hf_rgm.model.peak_memory import PeakTensors
-from hf_rgm.synset.samples import SyntheticSamples
-from hf_rgm.synset.synset_gradients import SynsetGradients
+from hf_rgm.synset.samples import SynsetGradients, SyntheticSamples
 
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class MatchMemory:
+def measure_match(
+    gradients: SynsetGradients, parameters: dict[str, Tensor], samples: SyntheticSamples
+) -> tuple[int, int]:
     """Bytes that one match of gradients needs with its graph: fixed, and for each cluster."""
-
-    fixed_bytes: int
-    cluster_bytes: int
-
-    def __call__(self, num_clusters: int) -> int:
-        return self.fixed_bytes + num_clusters * self.cluster_bytes
-
-
-def measure_match(gradients: SynsetGradients, parameters: dict[str, Tensor], samples: SyntheticSamples) -> MatchMemory:
-    """Measures the memory of a match on one cluster and on two."""
 
     def match(num_clusters: int) -> int:
         leaves = samples[torch.zeros(num_clusters, dtype=torch.int64)].leaves()
@@ -43,8 +33,8 @@ def measure_match(gradients: SynsetGradients, parameters: dict[str, Tensor], sam
     with torch.enable_grad():
         gradients(parameters, samples[torch.zeros(2, dtype=torch.int64)].detach())  # decides how to vectorise
         one, two = match(1), match(2)
-    # What the second cluster adds is what any further one adds.
-    return MatchMemory(fixed_bytes=max(0, 2 * one - two), cluster_bytes=max(0, two - one))
+    # Every further cluster adds as much as the second.
+    return max(0, 2 * one - two), max(0, two - one)
 
 
 @dataclass(frozen=True)
@@ -58,7 +48,7 @@ class MemoryPlan:
     chunk_size: int
     sketch_dimension: int | None
     samples_per_cluster: int
-    match: MatchMemory
+    match_bytes: tuple[int, int]  # fixed, and for each cluster of a chunk
 
     @property
     def num_blocks(self) -> int:
@@ -79,13 +69,14 @@ class MemoryPlan:
         """Memory on top at the worst moment."""
         # A match, or the single samples' gradients after a round, or a state being read with its two moments.
         vector = 4 * self.num_parameters
+        match = self.match_bytes[0] + self.match_bytes[1] * self.chunk_size
         together = max(self.samples_per_cluster, self.chunk_size)
         products = 8 * self.num_states * self.block_size**2 * self.samples_per_cluster  # float64
         if self.sketch_dimension is None:
-            return max(self.match(self.chunk_size), (together + self.chunk_size) * vector + products, 3 * vector)
+            return max(match, (together + self.chunk_size) * vector + products, 3 * vector)
         # The gradients times their signs, and the same in the backward pass.
         single = 4 * together * self.sketch_dimension + 2 * self.chunk_size * vector
-        return max(self.match(self.chunk_size) + 2 * self.chunk_size * vector, single + products, 3 * vector)
+        return max(match + 2 * self.chunk_size * vector, single + products, 3 * vector)
 
     @property
     def memory_bytes(self) -> int:
@@ -94,14 +85,14 @@ class MemoryPlan:
 
 
 def plan_memory(
-    config: DistillationConfig, *, num_parameters: int, num_states: int, num_clusters: int, match: MatchMemory
+    config: DistillationConfig, num_parameters: int, num_states: int, num_clusters: int, match_bytes: tuple[int, int]
 ) -> MemoryPlan:
     """As many clusters at once as fit in `config.max_memory`; sketches of their gradients if not even one fits."""
     sizes = _halvings(min(config.cluster_block_size, num_clusters))
     exact = [(size, chunk_size, None) for size in sizes for chunk_size in _halvings(size)]
     sketched = [(size, 1, config.sketch_dimension) for size in sizes]
     task = (num_parameters, num_states, num_clusters)
-    plans = [MemoryPlan(*task, *shape, config.samples_per_cluster, match) for shape in exact + sketched]
+    plans = [MemoryPlan(*task, *shape, config.samples_per_cluster, match_bytes) for shape in exact + sketched]
     for plan in plans:
         if plan.memory_bytes <= config.max_bytes:
             if plan.sketch_dimension is not None:

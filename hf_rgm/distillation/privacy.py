@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 
 from hf_rgm.model.row_reader import CachedBatches
-from hf_rgm.synset.inputs import InputSpace
+from hf_rgm.synset.inputs import ContinuousInputs
 from hf_rgm.synset.samples import SyntheticSamples
 
 MAX_ROWS = 2000
 """Only the first rows of a cluster are compared, at most this many."""
 
 
-def measure_privacy(inputs: InputSpace, samples: SyntheticSamples, batches: CachedBatches) -> dict[str, Any]:
+def measure_privacy(inputs: ContinuousInputs, samples: SyntheticSamples, batches: CachedBatches) -> dict[str, Any]:
     """Distances of samples to the nearest rows of their clusters, and of those rows to each other, JSON-safe."""
     # This is a measurement, no guarantee: a sample far from every row may still tell something about one.
     distances, between, kept = [], [], []

@@ -10,7 +10,7 @@ from torch import Tensor
 from hf_rgm.engines.engine import Outcome
 from hf_rgm.engines.linear import LinearEngine
 from hf_rgm.engines.memory_shares import cluster_ranges
-from hf_rgm.engines.request import Evaluation
+from hf_rgm.engines.request import Evaluation, Request
 from hf_rgm.model.cost_estimates import PieceOfWork, measured
 
 
@@ -28,12 +28,16 @@ class AdjointEngine(LinearEngine):
 
     def scores(self, evaluation: Evaluation) -> Outcome:
         """Derivatives of the objective by the cluster weights, `(num_values, num_clusters)`."""
-        rewind = self.rewind if evaluation.request.rewind is None else evaluation.request.rewind
+        rewind = self.rewind_of(evaluation.request)
         self.prepare(rewind)
         gradients = evaluation.gradients(self.form)
         parts = self.run.processes.parts(len(gradients), at_most=self.queries_at_once)
         found = self.run.processes.map(lambda part: self.cluster_scores(gradients(part), rewind).cpu(), parts)
         return Outcome(torch.cat(found), self.start(rewind))
+
+    def rewind_of(self, request: Request) -> float:
+        """Fraction of training to go back to: a derivative does not drift."""
+        return self.rewind if request.rewind is None else request.rewind
 
     def cluster_scores(self, gradients: Tensor, rewind: float) -> Tensor:
         """Scores `(num_values, num_clusters)` for gradients of objectives `(num_values, length)`."""

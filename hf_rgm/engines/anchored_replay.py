@@ -18,7 +18,7 @@ from hf_rgm.engines.recorded_run import RecordedRun, given
 from hf_rgm.exceptions import DivergenceError
 from hf_rgm.model.cost_estimates import PieceOfWork, measured
 from hf_rgm.model.functional_model import FunctionalModel
-from hf_rgm.synset.samples import broadcast_masks, soft_cross_entropy
+from hf_rgm.synset.samples import broadcast_masks, soft_cross_entropies
 from hf_rgm.trajectory.path import RecordedPath, automatic_stride, deviation_step
 
 MAX_MODELS_AT_ONCE = 64
@@ -114,7 +114,7 @@ def mask_gradients(samples: SampleSource, parameters: Tensor, masks: Tensor) -> 
     def loss(named: dict[str, Tensor], mask: Tensor) -> Tensor:
         log_weights = flat.log_weights + broadcast_masks(mask.log(), samples.samples).flatten(0, 1)
         logits = model.logits(named, samples.inputs.to_forward(flat))
-        return soft_cross_entropy(logits, flat.targets, log_weights, flat.target_ids)
+        return soft_cross_entropies(logits, flat.targets, log_weights, flat.target_ids).sum()
 
     if model.device.type != "cpu":
         return model.space.flatten(vmap(grad(loss))(model.space.unflatten(parameters), masks))

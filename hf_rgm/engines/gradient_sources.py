@@ -22,9 +22,8 @@ from hf_rgm.model.padding import batches_by_length
 from hf_rgm.model.processes import Processes
 from hf_rgm.model.row_gradients import cluster_gradients, measure_rows, row_gradients
 from hf_rgm.model.row_reader import CachedBatches, RowReader
-from hf_rgm.synset.inputs import InputSpace
-from hf_rgm.synset.samples import SyntheticSamples, soft_cross_entropies
-from hf_rgm.synset.synset_gradients import SynsetGradients
+from hf_rgm.synset.inputs import ContinuousInputs
+from hf_rgm.synset.samples import SynsetGradients, SyntheticSamples, soft_cross_entropies
 from hf_rgm.trajectory.path import RecordedPath
 from hf_rgm.trajectory.trajectory import Trajectory
 
@@ -45,7 +44,7 @@ class SampleSource:
     """Source of the clusters' training losses, with gradients and curvature: a synset's samples."""
 
     model: FunctionalModel
-    inputs: InputSpace
+    inputs: ContinuousInputs
     samples: SyntheticSamples
 
     def __post_init__(self) -> None:
@@ -102,8 +101,8 @@ class _Kept:
     of_clusters: Tensor
     of_rows: dict[int, Tensor] = field(default_factory=dict)
 
-    def serves(self, path: RecordedPath, form: GradientForm, states: list[int]) -> bool:
-        return self.trajectory is path.trajectory and self.form == form and {*states} <= {*self.states}
+    def serves(self, trajectory: Trajectory, form: GradientForm, states: list[int]) -> bool:
+        return self.trajectory is trajectory and self.form == form and {*states} <= {*self.states}
 
     def gradients(self, state: int, clusters: range) -> Tensor:
         return self.of_clusters[self.states.index(state), clusters.start : clusters.stop]
@@ -134,26 +133,45 @@ class RowSource:
     def gradients(self, path: RecordedPath, form: GradientForm) -> ClusterGradients:
         """Gradients of the clusters, kept for shorter paths of the same run where they fit into memory."""
         states = [state for state, _, _ in path.segments()]
-        if self._kept is not None and self._kept.serves(path, form, states):
+        if self._kept is not None and self._kept.serves(path.trajectory, form, states):
             return self._kept.gradients
         if self.keeps_rows(form, len(states)):
             sums = torch.zeros(len(states), self.clusters.num_clusters, form.length, device=self.model.device)
             rows = {state: self._every_row(path.state(state), form, sums[i]) for i, state in enumerate(states)}
             self._kept = _Kept(path.trajectory, form, states, sums, rows)
             return self._kept.gradients
-        # Twice for a moment, when the parts are put together.
-        if 8 * len(states) * self.clusters.num_clusters * form.length > self.max_bytes:
-            batches = self._by_cluster(self.max_bytes)
-            return lambda state, clusters: self._taken([path.state(state)], form, batches, clusters)[0]
+        if not self._keeps_clusters(form, len(states)):
+            return self.gradients_as_asked(path, form)
         batches, vectors = self._by_cluster(0), [path.state(state) for state in states]
         parts = self.processes.parts(len(batches), at_most=len(batches))
         found = self.processes.map(lambda part: self._taken(vectors, form, batches, part).cpu(), parts)
         self.keep(path.trajectory, form, states, torch.cat(found, dim=1).to(self.model.device))
         return self.gradients(path, form)
 
+    def gradients_as_asked(self, path: RecordedPath, form: GradientForm) -> ClusterGradients:
+        """Gradients of the clusters, kept ones or else computed whenever they are asked for."""
+        states = [state for state, _, _ in path.segments()]
+        if self._kept is not None and self._kept.serves(path.trajectory, form, states):
+            return self._kept.gradients
+        batches = self._by_cluster(self.max_bytes)
+        return lambda state, clusters: self._taken([path.state(state)], form, batches, clusters)[0]
+
+    def unknown_sums(self, trajectory: Trajectory, form: GradientForm, states: list[int]) -> dict[int, Tensor]:
+        """Zeros `(num_clusters, length)` by state, to add rows' gradients to; none if they are known or do not fit."""
+        known = self._kept is not None and self._kept.serves(trajectory, form, states)
+        if known or self.processes.count > 1 or not self._keeps_clusters(form, len(states)):
+            return {}
+        return {
+            state: torch.zeros(self.clusters.num_clusters, form.length, device=self.model.device) for state in states
+        }
+
     def keep(self, trajectory: Trajectory, form: GradientForm, states: list[int], gradients: Tensor) -> None:
         """Keeps gradients that are known already, `(len(states), num_clusters, length)`, float32."""
         self._kept = _Kept(trajectory, form, states, gradients)
+
+    def _keeps_clusters(self, form: GradientForm, num_states: int) -> bool:
+        # Twice for a moment, when the parts are put together.
+        return 8 * num_states * self.clusters.num_clusters * form.length <= self.max_bytes
 
     def keeps_rows(self, form: GradientForm, num_states: int) -> bool:
         """Whether sketches of all rows are kept (bfloat16): they give clusters' gradients and the rows' scores."""
@@ -163,7 +181,7 @@ class RowSource:
     def kept_rows(self, path: RecordedPath, form: GradientForm, state: int) -> Tensor | None:
         """Sketched gradients of all rows, `(num_rows, length)`, bfloat16, where they are kept."""
         kept = self._kept
-        return kept.of_rows.get(state) if kept is not None and kept.serves(path, form, [state]) else None
+        return kept.of_rows.get(state) if kept is not None and kept.serves(path.trajectory, form, [state]) else None
 
     def batches(self, rows: range, form: GradientForm, max_bytes: int) -> Iterator[Batch]:
         """Positions within `rows`, `(batch_size,)`, inputs and labels: batches whose row gradients fit into memory."""
@@ -234,7 +252,9 @@ Source = SampleSource | RowSource
 def force(gradients: ClusterGradients, state: int, masks: Tensor, *, length: int, max_bytes: int) -> Tensor:
     """Driving term of replays: mask-weighted cluster gradients at a recorded state, `(num_masks, length)`."""
     result = torch.zeros(len(masks), length, device=masks.device)
-    for clusters in cluster_ranges(masks.shape[1], length, max_bytes):
+    changed = torch.nonzero((masks != 1).any(0)).flatten().tolist()
+    few = 2 * len(changed) < masks.shape[1]
+    for clusters in [range(k, k + 1) for k in changed] if few else cluster_ranges(masks.shape[1], length, max_bytes):
         # sum_k (p_k - 1) G_k
         result += (masks[:, clusters.start : clusters.stop] - 1) @ gradients(state, clusters)
     return result

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from dataclasses import replace
 from typing import ClassVar
@@ -10,15 +11,17 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from hf_rgm.engines.engine import Engine, Outcome, probed
+from hf_rgm.engines.engine import LATER_REWINDS, Engine, Outcome, probed
 from hf_rgm.engines.gradient_form import GradientForm
 from hf_rgm.engines.gradient_sources import ClusterGradients, force
 from hf_rgm.engines.objectives import Objective
 from hf_rgm.engines.perturbations import check_masks, leave_one_out
 from hf_rgm.engines.recorded_run import RecordedRun
-from hf_rgm.engines.request import Evaluation
+from hf_rgm.engines.request import Evaluation, Request
 from hf_rgm.exceptions import DivergenceError
 from hf_rgm.model.cost_estimates import PieceOfWork, measured
+
+logger = logging.getLogger(__name__)
 
 
 class LinearEngine(Engine):
@@ -60,13 +63,18 @@ class LinearEngine(Engine):
                 '`engine="training_on"`, a differentiable objective, or raise `max_memory`.'
             )
 
-    def gradients(self, rewind: float) -> ClusterGradients:
-        """The clusters' gradients along the path."""
+    def gradients(self, rewind: float, *, of_few: bool = False) -> ClusterGradients:
+        """The clusters' gradients along the path; those of a few are not worth a pass over all rows."""
+        if of_few and self.run.rows is not None and self.form.is_whole:
+            return self.run.rows.gradients_as_asked(self.run.path(rewind), self.form)
         return self.run.source.gradients(self.run.path(rewind), self.form)
 
     def replay(self, masks: Tensor, rewind: float) -> Tensor:
         """Changes of the final parameters under each row of `masks`, `(num_masks, length)`; 0 for p = 1."""
-        run, path, gradients = self.run, self.run.path(rewind), self.gradients(rewind)
+        return self._replay(masks, rewind, self.gradients(rewind))
+
+    def _replay(self, masks: Tensor, rewind: float, gradients: ClusterGradients) -> Tensor:
+        run, path = self.run, self.run.path(rewind)
         deviation = torch.zeros(len(masks), self.form.length, device=run.model.device)
         momentum = torch.zeros_like(deviation)
         segments = tqdm(
@@ -132,25 +140,56 @@ class LinearEngine(Engine):
         masks = masks.detach().float().cpu()
         changes = masks - 1
         if evaluation.request.rewind is None and bool((changes.abs().sum(1) > 1).any()):
-            if self._singles_drift():
-                single = super().scores(Evaluation(self.run, replace(evaluation.request, num_masks=None)))
+            if self._single_drifts[self.rewind] > self.max_drift:
+                single = self.scores(evaluation.asking(num_masks=None))
                 return replace(single, values=evaluation.values.cpu() + changes @ single.values.T)
         return super().values(evaluation, masks)
 
-    def _singles_drift(self) -> bool:
-        """Whether even replays without one cluster drift from the engine's own rewind point."""
-        num_clusters = self.run.clusters.num_clusters
-        singles = leave_one_out(num_clusters)[probed(num_clusters)].to(self.run.model.device)
+    def scores(self, evaluation: Evaluation) -> Outcome:
+        """Effect of each cluster's presence, `(num_values, num_clusters)`: left out, or by regression on halves."""
+        if evaluation.request.num_masks is None:
+            evaluation = evaluation.asking(rewind=self.rewind_of(evaluation.request))
+        return super().scores(evaluation)
+
+    def rewind_of(self, request: Request) -> float:
+        """Fraction of training to go back to for scores."""
+        return self.trusted_rewind() if request.rewind is None else request.rewind
+
+    def trusted_rewind(self) -> float:
+        """First rewind from which replays without one cluster drift little, else that of the least drift."""
+        drifts = self._single_drifts
+        return min(drifts, key=lambda rewind: max(drifts[rewind], self.max_drift))
+
+    @property
+    def _single_drifts(self) -> dict[float, float]:
+        """Mean drift of replays without one cluster, by rewind, until it is little."""
+        if not self.run.single_drifts:
+            self.run.single_drifts = self._measured_drifts()
+        return self.run.single_drifts
+
+    def _measured_drifts(self) -> dict[float, float]:
+        run, num_clusters = self.run, self.run.clusters.num_clusters
+        singles = leave_one_out(num_clusters)[probed(num_clusters)].to(run.model.device)
 
         def drift() -> float:
             try:
-                return float(self.drifts(self.replay(singles, self.rewind), singles).mean())
+                return float(self.drifts(self._replay(singles, rewind, gradients), singles).mean())
             except DivergenceError:
                 return float("inf")
 
-        self.prepare(self.rewind)
-        # One process decides: the last bits of the others may differ.
-        return self.run.processes.gather(drift)[0] > self.max_drift
+        found: dict[float, float] = {}
+        for rewind in (self.rewind, *LATER_REWINDS):
+            # Only the probes change: the gradients of many other clusters wait until it is known where from.
+            gradients = self.gradients(rewind, of_few=num_clusters > 2 * len(singles))
+            # One process decides: the last bits of the others may differ.
+            found[rewind] = run.processes.gather(drift)[0]
+            if found[rewind] <= self.max_drift:
+                break
+            logger.info(
+                "Replays from step %d drift by %.3g, more than %.3g.",
+                *(self.start(rewind), found[rewind], self.max_drift),
+            )
+        return found
 
     def directions(self, gradients: Tensor, rewind: float) -> dict[int, Tensor]:
         """

@@ -63,6 +63,7 @@ class RecordedRun:
         self._paths: dict[tuple[float, int], RecordedPath] = {}
         self._curvature: dict[int, CurvatureRows] = {}
         self._maps: dict[tuple[int, int, int], SegmentMap] = {}
+        self.single_drifts: dict[float, float] = {}  # of the linear engine by rewind, once they are known
 
     @property
     def source(self) -> Source:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,6 +37,12 @@ class Evaluation:
         self.run = run
         self.request = request
         self._gradients: dict[GradientForm, QueryGradients] = {}
+
+    def asking(self, **changes: Any) -> Evaluation:
+        """The same with another rewind or other masks, and with all that is known."""
+        other = copy.copy(self)
+        other.request = replace(self.request, **changes)
+        return other
 
     @functools.cached_property
     def values(self) -> Tensor:

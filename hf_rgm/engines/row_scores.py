@@ -6,7 +6,7 @@ import functools
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,12 +22,12 @@ from hf_rgm.clusters.cluster_map import ClusterMap
 from hf_rgm.engines.adjoint import AdjointEngine
 from hf_rgm.engines.gradient_sources import ROWS_AT_ONCE, RowSource
 from hf_rgm.engines.memory_shares import ranges
-from hf_rgm.engines.recorded_run import given
+from hf_rgm.engines.recorded_run import RecordedRun, given
 from hf_rgm.engines.request import Evaluation
 from hf_rgm.files.writing import remove_unfinished, replacing
 from hf_rgm.model.cost_estimates import PieceOfWork, measured
 from hf_rgm.model.functional_model import parameters_sha256
-from hf_rgm.model.row_gradients import row_derivatives
+from hf_rgm.model.row_gradients import MAX_FORWARD_DIRECTIONS, row_derivatives, row_gradients
 
 # Blocks of rows, as long as none is shorter or longer than the bounds: few files, and work for many processes.
 BLOCKS = 64
@@ -58,6 +58,10 @@ def score_blocks(num_values: int, num_rows: int, *, values_at_once: int) -> list
     return [[ScoreBlock(group, part) for part in rows] for group in ranges(num_values, values_at_once)]
 
 
+# Sums of rows' gradients by cluster, (num_clusters, length), at some states.
+Sums = Mapping[int, Tensor]
+
+
 class RowScorer:
     """Scores rows by the adjoint engine: means over recorded runs, each of which has rows."""
 
@@ -65,7 +69,7 @@ class RowScorer:
         self._engines = [AdjointEngine(evaluation.run) for evaluation in evaluations]
         self._rewinds = rewinds
         self._gradients = [own.gradients(engine.form) for own, engine in zip(evaluations, self._engines, strict=True)]
-        self._rows = _rows_of(evaluations[0])
+        self._rows = _rows_of(evaluations[0].run)
         self._processes = evaluations[0].run.processes
         self._disable_tqdm = disable_tqdm
         self._at_once = min(engine.queries_at_once for engine in self._engines)
@@ -77,6 +81,10 @@ class RowScorer:
 
         Blocks that the folder has already are not computed again. Several processes need a folder that all can see.
         """
+        for engine, rewind in zip(self._engines, self._rewinds, strict=True):
+            rows, path = _rows_of(engine.run), engine.run.path(rewind)
+            if rows.keeps_rows(engine.form, len(path.segments())):
+                rows.gradients(path, engine.form)
         groups = score_blocks(*self.shape, values_at_once=self._at_once)
         blocks = [block for group in groups for block in group]
         # One process looks at what is left, so that all agree.
@@ -86,9 +94,11 @@ class RowScorer:
         quiet = self._disable_tqdm or not self._processes.shows_progress
         bar = tqdm(total=math.prod(self.shape), desc="Scoring rows", unit=" scores", unit_scale=True, disable=quiet)
 
-        def work(directions: list[dict[int, Tensor]], block: ScoreBlock) -> NDArray[np.float32] | None:
-            runs = zip(self._engines, directions, strict=True)
-            by_run = [row_scores(engine, own, self._rows, block.rows) for engine, own in runs]
+        def work(
+            directions: list[dict[int, Tensor]], sums: list[Sums], block: ScoreBlock
+        ) -> NDArray[np.float32] | None:
+            runs = zip(self._engines, directions, sums, strict=True)
+            by_run = [row_scores(engine, own, self._rows, block.rows, to) for engine, own, to in runs]
             scores = torch.stack(by_run).mean(0).cpu().numpy()
             bar.update(min(self._processes.count * block.size, bar.total - bar.n))
             if folder is not None:
@@ -103,10 +113,18 @@ class RowScorer:
                 if not pending:
                     bar.update(sum(block.size for block in group))
                     continue
-                own = functools.partial(work, self._directions(group[0].values))
+                directions = self._directions(group[0].values)
+                # A pass over all rows gives the clusters' gradients too.
+                is_whole = len(pending) == len(group)
+                sums = [_unknown_sums(*run) if is_whole else {} for run in zip(self._engines, directions, strict=True)]
+                own = functools.partial(work, directions, sums)
                 for block, others in zip(pending, self._processes.map(own, pending), strict=True):
                     if others is not None:
                         matrix[block.place] = others
+                for engine, known in zip(self._engines, sums, strict=True):
+                    if known:
+                        rows, states = _rows_of(engine.run), [*known]
+                        rows.keep(engine.run.trajectory, engine.form, states, torch.stack([*known.values()]))
         if folder is None:
             return matrix
         self._processes.gather(lambda: folder.join(blocks, self.shape) if self._processes.is_main else None)
@@ -131,10 +149,26 @@ class RowScorer:
         ]
 
 
-def row_scores(engine: AdjointEngine, directions: dict[int, Tensor], source: RowSource, rows: range) -> Tensor:
-    """Scores of some training rows by directions of the adjoint, `(num_values, len(rows))`, float32."""
+def _unknown_sums(engine: AdjointEngine, directions: dict[int, Tensor]) -> Sums:
+    if len(next(iter(directions.values()))) <= MAX_FORWARD_DIRECTIONS:
+        return {}  # forward mode has no gradients
+    return _rows_of(engine.run).unknown_sums(engine.run.trajectory, engine.form, [*directions])
+
+
+def row_scores(
+    engine: AdjointEngine,
+    directions: dict[int, Tensor],
+    source: RowSource,
+    rows: range,
+    sums: Sums | None = None,
+) -> Tensor:
+    """
+    Scores of some training rows by directions of the adjoint, `(num_values, len(rows))`, float32.
+
+    Adds the rows' gradients to `sums`, `(num_clusters, length)` by state, where there are any.
+    """
     run, path, form = engine.run, engine.run.path(engine.rewind), engine.form
-    num_rows = len(source.reader)
+    num_rows, clusters = len(source.reader), torch.tensor(source.clusters.cluster_ids).to(run.model.device)
     result = torch.zeros(len(next(iter(directions.values()))), len(rows), device=run.model.device)
     # 1/n times the sum over segments of <u, grad of the row's loss>, from kept sketches where there are any.
     missing = {}
@@ -147,15 +181,20 @@ def row_scores(engine: AdjointEngine, directions: dict[int, Tensor], source: Row
     for part, inputs, labels in source.batches(rows, form, run.shares.gradients // 3) if missing else ():
         for state, direction in missing.items():
             named = form.named(path.state(state))
-            sketch = None if form.is_whole else form  # whole directions may go in forward mode
-            change = row_derivatives(run.model, named, direction, inputs, labels, source.row_loss, sketch)
+            if sums:
+                gradients = row_gradients(run.model, named, inputs, labels, source.row_loss, form)
+                sums[state].index_add_(0, clusters[rows.start + part], gradients, alpha=1 / num_rows)
+                change = direction @ gradients.T
+            else:
+                sketch = None if form.is_whole else form  # whole directions may go in forward mode
+                change = row_derivatives(run.model, named, direction, inputs, labels, source.row_loss, sketch)
             result[:, part] += change / num_rows
     return result
 
 
 def cost_of_row_scores(evaluation: Evaluation, num_values: int) -> PieceOfWork:
     """Cost of the scores of all rows for so many values, from one batch at one state."""
-    run, source = evaluation.run, _rows_of(evaluation)
+    run, source = evaluation.run, _rows_of(evaluation.run)
     engine = AdjointEngine(run)
     batch = range(min(ROWS_AT_ONCE, engine.form.at_once(run.shares.gradients // 3), len(source.reader)))
     at_once = min(num_values, engine.queries_at_once)
@@ -168,15 +207,15 @@ def cost_of_row_scores(evaluation: Evaluation, num_values: int) -> PieceOfWork:
     return PieceOfWork(math.ceil(num_values / at_once) * times * piece.seconds, engine.states_bytes + piece.peak_bytes)
 
 
-def _rows_of(evaluation: Evaluation) -> RowSource:
-    return given(evaluation.run.rows, "the training rows")
+def _rows_of(run: RecordedRun) -> RowSource:
+    return given(run.rows, "the training rows")
 
 
 def scores_identity(
     evaluations: Sequence[Evaluation], rewinds: Sequence[float], samples_sha256: str
 ) -> dict[str, Any]:
     """Everything that scores of rows depend on, JSON-safe; the digest is empty without a synset."""
-    request, run, source = evaluations[0].request, evaluations[0].run, _rows_of(evaluations[0])
+    request, run, source = evaluations[0].request, evaluations[0].run, _rows_of(evaluations[0].run)
     inputs, labels = source.reader.batch(range(min(8, len(source.reader))))
     with torch.no_grad():
         losses = source.row_loss(run.model.logits(run.model.space.unflatten(run.final), inputs), labels)

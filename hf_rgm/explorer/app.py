@@ -3,34 +3,32 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import datasets
 import numpy as np
+from transformers import AutoTokenizer, pipeline
 
-from hf_rgm.explorer.open_exhibit import open_exhibit
+from hf_rgm.attribution.attributor import Attributor
 from hf_rgm.explorer.what_if import NEEDS, replay_without, what_if_section
+from hf_rgm.hub.repository import folder_or_repository
 from hf_rgm.model.row_reader import DataCollator
+from hf_rgm.pages import views
 from hf_rgm.pages.exhibit import Exhibit, of_query
-from hf_rgm.pages.html import STYLE, Section, fragment, heading, paragraphs
+from hf_rgm.pages.html import STYLE, Section, escaped, fragment, paragraphs
 from hf_rgm.pages.shown_rows import shortened
-from hf_rgm.pages.views import (
-    banner,
-    cluster_section,
-    clusters_section,
-    facts_section,
-    heatmap_section,
-    query_section,
-    rows_section,
-)
 from hf_rgm.results.result import AttributionResult
+from hf_rgm.results.result_files import CONFIG_FILE
 from hf_rgm.synset.synset import Synset
 
 if TYPE_CHECKING:
     import gradio
 
 TITLE = "Training-data attribution"
+ATTRIBUTIONS = "attributions"  # folder in a demo's, beside `synset`, `model`, `rows` and `queries`
 ALL_QUERIES = -1
 KEPT_REPLAYS = 32
 # The cards are light whatever the browser prefers, so the frame around them is too.
@@ -59,28 +57,24 @@ class Explorer:
         """The cluster with the largest score, positive or negative."""
         return int(np.abs(of_query(self.exhibit.result.scores, _position(query))).argmax())
 
-    def query(self, query: int) -> str:
-        return _html(query_section(self.exhibit, _position(query)))
-
-    def clusters(self, query: int) -> str:
-        return _html(clusters_section(self.exhibit, _position(query)))
+    def of_query(self, query: int) -> tuple[str, str, str]:
+        """A query, its clusters and its rows."""
+        shown = (views.query_section, views.clusters_section, views.rows_section)
+        query_view, clusters_view, rows_view = (_html(view(self.exhibit, _position(query))) for view in shown)
+        return query_view, clusters_view, rows_view
 
     def cluster(self, cluster: int, query: int) -> str:
-        return _html(cluster_section(self.exhibit, cluster, _position(query)))
-
-    def rows(self, query: int) -> str:
-        return _html(rows_section(self.exhibit, _position(query)))
+        return _html(views.cluster_section(self.exhibit, cluster, _position(query)))
 
     def what_if(self, clusters: Sequence[int], query: int) -> str:
         """Predictions without some clusters, or why there are none."""
         chosen = tuple(sorted(set(clusters)))
         try:
-            replayed = self._replayed(chosen)
+            section = what_if_section(self.exhibit, self._replayed(chosen), chosen, _position(query))
         except ValueError as error:
             section = Section("Nothing was replayed")
             section.text(str(error))
-            return _html(section)
-        return _html(what_if_section(self.exhibit, replayed, chosen, _position(query)))
+        return _html(section)
 
 
 def build_app(exhibit: Exhibit, *, title: str = TITLE) -> gradio.Blocks:
@@ -89,24 +83,25 @@ def build_app(exhibit: Exhibit, *, title: str = TITLE) -> gradio.Blocks:
     explorer = Explorer(exhibit)
     queries, clusters = explorer.query_choices(), explorer.cluster_choices()
     first = queries[1][1]
+    first_query, first_clusters, first_rows = explorer.of_query(first)
     quiet: dict[str, Any] = {"show_progress": "minimal", "api_visibility": "private"}
     with gr.Blocks(title=title, analytics_enabled=False, fill_width=True) as app:
         html = functools.partial(gr.HTML, apply_default_css=False)
-        html(fragment(heading(title)), elem_id="rgm-heading")
-        html(fragment(paragraphs(banner(exhibit.result))), elem_id="rgm-banner")
+        html(fragment(f"<h1>{escaped(title)}</h1>"), elem_id="rgm-heading")
+        html(fragment(paragraphs(views.banner(exhibit.result))), elem_id="rgm-banner")
         with gr.Row():
             with gr.Column(scale=1, min_width=280):
                 query = gr.Dropdown(queries, value=first, label="Query", elem_id="rgm-query")
-                query_view = html(explorer.query(first), elem_id="rgm-query-view")
+                query_view = html(first_query, elem_id="rgm-query-view")
             with gr.Column(scale=2, min_width=280):
-                clusters_view = html(explorer.clusters(first), elem_id="rgm-clusters-view")
+                clusters_view = html(first_clusters, elem_id="rgm-clusters-view")
         with gr.Tabs():
             with gr.Tab("Cluster"):
                 strongest = explorer.strongest(first)
                 cluster = gr.Dropdown(clusters, value=strongest, label="Cluster", elem_id="rgm-cluster")
                 cluster_view = html(explorer.cluster(strongest, first), elem_id="rgm-cluster-view")
             with gr.Tab("Rows"):
-                rows_view = html(explorer.rows(first), elem_id="rgm-rows-view")
+                rows_view = html(first_rows, elem_id="rgm-rows-view")
             with gr.Tab("What if"):
                 dropped = gr.Dropdown(
                     clusters,
@@ -124,25 +119,19 @@ def build_app(exhibit: Exhibit, *, title: str = TITLE) -> gradio.Blocks:
                 what_if_view = html(_html(hint), elem_id="rgm-what-if-view")
                 replayed = gr.State([])
             with gr.Tab("All scores"):
-                html(_html(heatmap_section(exhibit.result)), elem_id="rgm-heatmap-view")
+                html(_html(views.heatmap_section(exhibit.result)), elem_id="rgm-heatmap-view")
             with gr.Tab("About"):
-                html(_html(facts_section(exhibit.result)), elem_id="rgm-facts-view")
+                html(_html(views.facts_section(exhibit.result)), elem_id="rgm-facts-view")
 
         def choose(query: int, removed: list[int]) -> tuple[Any, ...]:
             strongest = explorer.strongest(query)
-            return (
-                explorer.query(query),
-                explorer.clusters(query),
-                strongest,
-                explorer.cluster(strongest, query),
-                explorer.rows(query),
-                explorer.what_if(removed, query) if removed else gr.skip(),
-            )
+            predicted = explorer.what_if(removed, query) if removed else gr.skip()
+            return (*explorer.of_query(query), strongest, explorer.cluster(strongest, query), predicted)
 
         def remove(clusters: list[int], query: int) -> tuple[str, list[int]]:
             return explorer.what_if(clusters, query), clusters
 
-        shown = [query_view, clusters_view, cluster, cluster_view, rows_view, what_if_view]
+        shown = [query_view, clusters_view, rows_view, cluster, cluster_view, what_if_view]
         query.input(choose, [query, replayed], shown, **quiet)
         cluster.input(explorer.cluster, [cluster, query], cluster_view, **quiet)
         replay.click(remove, [dropped, query], [what_if_view, replayed], **quiet)
@@ -156,6 +145,23 @@ def launch_settings() -> dict[str, Any]:
 
 
 def explore(
+    attributions: AttributionResult | str | Path, *, title: str = TITLE, launch: bool = True, **options: Any
+) -> gradio.Blocks:
+    """
+    Shows attributions in the browser. Needs the extra `explorer`.
+
+    `options` are those of [`open_exhibit`], such as `synset`, `model`, `rows` and `queries`, and those of
+    `gradio.Blocks.launch`, such as `server_port`. `launch=False` only builds the page.
+    """
+    _gradio()
+    given = {name: options.pop(name) for name in inspect.signature(open_exhibit).parameters if name in options}
+    app = build_app(open_exhibit(attributions, **given), title=title)
+    if launch:
+        app.launch(**{**launch_settings(), **options})
+    return app
+
+
+def open_exhibit(
     attributions: AttributionResult | str | Path,
     *,
     synset: Synset | str | Path | None = None,
@@ -164,34 +170,64 @@ def explore(
     queries: Any = None,
     tokenizer: Any = None,
     data_collator: DataCollator | None = None,
-    title: str = TITLE,
     revision: str | None = None,
     token: str | bool | None = None,
-    launch: bool = True,
-    **launch_options: Any,
-) -> gradio.Blocks:
+) -> Exhibit:
     """
-    Shows attributions in the browser; the more of [`~hf_rgm.explorer.open_exhibit.open_exhibit`] is given, the more.
+    Exhibit of objects, folders or repositories on the Hub; `rows` and `queries` are datasets or saved folders.
 
-    `launch=False` only builds the page. `launch_options` are those of `gradio.Blocks.launch`, such as `server_port`.
-    Needs the extra `explorer`.
+    `attributions` may be a folder such as the demo's, with all the others beside the attributions.
     """
-    _gradio()
-    exhibit = open_exhibit(
+    given = {"synset": synset, "model": model, "rows": rows, "queries": queries}
+    if not isinstance(attributions, AttributionResult):
+        attributions, given = with_neighbours(attributions, given)
+        attributions = AttributionResult.from_pretrained(attributions, revision=revision, token=token)
+    synset = given["synset"]
+    if synset is not None and not isinstance(synset, Synset):
+        synset = Synset.from_pretrained(synset, token=token)
+    attributor, beside = (None, None) if given["model"] is None else _attributor(given["model"], synset, token)
+    if isinstance(tokenizer, str | Path):
+        with folder_or_repository(tokenizer):
+            tokenizer = AutoTokenizer.from_pretrained(str(tokenizer), token=token)
+    return Exhibit(
         attributions,
         synset=synset,
-        model=model,
-        rows=rows,
-        queries=queries,
-        tokenizer=tokenizer,
+        rows=_dataset(given["rows"]),
+        queries=_dataset(given["queries"]),
+        attributor=attributor,
+        tokenizer=tokenizer or beside,
         data_collator=data_collator,
-        revision=revision,
-        token=token,
     )
-    app = build_app(exhibit, title=title)
-    if launch:
-        app.launch(**{**launch_settings(), **launch_options})
-    return app
+
+
+def with_neighbours(attributions: str | Path, given: dict[str, Any]) -> tuple[str | Path, dict[str, Any]]:
+    """Attributions and what is given, completed by what lies beside them in a folder such as the demo's."""
+    folder = Path(attributions)
+    if not (folder / ATTRIBUTIONS / CONFIG_FILE).is_file():
+        return attributions, given
+    beside = {name: folder / name for name in given if (folder / name).is_dir()}
+    return folder / ATTRIBUTIONS, {name: beside.get(name) if v is None else v for name, v in given.items()}
+
+
+def _dataset(given: Any) -> Any:
+    if not isinstance(given, str | Path):
+        return given
+    loaded = datasets.load_from_disk(str(given))
+    if not isinstance(loaded, datasets.Dataset):
+        raise ValueError(f"{given} holds the splits {', '.join(map(str, loaded))}. Pass the dataset of one of them.")
+    return loaded
+
+
+def _attributor(model: Any, synset: Synset | None, token: str | bool | None) -> tuple[Attributor, Any]:
+    """Attributor of a model, and the tokenizer that is saved with it."""
+    if synset is None:
+        raise ValueError("Predictions without clusters need the synset of the model. Pass `synset`.")
+    if not isinstance(model, str | Path):
+        return Attributor(model, synset, disable_tqdm=True), None
+    build: Any = pipeline  # its overloads only have the tasks of transformers
+    with folder_or_repository(model):
+        built = build("data-attribution", model=str(model), synset=synset, token=token, disable_tqdm=True)
+    return built.attributor, built.tokenizer
 
 
 def _gradio() -> Any:

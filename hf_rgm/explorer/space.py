@@ -9,8 +9,7 @@ import datasets
 from huggingface_hub import SpaceCard, SpaceCardData
 
 from hf_rgm import __version__
-from hf_rgm.explorer.app import TITLE
-from hf_rgm.explorer.open_exhibit import ATTRIBUTIONS, with_neighbours
+from hf_rgm.explorer.app import ATTRIBUTIONS, TITLE, with_neighbours
 from hf_rgm.files.writing import staged_folder
 from hf_rgm.hub.cards import escaped
 from hf_rgm.hub.repository import is_repo_id
@@ -54,17 +53,14 @@ def write_space(
     queries: datasets.Dataset | str | Path | None = None,
     title: str = TITLE,
     tokenizer: str | Path | None = None,
-    requirement: str = f"hf-rgm[explorer]=={__version__}",
 ) -> Path:
     """
     Writes a folder to push as a Gradio Space, or to run with `python app.py`.
 
-    What is local is copied into it, and shown to everybody who can see the Space. Arguments are those of
-    [`~hf_rgm.explorer.open_exhibit.open_exhibit`]; `requirement` is what pip installs there.
+    Local folders are copied into it, for everybody who can see the Space.
     """
-    for name, text in (("title", title), ("requirement", requirement)):
-        if len(text.splitlines()) != 1:
-            raise ValueError(f"`{name}` must be one line, got {text!r}.")
+    if len(title.splitlines()) != 1:
+        raise ValueError(f"`title` must be one line, got {title!r}.")
     given = {"synset": synset, "model": model, "rows": rows, "queries": queries}
     attributions, given = with_neighbours(attributions, given)
     AttributionResult.from_pretrained(attributions)
@@ -75,7 +71,7 @@ def write_space(
             if source is not None:
                 lines.append(f"    {'' if name == ATTRIBUTIONS else f'{name}='}{_place(source, folder, name)},")
         (folder / "app.py").write_text(APP.format(arguments="\n".join(lines), title=title), encoding="utf-8")
-        (folder / "requirements.txt").write_text(f"{requirement}\n", encoding="utf-8")
+        (folder / "requirements.txt").write_text(f"hf-rgm[explorer]=={__version__}\n", encoding="utf-8")
         (folder / MARKER).write_text("Written by hf_rgm, which may replace this folder.\n")
         _card(attributions, title).save(folder / "README.md")
     return Path(space_dir)

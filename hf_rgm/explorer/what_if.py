@@ -36,8 +36,7 @@ class Replayed:
 
 def replay_without(exhibit: Exhibit, clusters: Iterable[int]) -> Replayed:
     """Replays training without some clusters."""
-    dropped = sorted(set(clusters))
-    num_clusters = exhibit.result.num_clusters
+    dropped, num_clusters = sorted(set(clusters)), exhibit.result.num_clusters
     if exhibit.attributor is None or exhibit.queries is None:
         raise ValueError(NEEDS)
     if not 0 < len(dropped) < num_clusters:
@@ -131,16 +130,13 @@ def _add_changes(section: Section, exhibit: Exhibit, probabilities: np.ndarray) 
     loss = probabilities[0, changed, before[changed]] - probabilities[1, changed, before[changed]]
     shown = changed[np.argsort(-loss, kind="stable")[:SHOWN_CHANGES]]
     ids = range(len(before)) if exhibit.values_are_of_sets else exhibit.result.query_ids
+
+    def told(query: int, which: int, label: np.integer) -> str:
+        return f"{_label(exhibit, label)} ({probabilities[which, query, label]:.0%})"
+
     section.table(
         ["query", "before", "after"],
-        [
-            [
-                f"{ids[query]}",
-                f"{_label(exhibit, before[query])} ({probabilities[0, query, before[query]]:.0%})",
-                f"{_label(exhibit, after[query])} ({probabilities[1, query, after[query]]:.0%})",
-            ]
-            for query in shown
-        ],
+        [[str(ids[q]), told(q, 0, before[q]), told(q, 1, after[q])] for q in shown],
         caption="Changed predictions" + ("" if len(shown) == len(changed) else f", {len(shown)} of {len(changed)}"),
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Sequence
 from functools import partial
@@ -9,18 +10,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
-from hf_rgm.agreement.budget import LDS_ROWS, LEAVE_CLUSTER_OUT, plan_retrainings
+from hf_rgm.agreement.budget import LDS_CLUSTERS, LDS_ROWS, LEAVE_CLUSTER_OUT, plan_retrainings
 from hf_rgm.agreement.correlations import leave_cluster_out_correlation, linear_datamodeling_score, noise_ceiling
 from hf_rgm.agreement.fidelity_figures import Agreement, FidelityFigures
-from hf_rgm.agreement.subsets import kept_rows
+from hf_rgm.agreement.subsets import kept_rows, random_masks
 from hf_rgm.attribution.attributor import Attributor
+from hf_rgm.clusters.cluster_map import ClusterMap
 from hf_rgm.engines.objectives import Objective, resolve_objective
 from hf_rgm.fidelity.launch import Launch
-from hf_rgm.fidelity.predictions import evaluation_identity, predicted_values, subset_masks
 from hf_rgm.fidelity.retraining import BuildTrainer, retrain
-from hf_rgm.model.row_reader import DataCollator
+from hf_rgm.model.functional_model import FunctionalModel
+from hf_rgm.model.row_reader import DataCollator, RowReader
 
 logger = logging.getLogger(__name__)
 
@@ -93,11 +96,11 @@ class FidelityReport(FidelityFigures):
         Random halves of the clusters come first, with two seeds from 24 retrainings on; then, from 48 and 72 on,
         single clusters left out and, with `rows=True`, random halves of the rows (see
         [`~hf_rgm.agreement.budget.plan_retrainings`]). Replay engines replay the subset of clusters itself; the
-        adjoint, and every engine for subsets of rows, predicts by the sum of the scores of what is kept. Under
+        adjoint, and every engine for subsets of rows, sums the scores of the kept clusters or rows. Under
         `torchrun` the retrainings are shared among processes, see [`~hf_rgm.fidelity.retraining.retrain`].
 
         Args:
-            attributor (`Attributor`): What to measure.
+            attributor (`Attributor`): The attributor to measure.
             queries: Rows with labels that were not used to choose settings.
             build_trainer (`Callable`): `build_trainer(dataset, seed)` returns a fresh `Trainer` with the recipe of the
                 recorded run.
@@ -110,7 +113,7 @@ class FidelityReport(FidelityFigures):
             engine (`str`, *optional*): As in [`Attributor.attribute`].
             rows (`bool`, *optional*, defaults to `False`): Whether an attributor without rows is given them, so that
                 clusters are scored by their real gradients, and rows too. Otherwise the synset alone is measured.
-            objective (`str` or `Objective`, *optional*, defaults to `"margin"`): What is predicted.
+            objective (`str` or `Objective`, *optional*, defaults to `"margin"`): The objective that is predicted.
             rewind (*optional*): As in [`Attributor.attribute`].
             data_collator (`Callable`, *optional*): Collates queries and rows. Defaults to `default_data_collator`.
             output_dir (`str` or `Path`, *optional*): Keeps finished retrainings, separately for other queries or
@@ -146,14 +149,14 @@ class FidelityReport(FidelityFigures):
                 repeated,
             )
         subject.trajectory.check_dataset(train_dataset)
-        masks = {name: subset_masks(name, count, clusters, seed) for name, count in plan.num_points.items()}
+        masks = {name: _subset_masks(name, count, clusters, seed) for name, count in plan.num_points.items()}
         settings = {} if rewind is None else {"rewind": rewind}
         folder = None
         if output_dir is not None:
-            folder = Path(output_dir) / evaluation_identity(attributor.model, queries, objective, data_collator)
+            folder = Path(output_dir) / _evaluation_identity(attributor.model, queries, objective, data_collator)
         # Once joined, processes could no longer retrain each on its own.
         with Launch.from_environment().alone():
-            predicted = predicted_values(
+            predicted = _predicted_values(
                 attributor,
                 queries,
                 masks,
@@ -199,3 +202,47 @@ def _agreement(name: str, predicted: NDArray[np.floating], by_seed: NDArray[np.f
         predicted.shape[1],
         noise_ceiling(by_seed, measure) if len(by_seed) > 1 else None,
     )
+
+
+def _subset_masks(name: str, count: int, clusters: ClusterMap, seed: int) -> NDArray[np.bool_]:
+    """Subsets of a measure: masks `(count, num_clusters)` or, for rows, `(count, num_rows)`, bool."""
+    if name == LEAVE_CLUSTER_OUT:
+        chosen = np.random.default_rng(seed).permutation(clusters.num_clusters)[:count]
+        return ~np.eye(clusters.num_clusters, dtype=bool)[np.sort(chosen)]
+    return random_masks(clusters.num_rows if name == LDS_ROWS else clusters.num_clusters, count, seed=seed)
+
+
+def _evaluation_identity(
+    model: FunctionalModel, queries: Any, objective: Objective, data_collator: DataCollator | None
+) -> str:
+    """Digest of queries and objective, which keeps retrainings of different ones apart."""
+    reader = RowReader(queries, model, data_collator=data_collator, what="queries")
+    inputs, labels = reader.batch(range(len(reader)))
+    digest = hashlib.sha256(objective.name.encode())
+    for name, tensor in sorted({**inputs, "labels": labels}.items()):
+        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        digest.update(tensor.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _predicted_values(
+    attributor: Attributor, queries: Any, masks: dict[str, NDArray[np.bool_]], *, engine: str, **options: Any
+) -> dict[str, NDArray[np.floating]]:
+    """Predictions for subsets by measure, up to a constant for each value: `(num_values, num_masks)`."""
+    weights = {name: mask.astype(np.float32) for name, mask in masks.items()}
+    predicted = {}
+    if engine == "adjoint" or LDS_ROWS in weights:
+        result = attributor.attribute(queries, engine=engine, **options)
+        scores = {LDS_ROWS: result.row_scores, LDS_CLUSTERS: result.scores, LEAVE_CLUSTER_OUT: result.scores}
+        predicted = {name: scores[name] @ weight.T for name, weight in weights.items()}
+    if engine != "adjoint":
+        for name in weights.keys() - {LDS_ROWS}:
+            replayed = attributor.replayed_values(queries, torch.from_numpy(weights[name]), engine=engine, **options)
+            predicted[name] = replayed.T
+    for name, values in predicted.items():
+        if (values == values[:, :1]).all():
+            raise ValueError(
+                f"The {engine} engine predicts the same of every subset of {name!r}: there is nothing to correlate. "
+                "Check that the objective depends on the training data."
+            )
+    return predicted

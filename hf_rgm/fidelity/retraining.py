@@ -107,20 +107,23 @@ class _Worker:
         """Values read from the file or trained now; `None` while another process trains them."""
         if path is None:
             return self._train(rows, seed)
-        if path.is_file():
-            return _read(path)
-        with claimed(path) as mine:
-            if not mine:
-                return None
-            if path.is_file():
-                return _read(path)
-            values = self._train(rows, seed)
-            with replacing(path) as temporary:
-                np.save(temporary, values, allow_pickle=False)
-            return values
+        if not path.is_file():
+            with claimed(path) as mine:
+                if not mine:
+                    return None
+                if not path.is_file():  # else another process has finished it
+                    values = self._train(rows, seed)
+                    with replacing(path) as temporary:
+                        np.save(temporary, values, allow_pickle=False)
+        try:
+            return np.load(path, allow_pickle=False)
+        except (ValueError, EOFError) as error:
+            raise ValueError(f"{path} is damaged ({error}). Delete it; the model will be trained again.") from error
 
     def _train(self, rows: NDArray[np.int64], seed: int) -> NDArray[np.float32]:
-        trainer = self.build_trainer(_select(self.train_dataset, rows), seed)
+        dataset = self.train_dataset
+        kept = dataset.select(rows) if hasattr(dataset, "select") else [dataset[int(row)] for row in rows]
+        trainer = self.build_trainer(kept, seed)
         if trainer.args.world_size > 1:
             raise RuntimeError(
                 f"`build_trainer` returned a `Trainer` that trains on {trainer.args.world_size} processes together. "
@@ -152,14 +155,3 @@ def _checked(rows: Sequence[int] | NDArray[np.integer], index: int, num_rows: in
         what = "is empty" if len(array) == 0 else f"names rows {array[0]} to {array[-1]}"
         raise ValueError(f"Subset {index} {what}; rows must lie in 0 to {num_rows - 1}.")
     return array
-
-
-def _read(path: Path) -> NDArray[np.float32]:
-    try:
-        return np.load(path, allow_pickle=False)
-    except (ValueError, EOFError) as error:
-        raise ValueError(f"{path} is damaged ({error}). Delete it; the model will be trained again.") from error
-
-
-def _select(dataset: Any, rows: NDArray[np.int64]) -> Any:
-    return dataset.select(rows) if hasattr(dataset, "select") else [dataset[int(row)] for row in rows]

@@ -1,10 +1,12 @@
-"""Reading artefacts that need not be trusted: folders on disk or on the Hub, checked before they are read."""
+"""Reading of untrusted artefacts: folders on disk or on the Hub, checked before they are read."""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 import unicodedata
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import MISSING, fields
 from pathlib import Path, PurePosixPath
@@ -15,11 +17,11 @@ import psutil
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from hf_rgm.files.strict_json import parse_json
 from hf_rgm.files.writing import finish_replacement, format_size
 
+MAX_DEPTH = 50
 MAX_JSON_BYTES = 100_000_000
-# What a byte of JSON takes in Python at most: "{}," are three bytes and an object of 64 in a list.
+# The most memory that a byte of JSON takes in Python: "{}," are three bytes and an object of 64 in a list.
 JSON_EXPANSION = 32
 DTYPE_BYTES = {
     "BOOL": 1, "U8": 1, "I8": 1, "F16": 2, "BF16": 2, "I16": 2, "U16": 2, "F32": 4, "I32": 4, "F64": 8, "I64": 8
@@ -33,6 +35,8 @@ Content = TypeVar("Content")
 class ArtefactFolder:
     """The folder of an artefact, through which its files are reached; links may lead to what is in `boundary`."""
 
+    is_remote = False  # whether files are downloaded when they are read
+
     def __init__(self, root: str | Path, *, boundary: Path | None = None) -> None:
         self.root = Path(root)
         finish_replacement(self.root)
@@ -41,17 +45,12 @@ class ArtefactFolder:
     def __str__(self) -> str:
         return str(self.root)
 
-    @property
-    def is_remote(self) -> bool:
-        """Whether files are fetched when they are asked for."""
-        return False
-
     def subfolder(self, name: str) -> ArtefactFolder:
         """A folder in this one."""
         return ArtefactFolder(self.root / name, boundary=self.boundary)
 
     def at_hand(self, name: str) -> bool:
-        """Whether a file can be read without fetching it."""
+        """Whether a file can be read without downloading it."""
         return (self.root / name).is_file()
 
     def file(self, name: str) -> Path:
@@ -65,7 +64,7 @@ class ArtefactFolder:
         return path
 
     def read_json(self, name: str, *, format_version: int, again: str = "write it again") -> dict[str, Any]:
-        """Reads a JSON object of a `format_version`; `again` tells how to make one in place of an older one."""
+        """Reads a JSON object of a `format_version`; `again` says how to replace an older one."""
         path = self.file(name)
         size = path.stat().st_size
         if size > MAX_JSON_BYTES:
@@ -99,7 +98,7 @@ class ArtefactFolder:
 
 
 def leads_out(name: str) -> bool:
-    """Whether a name can be none of a file in a folder."""
+    """Whether a name leads out of its folder: absolute, with `..`, or with backslashes."""
     relative = PurePosixPath(name)
     return relative.is_absolute() or ".." in relative.parts or "\\" in name
 
@@ -107,7 +106,7 @@ def leads_out(name: str) -> bool:
 def check_name(name: str) -> None:
     """Refuses a file name that leads out of its folder."""
     if leads_out(name):
-        raise ValueError(f"{name!r} is no name of a file in an artefact. {WAY_OUT}")
+        raise ValueError(f"{name!r} is not the name of a file in an artefact. {WAY_OUT}")
 
 
 class TensorFile:
@@ -117,17 +116,8 @@ class TensorFile:
         self.path = path
         self._file = file
         self._way_out = way_out
-        self._names = dict.fromkeys(file.keys())
-
-    @property
-    def metadata(self) -> dict[str, str]:
-        """What the header says besides the tensors."""
-        return self._file.metadata() or {}
-
-    @property
-    def names(self) -> list[str]:
-        """Names of the tensors."""
-        return list(self._names)
+        self.names = dict.fromkeys(file.keys())
+        self.metadata: dict[str, str] = file.metadata() or {}  # what the header says besides the tensors
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor, from the header."""
@@ -139,7 +129,7 @@ class TensorFile:
 
     def check_no_others(self, names: Collection[str]) -> None:
         """Refuses a file with other tensors than these."""
-        extra = sorted(printable(name) for name in set(self._names) - set(names))
+        extra = sorted(printable(name) for name in set(self.names) - set(names))
         if extra:
             raise ValueError(f"{self.path} has the tensors {extra[:5]} too many. {self._way_out}")
 
@@ -151,7 +141,7 @@ class TensorFile:
 
     def check(self, name: str, *, shape: Sequence[int | None], dtypes: Sequence[str]) -> tuple[int, ...]:
         """Refuses a tensor that `read` would refuse, by its header; its shape otherwise."""
-        if name not in self._names:
+        if name not in self.names:
             raise ValueError(f"{self.path} has no tensor {name!r}. {self._way_out}")
         found, dtype = self.shape(name), self.dtype(name)
         fits = len(found) == len(shape) and all(
@@ -166,6 +156,54 @@ class TensorFile:
         return found
 
 
+def parse_json(text: str) -> Any:
+    """Content of strict JSON: no repeated keys, no NaN or infinity, integers of 64 bits, at most 50 levels."""
+    try:
+        content = json.loads(
+            text,
+            parse_constant=_refuse_constant,
+            parse_float=_finite,
+            parse_int=_in_64_bits,
+            object_pairs_hook=_without_repeats,
+        )
+    except RecursionError as error:
+        raise ValueError(f"it is nested more than {MAX_DEPTH} deep") from error
+    level = [content] if isinstance(content, (dict, list)) else []
+    for _ in range(MAX_DEPTH):
+        members = (item.values() if isinstance(item, dict) else item for item in level)
+        level = [value for values in members for value in values if isinstance(value, (dict, list))]
+    if level:
+        raise ValueError(f"it is nested more than {MAX_DEPTH} deep")
+    return content
+
+
+def _refuse_constant(name: str) -> float:
+    raise ValueError(f"{name} is no number")
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text[:40]} is too large a number")
+    return number
+
+
+def _in_64_bits(text: str) -> int:
+    # Of more than 20 digits none fits, and Python's time is quadratic in their number.
+    number = int(text) if len(text) <= 20 else None
+    if number is None or not -(2**63) <= number < 2**64:
+        raise ValueError(f"{text[:40]} is too large an integer")
+    return number
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        repeated = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        raise ValueError(f"the key {repeated[:40]!r} is there twice")
+    return content
+
+
 def check_memory(num_bytes: int, what: str) -> None:
     """Raises a `MemoryError` if something would not fit into the memory that is free."""
     free = psutil.virtual_memory().available
@@ -178,7 +216,8 @@ def check_memory(num_bytes: int, what: str) -> None:
 
 def parsed(content_class: type[Content], content: Mapping[str, Any], source: str) -> Content:
     """A dataclass of plain types, lists, dictionaries and unions from a JSON object; `source` is named in errors."""
-    types = get_type_hints(content_class)
+    defaults = {item.name: item.default for item in fields(content_class) if item.default is not MISSING}  # type: ignore[arg-type]
+    types, content = get_type_hints(content_class), {**defaults, **content}
     missing = [name for name in types if name not in content]
     if missing:
         raise ValueError(f"{source} lacks {', '.join(missing)}. {WAY_OUT}")
@@ -202,12 +241,6 @@ def _is_a(value: Any, kind: Any) -> bool:
     if origin is dict:
         return isinstance(value, dict) and all(_is_a(item, members[1]) for item in value.values())
     return kind is Any or type(value) is kind or (kind is float and type(value) is int)
-
-
-def with_defaults(content_class: type, content: Mapping[str, Any]) -> dict[str, Any]:
-    """The object with the defaults of a dataclass in place of what is missing."""
-    defaults = {item.name: item.default for item in fields(content_class) if item.default is not MISSING}
-    return {**defaults, **content}
 
 
 def printable(text: str) -> str:

@@ -37,13 +37,10 @@ _NO_ACCESS = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 def format_size(num_bytes: float) -> str:
     """A number of bytes in words: `1.8 MB`."""
-    if num_bytes < 1000:
-        return f"{num_bytes:.0f} B"
-    for unit in ("kB", "MB", "GB"):
-        num_bytes /= 1000
-        if num_bytes < 1000:
-            return f"{num_bytes:.1f} {unit}"
-    return f"{num_bytes / 1000:.1f} TB"
+    power = 0
+    while num_bytes >= 1000 and power < 4:
+        num_bytes, power = num_bytes / 1000, power + 1
+    return f"{num_bytes:.{min(power, 1)}f} {('B', 'kB', 'MB', 'GB', 'TB')[power]}"
 
 
 @contextlib.contextmanager
@@ -82,7 +79,7 @@ class FolderLock:
     """
     Keeps other processes from writing to a folder, until it is released or this process ends, however that ends.
 
-    Within one process the last one to acquire it has it: whatever had it before has failed.
+    Within one process the last to acquire it holds it: earlier holders have failed.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -180,7 +177,7 @@ def check_replaceable(target: Path, marker: str) -> None:
 
 
 def _workspace_of(target: Path) -> Path:
-    # A folder may be named by where it is seen from, as `.`.
+    # `.` has no name of its own.
     absolute = Path(os.path.abspath(target))
     return absolute.with_name(f".{absolute.name}{_WORKSPACE}")
 

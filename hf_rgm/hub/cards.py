@@ -13,13 +13,13 @@ from huggingface_hub import DatasetCard, DatasetCardData, ModelCard, ModelCardDa
 from hf_rgm.agreement.fidelity_figures import DESCRIPTIONS, FidelityFigures
 from hf_rgm.files.reading import printable
 from hf_rgm.hub.artefact import LOCAL, CardOptions
-from hf_rgm.hub.repository import dataset_address, is_repo_id, model_address
+from hf_rgm.hub.repository import is_repo_id, web_address
 
 PACKAGE = Path(__file__).parents[1]
 TAGS = ("hf-rgm", "data-attribution")
 NOT_MEASURED = (
     "Not measured: how well the scores of this synset agree with retraining is not known. `FidelityReport.measure` of "
-    "hf_rgm retrains within a budget and says."
+    "hf_rgm measures it by retraining within a budget."
 )
 CITATION = """```bibtex
 @inproceedings{ye2024distilled,
@@ -117,14 +117,10 @@ def model_name(options: CardOptions, described: Any) -> str:
 
 
 def _links(options: CardOptions) -> str:
-    named = {
-        "model": (options.model_id, model_address),
-        "synset": (options.synset_id, dataset_address),
-        "attributions": (options.attribution_id, dataset_address),
-    }
+    named = {"model": options.model_id, "synset": options.synset_id, "attributions": options.attribution_id}
     lines = [
-        f"- {what}: [{escaped(repo_id)}]({address(repo_id)})"
-        for what, (repo_id, address) in named.items()
+        f"- {what}: [{escaped(repo_id)}]({web_address(repo_id, 'model' if what == 'model' else 'dataset')})"
+        for what, repo_id in named.items()
         if repo_id is not None and is_repo_id(repo_id)
     ]
     return "\n".join(lines) or "None are known."

@@ -44,7 +44,7 @@ def is_repo_id(name: str) -> bool:
 
 @contextlib.contextmanager
 def folder_or_repository(name: str | Path) -> Iterator[None]:
-    """Adds to errors of loading a model that there is no such folder; those of `transformers` name repositories."""
+    """Context that adds to errors of loading a model that there is no such folder."""
     if not Path(name).is_dir() and not is_repo_id(str(name)):
         raise FileNotFoundError(
             f"There is no folder {name} here. Check the path; a repository on the Hub is named `namespace/name`."
@@ -60,14 +60,9 @@ def folder_or_repository(name: str | Path) -> Iterator[None]:
         ) from error
 
 
-def model_address(repo_id: str) -> str:
-    """Web address of a model repository."""
-    return f"{constants.ENDPOINT}/{repo_id}"
-
-
-def dataset_address(repo_id: str) -> str:
-    """Web address of a dataset repository."""
-    return f"{constants.ENDPOINT}/datasets/{repo_id}"
+def web_address(repo_id: str, repo_type: str = "dataset") -> str:
+    """Web address of a repository."""
+    return f"{constants.ENDPOINT}/{constants.REPO_TYPES_URL_PREFIXES.get(repo_type, '')}{repo_id}"
 
 
 def link_model(model_id: str, links: dict[str, str], **options: Any) -> bool:
@@ -88,11 +83,13 @@ def link_model(model_id: str, links: dict[str, str], **options: Any) -> bool:
 
 class HubFolder(ArtefactFolder):
     """
-    An artefact on the Hub. Its files are downloaded to the cache when they are read, all from one commit.
+    An artefact on the Hub, whose files are downloaded to the cache when they are read, all from one commit.
 
-    `root` is their folder in the cache, `boundary` the repository's part of the cache, `prefix` the folder in the
-    repository with a slash at its end; `access` are `token`, `cache_dir` and `local_files_only` of `huggingface_hub`.
+    `root` is its folder in the cache, `prefix` its folder in the repository with a slash at the end; `access` are
+    `token`, `cache_dir` and `local_files_only` of `huggingface_hub`.
     """
+
+    is_remote = True
 
     def __init__(
         self, repo_id: str, commit: str, root: Path, *, boundary: Path, prefix: str = "", **access: Any
@@ -105,10 +102,6 @@ class HubFolder(ArtefactFolder):
 
     def __str__(self) -> str:
         return f"{self.repo_id}@{self.commit[:8]}/{self._prefix}".rstrip("/")
-
-    @property
-    def is_remote(self) -> bool:
-        return True
 
     def subfolder(self, name: str) -> HubFolder:
         prefix = f"{self._prefix}{name}/"
@@ -202,10 +195,9 @@ def push_folder(
     create_pr: bool = False,
 ) -> CommitInfo:
     """
-    Uploads a folder in one commit, on the repository as it is at that moment or not at all.
+    Uploads a folder in one commit on top of the latest one.
 
-    `marker` is the file that identifies the kind of artefact, `files` the patterns of its files. In a repository that
-    has the marker, files that match and are not in the folder are deleted in the same commit.
+    In a repository that has the `marker`, the commit deletes files that match `files` and are not in the folder.
     """
     api = HfApi(token=token)
     repo_id = api.create_repo(repo_id, repo_type=repo_type, private=private, exist_ok=True).repo_id

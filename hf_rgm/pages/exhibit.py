@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import datasets
@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from hf_rgm.model.functional_model import LABEL_NAMES
 from hf_rgm.model.row_reader import DataCollator
 from hf_rgm.pages.html import Card, signed
-from hf_rgm.pages.shown_rows import Item, item_of, png_of, shortened
+from hf_rgm.pages.shown_rows import card_of, png_of, shortened
 from hf_rgm.synset.synset import Synset
 
 if TYPE_CHECKING:
@@ -42,7 +42,14 @@ class Exhibit:
         if self.synset is None and self.attributor is not None:
             self.synset = self.attributor.synset
         if self.synset is not None:
-            self._check_synset(self.synset)
+            synset, told = self.synset, result.metadata.get("parameters_sha256")
+            names_differ = list(synset.clusters.names) != list(result.cluster_names)
+            if names_differ or told not in (None, synset.parameters_sha256):
+                raise ValueError(
+                    f"The synset (parameters {synset.parameters_sha256[:12]}, {synset.num_clusters} clusters) is not "
+                    f"that of the result (parameters {str(told)[:12]}, {result.num_clusters} clusters). Pass the one "
+                    "that the result was computed with."
+                )
         num_rows = int(result.cluster_sizes.sum())
         if self.rows is not None and len(self.rows) != num_rows:
             raise ValueError(
@@ -50,31 +57,20 @@ class Exhibit:
             )
         if self.queries is not None and not self.values_are_of_sets and len(self.queries) != result.num_queries:
             raise ValueError(
-                f"`queries` has {len(self.queries)} rows, the result has {result.num_queries} queries. Pass those "
-                "that were attributed, in their order."
+                f"`queries` has {len(self.queries)} rows, the result has {result.num_queries} queries. Pass the "
+                "queries that were attributed, in the same order."
             )
         self.label_names = self._known_labels()
 
-    def _check_synset(self, synset: Synset) -> None:
-        told = self.result.metadata.get("parameters_sha256")
-        names_differ = list(synset.clusters.names) != list(self.result.cluster_names)
-        if names_differ or told not in (None, synset.parameters_sha256):
-            raise ValueError(
-                f"The synset (parameters {synset.parameters_sha256[:12]}, {synset.num_clusters} clusters) is not that "
-                f"of the result (parameters {str(told)[:12]}, {self.result.num_clusters} clusters). Pass the one that "
-                "the result was computed with."
-            )
-
     def _known_labels(self) -> dict[int, str]:
         for dataset in (self.rows, self.queries):
-            if isinstance(dataset, datasets.Dataset):
-                for name in LABEL_NAMES:
-                    feature = dataset.features.get(name)
-                    if isinstance(feature, datasets.ClassLabel):
-                        return dict(enumerate(feature.names))
-        model: Any = None if self.attributor is None else self.attributor.model.module
-        names = getattr(getattr(model, "config", None), "id2label", None) or {}
-        # Placeholder names that transformers generates say less than the number.
+            for name in LABEL_NAMES:
+                feature = (getattr(dataset, "features", None) or {}).get(name)
+                if isinstance(feature, datasets.ClassLabel):
+                    return dict(enumerate(feature.names))
+        config: Any = None if self.attributor is None else getattr(self.attributor.model.module, "config", None)
+        names = getattr(config, "id2label", None) or {}
+        # Names that transformers generates tell less than the number.
         return {} if all(name == f"LABEL_{label}" for label, name in names.items()) else dict(names)
 
     @property
@@ -87,21 +83,20 @@ class Exhibit:
         """Whether models without clusters can be asked."""
         return self.attributor is not None and self.queries is not None
 
-    def query(self, position: int) -> Item | None:
-        """The query at a position as it is shown; `None` if unknown."""
-        return None if self.queries is None or self.values_are_of_sets else self._item(self.queries[position])
-
-    def _item(self, row: Any) -> Item:
-        return item_of(row, tokenizer=self.tokenizer, label_names=self.label_names)
+    def query(self, position: int) -> Card | None:
+        """Card of the query at a position; `None` if unknown."""
+        return None if self.queries is None or self.values_are_of_sets else self._card(self.queries[position], "query")
 
     def row_card(self, row: int, score: float | None = None) -> Card:
-        """A training row with its number, label and score."""
-        notes = [] if score is None else [signed(score)]
-        item = None if self.rows is None else self._item(self.rows[row])
-        return card_of(item, f"row {row}", notes)
+        """Card of a training row: its number and score, and what it looks like if rows are given."""
+        card = Card(f"row {row}") if self.rows is None else self._card(self.rows[row], f"row {row}")
+        return card if score is None else replace(card, notes=[signed(score)])
+
+    def _card(self, row: Any, title: str) -> Card:
+        return replace(card_of(row, tokenizer=self.tokenizer, label_names=self.label_names), title=title)
 
     def cluster_rows(self, cluster: int, position: int | None) -> list[Card]:
-        """Cards of some training rows of a cluster, those that most push in its direction first if rows are scored."""
+        """Cards of some rows of a cluster; if rows are scored, those that push most in its direction first."""
         ids = self.result.cluster_ids
         if ids is None:
             return []
@@ -119,20 +114,20 @@ class Exhibit:
         if synset is None:
             return []
         inputs, tokens = synset.samples.inputs[cluster], synset.metadata.get("tokens")
-        per_cluster = len(inputs)
         weights = synset.samples.log_weights[cluster].exp()
         cards = []
-        for number in range(min(per_cluster, SHOWN_EXAMPLES)):
-            picture, text, read = None, f"{synset.input_name} of shape {tuple(inputs.shape[1:])}", False
-            if inputs.dim() == 4 and inputs.shape[1] in (1, 3):
-                picture, text = png_of(inputs[number]), ""
-            elif tokens is not None:
-                ids = tokens[cluster * per_cluster + number]
-                read = self.tokenizer is not None
-                text = str(self.tokenizer.decode(ids)) if self.tokenizer else f"tokens {', '.join(map(str, ids))}"
-            item = Item(picture, shortened(text), self._soft_label(synset, cluster, number))
-            notes = [f"weight {float(weights[number].sum()):.3g}"] + ["read as its nearest tokens"] * read
-            cards.append(card_of(item, "synthetic", notes))
+        for number, sample in enumerate(inputs[:SHOWN_EXAMPLES]):
+            text, notes = "", [f"weight {float(weights[number].sum()):.3g}"]
+            picture = png_of(sample) if sample.dim() == 3 else None
+            if tokens is not None:
+                ids = tokens[cluster * len(inputs) + number]
+                text = f"tokens {', '.join(map(str, ids))}"
+                if self.tokenizer is not None:
+                    text = str(self.tokenizer.decode(ids))
+                    notes.append("read as its nearest tokens")
+            elif picture is None:
+                text = f"{synset.input_name} of shape {tuple(sample.shape)}"
+            cards.append(Card("synthetic", picture, shortened(text), self._soft_label(synset, cluster, number), notes))
         return cards
 
     def _soft_label(self, synset: Synset, cluster: int, number: int) -> str | None:
@@ -143,14 +138,6 @@ class Exhibit:
         best = int(target.argmax())
         label = best if samples.target_ids is None else int(samples.target_ids[cluster, number, best])
         return f"{self.label_names.get(label, label)} ({float(target[best]):.0%})"
-
-
-def card_of(item: Item | None, title: str, notes: Sequence[str] = ()) -> Card:
-    """A card of an item; with `None`, only title and notes."""
-    if item is None:
-        return Card(title, note="\n".join(notes))
-    label = [] if item.label is None else [f"label {item.label}"]
-    return Card(title, item.picture, item.text, "\n".join([*label, *notes]))
 
 
 def of_query(matrix: np.ndarray, position: int | None) -> np.ndarray:

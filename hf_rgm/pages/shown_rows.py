@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,51 +14,53 @@ from transformers import PreTrainedTokenizerBase
 from hf_rgm.clusters.grouping import as_numpy
 from hf_rgm.model.functional_model import LABEL_NAMES
 from hf_rgm.model.losses import IGNORED_LABEL
+from hf_rgm.pages.html import Card
 
 MAX_CHARACTERS = 600
 MAX_PIXELS = 256
 TOKENS = "input_ids"
 
 
-@dataclass(frozen=True)
-class Item:
-    """A row as it is shown: a picture (PNG) or a text, and its label if it has a single one."""
-
-    picture: bytes | None
-    text: str
-    label: str | None = None
-
-
-def item_of(
+def card_of(
     row: Any, *, tokenizer: PreTrainedTokenizerBase | None = None, label_names: Mapping[int, str] | None = None
-) -> Item:
-    """The first picture among a row's columns, else its texts, else its decoded tokens, else its plain values."""
+) -> Card:
+    """Card with the first picture among a row's columns, else its texts, decoded tokens, or plain values."""
     if not isinstance(row, Mapping):
-        return Item(None, shortened(str(row)))
+        return Card(text=shortened(str(row)))
     label = _label(row, label_names or {})
     for value in row.values():
         if (picture := _picture(value)) is not None:
-            return Item(picture, "", label)
+            return Card(picture=picture, label=label)
     values = {name: value for name, value in row.items() if name not in LABEL_NAMES}
     texts = {name: value for name, value in values.items() if isinstance(value, str)}
     if not texts and TOKENS in row and tokenizer is not None:
         texts = {TOKENS: str(tokenizer.decode(as_numpy(row[TOKENS]).tolist(), skip_special_tokens=True))}
     if len(texts) == 1:
-        return Item(None, shortened(next(iter(texts.values()))), label)
+        return Card(text=shortened(next(iter(texts.values()))), label=label)
     lines = [f"{name}: {shortened(str(value))}" for name, value in (texts or values).items()]
-    return Item(None, shortened("\n".join(lines)), label)
+    return Card(text=shortened("\n".join(lines)), label=label)
 
 
-def png_of(pixels: Any) -> bytes:
-    """A PNG of `(1 or 3, height, width)`, `(height, width, 3)` or `(height, width)`, stretched to full brightness."""
-    array = as_numpy(pixels).astype(np.float64)
-    if not _is_picture(array) or not np.isfinite(array).all():
-        raise ValueError(f"A picture must have 1 or 3 channels and finite values, got shape {array.shape}.")
+def png_of(pixels: Any) -> bytes | None:
+    """
+    PNG of `(1 or 3, height, width)`, `(height, width, 1 or 3)` or `(height, width)`, stretched to full brightness.
+
+    `None` for other shapes, for values that are not finite, and for what is not numeric.
+    """
+    try:
+        array = as_numpy(pixels)
+    except ValueError:  # lists of different lengths
+        return None
+    if not array.size or array.ndim not in (2, 3) or array.dtype.kind not in "biuf" or not np.isfinite(array).all():
+        return None
+    array = array.astype(np.float64)
     if array.ndim == 3 and array.shape[0] in (1, 3):
         array = array.transpose(1, 2, 0)
+    if array.ndim == 3 and array.shape[-1] not in (1, 3):
+        return None
     low = array.min()
     scaled = ((array - low) / ((array.max() - low) or 1.0) * 255).round().astype(np.uint8)
-    return _encoded(Image.fromarray(scaled[..., 0] if scaled.shape[-1] == 1 and scaled.ndim == 3 else scaled))
+    return _encoded(Image.fromarray(scaled[..., 0] if scaled.shape[2:] == (1,) else scaled))
 
 
 def shortened(text: str, length: int = MAX_CHARACTERS) -> str:
@@ -68,31 +69,9 @@ def shortened(text: str, length: int = MAX_CHARACTERS) -> str:
 
 
 def _picture(value: Any) -> bytes | None:
-    if isinstance(value, Image.Image):
-        if value.mode.startswith(("I", "F")):
-            return png_of(np.asarray(value))
+    if isinstance(value, Image.Image) and not value.mode.startswith(("I", "F")):
         return _encoded(value.convert("L" if value.mode in ("1", "L") else "RGB"))
-    if isinstance(value, Tensor | np.ndarray) or (isinstance(value, list) and _depth(value) in (2, 3)):
-        try:
-            array = np.asarray(value, dtype=np.float64)
-        except (TypeError, ValueError):
-            return None
-        if _is_picture(array) and np.isfinite(array).all():
-            return png_of(array)
-    return None
-
-
-def _is_picture(array: np.ndarray) -> bool:
-    if min(array.shape, default=0) < 1:
-        return False
-    return (array.ndim == 3 and (array.shape[0] in (1, 3) or array.shape[2] == 3)) or array.ndim == 2
-
-
-def _depth(value: Any) -> int:
-    depth = 0
-    while isinstance(value, list) and value:
-        value, depth = value[0], depth + 1
-    return depth if isinstance(value, int | float) else 0
+    return png_of(value) if isinstance(value, Image.Image | Tensor | np.ndarray | list) else None
 
 
 def _encoded(image: Image.Image) -> bytes:

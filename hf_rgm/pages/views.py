@@ -1,20 +1,23 @@
-"""Sections of a page about attributions, shared by report and explorer."""
+"""The page about attributions, and its sections, which the explorer shows too."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pandas as pd
 
 from hf_rgm.agreement.fidelity_figures import DESCRIPTIONS, FidelityFigures
-from hf_rgm.pages.exhibit import Exhibit, card_of, of_query
-from hf_rgm.pages.html import Card, Section
+from hf_rgm.pages.exhibit import Exhibit, of_query
+from hf_rgm.pages.html import Card, HtmlReport, Section
 from hf_rgm.pages.shown_rows import shortened
-from hf_rgm.plots.score_plots import plot_heatmap
+from hf_rgm.plots import plot_heatmap
 
 if TYPE_CHECKING:
     from hf_rgm.results.result import AttributionResult
 
+SHOWN_QUERIES = 4
 SHOWN_CLUSTERS = 8
 SHOWN_ROWS = 6
 SHOWN_LINES = 40  # more would be too small to read
@@ -28,10 +31,27 @@ ROWS_IN_GROUPS = (
 )
 
 
-def banner(result: AttributionResult, fidelity: str | None = None) -> list[str]:
+def attribution_report(exhibit: Exhibit, *, title: str, query_ids: Sequence[str | int] | None = None) -> HtmlReport:
+    """Page with the attribution matrix, the clusters that matter on average, and some queries one by one."""
+    result = exhibit.result
+    shown = result.query_ids[:SHOWN_QUERIES] if query_ids is None else query_ids
+    report = HtmlReport(title, banner=banner(result))
+    report.sections += [clusters_section(exhibit, None), heatmap_section(result)]
+    for position in map(result.query_index, shown):
+        report.sections += [query_section(exhibit, position), clusters_section(exhibit, position)]
+        scores = of_query(result.scores, position)
+        for cluster in dict.fromkeys((int(np.argmax(scores)), int(np.argmin(scores)))):
+            report.sections.append(cluster_section(exhibit, cluster, position))
+        if result.row_scores is not None:
+            report.sections.append(rows_section(exhibit, position))
+    report.sections.append(facts_section(result))
+    return report
+
+
+def banner(result: AttributionResult) -> list[str]:
     """What stays in sight beside every score: its sign, and how far to trust it."""
     sign = f"Score > 0: presence of the data raises the {result.objective}; score = f(with) − f(without)."
-    return [sign, f"Fidelity: {fidelity or fidelity_line(result)}"]
+    return [sign, f"Fidelity: {fidelity_line(result)}"]
 
 
 def fidelity_line(result: AttributionResult) -> str:
@@ -64,12 +84,12 @@ def query_section(exhibit: Exhibit, position: int | None) -> Section:
         )
         return section
     section = Section(query_name(result, position).capitalize())
-    item = exhibit.query(position)
-    if item is not None:
-        section.cards([card_of(item, "query")])
+    card = exhibit.query(position)
+    if card is not None:
+        section.cards({"": [card]})
     section.text(f"The trained model's {result.objective}: {result.objective_values[position]:.4g}.")
-    if item is None:
-        section.text("What it looks like is not known here: start with the queries to see it.")
+    if card is None:
+        section.text("To see what it looks like, start with the queries.")
     return section
 
 
@@ -98,11 +118,11 @@ def cluster_section(exhibit: Exhibit, cluster: int, position: int | None) -> Sec
     rows, samples = exhibit.cluster_rows(cluster, position), exhibit.cluster_samples(cluster)
     groups = {name: cards for name, cards in (("Real rows", rows), ("Synthetic samples", samples)) if cards}
     if groups:
-        section.beside(groups)
+        section.cards(groups)
     for known, what in (
-        (result.cluster_ids is not None, "Which rows it has is not part of these attributions."),
-        (exhibit.rows is not None, "What rows look like is not known here: start with the training rows to see them."),
-        (exhibit.synset is not None, "Synthetic samples are not at hand: start with the synset to see them."),
+        (result.cluster_ids is not None, "These attributions do not say which rows it has."),
+        (exhibit.rows is not None, "To see what rows look like, start with the training rows."),
+        (exhibit.synset is not None, "To see synthetic samples, start with the synset."),
     ):
         if not known:
             section.text(what)
@@ -114,14 +134,15 @@ def rows_section(exhibit: Exhibit, position: int | None, *, k: int = SHOWN_ROWS)
     result = exhibit.result
     section = Section("Rows that raise and lower the objective most")
     if result.row_scores is None:
-        section.text("Rows were not scored: attribute with the training rows (`rows=...`) for that.")
+        section.text("Rows were not scored: attribute with the training rows (`rows=...`) to score them.")
         return section
     query = None if position is None else result.query_ids[position]
     section.text(ROWS_IN_GROUPS)
     best, worst = (result.top(k, query, rows=True, largest=largest) for largest in (True, False))
     if exhibit.rows is None:
         for frame, what in ((best, "Rows that raise it most"), (worst, "Rows that lower it most")):
-            section.frame(frame, caption=f"{what}, {query_name(result, position)}")
+            caption = f"{what}, {query_name(result, position)}"
+            section.table(frame.columns, frame.itertuples(index=False), caption=caption)
         return section
     section.text(f"Change of the {result.objective}, {query_name(result, position)}.")
 
@@ -130,7 +151,7 @@ def rows_section(exhibit: Exhibit, position: int | None, *, k: int = SHOWN_ROWS)
             exhibit.row_card(int(row), float(score)) for row, score in zip(frame["row"], frame["score"], strict=True)
         ]
 
-    section.beside({"Raise it most": cards(best), "Lower it most": cards(worst)})
+    section.cards({"Raise it most": cards(best), "Lower it most": cards(worst)})
     return section
 
 

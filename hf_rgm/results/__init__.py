@@ -1,1 +1,1 @@
-"""What an attribution gives: scores, mixtures, models without data."""
+"""Results of attribution: scores, mixtures, models without some data."""

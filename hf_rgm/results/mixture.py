@@ -142,12 +142,9 @@ class MixtureSuggestion:
 def mixture_weights(
     scores: NDArray[np.floating], sizes: NDArray[np.integer], max_change: float
 ) -> NDArray[np.float64]:
-    """
-    Weights `(num_clusters,)` that raise a linear objective at the same amount of data.
-
-    A clipped exponentiated-gradient step: `p_k = max_change ** clip(z_k - shift, -1, 1)` with `z_k` the score per row
-    of cluster k in standard deviations (over rows), and the shift such that `sum_k p_k n_k = n`.
-    """
+    """Weights `(num_clusters,)`, float64, that raise a linear objective at the same amount of data."""
+    # A clipped exponentiated-gradient step: p_k = max_change ** clip(z_k - shift, -1, 1), with z_k the score per row
+    # of cluster k in standard deviations over rows, and the shift such that sum_k p_k n_k = n.
     per_row = np.asarray(scores, dtype=np.float64) / sizes
     shares = sizes / sizes.sum()
     centred = per_row - shares @ per_row
@@ -177,14 +174,9 @@ def trusted_mixture(
     min_agreement: float | None,
     replayed_change: Callable[[NDArray[np.float64]], float],
 ) -> MixtureSuggestion:
-    """
-    The boldest mixture whose replay agrees with the first-order prediction.
-
-    Starts at `max_change` and takes its square root, up to four times, until the replayed change is at least
-    `min_agreement` of the first-order one.
-    """
+    """Boldest mixture whose replayed change is at least `min_agreement` of the change to first order."""
     tried = []
-    for shrinks in range(MAX_SHRINKS + 1):
+    for shrinks in range(MAX_SHRINKS + 1):  # the bound's square root each time
         bound = max_change**0.5**shrinks
         weights = mixture_weights(scores if maximize else -scores, clusters.sizes, bound)
         suggestion = MixtureSuggestion(weights, clusters, scores, objective, objective_value, maximize, bound)

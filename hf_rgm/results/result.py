@@ -17,9 +17,7 @@ from hf_rgm.files.reading import ArtefactFolder, printable
 from hf_rgm.files.writing import staged_folder
 from hf_rgm.hub.artefact import CardOptions, DatasetArtefact
 from hf_rgm.hub.cards import SIGN_CONVENTION
-from hf_rgm.results.result_card import attribution_card
-from hf_rgm.results.result_files import CONFIG_FILE, FILES, read_result, write_result
-from hf_rgm.results.tables import long_form
+from hf_rgm.results.result_files import CONFIG_FILE, FILES, attribution_card, long_form, read_result, write_result
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -151,12 +149,7 @@ class AttributionResult(DatasetArtefact):
         return len(self.cluster_names)
 
     def query_index(self, query: str | int) -> int:
-        """
-        Position of a query given by its id.
-
-        Raises:
-            KeyError: If there is no such query.
-        """
+        """Position of the query with an id; raises a `KeyError` if there is none."""
         query = printable(query) if isinstance(query, str) else query
         if query not in self.query_ids:
             shown = ", ".join(repr(name) for name in self.query_ids[:5]) + ", ..." * (self.num_queries > 5)
@@ -170,7 +163,7 @@ class AttributionResult(DatasetArtefact):
 
     def to_dataset(self, k: int | None = None) -> datasets.Dataset:
         """
-        One line for each query and cluster, the highest score of each query first.
+        A line for each query and cluster, the highest score of each query first.
 
         Args:
             k (`int`, *optional*): Keep only the `k` highest and `k` lowest clusters of each query.
@@ -286,8 +279,8 @@ class AttributionResult(DatasetArtefact):
         names = [f"row {row}" for row in range(len(scores))] if rows else self.cluster_names
         if rows and self.cluster_ids is not None:
             names = [f"row {row} ({self.cluster_names[c]})" for row, c in enumerate(self.cluster_ids)]
-        whose = f"mean over {self.num_queries} queries" if query is None else f"query {query}"
-        return plot_bars(names, scores, k=k, ax=ax, title=title or f"{self.objective}, {whose}")
+        asked = f"mean over {self.num_queries} queries" if query is None else f"query {query}"
+        return plot_bars(names, scores, k=k, ax=ax, title=title or f"{self.objective}, {asked}")
 
     def to_html(
         self,
@@ -302,7 +295,7 @@ class AttributionResult(DatasetArtefact):
     ) -> Path:
         """
         Writes a self-contained page: the heat map, and the clusters and rows that matter, on average and for some
-        queries, with pictures or texts of what is given.
+        queries, with pictures or texts of the data that is passed.
 
         Args:
             path (`str` or `Path`): The file to write.
@@ -322,7 +315,7 @@ class AttributionResult(DatasetArtefact):
             ValueError: If queries, rows or synset are not those of the result.
         """
         from hf_rgm.pages.exhibit import Exhibit
-        from hf_rgm.pages.report import attribution_report
+        from hf_rgm.pages.views import attribution_report
 
         exhibit = Exhibit(self, synset=synset, rows=rows, queries=queries, tokenizer=tokenizer)
         return attribution_report(exhibit, title=title, query_ids=query_ids).save(path)

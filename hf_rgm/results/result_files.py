@@ -1,4 +1,4 @@
-"""Results as folders: what is written, and what is checked when it is read."""
+"""Results as folders: tables, matrices and the card that are written, and what is checked when it is read."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from safetensors.torch import save_file
 from hf_rgm.agreement.fidelity_figures import check_kept_report
 from hf_rgm.files.reading import WAY_OUT, ArtefactFolder, parsed, printable
 from hf_rgm.files.writing import write_json
+from hf_rgm.hub.artefact import LOCAL, CardOptions
+from hf_rgm.hub.cards import TAGS, escaped, fidelity_section, model_name, recorded_model, render, table
 
 if TYPE_CHECKING:
     from hf_rgm.results.result import AttributionResult
@@ -23,13 +25,21 @@ CONFIG_FILE = "attribution.json"
 TENSORS_FILE = "attribution.safetensors"
 TABLES = ("top", "scores", "clusters", "queries")
 # Patterns of all files of a result.
-FILES = ("README.md", CONFIG_FILE, TENSORS_FILE, *(f"{table}/*" for table in TABLES))
+FILES = ("README.md", CONFIG_FILE, TENSORS_FILE, *(f"{name}/*" for name in TABLES))
 TOP_CLUSTERS = 10
+EXAMPLE_ROWS = 3
+NUM_EXTREMES = 5
+USAGE = """\
+from datasets import load_dataset
+from hf_rgm import AttributionResult
+
+result = AttributionResult.from_pretrained("{repo_id}")  # exact
+top = load_dataset("{repo_id}", split="train")  # a table"""
 
 
 @dataclass
 class ResultDescription:
-    """What `attribution.json` must hold; see [`AttributionResult`]."""
+    """Content of `attribution.json`; see [`AttributionResult`]."""
 
     cluster_names: list[str]
     query_ids: list[str | int]
@@ -62,9 +72,9 @@ def write_result(result: AttributionResult, folder: Path, card: str) -> None:
         ),
         "queries": pd.DataFrame({"query_id": result.query_ids, "objective_value": result.objective_values}),
     }
-    for name, table in tables.items():
+    for name, content in tables.items():
         (folder / name).mkdir()
-        table.to_parquet(folder / name / "train.parquet", index=False)
+        content.to_parquet(folder / name / "train.parquet", index=False)
     write_json(
         folder / CONFIG_FILE,
         {
@@ -134,3 +144,75 @@ def _check_description(description: ResultDescription, source: str) -> None:
     if any(isinstance(query, int) and query >= 2**63 for query in description.query_ids):
         raise ValueError(f"{source} has query ids that are no 64-bit integers. {WAY_OUT}")
     check_kept_report(description.metadata.get("fidelity"), f"`metadata` of {source}")
+
+
+def long_form(result: AttributionResult, k: int | None = None) -> pd.DataFrame:
+    """One line for each query and cluster, or the `k` highest and `k` lowest of each query, the highest first."""
+    scores, sizes = result.scores, result.cluster_sizes
+    num_queries, num_clusters = scores.shape
+    ranks = np.arange(num_clusters)
+    if k is not None and 2 * k < num_clusters:
+        ranks = np.concatenate([ranks[:k], ranks[-k:]])
+    chosen = np.argsort(-scores, axis=1, kind="stable")[:, ranks]
+    frame = pd.DataFrame(
+        {
+            "query_id": np.repeat(np.array(result.query_ids), len(ranks)),
+            "rank": np.tile(ranks + 1, num_queries),
+            "cluster": np.array(result.cluster_names, dtype=object)[chosen].ravel(),
+            "score": np.take_along_axis(scores, chosen, axis=1).ravel(),
+            "size": sizes[chosen].ravel(),
+        }
+    )
+    if result.cluster_ids is not None:
+        members = np.split(np.argsort(result.cluster_ids, kind="stable"), np.cumsum(sizes)[:-1])
+        frame["example_rows"] = [
+            _examples(members[cluster], score, None if result.row_scores is None else result.row_scores[query])
+            for query, clusters in enumerate(chosen)
+            for cluster, score in zip(clusters, scores[query, clusters], strict=True)
+        ]
+    return frame
+
+
+def _examples(rows: np.ndarray, cluster_score: float, row_scores: np.ndarray | None) -> list[int]:
+    """Rows that push most in the direction of their cluster; without row scores, its first rows."""
+    if row_scores is not None:
+        direction = 1.0 if cluster_score >= 0 else -1.0
+        rows = rows[np.argsort(-direction * row_scores[rows], kind="stable")]
+    return rows[:EXAMPLE_ROWS].tolist()
+
+
+def attribution_card(result: AttributionResult, options: CardOptions | None = None) -> str:
+    """The `README.md` of a result."""
+    options = options or CardOptions()
+    described = result.metadata.get("model")
+    repo_id = options.repo_id or LOCAL
+    return render(
+        "attribution_card.md",
+        options,
+        base_model=recorded_model(described),
+        tags=[*TAGS, "attribution"],
+        configs=[
+            {"config_name": name, "data_files": f"{name}/*.parquet", **({"default": True} if name == "top" else {})}
+            for name in TABLES
+        ],
+        model=model_name(options, described),
+        objective=escaped(result.objective),
+        engine=escaped(result.engine),
+        num_queries=result.num_queries,
+        num_clusters=result.num_clusters,
+        num_rows=0 if result.row_scores is None else result.row_scores.shape[1],
+        sign_convention=result.SIGN_CONVENTION,
+        extremes=_extremes(result),
+        usage=USAGE.format(repo_id=repo_id),
+        fidelity=fidelity_section(result.metadata.get("fidelity")),
+    )
+
+
+def _extremes(result: AttributionResult) -> str:
+    count = min(NUM_EXTREMES, result.num_clusters)
+    highest, lowest = (result.top(count, largest=largest) for largest in (True, False))
+    rows = [
+        [escaped(high["cluster"]), f"{high['score']:+.3g}", escaped(low["cluster"]), f"{low['score']:+.3g}"]
+        for (_, high), (_, low) in zip(highest.iterrows(), lowest.iterrows(), strict=True)
+    ]
+    return table(["highest", "score", "lowest", "score"], rows)

@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from hf_rgm.files.reading import printable
 from hf_rgm.model.functional_model import FunctionalModel, parameters_sha256
 from hf_rgm.model.losses import LossFunction, RowLoss
 from hf_rgm.model.row_reader import RowReader
-from hf_rgm.synset.inputs import InputSpace
+from hf_rgm.synset.inputs import ContinuousInputs
 from hf_rgm.synset.matched_states import MatchedState
 from hf_rgm.synset.samples import SyntheticSamples
 from hf_rgm.trajectory.trained_loss import TrainedLoss
@@ -28,6 +29,14 @@ CROSS_ENTROPY_TYPE = "nll"
 
 SAME_SCALE, SAME_LOSS = 0.02, 1e-3
 """Relative differences of scales (to 16 bits) and losses (float32) that rounding explains."""
+
+
+def open_runs(trajectory: str | Path | Trajectory | Sequence[str | Path | Trajectory]) -> tuple[Trajectory, ...]:
+    """Recorded runs, read from their folders where these are given."""
+    runs = [trajectory] if isinstance(trajectory, str | Path | Trajectory) else list(trajectory)
+    if not runs:
+        raise ValueError("`trajectory` is an empty list. Name at least the run that trained the model.")
+    return tuple(run if isinstance(run, Trajectory) else Trajectory.load(run) for run in runs)
 
 
 def check_runs(
@@ -120,7 +129,7 @@ def check_losses(trained: TrainedLoss | None, reader: RowReader, row_loss: RowLo
         )
 
 
-def check_samples(model: FunctionalModel, inputs: InputSpace, samples: SyntheticSamples) -> None:
+def check_samples(model: FunctionalModel, inputs: ContinuousInputs, samples: SyntheticSamples) -> None:
     """Checks samples by trying the model on one of them."""
     # Ids first: on a GPU an id out of range would end the process.
     ids = samples.input_ids

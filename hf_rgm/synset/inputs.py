@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Mapping
 
 import torch
@@ -13,31 +12,39 @@ from hf_rgm.model.synthetic_inputs import TOKENS, check_inputs, check_kind
 from hf_rgm.model.token_host import SOFT_TOKEN_IDS, SOFT_TOKEN_LOGITS
 from hf_rgm.synset.samples import SyntheticSamples, smoothed_one_hot
 
-SPACES = ("inputs_embeds", "soft_tokens")
+EMBEDDINGS, SOFT_TOKENS = SPACES = ("inputs_embeds", "soft_tokens")
 FIRST_TOKEN_SMOOTHING = 0.2
 ABSENT = 1e-9
 """Count assumed for ids that do not occur."""
 
 
-class InputSpace(ABC):
-    """How synthetic inputs start, and how they become arguments of the forward; `name` is what synsets call them."""
-
-    name: str
+class ContinuousInputs:
+    """The main input itself, if it is continuous: `pixel_values`, `input_features`, `input_values`, table columns."""
 
     def __init__(self, model: FunctionalModel) -> None:
         self.model = model
+        self.name = model.main_input_name  # what synsets call these inputs
 
-    @abstractmethod
     def read(self, inputs: Mapping[str, Tensor], labels: Tensor) -> tuple[Tensor, Tensor]:
         """Rows of a collated batch in the shape of synthetic ones, `(batch_size, ...)`, and their labels."""
+        check_inputs(self.name, inputs)
+        return inputs[self.name], labels
 
-    @abstractmethod
     def start(self, init: str, real: Tensor, chosen: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
         """First `inputs`, and `input_ids` if any, of a cluster's samples, by its rows `real` and those `chosen`."""
+        noise = torch.randn((len(chosen), *real.shape[1:]), generator=generator).to(real)
+        centre, deviation = real.mean(0), real.std(correction=0)
+        # Identical samples of a cluster would stay identical, so they get a little noise.
+        if init in ("nearest", "random"):
+            repeated = _repeated(chosen).reshape(-1, *[1] * (real.dim() - 1))
+            return {"inputs": real[chosen] + 0.1 * deviation * noise * repeated}
+        if init == "mean":
+            return {"inputs": centre + 0.1 * deviation * noise}
+        return {"inputs": real.mean() + deviation * noise}
 
-    @abstractmethod
     def to_forward(self, samples: SyntheticSamples) -> dict[str, Tensor]:
         """Keyword arguments of the forward for samples with one leading dimension."""
+        return {self.name: samples.inputs}
 
     def vectors(self, real: Tensor) -> Tensor:
         """Rows where distances mean something: `(num_rows, ...)`, float32."""
@@ -56,38 +63,12 @@ class InputSpace(ABC):
         return None
 
 
-class ContinuousInputs(InputSpace):
-    """The main input itself, if it is continuous: `pixel_values`, `input_features`, `input_values`, table columns."""
-
-    def __init__(self, model: FunctionalModel) -> None:
-        super().__init__(model)
-        self.name = model.main_input_name
-
-    def read(self, inputs: Mapping[str, Tensor], labels: Tensor) -> tuple[Tensor, Tensor]:
-        check_inputs(self.name, inputs)
-        return inputs[self.name], labels
-
-    def start(self, init: str, real: Tensor, chosen: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
-        noise = torch.randn((len(chosen), *real.shape[1:]), generator=generator).to(real)
-        centre, deviation = real.mean(0), real.std(correction=0)
-        # Identical samples of a cluster would stay identical, so they get a little noise.
-        if init in ("nearest", "random"):
-            repeated = _repeated(chosen).reshape(-1, *[1] * (real.dim() - 1))
-            return {"inputs": real[chosen] + 0.1 * deviation * noise * repeated}
-        if init == "mean":
-            return {"inputs": centre + 0.1 * deviation * noise}
-        return {"inputs": real.mean() + deviation * noise}
-
-    def to_forward(self, samples: SyntheticSamples) -> dict[str, Tensor]:
-        return {self.name: samples.inputs}
-
-
 class EmbeddedTokens(ContinuousInputs):
     """Free vectors in place of frozen token embeddings, `(num_tokens, hidden_size)` a sample."""
 
     def __init__(self, model: FunctionalModel, num_tokens: int = 1) -> None:
         super().__init__(model)
-        self.name = "inputs_embeds"
+        self.name = EMBEDDINGS
         self.num_tokens = num_tokens
 
     def tokens(self, samples: SyntheticSamples) -> Tensor:
@@ -106,14 +87,14 @@ class EmbeddedTokens(ContinuousInputs):
             return self.model.embed(self.model.parameters(), ids), labels
 
 
-class SoftTokens(InputSpace):
+class SoftTokens(ContinuousInputs):
     """Learned mixtures of vocabulary entries as tokens, embedded by the model itself, for trained embeddings."""
 
     # Free vectors would pass no gradient to the embedding matrix.
-    name = "soft_tokens"
 
     def __init__(self, model: FunctionalModel, num_tokens: int = 1, num_choices: int = 1) -> None:
         super().__init__(model)
+        self.name = SOFT_TOKENS
         self.num_tokens = num_tokens
         self.num_choices = num_choices
 
@@ -157,12 +138,12 @@ class SoftTokens(InputSpace):
 
 def input_space(
     model: FunctionalModel, kind: str = "auto", *, num_tokens: int = 1, num_choices: int = 1
-) -> InputSpace:
+) -> ContinuousInputs:
     """The input space of a model; `kind` matters for token models, numbers for starts in token spaces."""
     check_kind(model)
     if model.main_input_name != TOKENS:
         return ContinuousInputs(model)
-    if kind == SoftTokens.name or kind == "auto" and model.trains_embeddings:
+    if kind == SOFT_TOKENS or kind == "auto" and model.trains_embeddings:
         return SoftTokens(model, num_tokens, num_choices)
     return EmbeddedTokens(model, num_tokens)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -24,34 +24,28 @@ class MatchedState:
         return f"recorded step {self.step}" + (f" of run {self.run}" if self.run else "")
 
 
+@dataclass(frozen=True, eq=False)
 class StateVectors(Sequence[Tensor]):
     """Parameters `(num_parameters,)` at the matched states, kept in memory or read from disk at every use."""
 
-    def __init__(
-        self,
-        space: ParameterSpace,
-        trajectories: Sequence[Trajectory],
-        matched: Sequence[MatchedState],
-        device: torch.device,
-        *,
-        in_memory: bool,
-    ) -> None:
-        self._space = space
-        self._trajectories = trajectories
-        self._matched = matched
-        self._device = device
-        self._kept = [self._read(index) for index in range(len(matched))] if in_memory else None
+    space: ParameterSpace
+    trajectories: Sequence[Trajectory]
+    matched: Sequence[MatchedState]
+    device: torch.device
+    in_memory: bool
+    _kept: dict[int, Tensor] = field(default_factory=dict, init=False)
 
     def __len__(self) -> int:
-        return len(self._matched)
+        return len(self.matched)
 
     def __getitem__(self, index: Any) -> Any:
-        return self._kept[index] if self._kept is not None else self._read(index)
-
-    def _read(self, index: int) -> Tensor:
-        state = self._matched[index]
-        parameters = self._trajectories[state.run].state(state.step).parameters
-        return self._space.flatten(parameters).to(self._device)
+        if index in self._kept:
+            return self._kept[index]
+        state = self.matched[index]
+        vector = self.space.flatten(self.trajectories[state.run].state(state.step).parameters).to(self.device)
+        if self.in_memory:
+            self._kept[index] = vector
+        return vector
 
 
 def matched_states(trajectories: Sequence[Trajectory]) -> tuple[MatchedState, ...]:

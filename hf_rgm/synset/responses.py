@@ -1,8 +1,9 @@
-"""Responses of a synset: changes of the trained parameters if a cluster is left out."""
+"""Responses of a synset: changes of the trained parameters if a cluster is left out, in memory or in a file."""
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,28 +15,40 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from hf_rgm.files.reading import DTYPE_BYTES, WAY_OUT, ArtefactFolder, check_memory, printable
-from hf_rgm.synset.responses_file import (
-    SCALES,
-    VALUES,
-    ResponsesDescription,
-    ResponsesFile,
-    check_precision,
-    header_metadata,
-    shortened,
-    stored_sha256,
-    tensor_layout,
-    unusable_clusters,
-)
+from hf_rgm.files.reading import DTYPE_BYTES, WAY_OUT, ArtefactFolder, TensorFile, check_memory, printable
 from hf_rgm.trajectory.precision import quantize_rows
 
 if TYPE_CHECKING:
     from hf_rgm.synset.synset import Synset
 
+RESPONSES_FILE = "responses.safetensors"
+PRECISIONS = {"bfloat16": "BF16", "int8": "I8"}
+VALUES, SCALES = "values", "scales"
+LARGEST_INT8 = 128
+"""Largest magnitude of an int8: a scale times this must be finite."""
+
+Layout = Mapping[str, tuple[tuple[int, ...], str]]
+"""Shape and dtype of each stored tensor, by name."""
+
+
+@dataclass
+class ResponsesDescription:
+    """Description of responses in `synset.json`; `num_bytes` and `sha256` are of the stored tensors."""
+
+    precision: str
+    rewind_step: int
+    num_bytes: int
+    sha256: str
+
+    def __post_init__(self) -> None:
+        _check_precision(self.precision)
+        if self.rewind_step < 0:
+            raise ValueError(f"rewind_step is {self.rewind_step}, no training step")
+
 
 @dataclass(frozen=True, eq=False)
 class Responses:
-    """Changes `δ_k` of the trained parameters if cluster `k` is left out, in 8 or 16 bits, in memory or a file."""
+    """Changes `δ_k` of the trained parameters if cluster `k` is left out, in 8 or 16 bits, in memory or in a file."""
 
     precision: str  # "bfloat16", or "int8" with a scale for each cluster and parameter tensor
     rewind_step: int  # the training step they were followed from
@@ -58,7 +71,7 @@ class Responses:
     ) -> Responses:
         """Rounds deviations `(num_clusters, num_parameters)`, parameters without the cluster minus trained ones."""
         # int8 is off by at most half a level, of 127 from zero to the largest value of a cluster's parameter tensor.
-        check_precision(precision)
+        _check_precision(precision)
         shapes = {name: tuple(shape) for name, shape in parameter_shapes.items()}
         sizes = [math.prod(shape) for shape in shapes.values()]
         if deviations.dim() != 2 or not len(deviations) or deviations.shape[1] != sum(sizes):
@@ -68,18 +81,51 @@ class Responses:
             )
         if rewind_step < 0:
             raise ValueError(f"`rewind_step` must be a training step, got {rewind_step}. The first is 0.")
-        _refuse(~torch.isfinite(deviations).all(1), precision, cluster_names)
+        bad = ~torch.isfinite(deviations).all(1).cpu()
         tensors: dict[str, Tensor] = {}
         for (name, shape), piece in zip(shapes.items(), deviations.split(sizes, dim=1), strict=True):
             rows = piece.detach().to(device="cpu", dtype=torch.float32)
             rounded, scales = quantize_rows(rows) if precision == "int8" else (rows.bfloat16(), None)
-            _refuse(unusable_clusters(rounded, scales), precision, cluster_names)
+            bad |= _unusable_clusters(rounded, scales)
             tensors[f"{VALUES}.{name}"] = rounded.reshape(len(rows), *shape).contiguous()
             if scales is not None:
                 tensors[f"{SCALES}.{name}"] = scales
-        layout = tensor_layout(precision, len(deviations), shapes)
-        sha256 = stored_sha256(layout, tensors.__getitem__, rewind_step)
-        return cls(precision, rewind_step, len(deviations), shapes, sha256, tensors, parameters_sha256)
+        if bool(bad.any()):
+            names = range(len(bad)) if cluster_names is None else [printable(name) for name in cluster_names]
+            clusters = [names[k] for k in torch.nonzero(bad).flatten().tolist()[:5]]
+            raise ValueError(
+                f"The deviations of clusters {clusters} are NaN, infinite or too large for {precision}. Follow them "
+                "from a later training step, or keep the synset without responses."
+            )
+        sha256 = _stored_sha256(_layout(precision, len(bad), shapes), tensors.__getitem__, rewind_step)
+        return cls(precision, rewind_step, len(bad), shapes, sha256, tensors, parameters_sha256)
+
+    @classmethod
+    def open(
+        cls,
+        folder: ArtefactFolder,
+        told: ResponsesDescription,
+        *,
+        num_clusters: int,
+        parameter_shapes: Mapping[str, tuple[int, ...]],
+        parameters_sha256: str,
+        source: str,
+    ) -> Responses:
+        """Responses of a saved synset; their values are read, or downloaded from the Hub, at first use."""
+        file = ResponsesFile(folder, _layout(told.precision, num_clusters, parameter_shapes), told, parameters_sha256)
+        responses = cls(
+            told.precision, told.rewind_step, num_clusters, parameter_shapes, told.sha256, file, parameters_sha256
+        )
+        if told.num_bytes != responses.num_bytes:
+            raise ValueError(
+                f"{source} announces responses of {told.num_bytes} bytes; {num_clusters} clusters and this model's "
+                f"parameters take {responses.num_bytes} in {told.precision}. The files do not belong together. "
+                f"{WAY_OUT}"
+            )
+        if file.at_hand or not folder.is_remote:
+            with folder.open_tensors(RESPONSES_FILE) as tensors:
+                file.check_header(tensors)
+        return responses
 
     @property
     def num_parameters(self) -> int:
@@ -88,7 +134,7 @@ class Responses:
     @property
     def num_bytes(self) -> int:
         """Size of the stored tensors, without reading them."""
-        layout = tensor_layout(self.precision, self.num_clusters, self.parameter_shapes)
+        layout = _layout(self.precision, self.num_clusters, self.parameter_shapes)
         return sum(math.prod(shape) * DTYPE_BYTES[dtype] for shape, dtype in layout.values())
 
     @property
@@ -96,9 +142,8 @@ class Responses:
         """Whether they can be read without a download."""
         return not isinstance(self.source, ResponsesFile) or self.source.at_hand
 
-    def decode(self, clusters: slice | None = None) -> Tensor:
+    def decode(self, clusters: slice = slice(None)) -> Tensor:
         """Deviations `(num_chosen, num_parameters)` of some clusters or all, float32, on the CPU."""
-        clusters = slice(None) if clusters is None else clusters
         if not isinstance(clusters, slice):
             raise TypeError(f"`clusters` must be a slice, got {clusters!r}. For cluster k pass slice(k, k + 1).")
         num_chosen = len(range(self.num_clusters)[clusters])
@@ -113,7 +158,7 @@ class Responses:
         return decoded
 
     def check(self) -> None:
-        """Compares all of the file with what the synset announces; downloads it if need be."""
+        """Compares the whole file with the synset's description; downloads it first if need be."""
         with self._opened():
             pass
 
@@ -123,7 +168,7 @@ class Responses:
         if self.num_clusters != synset.num_clusters or list(self.parameter_shapes.items()) != list(shapes.items()):
             what = f"{self.num_clusters} clusters and {self.num_parameters} parameters, or of other tensors or order"
         elif self.parameters_sha256 not in (None, synset.parameters_sha256):
-            what = f"a model with trained parameters {shortened(self.parameters_sha256)}"
+            what = f"a model with trained parameters {_shortened(self.parameters_sha256)}"
         elif self.rewind_step > num_steps:
             what = f"a run that has a step {self.rewind_step}"
         else:
@@ -145,49 +190,128 @@ class Responses:
             self.check()
             shutil.copyfile(self.source.path(), path)
         else:
-            metadata = header_metadata(self.precision, self.rewind_step, parameters_sha256)
+            metadata = _header_metadata(self.precision, self.rewind_step, parameters_sha256)
             save_file(dict(self.source), path, metadata=metadata)
 
-    @contextlib.contextmanager
-    def _opened(self) -> Iterator[Callable[[str], Tensor]]:
+    def _opened(self) -> contextlib.AbstractContextManager[Callable[[str], Tensor]]:
         """A function that reads stored tensors by name."""
         if isinstance(self.source, ResponsesFile):
-            with self.source.opened() as read:
-                yield read
-        else:
-            yield self.source.__getitem__
+            return self.source.opened()
+        return contextlib.nullcontext(self.source.__getitem__)
 
 
-def open_responses(
-    folder: ArtefactFolder,
-    told: ResponsesDescription,
-    *,
-    num_clusters: int,
-    parameter_shapes: Mapping[str, tuple[int, ...]],
-    parameters_sha256: str,
-    source: str,
-) -> Responses:
-    """Responses of a saved synset. Their values are read, or downloaded from the Hub, at first use."""
-    file = ResponsesFile(
-        folder, tensor_layout(told.precision, num_clusters, parameter_shapes), told, parameters_sha256
-    )
-    responses = Responses(
-        told.precision, told.rewind_step, num_clusters, parameter_shapes, told.sha256, file, parameters_sha256
-    )
-    if told.num_bytes != responses.num_bytes:
+class ResponsesFile:
+    """A file of responses that stays on disk, or on the Hub, until it is used."""
+
+    def __init__(
+        self, folder: ArtefactFolder, layout: Layout, told: ResponsesDescription, parameters_sha256: str
+    ) -> None:
+        self._folder = folder
+        self._layout = layout
+        self._told = told
+        self._metadata = _header_metadata(told.precision, told.rewind_step, parameters_sha256)
+        self._read_whole: tuple[int, ...] | None = None
+
+    @property
+    def at_hand(self) -> bool:
+        """Whether it can be read without a download."""
+        return self._folder.at_hand(RESPONSES_FILE)
+
+    def path(self) -> Path:
+        return self._folder.file(RESPONSES_FILE)
+
+    @contextlib.contextmanager
+    def opened(self) -> Iterator[Callable[[str], Tensor]]:
+        """A function that reads a tensor by name."""
+        with self._folder.open_tensors(RESPONSES_FILE) as file:
+            self.check_header(file)
+            # All of a new or changed file is compared with the synset's description.
+            state = file.path.stat()
+            signature = (state.st_ino, state.st_mtime_ns, state.st_size)
+            if signature != self._read_whole:
+                self._check_content(file)
+                self._read_whole = signature
+            yield lambda key: self._tensor(file, key)
+
+    def _tensor(self, file: TensorFile, key: str) -> Tensor:
+        shape, dtype = self._layout[key]
+        return file.read(key, shape=shape, dtypes=(dtype,))
+
+    def check_header(self, file: TensorFile) -> None:
+        """Checks tensor names, shapes and the model by the file's header alone."""
+        file.check_no_others(self._layout)
+        for key, (shape, dtype) in self._layout.items():
+            file.check(key, shape=shape, dtypes=(dtype,))
+        for name, value in self._metadata.items():
+            found = file.metadata.get(name)
+            if found != value:
+                raise ValueError(
+                    f"{file.path} has {name} {_shortened(found)}, the synset's is {_shortened(value)}: these are "
+                    f"other responses, or those of another model. {WAY_OUT}"
+                )
+
+    def _check_content(self, file: TensorFile) -> None:
+        for key in self._layout:
+            kind, _, name = key.partition(".")
+            if kind == VALUES:
+                scale = f"{SCALES}.{name}"
+                scales = self._tensor(file, scale) if scale in self._layout else None
+                bad = torch.nonzero(_unusable_clusters(self._tensor(file, key), scales)).flatten().tolist()
+                if bad:
+                    raise ValueError(
+                        f"{file.path} has NaN or infinite responses of {printable(name)!r}, or impossible scales, in "
+                        f"clusters {bad[:5]}. {WAY_OUT}"
+                    )
+        found = _stored_sha256(self._layout, lambda key: self._tensor(file, key), self._told.rewind_step)
+        if found != self._told.sha256:
+            raise ValueError(
+                f"{file.path} has SHA-256 {found[:12]} over its responses, the synset announces "
+                f"{_shortened(self._told.sha256)}: the file was changed, or is another synset's. {WAY_OUT}"
+            )
+
+
+def _check_precision(precision: str) -> None:
+    if precision not in PRECISIONS:
         raise ValueError(
-            f"{source} announces responses of {told.num_bytes} bytes; {num_clusters} clusters and this model's "
-            f"parameters take {responses.num_bytes} in {told.precision}. The files do not belong together. {WAY_OUT}"
+            f"The precision of responses must be one of {', '.join(PRECISIONS)}, got {_shortened(precision)}."
         )
-    if file.at_hand or not folder.is_remote:
-        file.check_header()
-    return responses
 
 
-def _refuse(bad: Tensor, precision: str, names: Sequence[str] | None) -> None:
-    if bool(bad.any()):
-        clusters = [k if names is None else printable(names[int(k)]) for k in torch.nonzero(bad).flatten().tolist()]
-        raise ValueError(
-            f"The deviations of clusters {clusters[:5]} are NaN, infinite or too large for {precision}. Follow them "
-            "from a later training step, or keep the synset without responses."
-        )
+def _layout(precision: str, num_clusters: int, shapes: Mapping[str, tuple[int, ...]]) -> Layout:
+    """Tensors of a file: `values.NAME` `(num_clusters, *shape)`, and for int8 `scales.NAME` `(num_clusters,)`."""
+    layout: dict[str, tuple[tuple[int, ...], str]] = {}
+    for name, shape in shapes.items():
+        layout[f"{VALUES}.{name}"] = ((num_clusters, *shape), PRECISIONS[precision])
+        if precision == "int8":
+            layout[f"{SCALES}.{name}"] = ((num_clusters,), "F32")
+    return layout
+
+
+def _header_metadata(precision: str, rewind_step: int, parameters_sha256: str) -> dict[str, str]:
+    return {"precision": precision, "rewind_step": str(rewind_step), "parameters_sha256": parameters_sha256}
+
+
+def _stored_sha256(layout: Layout, read: Callable[[str], Tensor], rewind_step: int) -> str:
+    """SHA-256 over names, shapes, dtypes and bytes of the stored tensors, and the step."""
+    digest = hashlib.sha256(str(rewind_step).encode())
+    for key, (shape, dtype) in layout.items():
+        digest.update(f"{key}{shape}{dtype}".encode())
+        digest.update(read(key).contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _unusable_clusters(values: Tensor, scales: Tensor | None) -> Tensor:
+    """Clusters `(num_clusters,)`, bool, whose values `(num_clusters, *shape)` are not finite or have a wrong scale."""
+    values = values.reshape(len(values), math.prod(values.shape[1:]))
+    if scales is None:
+        return ~torch.isfinite(values).all(1)
+    bad = ~torch.isfinite(LARGEST_INT8 * scales) | (scales < 0)
+    zero = torch.nonzero(scales == 0).flatten()
+    bad[zero] |= (values[zero] != 0).any(1)
+    return bad
+
+
+def _shortened(value: Any) -> str:
+    """Text from a file, for errors."""
+    text = printable(str(value))
+    return text if len(text) <= 80 else f"{text[:80]}..."

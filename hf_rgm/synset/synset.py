@@ -18,12 +18,11 @@ from hf_rgm.files.reading import ArtefactFolder, printable
 from hf_rgm.files.writing import staged_folder
 from hf_rgm.hub.artefact import CardOptions, DatasetArtefact
 from hf_rgm.model.functional_model import FunctionalModel, parameters_sha256
-from hf_rgm.synset.card import synset_card
-from hf_rgm.synset.inputs import SoftTokens
+from hf_rgm.synset.inputs import SOFT_TOKENS
 from hf_rgm.synset.matched_states import MatchedState
 from hf_rgm.synset.responses import Responses
 from hf_rgm.synset.samples import SyntheticSamples
-from hf_rgm.synset.synset_files import CONFIG_FILE, FILES, read_synset, with_pictures, write_synset
+from hf_rgm.synset.synset_files import CONFIG_FILE, FILES, read_synset, synset_card, with_pictures, write_synset
 from hf_rgm.trajectory.trajectory import Trajectory
 
 logger = logging.getLogger(__name__)
@@ -112,7 +111,7 @@ class Synset(DatasetArtefact):
                     f"Synset {name} {tuple(ids.shape)}, {ids.dtype}, do not belong to logits {tuple(learned.shape)}: "
                     "they must be the integers, not negative, that these choose from. Copy or distil it again."
                 )
-        if (self.samples.input_ids is None) == (self.input_name == SoftTokens.name):
+        if (self.samples.input_ids is None) == (self.input_name == SOFT_TOKENS):
             raise ValueError(
                 f"The synset's inputs are `{self.input_name}`, but it holds "
                 f"{'no' if self.samples.input_ids is None else 'its own'} input_ids. Copy or distil it again."
@@ -124,14 +123,12 @@ class Synset(DatasetArtefact):
                 f"Synset residuals have shape {tuple(self.residuals.shape)} for {matched[0]} matched states and "
                 f"{matched[1]} clusters. The files do not belong together."
             )
-        self._check_fidelity()
-        self._check_responses()
+        self._check_additions()
 
-    def _check_responses(self) -> None:
+    def _check_additions(self) -> None:
+        """Checks responses and fidelity, which are often set on a finished synset."""
         if self.responses is not None:
             self.responses.check_belongs(self)
-
-    def _check_fidelity(self) -> None:
         if self.fidelity is None:
             return
         if not isinstance(self.fidelity, dict):
@@ -183,13 +180,7 @@ class Synset(DatasetArtefact):
         return dict(described) if isinstance(described, dict) else {}
 
     def check_model(self, model: FunctionalModel, *, force: bool = False) -> None:
-        """
-        Raises a [`ParameterMismatchError`] unless the model has the parameters the synset was distilled for.
-
-        Args:
-            model (`FunctionalModel`): The model at hand.
-            force (`bool`, *optional*, defaults to `False`): Only warn if parameters of the same shapes differ.
-        """
+        """Raises a [`ParameterMismatchError`], or warns with `force`, unless the synset belongs to the model."""
         parameters = model.parameters()
         shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
         if shapes != self.trajectory.parameter_shapes:
@@ -247,8 +238,7 @@ class Synset(DatasetArtefact):
             FileExistsError: If the folder holds something else.
             ValueError: If `fidelity` is incomplete or of other samples, or the precision is unknown.
         """
-        self._check_fidelity()
-        self._check_responses()
+        self._check_additions()
         kept = self if with_responses else replace(self, responses=None)
         text = synset_card(kept, card)
         frame = self.to_pandas()
@@ -269,7 +259,7 @@ class Synset(DatasetArtefact):
 
     def texts(self, tokenizer: PreTrainedTokenizerBase) -> list[str]:
         """
-        Synthetic texts in words: of each token the likeliest one, or the one with the nearest embedding.
+        Synthetic texts in words: the likeliest token at each position, or the one with the nearest embedding.
 
         Args:
             tokenizer (`PreTrainedTokenizerBase`): The model's.
@@ -278,7 +268,7 @@ class Synset(DatasetArtefact):
             `list[str]`: One per sample, cluster by cluster. They give the right gradients, but read badly.
 
         Raises:
-            ValueError: If the samples are no texts.
+            ValueError: If the samples are not texts.
         """
         if self.metadata.get("tokens") is None:
             raise ValueError(f"The synset's samples are `{self.input_name}` without tokens: there is no text to read.")

@@ -1,4 +1,4 @@
-"""Synsets as folders: what is written, and what is checked when it is read."""
+"""Synsets as folders: what is written, with the card, and what is checked when it is read."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ from torch import Tensor
 
 from hf_rgm.agreement.fidelity_figures import check_kept_report
 from hf_rgm.clusters.cluster_map import ClusterMap
-from hf_rgm.files.reading import WAY_OUT, ArtefactFolder, parsed, with_defaults
-from hf_rgm.files.writing import write_json
+from hf_rgm.files.reading import WAY_OUT, ArtefactFolder, parsed
+from hf_rgm.files.writing import format_size, write_json
+from hf_rgm.hub.artefact import LOCAL, CardOptions
+from hf_rgm.hub.cards import SIGN_CONVENTION, TAGS, fidelity_section, model_name, recorded_model, render
 from hf_rgm.model.functional_model import parameters_sha256
 from hf_rgm.synset.matched_states import MatchedState
-from hf_rgm.synset.responses import ResponsesDescription, open_responses
-from hf_rgm.synset.responses_file import RESPONSES_FILE
+from hf_rgm.synset.responses import RESPONSES_FILE, Responses, ResponsesDescription
 from hf_rgm.synset.samples import SyntheticSamples
 from hf_rgm.trajectory.optimizers import MAX_CONSTANT
 from hf_rgm.trajectory.trajectory import Trajectory
@@ -45,14 +46,14 @@ FILES = (
     f"{RUNS_FOLDER}/*/*/*",
 )
 
-LEARNED = ("inputs", "targets", "log_weights")
-INTEGERS = ("input_ids", "target_ids")
+REQUIRED = {"inputs", "targets", "log_weights", "residuals"}
+INTEGERS = {"input_ids", "target_ids"}
 MIN_LABELS_PER_ROW, MAX_LABELS_PER_ROW = 1e-6, 1e9
 
 
 @dataclass
 class SynsetDescription:
-    """What `synset.json` must hold; see [`Synset`]."""
+    """Content of `synset.json`; see [`Synset`]."""
 
     parameters_sha256: str
     input_name: str
@@ -67,7 +68,7 @@ class SynsetDescription:
 
 @dataclass
 class _Privacy:
-    """What the privacy measure must hold; see `hf_rgm.distillation.privacy.measure_privacy`."""
+    """Content of the privacy measure; see `hf_rgm.distillation.privacy.measure_privacy`."""
 
     distance: float
     row_distance: float | None
@@ -83,7 +84,7 @@ class _Privacy:
 
 @dataclass
 class _Metadata:
-    """The metadata that is computed with."""
+    """Metadata that other modules compute with."""
 
     labels_per_row: float = 1.0
     label_smoothing_factor: float = 0.0
@@ -140,10 +141,10 @@ def read_synset(folder: ArtefactFolder) -> dict[str, Any]:
     """The arguments of [`Synset`] from a folder that `write_synset` wrote."""
     source = f"{folder}/{CONFIG_FILE}"
     content = folder.read_json(CONFIG_FILE, format_version=FORMAT_VERSION, again="record and distil again")
-    description = parsed(SynsetDescription, with_defaults(SynsetDescription, content), source)
-    told = parsed(_Metadata, with_defaults(_Metadata, description.metadata), f"`metadata` of {source}")
+    description = parsed(SynsetDescription, content, source)
+    told = parsed(_Metadata, description.metadata, f"`metadata` of {source}")
     if told.privacy:
-        parsed(_Privacy, with_defaults(_Privacy, told.privacy), f"`privacy` of {source}")
+        parsed(_Privacy, told.privacy, f"`privacy` of {source}")
     check_kept_report(description.fidelity, f"`fidelity` of {source}")
     if description.num_runs < 1 or any(len(state) != 2 for state in description.matched_states):
         raise ValueError(
@@ -158,10 +159,8 @@ def read_synset(folder: ArtefactFolder) -> dict[str, Any]:
         raise ValueError(
             f"`metadata` of {source} has the tokens of {len(told.tokens)} samples, there are {num_samples}. {WAY_OUT}"
         )
-    # Runs are opened one by one: a wrong number fails at the first that is missing.
-    trajectories = []
-    for run in range(description.num_runs):
-        trajectories.append(Trajectory.load(folder.subfolder(f"{RUNS_FOLDER}/{run}")))
+    # A wrong number of runs fails at the first that is missing.
+    trajectories = [Trajectory.load(folder.subfolder(f"{RUNS_FOLDER}/{run}")) for run in range(description.num_runs)]
     _check_runs(trajectories, clusters, description, source)
     if parameters_sha256(trajectories[0].final.parameters) != description.parameters_sha256:
         raise ValueError(
@@ -170,7 +169,7 @@ def read_synset(folder: ArtefactFolder) -> dict[str, Any]:
         )
     responses = None
     if description.responses is not None:
-        responses = open_responses(
+        responses = Responses.open(
             folder,
             parsed(ResponsesDescription, description.responses, f"`responses` of {source}"),
             num_clusters=clusters.num_clusters,
@@ -195,23 +194,17 @@ def read_synset(folder: ArtefactFolder) -> dict[str, Any]:
 
 def _read_tensors(folder: ArtefactFolder, description: SynsetDescription, num_clusters: int) -> dict[str, Tensor]:
     """Reads all tensors, after every announced shape has been checked."""
-    required, announced = {*LEARNED, "residuals"}, description.tensors
+    announced, num_states = description.tensors, len(description.matched_states)
     source = f"{folder}/{CONFIG_FILE}"
-    if not required <= set(announced) <= required | set(INTEGERS):
+    if not REQUIRED <= set(announced) <= REQUIRED | INTEGERS:
         raise ValueError(f"{source} announces the tensors {sorted(announced)[:10]}, not those of a synset. {WAY_OUT}")
     for name, shape in announced.items():
-        of_clusters = shape[-1:] if name == "residuals" else shape[:1]
-        if len(shape) < 2 or min(shape) < 1 or of_clusters != [num_clusters]:
+        fits = shape == [num_states, num_clusters] if name == "residuals" else shape[:1] == [num_clusters]
+        if not fits or len(shape) < 2 or min(shape) < 1:
             raise ValueError(
-                f"{source} announces {name} of shape {shape[:8]}, but the cluster map has {num_clusters} clusters. "
-                f"The files do not belong together. {WAY_OUT}"
+                f"{source} announces {name} of shape {shape[:8]} for {num_states} matched states and {num_clusters} "
+                f"clusters. The files do not belong together. {WAY_OUT}"
             )
-    if announced["residuals"] != [len(description.matched_states), num_clusters]:
-        raise ValueError(
-            f"{source} announces residuals of shape {announced['residuals'][:8]} for "
-            f"{len(description.matched_states)} matched states and {num_clusters} clusters. The files do not "
-            f"belong together. {WAY_OUT}"
-        )
     with folder.open_tensors(TENSORS_FILE) as file:
         file.check_no_others(announced)
         tensors = {
@@ -254,3 +247,68 @@ def with_pictures(frame: Any, inputs: Tensor) -> datasets.Dataset:
     feature = datasets.Image()
     encoded = [feature.encode_example(image) for image in images]
     return table.add_column("image", encoded, feature=feature)
+
+
+def synset_card(synset: Synset, options: CardOptions | None = None) -> str:
+    """The `README.md` of a synset."""
+    options = options or CardOptions()
+    described = synset.model_description
+    return render(
+        "synset_card.md",
+        options,
+        base_model=recorded_model(described),
+        tags=[*TAGS, "synset"],
+        configs=[
+            {"config_name": "default", "data_files": "data/*.parquet", "default": True},
+            {"config_name": "clusters", "data_files": "clusters/*.parquet"},
+        ],
+        model=model_name(options, described),
+        num_samples=synset.num_samples,
+        input_name=synset.input_name,
+        num_clusters=synset.num_clusters,
+        num_rows=synset.clusters.num_rows,
+        num_runs=len(synset.trajectories),
+        matching_error=synset.matching_error,
+        parameters_sha256=synset.parameters_sha256,
+        sign_convention=SIGN_CONVENTION,
+        usage=(
+            "import hf_rgm\nfrom transformers import pipeline\n\n"
+            f'attribute = pipeline("data-attribution", model="{options.model_id or "the/model"}", '
+            f'synset="{options.repo_id or LOCAL}")\nresult = attribute(queries)'
+        ),
+        fidelity=fidelity_section(synset.fidelity),
+        privacy=privacy_section(synset.metadata.get("privacy")),
+        responses=responses_section(synset.responses, synset.trajectory.num_steps),
+    )
+
+
+def privacy_section(privacy: dict[str, Any] | None) -> str:
+    if not privacy:
+        return "Not measured: how near the samples are to training rows is not known."
+    text = (
+        "The median distance of a synthetic sample to the nearest training row of its cluster is "
+        f"{privacy['distance']:.3g}"
+    )
+    if privacy["row_distance"] is not None:
+        text += (
+            f"; that of a row to the nearest other row is {privacy['row_distance']:.3g}. "
+            f"{privacy['share_nearer']:.0%} of the samples are nearer to a row than that"
+        )
+    if privacy.get("kept_tokens") is not None:
+        text += (
+            f". On average {privacy['kept_tokens']:.1f} of a sample's {privacy['num_tokens']} tokens are where the "
+            "most similar row has them"
+        )
+    return f"{text}. Samples that start from rows may show parts of them; this measures it and guarantees nothing."
+
+
+def responses_section(responses: Responses | None, num_steps: int) -> str | None:
+    if responses is None:
+        return None
+    return (
+        f"`{RESPONSES_FILE}` ({format_size(responses.num_bytes)}, {responses.precision}) holds what leaving each "
+        f"cluster out changes in the {responses.num_parameters} trained parameters, followed from training step "
+        f"{responses.rewind_step} of {num_steps}. For privacy: that is one vector of parameter changes for each of "
+        f"the {responses.num_clusters} clusters, derived from the gradients of its real training rows. What it tells "
+        "of single rows was not measured."
+    )

@@ -28,6 +28,8 @@ class TrainedLoss:
     def __post_init__(self) -> None:
         if not 1 / MAX_CONSTANT <= self.scale <= MAX_CONSTANT:  # NaN is not within bounds either
             raise ValueError(f"scale must be from {1 / MAX_CONSTANT:g} to {MAX_CONSTANT:g}, got {self.scale}")
+        if self.longest_input is not None and self.longest_input < 1:
+            raise ValueError(f"longest_input must be at least 1, got {self.longest_input}")
         if len(self.rows) != len(self.losses) or min(self.rows, default=0) < 0:
             raise ValueError(f"{len(self.rows)} rows have {len(self.losses)} losses")
         if not all(math.isfinite(loss) for loss in self.losses):

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from hf_rgm.files.reading import WAY_OUT, ArtefactFolder, parsed, with_defaults
+from hf_rgm.files.reading import WAY_OUT, ArtefactFolder, parsed
 from hf_rgm.files.writing import staged_folder, write_json
 from hf_rgm.trajectory.fingerprint import dataset_fingerprint
 from hf_rgm.trajectory.optimizers import OptimizerRule
@@ -291,7 +291,7 @@ class Trajectory:
         source = f"{folder}/{METADATA_FILE}"
         description = parsed(_Description, content, source)
         metadata = {key: value for key, value in content.items() if key not in _OWN_KEYS}
-        parsed(_Metadata, with_defaults(_Metadata, metadata), f"What {source} says of the run")
+        parsed(_Metadata, metadata, f"What {source} says of the run")
         steps_of_states = description.state_steps
         if description.num_rows < 1 or not 0 < description.num_steps <= MAX_UPDATES:
             raise ValueError(
@@ -330,7 +330,9 @@ class Trajectory:
                 metadata=metadata,
                 folder=folder.root,
             )
-            _ = trajectory.trained_loss  # damage is seen now
+            looked_at = [] if trajectory.trained_loss is None else trajectory.trained_loss.rows
+            if max(looked_at, default=0) >= description.num_rows:
+                raise ValueError(f"`trained_loss` names row {max(looked_at)} of {description.num_rows}.")
             return trajectory
         except ValueError as error:
             raise ValueError(f"The trajectory in {folder} is damaged: {error} {WAY_OUT}") from error

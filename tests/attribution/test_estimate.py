@@ -62,7 +62,7 @@ class TestTime:
             "row_scores",
             "gradient_sources",
         )
-        for module in ("attribution.estimates", *(f"engines.{name}" for name in engines)):
+        for module in ("attribution.answers", *(f"engines.{name}" for name in engines)):
             monkeypatch.setattr(f"hf_rgm.{module}.measured", lambda work: PieceOfWork(1.0, 0))
         monkeypatch.setattr("hf_rgm.engines.gradient_sources.measure_rows", lambda *_: PieceOfWork(1.0, 0))
 

@@ -135,6 +135,26 @@ def test_repeated_questions_read_the_rows_once(passes):
     assert passes == {"gradients": 1, "curvature": 5}
 
 
+def test_scoring_rows_gives_the_gradients_of_many_clusters_too(monkeypatch):
+    clusters, asked_for = ClusterMap.from_ids([i % 12 for i in range(48)]), []
+    original = sources.cluster_gradients
+    monkeypatch.setattr(
+        sources, "cluster_gradients", lambda *a, **k: asked_for.append((len(a[1]), len(a[3]))) or original(*a, **k)
+    )
+    asked = attributor(clusters=clusters)
+    found = asked.attribute(RUN.queries)
+    halves = asked.replayed_values(RUN.queries, torch.eye(12))
+    assert set(asked_for) == {(1, 1)}  # of the probes, one by one
+    assert len(asked_for) == 4 * len(asked._runs(None, None)[0].segments(0.14))
+    asked = attributor(clusters=clusters)
+    run = asked._runs(None, None)[0]
+    run.source.gradients(run.path(0.14), run.form)
+    expected = asked.attribute(RUN.queries)
+    np.testing.assert_allclose(found.scores, expected.scores, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(found.row_scores, expected.row_scores, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(halves, asked.replayed_values(RUN.queries, torch.eye(12)), rtol=1e-4, atol=1e-5)
+
+
 def test_rows_at_the_call_are_read_once_with_a_synset_too(passes):
     asked = Attributor(RUN.model, tiny_synset(), disable_tqdm=True)
     for _ in range(2):

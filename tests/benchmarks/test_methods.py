@@ -14,7 +14,7 @@ from benchmarks.methods.paper import ascent, matched
 from benchmarks.recorded import Recorded
 from hf_rgm import Attributor, DistillationConfig
 from hf_rgm.engines.objectives import log_odds_margin
-from hf_rgm.synset.samples import soft_cross_entropy
+from hf_rgm.synset.samples import soft_cross_entropies
 from hf_rgm.trajectory.trajectory import Trajectory
 from tests.benchmarks import tiny
 
@@ -115,7 +115,7 @@ def test_matched_trains_from_scratch_on_the_synset(recorded):
         optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0)
         for rates, clip_factor in zip(trajectory.steps.learning_rates, trajectory.steps.clip_factor, strict=True):
             optimizer.param_groups[0]["lr"] = rates[0]
-            loss = soft_cross_entropy(model(inputs[present]).logits, targets[present], log_weights[present])
+            loss = soft_cross_entropies(model(inputs[present]).logits, targets[present], log_weights[present]).sum()
             optimizer.zero_grad()
             (float(clip_factor) * loss).backward()
             optimizer.step()

@@ -6,7 +6,7 @@ from datasets import DatasetDict
 
 from hf_rgm import AttributionPipeline, AttributionResult
 from hf_rgm.cli.attribute import ENGINE_NAMES
-from hf_rgm.cli.loading import load_collator, load_model, load_rows
+from hf_rgm.cli.loading import Loading
 from hf_rgm.engines.registry import ENGINES
 from tests.vision import vit_run
 
@@ -169,33 +169,33 @@ def test_datasets_are_read_from_files_and_folders(files, script, tmp_path):
     rows.save_to_disk(tmp_path / "saved")
     DatasetDict({"test": rows, "other": rows.select([0])}).save_to_disk(tmp_path / "parts")
     for name in ("rows.csv", "rows.jsonl", "saved", "parts"):
-        loaded = load_rows(str(tmp_path / name), split=None, default_split="test")
+        loaded = Loading().queries(str(tmp_path / name), None)
         assert loaded.with_format(None)["labels"][:] == [0, 1, 2, 0]
     parts = str(tmp_path / "parts")
-    assert len(load_rows(parts, split="other", default_split="test")) == 1
-    assert len(load_rows(parts, split=None, default_split="test", prepare=f"{script}:first_half")) == 2
+    assert len(Loading().queries(parts, "other")) == 1
+    assert len(Loading(prepare=f"{script}:first_half").queries(parts, None)) == 2
     with pytest.raises(ValueError, match="no split 'dev'. It has: test, other"):
-        load_rows(parts, split="dev", default_split="test")
+        Loading().queries(parts, "dev")
     with pytest.raises(FileNotFoundError, match="no file or folder .*nothing here, and no dataset repository"):
-        load_rows(str(tmp_path / "nothing"), split=None, default_split="test")
+        Loading().queries(str(tmp_path / "nothing"), None)
 
 
 def test_a_model_whose_class_is_not_known_can_be_named(files, tmp_path):
     vit_run().model.config.from_pretrained(files.model, architectures=["MyViT"]).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="--model-class MODULE:CLASS"):
-        load_model(str(tmp_path))
-    loaded = load_model(files.model, model_class="transformers:ViTForImageClassification")
+        Loading().model(str(tmp_path))
+    loaded = Loading(model_class="transformers:ViTForImageClassification").model(files.model)
     assert type(loaded) is type(vit_run().model)
     (tmp_path / "config.json").write_text('{"model_type": "mine"}')
     with pytest.raises(ValueError, match="name it: `--model-class MODULE:CLASS`. transformers says: .*`mine`"):
-        load_model(str(tmp_path))
+        Loading().model(str(tmp_path))
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(ValueError, match="is a PEFT adapter, whose base has to be made first"):
-        load_model(str(tmp_path))
+        Loading().model(str(tmp_path))
 
 
 def test_rows_of_tokens_are_padded_by_the_model_s_tokenizer(files, tmp_path):
     rows = vit_run().queries.add_column("input_ids", [[1], [2, 3], [4], [5]])
     with pytest.raises(OSError, match="has no tokenizer to pad them"):
-        load_collator(None, rows, files.model)
-    assert load_collator(None, vit_run().queries, files.model) is None
+        Loading().collator(rows, files.model)
+    assert Loading().collator(vit_run().queries, files.model) is None

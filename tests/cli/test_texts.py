@@ -11,7 +11,7 @@ import pytest
 from transformers import AutoTokenizer, pipeline
 
 from hf_rgm import AttributionResult, ClusterMap, DistillationConfig, ReverseGradientMatchingDistiller
-from hf_rgm.explorer.open_exhibit import open_exhibit
+from hf_rgm.explorer.app import open_exhibit
 from hf_rgm.pages.exhibit import Exhibit
 from tests.text import VOCABULARY, classifier, texts, word_tokenizer
 from tests.training import recorded_model

@@ -19,7 +19,7 @@ from hf_rgm.distillation.config import DistillationConfig
 from hf_rgm.recording.callback import TrajectoryCallback
 from hf_rgm.testing import TinyModel, tiny_recorded_run, tiny_synset
 from hf_rgm.trajectory.trajectory import Trajectory
-from tests.trajectory.helpers import MeanModel, make_trainer
+from tests.recording.helpers import MeanModel, make_trainer
 
 KINDS = ("clusters", "trajectory", "synset", "result", "unlearned")
 

@@ -21,7 +21,7 @@ from hf_rgm.model.row_reader import CachedBatches, RowReader
 from hf_rgm.recording.callback import TrajectoryCallback
 from hf_rgm.synset.inputs import ContinuousInputs
 from hf_rgm.synset.matched_states import MatchedState
-from hf_rgm.synset.synset_gradients import SynsetGradients
+from hf_rgm.synset.samples import SynsetGradients
 from hf_rgm.testing import TinyConfig, TinyModel, tiny_recorded_run, tiny_synset, tiny_trainer
 from tests.vision import distilled_run, vit
 
@@ -313,4 +313,4 @@ def test_the_gradients_that_are_matched_are_those_of_the_loss_that_was_trained(t
         with pytest.raises(ValueError, match="distilled with a `row_loss` of its own"):
             attributor.attribute(RUN.queries, rows=RUN.train_dataset)
     else:
-        assert attributor.row_loss == RowLoss(label_smoothing=0.3)
+        assert attributor.subject.row_loss == RowLoss(label_smoothing=0.3)

@@ -9,9 +9,9 @@ from hf_rgm.distillation.privacy import measure_privacy
 from hf_rgm.model.functional_model import FunctionalModel
 from hf_rgm.model.losses import CROSS_ENTROPY
 from hf_rgm.model.row_reader import CachedBatches, RowReader
-from hf_rgm.synset.card import privacy_section
 from hf_rgm.synset.inputs import ContinuousInputs, input_space
 from hf_rgm.synset.samples import SyntheticSamples
+from hf_rgm.synset.synset_files import privacy_section
 from hf_rgm.testing import tiny_recorded_run, tiny_synset
 from tests.text import classifier, texts
 

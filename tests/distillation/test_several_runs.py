@@ -11,7 +11,7 @@ import torch
 from hf_rgm import Attributor, DistillationConfig, ReverseGradientMatchingDistiller, Synset
 from hf_rgm.recording.callback import TrajectoryCallback
 from hf_rgm.synset.matched_states import MatchedState, matched_states
-from hf_rgm.synset.synset_gradients import SynsetGradients
+from hf_rgm.synset.samples import SynsetGradients
 from hf_rgm.testing import tiny_dataset, tiny_recorded_run, tiny_synset, tiny_trainer
 
 RUN, OTHER = tiny_recorded_run(0), tiny_recorded_run(1)

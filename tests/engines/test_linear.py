@@ -168,6 +168,12 @@ HALVES = torch.tensor([[0.0, 0, 2, 2, 1, 1], [1, 1, 0, 0, 0, 1]])
 
 def test_effects_of_single_clusters_are_added_up_where_even_these_drift(monkeypatch):
     run = tiny_recorded_run()
+
+    def asked(rewind=None):
+        known = {"trajectory": run.trajectory, "rows": run.train_dataset, "clusters": run.clusters}
+        attributor = Attributor(run.model, **known, disable_tqdm=True)
+        return attributor.replayed_values(run.queries, HALVES, rewind=rewind)
+
     attributor = Attributor(
         run.model, trajectory=run.trajectory, rows=run.train_dataset, clusters=run.clusters, disable_tqdm=True
     )
@@ -176,12 +182,16 @@ def test_effects_of_single_clusters_are_added_up_where_even_these_drift(monkeypa
     scores = attributor.attribute(run.queries).scores
     added = own + (HALVES.numpy() - 1) @ scores.T
     assert not np.allclose(replayed, added, rtol=0.05, atol=0.05)
-    drifts = iter([1.0, *[0.0] * 100])  # of models without single clusters, and of whatever follows
+    drifts = iter([1.0] * 6)  # of models without single clusters, from wherever they begin
     monkeypatch.setattr(DriftMeter, "drifts", lambda self, models, masks: torch.full((len(masks),), next(drifts)))
-    np.testing.assert_allclose(attributor.replayed_values(run.queries, HALVES), added, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(asked(), added, rtol=1e-4, atol=1e-4)
+    drifts = iter([1.0, *[0.0] * 100])  # from the default only: single clusters are replayed from later on
+    np.testing.assert_allclose(
+        asked(), own + (HALVES.numpy() - 1) @ attributor.attribute(run.queries, rewind=0.4).scores.T, atol=1e-4
+    )
     drifts = iter([1.0, *[0.0] * 100])
-    asked = attributor.replayed_values(run.queries, HALVES, rewind=0.14)
-    np.testing.assert_allclose(asked, replayed, rtol=1e-4, atol=1e-4)  # a rewind point that is asked for is taken
+    # a rewind point that is asked for is taken
+    np.testing.assert_allclose(asked(rewind=0.14), replayed, rtol=1e-4, atol=1e-4)
     drifts = iter([0.0, 1.0, *[0.0] * 100])  # of the halves alone: they begin later
-    later = attributor.replayed_values(run.queries, HALVES, rewind=None)
+    later = asked()
     assert not np.allclose(later, replayed, rtol=0.01) and not np.allclose(later, added, rtol=0.01)

@@ -27,9 +27,9 @@ def scored(monkeypatch):
     found = []
     original = row_scores.row_scores
 
-    def counted(engine, directions, source, rows):
+    def counted(engine, directions, source, rows, sums):
         found.append((rows.start, rows.stop))
-        return original(engine, directions, source, rows)
+        return original(engine, directions, source, rows, sums)
 
     monkeypatch.setattr(row_scores, "row_scores", counted)
     return found

@@ -4,8 +4,7 @@ import pytest
 from datasets import DatasetDict
 
 from hf_rgm.exceptions import ParameterMismatchError
-from hf_rgm.explorer.app import explore
-from hf_rgm.explorer.open_exhibit import open_exhibit
+from hf_rgm.explorer.app import explore, open_exhibit
 from hf_rgm.testing import tiny_recorded_run, tiny_synset
 from tests.pages.tiny import tiny_exhibit
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub import RepoCard
 
+import hf_rgm
 from hf_rgm.explorer.space import GRADIO_VERSION, write_space
 from hf_rgm.testing import tiny_synset
 from tests.pages.tiny import tiny_exhibit
@@ -42,14 +43,14 @@ def test_the_folder_serves_what_was_copied_into_it(saved, tmp_path, monkeypatch)
 
 
 def test_header_and_requirements(saved, tmp_path):
-    space = write_space(tmp_path / "space", saved / "mine", title=TITLE, requirement="./hf_rgm.whl[explorer]")
+    space = write_space(tmp_path / "space", saved / "mine", title=TITLE)
     header = RepoCard.load(space / "README.md").data.to_dict()
     assert header["title"] == TITLE
     assert (header["sdk"], header["app_file"]) == ("gradio", "app.py")
     assert (
         f"\ngradio=={header['sdk_version']}\n" in CONSTRAINTS.read_text() and header["sdk_version"] == GRADIO_VERSION
     )
-    assert (space / "requirements.txt").read_text() == "./hf_rgm.whl[explorer]\n"
+    assert (space / "requirements.txt").read_text() == f"hf-rgm[explorer]=={hf_rgm.__version__}\n"
     assert "<b>" not in (space / "README.md").read_text().split("---\n")[2]
 
 

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import copy
-import re
 from dataclasses import replace
 
 import numpy as np
@@ -9,16 +8,15 @@ import pytest
 from huggingface_hub import DatasetCard, ModelCard
 from torch import nn
 
-from hf_rgm import AttributionResult, ClusterMap
+from hf_rgm import AttributionResult
 from hf_rgm.agreement.correlations import Estimate
 from hf_rgm.agreement.fidelity_figures import Agreement
 from hf_rgm.fidelity.report import FidelityReport
 from hf_rgm.hub import CardOptions, cards
-from hf_rgm.hub.cards import NOT_MEASURED, escaped, fidelity_section
-from hf_rgm.results.result_card import attribution_card
-from hf_rgm.results.unlearned import UnlearnedModel, UnlearningCheck
-from hf_rgm.results.unlearned_card import unlearned_model_card
-from hf_rgm.synset.card import synset_card
+from hf_rgm.hub.cards import NOT_MEASURED, fidelity_section
+from hf_rgm.results.result_files import attribution_card
+from hf_rgm.results.unlearned import UnlearnedModel, UnlearningCheck, unlearned_model_card
+from hf_rgm.synset.synset_files import synset_card
 from hf_rgm.testing import tiny_synset
 
 REPORT = FidelityReport(
@@ -82,27 +80,10 @@ def test_templates_are_found_in_an_installed_package_and_in_a_source_tree(tmp_pa
         assert expected in synset_card(tiny_synset())
 
 
-HOSTILE = "<script>alert(1)</script> | **bold** [x](http://evil) `code`\x1b[2J\n# heading {{ 7 * 7 }} $x$"
-
-
-def unescaped(text, character):
-    return re.search(rf"(?<!\\){re.escape(character)}", text) is not None
-
-
-def test_escaped_text_has_no_markup_left():
-    text = escaped(HOSTILE)
-    assert "<" not in text
-    assert "\n" not in text
-    assert "\x1b" not in text
-    for character in "|*[]()`#{}$":
-        assert not unescaped(text, character)
-    assert escaped("imdb, label 1") == "imdb, label 1"
-
-
 def result(**changes):
     arguments = {
         "scores": np.array([[0.5, -0.25], [0.1, 0.0]]),
-        "cluster_names": ["imdb", HOSTILE],
+        "cluster_names": ["imdb", "yelp"],
         "cluster_sizes": np.array([100, 50]),
         "query_ids": ["a", "b"],
         "objective": "margin",
@@ -128,17 +109,6 @@ def test_the_card_of_a_result_says_what_a_score_means():
     assert NOT_MEASURED in card.text
     measured = result(metadata={"fidelity": REPORT.to_dict()})
     assert fidelity_section(REPORT.to_dict()) in attribution_card(measured)
-
-
-def test_names_from_data_are_shown_as_they_are_on_cards():
-    card = attribution_card(result(objective=HOSTILE, engine=HOSTILE))
-    assert "<script>" not in card
-    assert "\x1b" not in card
-    assert "\n# heading" not in card
-    assert "49" not in card
-    synset = tiny_synset()
-    renamed = ClusterMap(synset.clusters.cluster_ids, (HOSTILE, *synset.clusters.names[1:]))
-    assert "<script>" not in synset_card(replace(synset, clusters=renamed))
 
 
 @pytest.mark.parametrize("card", [synset_card(tiny_synset()), attribution_card(result())])
@@ -175,7 +145,7 @@ def test_the_base_model_is_named_only_if_it_is_a_repository(name, expected):
 def test_the_card_of_an_unlearned_model_says_what_was_removed_and_how_it_was_checked():
     unlearned = UnlearnedModel(
         model=nn.Linear(1, 1),
-        clusters=["imdb", HOSTILE],
+        clusters=["imdb", "yelp"],
         sizes=[100, 50],
         checks=[UnlearningCheck("removed rows", 150, 0.1, 1.25)],
         engine="replay",
@@ -191,7 +161,6 @@ def test_the_card_of_an_unlearned_model_says_what_was_removed_and_how_it_was_che
     assert "| removed rows | 150 | 0.1 | 1.25 |" in card.text
     assert "from training step 5 of 20" in card.text
     assert "guarantees nothing" in card.text
-    assert "<script>" not in card.text
 
 
 def test_a_template_of_ones_own(tmp_path):

@@ -11,8 +11,8 @@ from typer.testing import CliRunner
 
 from hf_rgm import Synset
 from hf_rgm.cli import app
-from hf_rgm.synset.card import synset_card
-from hf_rgm.synset.responses_file import RESPONSES_FILE
+from hf_rgm.synset.responses import RESPONSES_FILE
+from hf_rgm.synset.synset_files import synset_card
 from hf_rgm.testing import tiny_synset
 from tests.responses import add_responses, tiny_responses, with_responses
 

@@ -9,6 +9,8 @@ from matplotlib.figure import Figure
 
 from hf_rgm.agreement.correlations import linear_datamodeling_score
 from hf_rgm.plots import (
+    NEGATIVE,
+    POSITIVE,
     plot_bars,
     plot_heatmap,
     plot_inspection_curve,
@@ -16,7 +18,6 @@ from hf_rgm.plots import (
     plot_predicted_against_actual,
     plot_synset_gallery,
 )
-from hf_rgm.plots.drawing import NEGATIVE, POSITIVE
 
 AWKWARD = "$\\frac{1}{ & <b>\n" + "long " * 30
 
@@ -54,9 +55,9 @@ def test_heatmap_colours_are_symmetric_and_tell_the_sign():
 
 def test_heatmap_says_what_it_leaves_out():
     scores = np.diag(np.arange(1.0, 7.0))
-    ax = plot_heatmap(scores, range(6), list("abcdef"), max_queries=4, max_clusters=2, ordered=False)
-    assert texts(ax.get_xticklabels()) == ["e", "f"]
-    assert texts(ax.get_yticklabels()) == ["2", "3", "4", "5"]
+    ax = plot_heatmap(scores, range(6), list("abcdef"), max_queries=4, max_clusters=2)
+    assert sorted(texts(ax.get_xticklabels())) == ["e", "f"]
+    assert sorted(texts(ax.get_yticklabels())) == ["2", "3", "4", "5"]
     assert "2 of 6" in ax.get_xlabel()
     assert "4 of 6" in ax.get_ylabel()
 
@@ -117,12 +118,6 @@ def test_predicted_against_actual_of_several_queries_is_the_lds():
     assert texts(plot_predicted_against_actual(predicted, actual).texts) == [text]
 
 
-def test_predicted_against_actual_draws_the_interval_of_the_truth():
-    ax = plot_predicted_against_actual(np.arange(3), np.arange(3), error=np.array([0.5, 0, 1]))
-    segments = ax.collections[0].get_segments()
-    assert [segment[:, 0].tolist() for segment in segments] == [[-0.5, 0.5], [1, 1], [1, 3]]
-
-
 def test_matching_error_puts_the_worst_cluster_first_and_says_what_it_leaves_out():
     ax = plot_matching_error(np.array([[0.1, 0.5, 0.2], [0.3, 0.1, 0.8]]), [3, 9], ["a", "b", "c"], max_clusters=2)
     assert texts(ax.get_xticklabels()) == ["c", "b"]
@@ -170,7 +165,6 @@ def test_awkward_names_are_drawn_without_touching_pyplot(draw):
         (lambda: plot_synset_gallery(np.zeros((0, 4, 4)), []), "got shape"),
         (lambda: plot_predicted_against_actual(np.zeros(3), np.zeros(2)), "same shape"),
         (lambda: plot_predicted_against_actual(np.zeros(2), np.zeros(2)), "at least 3 points"),
-        (lambda: plot_predicted_against_actual(np.zeros(3), np.zeros(3), error=np.zeros(2)), "same shape"),
         (lambda: plot_matching_error(np.zeros((2, 2)), [1], ["a", "b"]), r"shape \(2, 2\) for 1 states"),
         (lambda: plot_predicted_against_actual(np.array([np.nan, 1]), np.zeros(2)), "`predicted` has 1 NaN"),
         (lambda: plot_inspection_curve([0, 1], {}), "is empty"),

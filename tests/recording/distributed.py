@@ -17,7 +17,7 @@ import torch
 
 import hf_rgm.recording.recording
 from hf_rgm.recording.callback import TrajectoryCallback
-from tests.trajectory.helpers import MeanModel, OutOfMemoryModel, UpdateModel, dataset, make_trainer, trainable
+from tests.recording.helpers import MeanModel, OutOfMemoryModel, UpdateModel, dataset, make_trainer, trainable
 
 # 22 rows in batches of 4: three batches for each process, of which the last has rows of the epoch's beginning.
 RUNS: dict[str, tuple[type[MeanModel], dict[str, Any]]] = {

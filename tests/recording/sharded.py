@@ -22,7 +22,7 @@ from transformers import GPT2Config, GPT2ForSequenceClassification, Trainer, Tra
 from hf_rgm.model.functional_model import FunctionalModel
 from hf_rgm.model.sharding import whole
 from hf_rgm.recording.callback import TrajectoryCallback
-from tests.trajectory.helpers import MeanModel, OutOfMemoryModel, StopAt, UpdateModel, dataset
+from tests.recording.helpers import MeanModel, OutOfMemoryModel, StopAt, UpdateModel, dataset
 
 FSDP: dict[str, Any] = {"fsdp": True, "fsdp_config": {"version": 2, "auto_wrap_policy": "NO_WRAP"}}
 RUNS: dict[str, tuple[type[MeanModel], dict[str, Any]]] = {

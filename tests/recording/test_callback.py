@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from hf_rgm.recording.callback import TrajectoryCallback
 from hf_rgm.trajectory.fingerprint import dataset_fingerprint
 from hf_rgm.trajectory.trajectory import Trajectory
-from tests.trajectory.helpers import (
+from tests.recording.helpers import (
     MeanModel,
     OutOfMemoryModel,
     StopAt,

@@ -13,7 +13,7 @@ from transformers import Trainer, TrainingArguments
 
 from hf_rgm.recording.callback import TrajectoryCallback
 from hf_rgm.recording.description import check_supported, describe_run, fingerprint_columns, loss_reduction
-from tests.trajectory.helpers import MeanModel, UpdateModel, dataset, make_trainer
+from tests.recording.helpers import MeanModel, UpdateModel, dataset, make_trainer
 
 
 def supported(kind=DistributedType.NO, **changes):

@@ -15,7 +15,7 @@ import torch
 from hf_rgm.recording.callback import TrajectoryCallback
 from hf_rgm.trajectory.trajectory import Trajectory
 from tests.recording.distributed import CHECKPOINT, RESUMED, RUNS
-from tests.trajectory.helpers import MeanModel, OutOfMemoryModel, dataset, make_trainer, replay, trainable
+from tests.recording.helpers import MeanModel, OutOfMemoryModel, dataset, make_trainer, replay, trainable
 
 ROOT = Path(__file__).parents[2]
 # float32 arithmetic in another order: two processes' averages of averages, over at most 18 updates.

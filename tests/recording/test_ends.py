@@ -7,7 +7,7 @@ import torch
 from transformers import EarlyStoppingCallback
 
 from hf_rgm.recording.callback import TrajectoryCallback
-from tests.trajectory.helpers import MeanModel, StopAt, assert_identical, train, trainable
+from tests.recording.helpers import MeanModel, StopAt, assert_identical, train, trainable
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

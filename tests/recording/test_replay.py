@@ -5,7 +5,7 @@ import torch
 
 from hf_rgm.recording.callback import TrajectoryCallback
 from hf_rgm.trajectory.trajectory import Trajectory
-from tests.trajectory.helpers import MeanModel, UpdateModel, dataset, make_trainer, replay, trainable
+from tests.recording.helpers import MeanModel, UpdateModel, dataset, make_trainer, replay, trainable
 
 # float32 arithmetic in another order, over 18 updates.
 TOLERANCE = 2e-6

@@ -10,7 +10,7 @@ from transformers import TrainerCallback
 
 from hf_rgm.recording.callback import TrajectoryCallback
 from hf_rgm.trajectory.trajectory import Trajectory
-from tests.trajectory.helpers import (
+from tests.recording.helpers import (
     MeanModel,
     OutOfMemoryModel,
     assert_identical,

@@ -13,8 +13,8 @@ import torch
 
 from hf_rgm.model.functional_model import FunctionalModel
 from hf_rgm.trajectory.trajectory import Trajectory
+from tests.recording.helpers import MeanModel, assert_identical, dataset, replay, trainable
 from tests.recording.sharded import RUNS, lora
-from tests.trajectory.helpers import MeanModel, assert_identical, dataset, replay, trainable
 
 pytest.importorskip("peft")
 ROOT = Path(__file__).parents[2]

@@ -13,8 +13,8 @@ from hf_rgm.files.writing import FOLDER_LOCK, FolderLock
 from hf_rgm.recording.callback import TrajectoryCallback
 from hf_rgm.trajectory.trajectory import Trajectory
 from tests.files.test_writing import HOLDER
+from tests.recording.helpers import MeanModel, StopAt, make_trainer, trainable
 from tests.recording.test_resume import ARGUMENTS, assert_same_steps, resume, uninterrupted
-from tests.trajectory.helpers import MeanModel, StopAt, make_trainer, trainable
 
 
 class Terminate(TrainerCallback):

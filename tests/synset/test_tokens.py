@@ -8,8 +8,7 @@ from hf_rgm.model.losses import RowLoss
 from hf_rgm.model.row_gradients import row_derivatives, row_gradients
 from hf_rgm.model.row_reader import RowReader
 from hf_rgm.synset.inputs import ContinuousInputs, EmbeddedTokens, SoftTokens, choose_ids, first_tokens, input_space
-from hf_rgm.synset.samples import SyntheticSamples
-from hf_rgm.synset.synset_gradients import SynsetGradients
+from hf_rgm.synset.samples import SynsetGradients, SyntheticSamples
 from tests.text import DECODERS, ENCODERS, VOCABULARY, classifier, language_model, tagger, texts
 from tests.vision import vit
 

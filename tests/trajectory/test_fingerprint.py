@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from hf_rgm.trajectory.fingerprint import dataset_fingerprint
-from tests.trajectory.helpers import dataset
+from tests.recording.helpers import dataset
 
 ROWS = [{"x": [0.1 * row, 1.0], "labels": row % 3, "source": f"s{row}"} for row in range(100)]
 COLUMNS = ["x", "labels", "unused"]

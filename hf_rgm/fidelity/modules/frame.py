@@ -1,14 +1,16 @@
-"""What the `evaluate` modules share."""
+"""Base of the `evaluate` modules."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import asdict
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import datasets
 import evaluate
 import numpy as np
+from evaluate.naming import camelcase_to_snakecase
 
 from hf_rgm.agreement.correlations import Estimate
 
@@ -35,17 +37,23 @@ Examples:
 
 
 class CorrelationMetric(evaluate.Metric):
-    """A correlation of `(num_queries, num_points)` predictions with references, as a metric of its own name."""
-
-    texts: ClassVar[dict[str, Any]]
-    """Those of `evaluate.MetricInfo`."""
+    """A correlation of `(num_queries, num_points)` predictions with references; docstrings describe the metrics."""
 
     correlation: ClassVar[Callable[..., Estimate]]
+    arguments: ClassVar[str]
+    points: ClassVar[str]
+    paper: ClassVar[tuple[str, str]]  # address and BibTeX
 
     def _info(self) -> evaluate.MetricInfo:
-        values = datasets.Sequence(datasets.Value("float64"))
+        values, metric = datasets.Sequence(datasets.Value("float64")), type(self).__name__
+        name = camelcase_to_snakecase(metric)
+        url, citation = self.paper
         return evaluate.MetricInfo(
-            features=datasets.Features({"predictions": values, "references": values}), **self.texts
+            description=inspect.getdoc(self) or "",
+            citation=citation,
+            inputs_description=USAGE.format(arguments=self.arguments, name=name, metric=metric, points=self.points),
+            features=datasets.Features({"predictions": values, "references": values}),
+            reference_urls=[url],
         )
 
     def _compute(self, predictions, references, **options) -> dict[str, float | int | None]:

@@ -15,8 +15,8 @@ import numpy as np
 from hf_rgm import AttributionResult, Attributor, ClusterMap, Synset, Trajectory
 from hf_rgm.exceptions import DivergenceError
 from hf_rgm.files.reading import ArtefactFolder
-from hf_rgm.results.result_card import attribution_card
-from hf_rgm.synset.card import synset_card
+from hf_rgm.results.result_files import attribution_card
+from hf_rgm.synset.synset_files import synset_card
 from hf_rgm.testing import tiny_recorded_run, tiny_synset
 
 REFUSALS = (ValueError, FileNotFoundError, MemoryError)

@@ -12,30 +12,29 @@ OPTION = "--write-hostile-table"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption(OPTION, action="store_true", help="do not compare with docs/hostile.md, it is being written")
+    parser.addoption(OPTION, action="store_true", help="do not compare with outcomes.json, it is being written")
 
 
 @pytest.fixture(scope="session")
 def committed(request: pytest.FixtureRequest) -> dict[tuple[str, str], str] | None:
-    """The table as committed, or nothing while it is being written."""
+    """The record as committed, or nothing while it is being written."""
     # Where the whole suite runs, pytest comes here too late to ask for options.
     if request.config.getoption(OPTION, default=False):
         return None
-    return table.read_lines(table.PATH.read_text(encoding="utf-8"))
+    return table.read()
 
 
 @pytest.fixture
 def outcome_of(
     record_property: Callable[[str, object], None], committed: dict[tuple[str, str], str] | None
 ) -> Callable[[str, str, str], None]:
-    """Adds a line to the table of cases; call it with artefact, what was done, and outcome."""
+    """Adds an outcome to the record of cases; call it with artefact, what was done, and outcome."""
 
     def add(artefact: str, done: str, outcome: str) -> None:
-        line = (artefact, table.cell(done), table.cell(outcome))
-        record_property(table.PROPERTY, line)
+        record_property(table.PROPERTY, (artefact, done, outcome))
         if committed is not None:
             told = "Run `python -m tests.hub.hostile.table` and look at what has changed."
-            assert committed.get(line[:2]) == line[2], told
+            assert committed.get((artefact, done)) == outcome, told
 
     return add
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from hf_rgm.synset.responses_file import RESPONSES_FILE
+from hf_rgm.synset.responses import RESPONSES_FILE
 from tests.hub.hostile.damage import HUNDRED_GB, Case
 from tests.hub.hostile.edits import (
     Edit,
@@ -49,7 +49,7 @@ def responses() -> Iterator[Case]:
         ),
         (f"{file} has seven clusters", tensor(file, values, lambda x: x[[0, 0, 1, 2, 3, 4, 5]]), "expected"),
         (f"{file} has values of float32", tensor(file, values, torch.Tensor.float), "dtype F32; expected"),
-        (f"{file} lacks a scale", tensors(file, lambda x: x.pop(scales)), "lacks the tensors"),
+        (f"{file} lacks a scale", tensors(file, lambda x: x.pop(scales)), "has no tensor"),
         (f"{file} has a tensor too many", tensors(file, lambda x: x.update({"\x1b[2J": x[scales] + 1})), "too many"),
         (f"{file} has a negative scale", tensor(file, scales, bad_value(-1.0)), "impossible scales"),
         (f"{file} has a scale of NaN", tensor(file, scales, bad_value(float("nan"))), "impossible scales"),

@@ -1,4 +1,4 @@
-"""The committed table of cases; that its outcomes are right, the cases check themselves."""
+"""The committed record of cases and its summary; that its outcomes are right, the cases check themselves."""
 
 from __future__ import annotations
 
@@ -8,24 +8,37 @@ from tests.hub.hostile import table
 from tests.hub.hostile.cases import CASES
 
 
-def test_the_table_has_the_cases_and_none_that_are_gone(committed):
+def test_the_record_has_the_cases_and_none_that_are_gone(committed):
     if committed is None:
-        pytest.skip("the table is being written")
-    told = [(case.artefact, table.cell(case.done)) for case in CASES]
+        pytest.skip("the record is being written")
+    told = [(case.artefact, case.done) for case in CASES]
     assert len(set(told)) == len(told)
     assert set(told) <= set(committed)
     assert {done for _, done in committed if done.endswith(" (on the Hub)")} == {
-        f"{table.cell(case.done)} (on the Hub)" for case in CASES if case.on_hub
+        f"{case.done} (on the Hub)" for case in CASES if case.on_hub
     }
     assert table.render(committed) == table.PATH.read_text(encoding="utf-8")
 
 
-def test_a_table_that_is_written_can_be_read():
-    lines = {("Synset", table.cell("a | b <c> 10**8")): table.cell("ValueError: … a* | b …")}
-    assert table.read_lines(table.render(lines)) == lines
+def test_the_page_is_the_summary_of_the_record(committed):
+    if committed is None:
+        pytest.skip("the record is being written")
+    page = table.SUMMARY.read_text(encoding="utf-8")
+    assert page == table.summary(committed)
+    assert len(page.splitlines()) < 40
+    assert all(f"| {family} |" in page for family in table.FAMILIES)
 
 
-def test_the_table_is_not_written_where_a_case_fails(tmp_path, monkeypatch):
-    monkeypatch.setattr(table, "PATH", tmp_path / "table.md")
-    assert table.main(lambda arguments, plugins: 1) == 1 and not table.PATH.exists()
-    assert table.main(lambda arguments, plugins: 0) == 0 and table.PATH.exists()
+def test_outcomes_are_counted():
+    assert table.counts("ValueError for null, true; harmless for []") == {"ValueError": 2, "harmless": 1}
+    assert table.counts("MemoryError: … needs 100.0 GB …") == {"MemoryError": 1}
+    assert table.counts("loads; attributing gives DivergenceError or scores") == {"harmless": 1}
+
+
+def test_nothing_is_written_where_a_case_fails(tmp_path, monkeypatch):
+    written = tmp_path / "outcomes.json", tmp_path / "hostile.md"
+    monkeypatch.setattr(table, "PATH", written[0])
+    monkeypatch.setattr(table, "SUMMARY", written[1])
+    assert table.main(lambda arguments, plugins: 1) == 1 and not any(path.exists() for path in written)
+    assert table.main(lambda arguments, plugins: 0) == 0 and all(path.exists() for path in written)
+    assert table.read() == {}
