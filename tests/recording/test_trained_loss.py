@@ -32,8 +32,8 @@ from hf_rgm.model.row_reader import RowReader
 from hf_rgm.recording.callback import TrajectoryCallback
 from hf_rgm.synset.compatibility import row_loss_of
 from hf_rgm.trajectory.trajectory import Trajectory
+from tests.recording.helpers import MeanModel, UpdateModel, dataset, make_trainer
 from tests.text import SMALL, language_model, text_config
-from tests.trajectory.helpers import MeanModel, UpdateModel, dataset, make_trainer
 
 QUIET = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 LENGTH_TOLERANCE = 2e-3
