@@ -45,7 +45,7 @@ class LinearStep:
     step: int
     nearest_state: int
     precondition: Tensor  # learning rate over Adam's root of second moment, `(num_parameters,)` or `(1,)`
-    gradient_scale: float  # recorded clipping factor
+    gradient_scale: float  # recorded clipping factor, and share of micro-batches
     momentum: float
     gain: float
     momentum_share: float
@@ -162,7 +162,7 @@ class RecordedPath:
             step=start,
             nearest_state=nearest,
             precondition=precondition,
-            gradient_scale=float(np.average(table.clip_factor[covered][active], weights=weights)),
+            gradient_scale=float(np.average(trajectory.gradient_scales[covered][active], weights=weights)),
             momentum=momentum,
             gain=gain,
             momentum_share=momentum_share,

@@ -224,13 +224,23 @@ class Trajectory:
         told = self.trained_loss
         return {} if told is None else {"remove_unused_columns": told.remove_unused_columns, "columns": told.columns}
 
+    @property
+    def gradient_scales(self) -> np.ndarray:
+        """What multiplied the gradient of the mean loss at every step: clipping and short updates, `(num_steps,)`."""
+        told, sizes = self.trained_loss, self.steps.micro_batch_sizes
+        if told is None or not told.adds_micro_batches or sizes is None:
+            return self.steps.clip_factor
+        # The loss adds micro-batches, of which the last update of an epoch may have fewer.
+        whole = int(self.metadata["gradient_accumulation_steps"]) * int(self.metadata["num_processes"])
+        return self.steps.clip_factor * np.array([len(each) for each in sizes]) / whole
+
     def without_rows(self) -> Trajectory:
         """A copy to share, which does not tell the rows of each step."""
         shared = copy.copy(self)
         shared.metadata = dict(self.metadata)
         if self.trained_loss is not None:
             shared.metadata["trained_loss"] = asdict(replace(self.trained_loss, rows=[], losses=[]))
-        shared.steps = replace(self.steps, rows=None, micro_batch_sizes=None)
+        shared.steps = replace(self.steps, clip_factor=self.gradient_scales, rows=None, micro_batch_sizes=None)
         return shared
 
     def save(self, folder: str | Path, *, precision: str | None = None) -> None:

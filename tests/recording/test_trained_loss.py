@@ -191,13 +191,13 @@ def record(folder, model, data, *, kind=Trainer, row_loss=None, trainer=None, **
     return made, Trajectory.load(folder / "trajectory")
 
 
-def our_norm(trainer, trajectory, data, row_loss=None) -> float:
-    """Norm of the first update's gradient under the recorded loss."""
+def our_norm(trainer, trajectory, data, row_loss=None, step=0) -> float:
+    """Norm of an update's gradient under the recorded loss, before clipping."""
     functional = FunctionalModel(trainer.model, shifts_labels=trajectory.shifts_labels)
     reader = RowReader(data, functional, data_collator=trainer.data_collator)
     own = row_loss_of([trajectory], reader, row_loss)
-    parameters = {name: value.requires_grad_() for name, value in trajectory.state(0).parameters.items()}
-    inputs, labels = reader.batch(trajectory.steps.rows[0])
+    parameters = {name: value.requires_grad_() for name, value in trajectory.state(step).parameters.items()}
+    inputs, labels = reader.batch(trajectory.steps.rows[step])
     loss = own(functional.logits(parameters, inputs), labels).mean()
     gradients = torch.autograd.grad(loss, list(parameters.values()), materialize_grads=True)
     return float(functional.space.flatten(dict(zip(parameters, gradients, strict=True))).norm())
@@ -247,6 +247,15 @@ def test_a_count_that_differs_among_rows_is_right_on_average(tmp_path):
     assert trajectory.trained_loss.scale == pytest.approx((1 + 2 + 3) / (3 * 4), rel=LENGTH_TOLERANCE)
     norm = our_norm(trainer, trajectory, data)
     assert norm == pytest.approx(trajectory.steps.gradient_norm[0], rel=LENGTH_TOLERANCE)
+
+
+def test_short_updates_count_by_their_micro_batches(tmp_path):
+    options = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}  # 10 batches: 4, 4 and 2
+    trainer, trajectory = record(tmp_path, bert(), rows(20), **options)
+    assert trajectory.gradient_scales.tolist() == [1, 1, 0.5]
+    assert trajectory.without_rows().gradient_scales.tolist() == [1, 1, 0.5]
+    norm = our_norm(trainer, trajectory, rows(20), step=2)
+    assert norm * 0.5 == pytest.approx(trajectory.steps.gradient_norm[2], rel=LENGTH_TOLERANCE)
 
 
 def test_labels_that_are_ignored_do_not_count(tmp_path):
@@ -362,7 +371,8 @@ def test_a_loss_of_rows_is_checked_by_every_stage(tmp_path):
         return ReverseGradientMatchingDistiller(trainer.model, trajectory, rows(), clusters, row_loss=function)
 
     def attributing(function):
-        return Attributor(trainer.model, trajectory=trajectory, rows=rows(), clusters=clusters, row_loss=function)
+        built = Attributor(trainer.model, trajectory=trajectory, rows=rows(), clusters=clusters, row_loss=function)
+        return built.subject
 
     for stage in (distilling, attributing):
         assert stage(weighted).row_loss.scale == trajectory.trained_loss.scale
