@@ -86,7 +86,7 @@ class TrajectoryRecorder:
             existing = self._resumable(existing, step)
             wanted |= {earlier for earlier in existing["state_steps"] or () if earlier <= step}
             self._description["updates_before"] = existing.get("updates_before", 0)
-            self._check_same_loss(existing)
+            self._description["trained_loss"] = self._same_loss(existing)
         self._description["state_steps"] = sorted(wanted)
         self._exact.clear()
         self._own = True
@@ -152,8 +152,8 @@ class TrajectoryRecorder:
             raise ValueError(f"{state_path(self.folder, 0)} is missing, so training cannot be resumed here. {way_out}")
         return existing
 
-    def _check_same_loss(self, existing: dict[str, Any]) -> None:
-        """Refuses to resume with another loss than the first part of the run had."""
+    def _same_loss(self, existing: dict[str, Any]) -> dict[str, Any] | None:
+        """The loss as the first part of the run had it; refuses to resume with another."""
         before, now = existing.get("trained_loss"), self._description.get("trained_loss")
         if before is not None and now is not None:
             for key in ("adds_micro_batches", "shifts_labels", "custom"):
@@ -162,6 +162,7 @@ class TrajectoryRecorder:
                         f"Training resumes with another loss: `{key}` was {before[key]} and is {now[key]}. Resume "
                         "with the same model, arguments and `row_loss`, or train from the beginning."
                     )
+        return now if before is None else before
 
     def write_steps(self, start: int, steps: StepTable) -> None:
         """Adds steps, starting at number `start`."""
@@ -225,8 +226,14 @@ class TrajectoryRecorder:
             "state_steps": [step for step in recorded if step <= num_steps],
             "recording": dict(cost),
             "stopped_early": stopped_early,
-            "trained_loss": trained_loss,
         }
+        told = self._description.get("trained_loss")
+        if told is not None and trained_loss is not None:  # of a resumed run, the first part's, with the last losses
+            self._description["trained_loss"] = {
+                **told,
+                "rows": trained_loss["rows"],
+                "losses": trained_loss["losses"],
+            }
         with self._stopping(num_steps):
             self._write_description()
         for step in recorded:
