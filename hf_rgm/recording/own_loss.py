@@ -25,13 +25,19 @@ _DROPOUTS = {
 
 def calling_trainer() -> Trainer | None:
     """The Trainer in whose training this is called, as callbacks are not told."""
-    frame = inspect.currentframe()
-    while frame is not None:
-        owner = frame.f_locals.get("self")
-        if isinstance(owner, Trainer):
-            return owner
-        frame = frame.f_back
-    return None
+    # `f_locals` of this frame would hold a reference to the frame, and so keep the Trainer alive.
+    own = inspect.currentframe()
+    frame = None if own is None else own.f_back
+    del own
+    try:
+        while frame is not None:
+            owner = frame.f_locals.get("self")
+            if isinstance(owner, Trainer):
+                return owner
+            frame = frame.f_back
+        return None
+    finally:
+        del frame
 
 
 class OwnLoss:

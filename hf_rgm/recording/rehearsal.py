@@ -98,7 +98,9 @@ class Rehearsal:
         try:
             check_distillable(self.model, inputs)
         except (NotImplementedError, ValueError) as error:
-            logger.warning("This run can be attributed by its rows, but no synset can be distilled from it: %s", error)
+            logger.warning(
+                "This run can be attributed by its rows, but no synset can be distilled from it: %s", str(error)
+            )
         return trained
 
     def _compared(self, batches: list[NDArray[np.int64]]) -> tuple[TrainedLoss, Comparison]:
