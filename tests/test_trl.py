@@ -134,7 +134,8 @@ def full_gradient(trainer, functional) -> torch.Tensor:
     batch = trainer.data_collator(trainer.train_dataset.select_columns(columns).to_list())
     model = trainer.model.eval()
     own = [value for name, value in model.named_parameters() if name in functional.space.names]
-    loss = trainer.compute_loss(model, dict(batch))
+    _, count = trainer.get_batch_samples(iter([batch]), 1, trainer.args.device)  # what training divides by
+    loss = trainer.compute_loss(model, dict(batch), num_items_in_batch=count)
     return torch.cat([gradient.flatten() for gradient in torch.autograd.grad(loss, own)])
 
 
@@ -237,7 +238,9 @@ def test_a_flattening_collator_is_refused():
 
 
 def test_another_loss_has_to_be_passed(tokenizer, tmp_path):
-    trainer = trained(tmp_path, tokenizer, rows("prompts"), loss_type="dft", num_train_epochs=1)
+    with pytest.raises(NotImplementedError, match="loss_type='dft'.*`row_loss`"):
+        trained(tmp_path, tokenizer, rows("prompts"), loss_type="dft", num_train_epochs=1)
+    trainer = sft_trainer(tmp_path, tokenizer, rows("prompts"), loss_type="dft", num_train_epochs=1)
     dataset = trainer.train_dataset
     labels_per_row = sum(label != -100 for labels in dataset["labels"] for label in labels[1:]) / len(dataset)
 
@@ -245,8 +248,8 @@ def test_another_loss_has_to_be_passed(tokenizer, tmp_path):
         losses = label_losses(logits, labels)
         return (losses * (-losses).exp().detach()).sum(1) / labels_per_row
 
+    trainer.add_callback(TrajectoryCallback(tmp_path / "trajectory", row_loss=dynamic))
+    trainer.train()
     given = (trainer.model, tmp_path / "trajectory", dataset, ClusterMap.from_column(dataset, "source"))
-    with pytest.raises(ValueError, match="loss_type='dft'.*`row_loss`"):
-        ReverseGradientMatchingDistiller(*given, data_collator=trainer.data_collator)
     distiller = ReverseGradientMatchingDistiller(*given, data_collator=trainer.data_collator, row_loss=dynamic)
     torch.testing.assert_close(distilled_gradient(distiller), full_gradient(trainer, distiller.model), **CLOSE)

@@ -376,9 +376,9 @@ class Attributor:
         reader = self._reader(queries, data_collator, predict_labels=True)
         return Queries(*reader.batch(range(len(reader))))
 
-    def _reader(self, queries: Any, data_collator: DataCollator | None, **options: bool) -> RowReader:
-        collator = data_collator or self._collator
-        return RowReader(queries, self.model, data_collator=collator, what="queries", **options)
+    def _reader(self, queries: Any, data_collator: DataCollator | None, **options: Any) -> RowReader:
+        options |= {**self.subject.trajectory.reader_options, "data_collator": data_collator or self._collator}
+        return RowReader(queries, self.model, what="queries", **options)
 
     def _available(self, rows: Any) -> dict[str, bool]:
         synset, has_rows = self.synset, rows is not None or self.rows is not None

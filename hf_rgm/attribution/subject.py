@@ -80,12 +80,18 @@ def subject_of_runs(
             f"{', '.join(missing)}. Pass `trajectory=`, `rows=` and `clusters=`, or `synset=`."
         )
     trajectories = open_runs(trajectory)
-    functional = FunctionalModel(model, trainable_names=tuple(trajectories[0].parameter_shapes), device=device)
-    reader = training_rows(rows, functional, clusters, data_collator)
+    functional = _functional(model, trajectories[0], device)
+    reader = training_rows(rows, functional, clusters, data_collator, trajectories[0])
     if not force:
         check_runs(functional, trajectories, rows, called="rows")
-    row_loss = row_loss_of(trajectories, reader, function)
+    row_loss = row_loss_of(trajectories, reader, function, force=force)
     return Subject(functional, row_loss, trajectories, clusters, parameters_sha256(functional.parameters()))
+
+
+def _functional(model: nn.Module, trajectory: Trajectory, device: torch.device | str | None) -> FunctionalModel:
+    """The model as a function of the parameters that a run trained."""
+    names = tuple(trajectory.parameter_shapes)
+    return FunctionalModel(model, trainable_names=names, device=device, shifts_labels=trajectory.shifts_labels)
 
 
 def subject_of_synset(
@@ -99,7 +105,7 @@ def subject_of_synset(
 ) -> Subject:
     """Subject of a synset; raises an error unless it was distilled for the model."""
     synset = synset if isinstance(synset, Synset) else Synset.from_pretrained(synset)
-    functional = FunctionalModel(model, trainable_names=tuple(synset.trajectory.parameter_shapes), device=device)
+    functional = _functional(model, synset.trajectory, device)
     synset.check_model(functional, force=force)
     if not has_rows and synset.responses is None:  # else nothing depends on the samples
         warn_unless_matched(synset.matched_states, synset.residuals)
@@ -114,6 +120,7 @@ def subject_of_synset(
         labels_per_row=float(synset.metadata.get("labels_per_row", 1.0)),
         label_smoothing=float(synset.metadata.get("label_smoothing_factor", 0.0)),
         function=function,
+        scale=float(synset.metadata.get("loss_scale", 1.0)),
     )
     samples = SampleSource(functional, inputs, synset.samples.map(lambda tensor: tensor.to(functional.device)))
     return Subject(
@@ -143,7 +150,7 @@ class KnownRuns:
                     "The synset was distilled with a `row_loss` of its own, which rows are scored by. Pass the same "
                     "function as `row_loss`."
                 )
-            reader = training_rows(rows, subject.model, subject.clusters, collator)
+            reader = training_rows(rows, subject.model, subject.clusters, collator, subject.trajectory)
             subject.trajectory.check_dataset(rows, what="rows")
         runs = [self._run(trajectory, reader) for trajectory in subject.trajectories]
         self._known = rows, collator, runs

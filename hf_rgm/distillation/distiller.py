@@ -35,6 +35,7 @@ from hf_rgm.model.out_of_memory import advice_on_memory
 from hf_rgm.model.processes import Processes
 from hf_rgm.model.row_gradients import cluster_gradients, measure_rows
 from hf_rgm.model.row_reader import CachedBatches, DataCollator, RowReader
+from hf_rgm.model.synthetic_inputs import check_distillable
 from hf_rgm.synset.compatibility import check_runs, open_runs, row_loss_of, warn_unless_matched
 from hf_rgm.synset.inputs import input_space
 from hf_rgm.synset.matched_states import StateVectors, matched_states
@@ -64,9 +65,9 @@ class ReverseGradientMatchingDistiller:
         config (`DistillationConfig`, *optional*): Settings.
         data_collator (`Callable`, *optional*): The Trainer's. Defaults to `default_data_collator`.
         row_loss (`Callable`, *optional*): Takes logits `(batch_size, *positions, num_labels)` and labels and returns
-            the loss of each row, `(batch_size,)`. Needed if the Trainer has its own `compute_loss`, which is not
-            recorded. Defaults to the cross entropy, with the label smoothing of the recorded run.
-        remove_unused_columns (`bool`, *optional*, defaults to `True`): As in `TrainingArguments`.
+            the loss of each row, `(batch_size,)`. That of `TrajectoryCallback(row_loss=...)`. Defaults
+            to the cross entropy, with the label smoothing of the recorded run.
+        remove_unused_columns (`bool`, *optional*): As in `TrainingArguments`. Defaults to that of the recorded run.
         output_dir (`str` or `Path`, *optional*): Folder for finished blocks of clusters. A killed run continues there.
         disable_tqdm (`bool`, *optional*, defaults to `False`): No progress bar.
 
@@ -100,7 +101,7 @@ class ReverseGradientMatchingDistiller:
         config: DistillationConfig | None = None,
         data_collator: DataCollator | None = None,
         row_loss: LossFunction | None = None,
-        remove_unused_columns: bool = True,
+        remove_unused_columns: bool | None = None,
         output_dir: str | Path | None = None,
         disable_tqdm: bool = False,
     ) -> None:
@@ -109,21 +110,27 @@ class ReverseGradientMatchingDistiller:
         self.trajectories = open_runs(trajectory)
         self.clusters = clusters
         self.disable_tqdm = disable_tqdm
+        first = self.trajectories[0]
         self.model = FunctionalModel(
-            model, trainable_names=tuple(self.trajectories[0].parameter_shapes), device=self._processes.device
+            model,
+            trainable_names=tuple(first.parameter_shapes),
+            device=self._processes.device,
+            shifts_labels=first.shifts_labels,
         )
         self.inputs = input_space(
             self.model,
             self.config.token_inputs,
-            num_tokens=self.config.num_tokens,
+            num_tokens=min(self.config.num_tokens, first.longest_input or self.config.num_tokens),
             num_choices=self.config.num_token_choices,
         )
-        self.reader = RowReader(
-            train_dataset, self.model, data_collator=data_collator, remove_unused_columns=remove_unused_columns
-        )
+        options = first.reader_options
+        if remove_unused_columns is not None:
+            options["remove_unused_columns"] = remove_unused_columns
+        self.reader = RowReader(train_dataset, self.model, data_collator=data_collator, **options)
         self.reader.warn_of_draws()
         check_runs(self.model, self.trajectories, train_dataset)
         clusters.check_num_rows(len(self.reader))
+        check_distillable(self.model, self.reader.batch([0])[0])
         self.row_loss = row_loss_of(self.trajectories, self.reader, row_loss)
         rows = [clusters.rows(k) for k in range(clusters.num_clusters)]
         self.batches = CachedBatches(self.reader, rows, batch_size=self.config.batch_size, max_bytes=CACHE_BYTES)
@@ -255,6 +262,7 @@ class ReverseGradientMatchingDistiller:
                 "num_rows": len(self.reader),
                 "labels_per_row": self.row_loss.labels_per_row,
                 "label_smoothing_factor": self.row_loss.label_smoothing,
+                "loss_scale": self.row_loss.scale,
                 "tokens": None if tokens is None else tokens.tolist(),
                 "frozen_sha256": self.model.frozen_sha256(),
                 "privacy": measure_privacy(self.inputs, samples, self.batches),

@@ -46,9 +46,8 @@ def initial_samples(
         positions = labels[chosen] if own is not None else labels.new_zeros(count, *labels.shape[1:])
         # The samples of a cluster weigh together what its rows, or the labels of these, weigh in the mean loss.
         weight = math.log(batches.num_rows(cluster) / num_rows / count)
-        if labels.dim() == 2:
-            labelled = float((labels != IGNORED_LABEL).sum()) / len(labels)
-            weight += math.log(max(labelled, 1.0) / row_loss.labels_per_row / labels.shape[1])
+        labelled = max(1.0, float((labels != IGNORED_LABEL).sum()))
+        weight += math.log(labelled / labels.numel() * row_loss.label_weight)
         samples["log_weights"] = weight + UNLABELLED_LOG_WEIGHT * (positions == IGNORED_LABEL).float()
         parts.append(samples)
     return SyntheticSamples(**{name: torch.stack([part[name] for part in parts]).contiguous() for name in parts[0]})

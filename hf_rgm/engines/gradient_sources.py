@@ -147,7 +147,7 @@ class RowSource:
         order = np.lexsort((np.random.default_rng(0).random(len(ids)), ids))
         rows = order[np.linspace(0, len(ids), min(MAX_CANDIDATES, len(ids)), endpoint=False).astype(int)]
         inputs, labels = self.reader.batch(rows)
-        weights = (labels != IGNORED_LABEL).float() * (1 / (len(rows) * self.row_loss.labels_per_row))
+        weights = (labels != IGNORED_LABEL).float() * (self.row_loss.label_weight / len(rows))
         total = None if self.exposure is None else self.exposure.total_of_rows
         if total is not None:
             weights *= torch.from_numpy(total[rows]).to(weights).reshape(-1, *[1] * (weights.dim() - 1))
@@ -306,9 +306,11 @@ def force(gradients: ClusterGradients, state: int, masks: Tensor, *, length: int
     return result
 
 
-def training_rows(rows: Any, model: FunctionalModel, clusters: ClusterMap, data_collator: Any) -> RowReader:
-    """Reader of the training rows; raises a `ValueError` if there are more or fewer than the clusters have."""
-    reader = RowReader(rows, model, data_collator=data_collator, what="rows")
+def training_rows(
+    rows: Any, model: FunctionalModel, clusters: ClusterMap, data_collator: Any, trajectory: Trajectory
+) -> RowReader:
+    """Reader of a run's training rows; raises a `ValueError` if there are more or fewer than the clusters have."""
+    reader = RowReader(rows, model, data_collator=data_collator, what="rows", **trajectory.reader_options)
     reader.warn_of_draws()
     if len(reader) != clusters.num_rows:
         raise ValueError(

@@ -80,11 +80,12 @@ class PlainReplayEngine(ContinuingEngine):
 
     def replay(self, masks: Tensor, rewind: float) -> Tensor:
         """Final parameters `(num_masks, num_parameters)` under `masks`, `(num_masks, num_clusters)`."""
-        samples, start, clipping = given(self.run.samples, "a synset"), self.start(rewind), self.run.trajectory.steps
+        samples, start = given(self.run.samples, "a synset"), self.start(rewind)
+        scales = self.run.trajectory.gradient_scales
         replayed = self.continued(
             start,
             len(masks),
-            lambda t, current: float(clipping.clip_factor[t]) * mask_gradients(samples, current, masks),
+            lambda t, current: float(scales[t]) * mask_gradients(samples, current, masks),
         )
         return finite(replayed, start)
 

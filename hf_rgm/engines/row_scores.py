@@ -248,6 +248,7 @@ def rows_identity(reader: RowReader, row_loss: RowLoss) -> dict[str, Any]:
         "row_loss": None if row_loss.function is None else code_digest(row_loss.function),
         "labels_per_row": row_loss.labels_per_row,
         "label_smoothing": row_loss.label_smoothing,
+        "loss_scale": row_loss.scale,
     }
 
 

@@ -162,7 +162,7 @@ def _segment(path: RecordedPath, state: int, first: int, last: int, uniform_deca
             couplings = np.full(len(rates), float(decay) * float(precondition))
         else:
             frozen = decay.expand(space.num_parameters)
-    scales = table.clip_factor[covered][active]
+    scales = trajectory.gradient_scales[covered][active]
     steps = tuple(
         StepConstants(float(rate), float(scale), *path.momentum_of(int(update)), float(decay), float(coupled))
         for rate, scale, update, decay, coupled in zip(rates, scales, updates, decays, couplings, strict=True)

@@ -91,6 +91,7 @@ class FunctionalModel:
         *,
         trainable_names: Sequence[str] | None = None,
         device: torch.device | str | None = None,
+        shifts_labels: bool | None = None,
     ) -> None:
         if is_split(model):
             raise ValueError(
@@ -126,6 +127,8 @@ class FunctionalModel:
         self.module.requires_grad_(False)
         self._host = TokenHost(self.module)
         self.ignores_padding: bool | None = None  # not known yet
+        # Whether each token predicts the label of the next one, as in causal language models.
+        self.shifts_labels = _is_causal(self.module) if shifts_labels is None else shifts_labels
         self._known_rows: dict[str, Tensor] = {}
         self._constants = {"use_cache": False} if "use_cache" in self.forward_arguments else {}
 
@@ -141,12 +144,6 @@ class FunctionalModel:
     def config(self) -> Any:
         """The Transformers configuration, or `None` for other modules."""
         return getattr(self.module, "config", None)
-
-    @property
-    def shifts_labels(self) -> bool:
-        """Whether each token predicts the label of the next one, as in causal language models."""
-        # By class name, as the Trainer decides it for label smoothing.
-        return type(_base_model(self.module)).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
 
     @property
     def vocabulary_size(self) -> int:
@@ -277,6 +274,12 @@ def frozen_sha256(frozen: Mapping[str, Tensor]) -> str:
     return parameters_sha256(
         {name: whole(p.detach()).flatten()[:: max(1, p.numel() // FROZEN_ELEMENTS)] for name, p in frozen.items()}
     )
+
+
+def _is_causal(model: nn.Module) -> bool:
+    """Whether a model is a causal language model of Transformers, or derived from one."""
+    kinds = {kind.__name__ for kind in type(_base_model(model)).__mro__}
+    return not kinds.isdisjoint(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
 
 
 def parameters_sha256(parameters: Mapping[str, Tensor]) -> str:

@@ -16,20 +16,26 @@ each row, `(batch_size,)`; called under `torch.func.vmap` and `grad`."""
 
 @dataclass(frozen=True)
 class RowLoss:
-    """Loss of each row: the sum over its labels, divided by the mean number of labels of a row."""
+    """Loss of each row: the sum over its labels, divided by the mean number of labels of a row, times a scale."""
 
     # The Trainer averages over all labels of a batch, so a row with more labels weighs more.
 
     labels_per_row: float = 1.0
     label_smoothing: float = 0.0
     function: LossFunction | None = None
+    scale: float = 1.0  # ratio of the trained loss to the mean over labels, or over rows of `function`
+
+    @property
+    def label_weight(self) -> float:
+        """Weight of one label in its row's loss."""
+        return self.scale / self.labels_per_row
 
     def __call__(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Losses `(batch_size,)`, of logits with one dimension more than labels `(batch_size, *positions)`."""
         if self.function is not None:
-            return self.function(logits, labels)
+            return self.scale * self.function(logits, labels)
         losses = label_losses(logits, labels, label_smoothing=self.label_smoothing)
-        return losses.reshape(len(labels), -1).sum(1) / self.labels_per_row
+        return losses.reshape(len(labels), -1).sum(1) * self.label_weight
 
 
 CROSS_ENTROPY = RowLoss()

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import random
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import numpy as np
 import torch
 
 
 @contextlib.contextmanager
-def random_state_kept(seed: int | None = None) -> Iterator[None]:
-    """A block after which Python, numpy and torch (on the CPU) draw on as before; in it, they draw from `seed`."""
+def random_state_kept(seed: int | None = None, *, devices: Collection[int] = ()) -> Iterator[None]:
+    """A block after which Python, numpy and torch (and CUDA `devices`) draw on as before; in it, from `seed`."""
     python_state, numpy_state = random.getstate(), np.random.get_state()
     try:
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=devices):
             if seed is not None:
                 random.seed(seed)
                 np.random.seed(seed % 2**32)

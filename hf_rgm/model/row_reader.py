@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import datasets
@@ -56,6 +56,7 @@ class RowReader:
         *,
         data_collator: DataCollator | None = None,
         remove_unused_columns: bool = True,
+        columns: Collection[str] = (),
         what: str = "train_dataset",
         predict_labels: bool = False,
     ) -> None:
@@ -66,7 +67,7 @@ class RowReader:
             )
         if len(dataset) == 0:
             raise ValueError(f"`{what}` is empty. Pass the rows to work on.")
-        keep = {*model.forward_arguments, *LABEL_NAMES}
+        keep = {*model.forward_arguments, *LABEL_NAMES, *columns}  # `columns`: what else the collator takes
         if remove_unused_columns and isinstance(dataset, datasets.Dataset):
             columns = [name for name in dataset.column_names if name in keep]
             if not {*columns} - {*LABEL_NAMES}:
@@ -80,7 +81,7 @@ class RowReader:
         self.what = what
         self._keep = keep if remove_unused_columns else None
         self._collate = data_collator or default_data_collator
-        self._model = model
+        self.model = model
         self._predict_labels = predict_labels
 
     def __len__(self) -> int:
@@ -88,16 +89,34 @@ class RowReader:
 
     def batch(self, rows: Sequence[int] | np.ndarray) -> tuple[dict[str, Tensor], Tensor]:
         """Collates rows to inputs (float32) and labels `(num_rows, *positions)`, on the model's device."""
-        items, batch = self._read(rows)
+        return self.tensors(self.collated(rows), rows)
+
+    def collated(self, rows: Sequence[int] | np.ndarray, *, seed: int = 0) -> dict[str, Any]:
+        """Rows as the model gets them in training; what is drawn at random is always the same for the same rows."""
+        indices = [int(row) for row in rows]
+        with random_state_kept(zlib.crc32(np.array([*indices, seed], np.int64).tobytes())):
+            if isinstance(self.dataset, datasets.Dataset):
+                items = self.dataset.__getitems__(indices)  # all at once, as PyTorch's `DataLoader` reads them
+            else:
+                items = [self.dataset[index] for index in indices]
+            if self._keep is not None and isinstance(items[0], Mapping):
+                items = [{name: value for name, value in item.items() if name in self._keep} for item in items]
+            return dict(self._collate_items(items))
+
+    def tensors(
+        self, collated: Mapping[str, Any], rows: Sequence[int] | np.ndarray
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """Inputs and labels of a collated batch, as `batch` gives them."""
+        batch = dict(collated)
         labels = next((batch.pop(name) for name in LABEL_NAMES if name in batch), None)
         if labels is None and not self._predict_labels:
             raise ValueError(
                 f"Rows of `{self.what}` have no {' / '.join(LABEL_NAMES)} after collating (they have: "
                 f"{', '.join(batch) or 'nothing'}). Attribution compares losses, so every row needs its label."
             )
-        if labels is not None and len(labels) != len(items):
+        if labels is not None and len(labels) != len(rows):
             raise NotImplementedError(
-                f"The `data_collator` turns {len(items)} rows of `{self.what}` into {len(labels)}, so that one cannot "
+                f"The `data_collator` turns {len(rows)} rows of `{self.what}` into {len(labels)}, so that one cannot "
                 "be told from another. Train and distil with one that pads rows and does not flatten them into one "
                 "sequence (`DataCollatorWithFlattening`, `padding_free=True`)."
             )
@@ -114,30 +133,18 @@ class RowReader:
                     bad = [int(rows[i]) for i in torch.nonzero(~finite).flatten().tolist()]
                     raise ValueError(f"`{name}` of `{self.what}` has NaN or infinite values in rows {bad[:10]}.")
                 value = value.float()
-            inputs[name] = value.to(self._model.device)
+            inputs[name] = value.to(self.model.device)
         if labels is None:
             labels = self._own_labels(inputs)
-        labels = labels.to(self._model.device)
-        if self._model.shifts_labels:  # to where they are predicted, one position to the left
+        labels = labels.to(self.model.device)
+        if self.model.shifts_labels:  # to where they are predicted, one position to the left
             labels = torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], IGNORED_LABEL)], dim=1)
         return inputs, labels
-
-    def _read(self, rows: Sequence[int] | np.ndarray, *, seed: int = 0) -> tuple[list[Any], dict[str, Any]]:
-        """Some rows, and their batch; what is drawn at random depends on the rows alone, so it is always the same."""
-        indices = [int(row) for row in rows]
-        with random_state_kept(zlib.crc32(np.array([*indices, seed], np.int64).tobytes())):
-            if isinstance(self.dataset, datasets.Dataset):
-                items = self.dataset.__getitems__(indices)  # all at once, as PyTorch's `DataLoader` reads them
-            else:
-                items = [self.dataset[index] for index in indices]
-            if self._keep is not None and isinstance(items[0], Mapping):
-                items = [{name: value for name, value in item.items() if name in self._keep} for item in items]
-            return items, dict(self._collated(items))
 
     def warn_of_draws(self) -> None:
         """Warns if rows, or their batches, are drawn at random."""
         rows = range(min(TRIED_ROWS, len(self)))
-        batch, again, otherwise = (self._read(rows, seed=seed)[1] for seed in (0, 0, 1))
+        batch, again, otherwise = (self.collated(rows, seed=seed) for seed in (0, 0, 1))
         if not _same(batch, again):
             logger.warning(
                 "Rows of `%s` differ whenever they are read: they, or the `data_collator`, draw at random from a "
@@ -152,21 +159,37 @@ class RowReader:
                 self.what,
             )
 
-    def labels_per_row(self, batch_size: int = 256) -> float:
-        """Mean number of labels of a row, without those of -100."""
-        count = 0
+    def labels_per_row(self, batch_size: int = 256, *, with_first: bool = False) -> float:
+        """Mean number of labels of a row, without those of -100, or that of the first position unless `with_first`."""
+        count, known = 0, self.classes()
         for start in range(0, len(self), batch_size):
-            _, labels = self.batch(range(start, min(start + batch_size, len(self))))
-            if labels.dim() == 1:
-                return 1.0
-            count += int((labels != IGNORED_LABEL).sum())
+            rows = range(start, min(start + batch_size, len(self)))
+            collated = self.collated(rows)
+            labels = all_labels(collated) if with_first else self.tensors(collated, rows)[1]
+            if known is not None and np.array_equal(labels.cpu().numpy(), known[:batch_size]):
+                count = int((known != IGNORED_LABEL).sum())
+                break
+            count, known = count + int((labels != IGNORED_LABEL).sum()), None
         if count == 0:
             raise ValueError(
                 f"No row of `{self.what}` has a label other than {IGNORED_LABEL}: nothing is learned from it."
             )
         return count / len(self)
 
-    def _collated(self, items: list[Any]) -> Mapping[str, Any]:
+    def classes(self) -> np.ndarray | None:
+        """Labels of all rows, `(num_rows,)`, int64, where a column of the dataset holds them."""
+        dataset = self.dataset
+        if not isinstance(dataset, datasets.Dataset) or dataset.format["type"] == "custom":
+            return None
+        name = next((name for name in LABEL_NAMES if name in dataset.column_names), None)
+        if name is None:
+            return None
+        kind = dataset.features[name]
+        if not isinstance(kind, datasets.Value | datasets.ClassLabel) or not kind.dtype.startswith(("int", "uint")):
+            return None
+        return np.asarray(dataset.select_columns([name]).with_format("numpy")[:][name], np.int64)
+
+    def _collate_items(self, items: list[Any]) -> Mapping[str, Any]:
         strange = next((item for item in items if not isinstance(item, Mapping)), None)
         if strange is not None:
             raise ValueError(
@@ -187,11 +210,11 @@ class RowReader:
     def _own_labels(self, inputs: dict[str, Tensor]) -> Tensor:
         """The text itself for causal language models, else what the model predicts."""
         mask = inputs.get("attention_mask")
-        if self._model.shifts_labels and "input_ids" in inputs:
+        if self.model.shifts_labels and "input_ids" in inputs:
             labels = inputs["input_ids"]
         else:
             with torch.no_grad():
-                labels = self._model.logits(self._model.parameters(), inputs).argmax(-1)
+                labels = self.model.logits(self.model.parameters(), inputs).argmax(-1)
         return labels if mask is None or labels.dim() == 1 else labels.masked_fill(mask == 0, IGNORED_LABEL)
 
 
@@ -202,6 +225,11 @@ def _same(batch: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
         isinstance(other.get(name), Tensor) and torch.equal(value.nan_to_num(), other[name].nan_to_num())
         for name, value in tensors.items()
     )
+
+
+def all_labels(collated: Mapping[str, Any]) -> Tensor:
+    """Labels of a collated batch as they are given, also those that no token predicts."""
+    return next(collated[name] for name in LABEL_NAMES if name in collated)
 
 
 class CachedBatches:

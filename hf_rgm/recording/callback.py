@@ -13,7 +13,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_utils import SaveStrategy
 
 from hf_rgm.files.writing import format_size
-from hf_rgm.recording.capture import as_table, same_parameters
+from hf_rgm.model.losses import LossFunction
+from hf_rgm.recording.capture import are_finite, as_table, same_parameters
 from hf_rgm.recording.process_group import check_same, failing_together
 from hf_rgm.recording.recording import TrajectoryRecorder
 from hf_rgm.recording.training_run import OngoingRun, checkpoint_step
@@ -36,8 +37,10 @@ class TrajectoryCallback(TrainerCallback):
     (DistributedDataParallel) or a part of it (FSDP2, whose states are gathered on the main process); gradient
     accumulation and clipping; any learning rate schedule; mixed precision in bf16 and fp16. With
     `load_best_model_at_end` the trajectory ends at the best checkpoint, so that its last state is always the model
-    after `trainer.train()`. A custom loss (`compute_loss_func`, a subclassed `compute_loss`) is not visible to a
-    callback and therefore not recorded.
+    after `trainer.train()`.
+
+    Before the first step it compares the gradient that the Trainer takes with that of the loss of rows, on some rows.
+    A ratio is recorded and used; any other difference is refused, unless `row_loss` explains it.
 
     Args:
         folder (`str` or `Path`): Where to record: new, empty, or a trajectory folder.
@@ -45,6 +48,9 @@ class TrajectoryCallback(TrainerCallback):
             step. Each is as large as the trainable parameters and their moments.
         dtype (`torch.dtype`, *optional*, defaults to `torch.float32`): `torch.float32` or `torch.bfloat16`, which
             halves the disk. Parameters in bf16 stay in bf16, and the last state is always exact (up to float32).
+        row_loss (`Callable`, *optional*): Takes logits `(batch_size, *positions, num_labels)` and labels and returns
+            the loss of each row, `(batch_size,)`, where it is not the cross entropy: class weights, focal losses,
+            losses of your own in the model, `compute_loss` or `compute_loss_func`. Pass it to later stages too.
         overwrite (`bool`, *optional*, defaults to `False`): Replace the complete trajectory of another run.
 
     Raises:
@@ -52,8 +58,9 @@ class TrajectoryCallback(TrainerCallback):
             not record the steps before, or if the optimizer misses a trainable parameter.
         FileExistsError: In `on_train_begin`, if the folder holds a complete trajectory or something else.
         NotImplementedError: In `on_train_begin`, if the optimizer, the order of rows or the parallelism (FSDP1,
-            DeepSpeed, tensor parallelism) cannot be recorded; later, at the step before which anything but the
-            optimizer changed parameters, moments, gradients or its settings, or layers were frozen or unfrozen.
+            DeepSpeed, tensor parallelism) cannot be recorded, the trained loss is another than `row_loss` or the cross
+            entropy, or no gradient of a row can be taken; later, at the step before which anything but the optimizer
+            changed parameters, moments, gradients or its settings, or layers were frozen or unfrozen.
         OSError: When the disk is full or the folder can no longer be written. Training stops there and can be resumed.
         RuntimeError: In `on_train_begin`, if another process records into the folder or the processes that train
             together differ in data or settings; later, on processes that stop because another one failed.
@@ -76,7 +83,13 @@ class TrajectoryCallback(TrainerCallback):
     """
 
     def __init__(
-        self, folder: str | Path, *, num_states: int = 8, dtype: torch.dtype = torch.float32, overwrite: bool = False
+        self,
+        folder: str | Path,
+        *,
+        num_states: int = 8,
+        dtype: torch.dtype = torch.float32,
+        row_loss: LossFunction | None = None,
+        overwrite: bool = False,
     ) -> None:
         if num_states < 2:
             raise ValueError(
@@ -88,6 +101,7 @@ class TrajectoryCallback(TrainerCallback):
         self.folder = Path(folder)
         self.num_states = num_states
         self.dtype = dtype
+        self.row_loss = row_loss
         self._recorder = TrajectoryRecorder(self.folder, dtype=dtype, overwrite=overwrite)
         self._active: OngoingRun | None = None
         self._seconds = 0.0
@@ -133,6 +147,8 @@ class TrajectoryCallback(TrainerCallback):
     def _begin(self, run: OngoingRun, state: TrainerState) -> None:
         self._active = run
         step = state.global_step
+        with failing_together(run.num_processes):
+            run.rehearse(self.row_loss)
         with failing_together(run.num_processes):
             if run.is_main:
                 run.description |= run.digest_rows(self._recorder.num_digested_rows if step else None)
@@ -180,6 +196,7 @@ class TrajectoryCallback(TrainerCallback):
                 with failing_together(run.num_processes):
                     if due:
                         self._record_state(state.global_step, exact=state.global_step >= state.max_steps)
+                        run.look_again(state.global_step)
                     self._write_steps(checkpoint=state.global_step if saves else None)
             elif run.num_processes == 1:
                 self._recorder.writer.check()
@@ -238,9 +255,11 @@ class TrajectoryCallback(TrainerCallback):
                 final_step = state.global_step
                 self._recorder.write_state(captured, exact=True)
             self._recorder.writer.drain()
+            trained_loss = run.trained_loss()
         recording, training = self._seconds + run.norms.seconds + run.watch.seconds, time.perf_counter() - run.started
         cost = {"recording_seconds": recording, "training_seconds": training}
-        self._recorder.finish(final_step, cost, stopped_early=state.global_step < state.max_steps)
+        stopped_early = state.global_step < state.max_steps
+        self._recorder.finish(final_step, cost, stopped_early=stopped_early, trained_loss=trained_loss)
         self._summary = (
             f"Recorded {final_step} steps in {self.folder}: {format_size(self._recorder.num_bytes())} on disk, "
             f"{recording:.2f} s, which is {recording / training:.1%} of the {training:.2f} s of training."
@@ -282,7 +301,9 @@ class TrajectoryCallback(TrainerCallback):
             sums, run.noted_step = run.checkpoint_sums(), checkpoint
         if run.is_main:
             if run.steps:
-                self._recorder.write_steps(run.next_step, as_table(run.steps))
+                table = as_table(run.steps)
+                run.is_finite = run.is_finite and are_finite(table, run.next_step)
+                self._recorder.write_steps(run.next_step, table)
             if checkpoint is not None:
                 self._recorder.writer.drain()
             if checkpoint is not None and sums is not None:

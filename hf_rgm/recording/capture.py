@@ -77,6 +77,18 @@ class PendingStep:
     epoch: float = 0.0
 
 
+def are_finite(table: StepTable, first_step: int) -> bool:
+    """Whether gradients are finite where loss scaling did not skip the update; warns if not."""
+    bad = np.flatnonzero(~np.isfinite(table.gradient_norm) & ~table.skipped)
+    if len(bad):
+        logger.warning(
+            "The gradient at step %d is NaN or infinite, and so is the model from there on. Stop, and train with "
+            "float32 or bf16, a lower learning rate, or without the rows of that step.",
+            first_step + int(bad[0]),
+        )
+    return not len(bad)
+
+
 def as_table(steps: list[PendingStep]) -> StepTable:
     """The steps as a table; waits for the device once."""
     device = steps[0].gradient_norm.device

@@ -89,6 +89,7 @@ class TrajectoryRecorder:
             self._description["updates_before"] = existing.get("updates_before", 0)
             earlier = {key: sums for key, sums in existing["checkpoints"].items() if int(key) <= step}
             self._description["checkpoints"] |= earlier
+            self._description["trained_loss"] = self._same_loss(existing)
         self._description["state_steps"] = sorted(wanted)
         self._exact.clear()
         self._own = True
@@ -187,6 +188,18 @@ class TrajectoryRecorder:
             return None
         return read_metadata(ArtefactFolder(self.folder)).get("num_digested_rows")
 
+    def _same_loss(self, existing: dict[str, Any]) -> dict[str, Any] | None:
+        """The loss as the first part of the run had it; refuses to resume with another."""
+        before, now = existing.get("trained_loss"), self._description.get("trained_loss")
+        if before is not None and now is not None:
+            for key in ("adds_micro_batches", "shifts_labels", "custom"):
+                if before[key] != now[key]:
+                    raise ValueError(
+                        f"Training resumes with another loss: `{key}` was {before[key]} and is {now[key]}. Resume "
+                        "with the same model, arguments and `row_loss`, or train from the beginning."
+                    )
+        return now if before is None else before
+
     def write_steps(self, start: int, steps: StepTable) -> None:
         """Adds steps, starting at number `start`."""
         self._submit(start + len(steps), lambda: write_part(self.folder, start, steps))
@@ -248,7 +261,14 @@ class TrajectoryRecorder:
         else:
             self._writer.submit(lambda: path.unlink(missing_ok=True))
 
-    def finish(self, num_steps: int, cost: Mapping[str, float], *, stopped_early: bool) -> None:
+    def finish(
+        self,
+        num_steps: int,
+        cost: Mapping[str, float],
+        *,
+        stopped_early: bool,
+        trained_loss: Mapping[str, Any] | None = None,
+    ) -> None:
         """Marks the trajectory as complete, ending at step `num_steps`. Later steps stay, to resume after."""
         self.writer.drain()
         recorded = recorded_states(self.folder)
@@ -260,6 +280,13 @@ class TrajectoryRecorder:
             "recording": dict(cost),
             "stopped_early": stopped_early,
         }
+        told = self._description.get("trained_loss")
+        if told is not None and trained_loss is not None:  # of a resumed run, the first part's, with the last losses
+            self._description["trained_loss"] = {
+                **told,
+                "rows": trained_loss["rows"],
+                "losses": trained_loss["losses"],
+            }
         with self._stopping(num_steps):
             self._write_description()
         for step in recorded:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 import time
+from collections.abc import Collection
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +17,12 @@ from transformers import TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from hf_rgm.model.functional_model import frozen_sha256
+from hf_rgm.model.losses import LossFunction
 from hf_rgm.model.sharding import is_sharded, named_parameters
 from hf_rgm.recording.batches import RowSchedule
 from hf_rgm.recording.capture import PendingStep, capture_state, optimizer_updates
 from hf_rgm.recording.checkpoint_sums import checkpoint_sums
+from hf_rgm.recording.comparison import Comparison
 from hf_rgm.recording.description import (
     check_supported,
     describe_run,
@@ -24,11 +30,18 @@ from hf_rgm.recording.description import (
     loss_scaler,
 )
 from hf_rgm.recording.gradient_norms import GradientNorms
+from hf_rgm.recording.stage import Stage
 from hf_rgm.recording.training_watch import TrainingWatch
 from hf_rgm.trajectory.fingerprint import dataset_fingerprint
 from hf_rgm.trajectory.optimizers import OptimizerRule
 from hf_rgm.trajectory.row_digest import readable_rows, rows_sha256
 from hf_rgm.trajectory.states import TrajectoryState
+from hf_rgm.trajectory.trained_loss import TrainedLoss
+
+logger = logging.getLogger(__name__)
+
+MICRO_BATCHES_PER_LOOK = 300
+"""A look at the trained loss takes as long as about three of them."""
 
 
 class OngoingRun:
@@ -54,6 +67,7 @@ class OngoingRun:
         self._frozen = {name: p for name, p in named.items() if not p.requires_grad}
         self.optimizer = inner_optimizer(optimizer)
         self.rule = OptimizerRule.from_torch(self.optimizer, named.items())
+        self.rule.check_alike()
         self.schedule = RowSchedule(train_dataloader, args.gradient_accumulation_steps, global_step=state.global_step)
         if self.schedule.mid_epoch and args.ignore_data_skip:
             raise NotImplementedError(
@@ -82,6 +96,10 @@ class OngoingRun:
             num_processes=self.num_processes,
             is_sharded=self.is_sharded,
         )
+        self._stage = functools.partial(Stage, model, train_dataloader, [*self.parameters])
+        self._rehearsed: tuple[Stage, TrainedLoss, Comparison] | None = None
+        self.is_finite = True  # gradients so far
+        self._looks = looks_again(self.planned, state.max_steps * args.gradient_accumulation_steps)
         self.batches: list[np.ndarray] = []  # rows of the current update
         self._scaler = loss_scaler(optimizer)
         self.steps: list[PendingStep] = []  # not written yet, the first of them `next_step`
@@ -122,6 +140,30 @@ class OngoingRun:
         self.norms.remove()
         self.watch.remove()
 
+    def rehearse(self, row_loss: LossFunction | None) -> None:
+        """Checks that what is trained is what will be attributed, and describes it. All processes must call this."""
+        stage = self._stage(row_loss)
+        found = stage.rehearse()
+        if found is not None:
+            self._rehearsed = (stage, *found)
+            self.description["trained_loss"] = asdict(found[0])
+
+    def trained_loss(self) -> dict[str, Any] | None:
+        """Description of the trained loss, with losses of some rows under the final parameters."""
+        if self._rehearsed is None:
+            return self.description.get("trained_loss")
+        stage, trained, _ = self._rehearsed
+        return asdict(stage.with_losses(trained))
+
+    def look_again(self, step: int) -> None:
+        """Warns, once, if the trained loss has become another. All processes must call this."""
+        if self._rehearsed is not None and step in self._looks:
+            stage, trained, before = self._rehearsed
+            changed = stage.look_again(trained, before, step)
+            if changed is not None:
+                logger.warning("Step %d: %s Scores of rows and clusters will be wrong from here on.", step, changed)
+                self._rehearsed = None
+
     def captured(self, step: int) -> TrajectoryState | None:
         """The current state, on the main process; where the model is split, all processes must call this."""
         if not self.is_main and not self.is_sharded:
@@ -129,6 +171,13 @@ class OngoingRun:
         optimizer_updates(self.optimizer, self.parameters)
         state = capture_state(step, self.parameters, self.optimizer, self.rule, keep=self.is_main)
         return state if self.is_main else None
+
+
+def looks_again(planned: Collection[int], num_micro_batches: int) -> set[int]:
+    """Recorded steps at which the trained loss is looked at again: the last, and others where that is cheap."""
+    later = sorted(step for step in planned if step > 0)
+    count = min(len(later), max(1, num_micro_batches // MICRO_BATCHES_PER_LOOK))
+    return {later[len(later) - 1 - index * len(later) // count] for index in range(count)} if later else set()
 
 
 def checkpoint_step(checkpoint: str | None) -> int | None:

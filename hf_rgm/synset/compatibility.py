@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +20,16 @@ from hf_rgm.model.row_reader import RowReader
 from hf_rgm.synset.inputs import ContinuousInputs
 from hf_rgm.synset.matched_states import MatchedState
 from hf_rgm.synset.samples import SyntheticSamples
+from hf_rgm.trajectory.trained_loss import TrainedLoss
 from hf_rgm.trajectory.trajectory import Trajectory
 
 logger = logging.getLogger(__name__)
 
 CROSS_ENTROPY_TYPE = "nll"
 """TRL's name for the cross entropy. The plain `Trainer` records no name."""
+
+SAME_SCALE, SAME_LOSS = 0.02, 1e-3
+"""Relative differences of scales (to 16 bits) and losses (float32) that rounding explains."""
 
 
 def open_runs(trajectory: str | Path | Trajectory | Sequence[str | Path | Trajectory]) -> tuple[Trajectory, ...]:
@@ -80,7 +86,9 @@ def other_function(model: FunctionalModel, trajectory: Trajectory) -> str | None
     return None
 
 
-def row_loss_of(trajectories: Sequence[Trajectory], reader: RowReader, function: LossFunction | None) -> RowLoss:
+def row_loss_of(
+    trajectories: Sequence[Trajectory], reader: RowReader, function: LossFunction | None, *, force: bool = False
+) -> RowLoss:
     """Loss of a row in the recorded runs, which must share it; a `function` if the training had a loss of its own."""
     losses = [
         (str(told.get("loss_type") or CROSS_ENTROPY_TYPE), float(told.get("label_smoothing_factor") or 0.0))
@@ -95,12 +103,45 @@ def row_loss_of(trajectories: Sequence[Trajectory], reader: RowReader, function:
                     "seed."
                 )
     loss_type, label_smoothing = losses[0]
-    if function is None and loss_type != CROSS_ENTROPY_TYPE:
+    trained = trajectories[0].trained_loss
+    if function is None and loss_type != CROSS_ENTROPY_TYPE and trained is None:
         raise ValueError(
             f"The recorded run was trained with `loss_type={loss_type!r}`, which is not the cross entropy. Pass "
             "the loss of each row as `row_loss`."
         )
-    return RowLoss(labels_per_row=reader.labels_per_row(), label_smoothing=label_smoothing, function=function)
+    scales = [1.0 if each is None else each.scale for each in (t.trained_loss for t in trajectories)]
+    far = next((run for run, scale in enumerate(scales) if not math.isclose(scale, scales[0], rel_tol=SAME_SCALE)), 0)
+    if far:
+        raise ValueError(
+            f"The loss of run {far} is {scales[far] / scales[0]:.3g} times that of run 0 (gradient accumulation?): "
+            "one synset stands for one loss. Distil a synset for each, or train all with the same settings but the "
+            "seed."
+        )
+    counts_first = trained is not None and trained.counts_first
+    row_loss = RowLoss(reader.labels_per_row(with_first=counts_first), label_smoothing, function, scales[0])
+    if not force:
+        check_losses(trained, reader, row_loss)
+    return row_loss
+
+
+def check_losses(trained: TrainedLoss | None, reader: RowReader, row_loss: RowLoss) -> None:
+    """Checks the losses of some rows under the trained parameters against those at the end of training."""
+    if trained is not None and trained.custom and row_loss.function is None:
+        raise ValueError(
+            "The run was recorded with a `row_loss` of its own. Pass the same function as `row_loss` here."
+        )
+    if trained is None or not trained.rows:
+        return
+    model, (inputs, labels) = reader.model, reader.batch(trained.rows)
+    with torch.no_grad():
+        own = replace(row_loss, labels_per_row=1.0, scale=1.0)(model.logits(model.parameters(), inputs), labels).cpu()
+    recorded = torch.tensor(trained.losses)
+    if not torch.allclose(own, recorded, rtol=SAME_LOSS, atol=SAME_LOSS * float(recorded.abs().mean())):
+        raise ValueError(
+            f"Rows {trained.rows} have losses {[round(x, 3) for x in own.tolist()]}; at the end of training they had "
+            f"{[round(x, 3) for x in trained.losses]}. Pass the `data_collator` that the Trainer used "
+            f"({trained.data_collator}), the same `row_loss`, and the rows as they were."
+        )
 
 
 def check_samples(model: FunctionalModel, inputs: ContinuousInputs, samples: SyntheticSamples) -> None:

@@ -8,12 +8,9 @@ import torch
 from torch import Tensor
 
 from hf_rgm.model.functional_model import FunctionalModel
+from hf_rgm.model.synthetic_inputs import TOKENS, check_inputs, check_kind
 from hf_rgm.model.token_host import SOFT_TOKEN_IDS, SOFT_TOKEN_LOGITS
 from hf_rgm.synset.samples import SyntheticSamples, smoothed_one_hot
-
-TOKENS = "input_ids"
-COMPANIONS = ("attention_mask", "token_type_ids", "position_ids")
-"""Arguments that may come with token ids. Synthetic samples have no padding and leave the others to the model."""
 
 EMBEDDINGS, SOFT_TOKENS = SPACES = ("inputs_embeds", "soft_tokens")
 FIRST_TOKEN_SMOOTHING = 0.2
@@ -30,25 +27,8 @@ class ContinuousInputs:
 
     def read(self, inputs: Mapping[str, Tensor], labels: Tensor) -> tuple[Tensor, Tensor]:
         """Rows of a collated batch in the shape of synthetic ones, `(batch_size, ...)`, and their labels."""
-        value = _main_input(inputs, self.name)
-        if not value.is_floating_point():
-            raise NotImplementedError(
-                f"The main input `{self.name}` has dtype {value.dtype}. Synsets are for continuous inputs "
-                f"(`pixel_values`, `input_features`, `input_values`) and for tokens named `{TOKENS}`."
-            )
-        mask = inputs.get("attention_mask")
-        if mask is not None and not bool(mask.all()):
-            raise NotImplementedError(
-                f"Rows of `{self.name}` are padded (`attention_mask` has zeros); synthetic samples are of one length. "
-                "Cut or repeat all rows to the same length before training and distilling."
-            )
-        others = sorted(set(inputs) - {self.name, "attention_mask"})
-        if others:
-            raise NotImplementedError(
-                f"The forward takes {others} beside `{self.name}`; synsets hold one continuous input per sample. Drop "
-                "these columns before training and distilling, or give the model a forward that does without them."
-            )
-        return value, labels
+        check_inputs(self.name, inputs)
+        return inputs[self.name], labels
 
     def start(self, init: str, real: Tensor, chosen: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
         """First `inputs`, and `input_ids` if any, of a cluster's samples, by its rows `real` and those `chosen`."""
@@ -160,13 +140,9 @@ def input_space(
     model: FunctionalModel, kind: str = "auto", *, num_tokens: int = 1, num_choices: int = 1
 ) -> ContinuousInputs:
     """The input space of a model; `kind` matters for token models, numbers for starts in token spaces."""
+    check_kind(model)
     if model.main_input_name != TOKENS:
         return ContinuousInputs(model)
-    if getattr(model.config, "is_encoder_decoder", False):
-        raise NotImplementedError(
-            f"{type(model.module).__name__} is an encoder-decoder; synsets are for encoders and decoders. Use a model "
-            "of one of the two kinds."
-        )
     if kind == SOFT_TOKENS or kind == "auto" and model.trains_embeddings:
         return SoftTokens(model, num_tokens, num_choices)
     return EmbeddedTokens(model, num_tokens)
@@ -174,13 +150,8 @@ def input_space(
 
 def first_tokens(inputs: Mapping[str, Tensor], labels: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
     """First tokens `(batch_size, num_tokens)` of rows without padding, repeated in short rows, and their labels."""
-    ids = _main_input(inputs, TOKENS)
-    others = sorted(set(inputs) - {TOKENS, *COMPANIONS})
-    if others:
-        raise NotImplementedError(
-            f"The forward takes {others} beside `{TOKENS}`; synthetic texts hold tokens only. Drop these columns "
-            "before training and distilling."
-        )
+    check_inputs(TOKENS, inputs)
+    ids = inputs[TOKENS]
     mask = inputs.get("attention_mask", torch.ones_like(ids)).bool()
     if not bool(mask.any(1).all()):
         raise ValueError(f"A row of `{TOKENS}` is all padding. Drop empty texts before training and distilling.")
@@ -207,15 +178,6 @@ def choose_ids(
     if own is not None:
         keys.scatter_(1, own.reshape(-1, 1), torch.inf)
     return keys.topk(min(num_choices, num_ids), dim=1).indices.reshape(*shape, -1)
-
-
-def _main_input(inputs: Mapping[str, Tensor], name: str) -> Tensor:
-    if name not in inputs:
-        raise ValueError(
-            f"The model's main input `{name}` is not among the collated columns ({', '.join(inputs)}). "
-            "Name the dataset column like the forward argument, or pass the `data_collator` that does so."
-        )
-    return inputs[name]
 
 
 def _repeated(chosen: Tensor) -> Tensor:

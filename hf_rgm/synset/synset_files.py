@@ -23,6 +23,7 @@ from hf_rgm.synset.matched_states import MatchedState
 from hf_rgm.synset.responses import RESPONSES_FILE, Responses, ResponsesDescription
 from hf_rgm.synset.samples import SyntheticSamples
 from hf_rgm.trajectory.exposure import Exposure
+from hf_rgm.trajectory.optimizers import MAX_CONSTANT
 from hf_rgm.trajectory.trajectory import Trajectory
 
 if TYPE_CHECKING:
@@ -88,6 +89,7 @@ class _Metadata:
 
     labels_per_row: float = 1.0
     label_smoothing_factor: float = 0.0
+    loss_scale: float = 1.0
     custom_row_loss: bool | None = None
     frozen_sha256: str | None = None
     tokens: list[list[int]] | None = None
@@ -96,6 +98,8 @@ class _Metadata:
     def __post_init__(self) -> None:
         if not MIN_LABELS_PER_ROW <= self.labels_per_row <= MAX_LABELS_PER_ROW:
             raise ValueError(f"labels_per_row is {self.labels_per_row}, no mean number of labels")
+        if not 1 / MAX_CONSTANT <= self.loss_scale <= MAX_CONSTANT:
+            raise ValueError(f"loss_scale is {self.loss_scale}, not within {MAX_CONSTANT:g} of 1")
         if not 0 <= self.label_smoothing_factor < 1:
             raise ValueError(f"label_smoothing_factor is {self.label_smoothing_factor}, which is not in [0, 1)")
         if any(not 0 <= token < 2**31 for tokens in self.tokens or [] for token in tokens):

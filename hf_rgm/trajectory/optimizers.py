@@ -74,6 +74,15 @@ class OptimizerRule:
         if twice:
             raise ValueError(f"Parameters {twice[:5]} are in more than one group. Keep each in one.")
 
+    def check_alike(self) -> None:
+        """Refuses parameter groups that differ in more than learning rate and weight decay."""
+        constants = [(g.betas, g.eps, g.momentum, g.dampening, g.nesterov) for g in self.groups]
+        if len(set(constants)) > 1:
+            raise NotImplementedError(
+                "Parameter groups with different (betas, eps, momentum, dampening, nesterov) are not supported, got "
+                f"{constants[0]} and {next(c for c in constants if c != constants[0])}. Train all alike."
+            )
+
     @property
     def moment_names(self) -> tuple[str, ...]:
         """Moments that this rule keeps, as torch names them; none for SGD without momentum."""

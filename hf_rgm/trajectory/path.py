@@ -45,7 +45,7 @@ class LinearStep:
     step: int
     nearest_state: int
     precondition: Tensor  # learning rate over Adam's root of second moment, `(num_parameters,)` or `(1,)`
-    gradient_scale: float  # recorded clipping factor
+    gradient_scale: float  # recorded clipping factor, and share of micro-batches
     momentum: float
     gain: float
     momentum_share: float
@@ -88,12 +88,7 @@ class RecordedPath:
             raise ValueError(f"`rewind` must be at least 0 and below 1 (a fraction of training), got {rewind}.")
         if stride < 1:
             raise ValueError(f"`stride` must be at least 1 training step, got {stride}.")
-        constants = [(g.betas, g.eps, g.momentum, g.dampening, g.nesterov) for g in trajectory.optimizer.groups]
-        if len(set(constants)) > 1:
-            raise NotImplementedError(
-                "Parameter groups with different (betas, eps, momentum, dampening, nesterov) are not supported, got "
-                f"{constants[0]} and {next(c for c in constants if c != constants[0])}. Train all alike."
-            )
+        trajectory.optimizer.check_alike()
         self.trajectory = trajectory
         self.space = space
         self.device = device
@@ -172,7 +167,7 @@ class RecordedPath:
             step=start,
             nearest_state=nearest,
             precondition=precondition,
-            gradient_scale=float(np.average(table.clip_factor[covered][active], weights=weights)),
+            gradient_scale=float(np.average(trajectory.gradient_scales[covered][active], weights=weights)),
             momentum=momentum,
             gain=gain,
             momentum_share=momentum_share,

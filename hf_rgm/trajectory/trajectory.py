@@ -6,7 +6,7 @@ import copy
 import logging
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from hf_rgm.trajectory.precision import PRECISIONS, check_precision
 from hf_rgm.trajectory.row_digest import rows_sha256
 from hf_rgm.trajectory.states import StateFile, TrajectoryState, file_sha256, state_path, write_state
 from hf_rgm.trajectory.steps import StepTable, check_rows, read_steps, write_part
+from hf_rgm.trajectory.trained_loss import TrainedLoss
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +56,7 @@ class _Metadata:
     states_sha256: dict[str, str] | None = None
     architecture: dict[str, str] | None = None
     frozen_sha256: str | None = None
+    trained_loss: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.updates_before <= MAX_UPDATES:
@@ -217,11 +219,45 @@ class Trajectory:
                 "the dataset exactly as it was given to the Trainer."
             )
 
+    @property
+    def trained_loss(self) -> TrainedLoss | None:
+        """What the trained loss was seen to be before the first step, if it was looked at."""
+        told = self.metadata.get("trained_loss")
+        return None if told is None else parsed(TrainedLoss, told, "What the trajectory says of its loss")
+
+    @property
+    def shifts_labels(self) -> bool | None:
+        """Whether tokens predicted the label of the next one, if that was looked at."""
+        return None if self.trained_loss is None else self.trained_loss.shifts_labels
+
+    @property
+    def longest_input(self) -> int | None:
+        """Tokens of the longest text among some training rows, if that was looked at."""
+        return None if self.trained_loss is None else self.trained_loss.longest_input
+
+    @property
+    def reader_options(self) -> dict[str, Any]:
+        """Options of a `RowReader` by which rows are read as in training."""
+        told = self.trained_loss
+        return {} if told is None else {"remove_unused_columns": told.remove_unused_columns, "columns": told.columns}
+
+    @property
+    def gradient_scales(self) -> np.ndarray:
+        """What multiplied the gradient of the mean loss at every step: clipping and short updates, `(num_steps,)`."""
+        told, sizes = self.trained_loss, self.steps.micro_batch_sizes
+        if told is None or not told.adds_micro_batches or sizes is None:
+            return self.steps.clip_factor
+        # The loss adds micro-batches, of which the last update of an epoch may have fewer.
+        whole = int(self.metadata["gradient_accumulation_steps"]) * int(self.metadata["num_processes"])
+        return self.steps.clip_factor * np.array([len(each) for each in sizes]) / whole
+
     def without_rows(self) -> Trajectory:
         """A copy to share, which does not tell the rows of each step."""
         shared = copy.copy(self)
         shared.metadata = dict(self.metadata)
-        shared.steps = replace(self.steps, rows=None, micro_batch_sizes=None)
+        if self.trained_loss is not None:
+            shared.metadata["trained_loss"] = asdict(replace(self.trained_loss, rows=[], losses=[]))
+        shared.steps = replace(self.steps, clip_factor=self.gradient_scales, rows=None, micro_batch_sizes=None)
         return shared
 
     def save(self, folder: str | Path, *, precision: str | None = None) -> None:
@@ -321,7 +357,7 @@ class Trajectory:
         steps = read_steps(folder, description.num_steps)
         check_rows(steps, description.num_rows, str(folder))
         try:
-            return cls(
+            trajectory = cls(
                 optimizer=optimizer,
                 parameter_shapes=shapes,
                 steps=steps,
@@ -331,6 +367,10 @@ class Trajectory:
                 metadata=metadata,
                 folder=folder.root,
             )
+            looked_at = [] if trajectory.trained_loss is None else trajectory.trained_loss.rows
+            if max(looked_at, default=0) >= description.num_rows:
+                raise ValueError(f"`trained_loss` names row {max(looked_at)} of {description.num_rows}.")
+            return trajectory
         except ValueError as error:
             raise ValueError(f"The trajectory in {folder} is damaged: {error} {WAY_OUT}") from error
 

@@ -168,7 +168,7 @@ class TestRows:
         model = FunctionalModel(recorded.model.float())
         items = [{"features": torch.zeros(5), "labels": 0}] * 3
         with pytest.raises(ValueError, match="`rows` has 3 rows, but the clusters have 12"):
-            training_rows(items, model, ClusterMap.from_ids([0] * 12), None)
+            training_rows(items, model, ClusterMap.from_ids([0] * 12), None, recorded.trajectory)
 
 
 def test_a_run_has_rows_or_samples(recorded):

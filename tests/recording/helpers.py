@@ -31,7 +31,7 @@ class MeanModel(nn.Module):
         self.seen: list[list[int]] = []
 
     def logits(self, features: Tensor, row: Tensor | None) -> Tensor:
-        if self.training and row is not None:
+        if self.training and torch.is_grad_enabled() and row is not None:
             self.seen.append(row.tolist())
         return self.head(self.layers(features))
 
@@ -67,8 +67,9 @@ class OutOfMemoryModel(MeanModel):
         self.passes = 0
 
     def forward(self, features: Tensor, labels: Tensor | None = None, row: Tensor | None = None) -> dict:
-        self.passes += self.training
-        if self.passes == self.fails_at and self.training:
+        trained = self.training and torch.is_grad_enabled()
+        self.passes += trained
+        if self.passes == self.fails_at and trained:
             raise RuntimeError(self.message)
         return super().forward(features, labels, row)
 

@@ -1,0 +1,360 @@
+"""A rehearsal of attribution before the first step: is the loss that is trained the one that will be attributed?"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.func import grad
+from transformers import Trainer
+
+from hf_rgm.model.functional_model import FunctionalModel
+from hf_rgm.model.losses import IGNORED_LABEL, LossFunction, RowLoss, check_labels
+from hf_rgm.model.row_reader import RowReader, all_labels
+from hf_rgm.model.synthetic_inputs import TOKENS, check_distillable, check_inputs
+from hf_rgm.recording.comparison import Comparison, compared
+from hf_rgm.recording.own_loss import OwnLoss
+from hf_rgm.trajectory.trained_loss import TrainedLoss
+
+logger = logging.getLogger(__name__)
+
+ROWS_AT_ONCE, MAX_CLASSES = 8, 32
+LEAST_SCALE_ROWS, MOST_SCALE_ROWS, SCALE_SHARE = 64, 2048, 0.02
+"""Rows by which a scale is measured that depends on the rows, and their share of those that are trained on."""
+MIN_COSINE, TOLERANCE = {False: 0.9999, True: 0.98}, {False: 0.01, True: 0.05}
+"""Least cosine of the two gradients, and relative differences of lengths that do not count; True for 16 bits."""
+MIN_COSINE_LATER, TOLERANCE_LATER = {False: 0.999, True: 0.9}, {False: 0.02, True: 0.25}
+"""The same during training, whose gradients become small."""
+NEGLIGIBLE = 1e-3
+"""Share of the first gradient's length below which rounding is all there is."""
+EXACT = {False: 1e-3, True: 0.02}
+"""Relative differences that are rounding."""
+MOVED, LEAST, MOST, MAX_TRIES = 0.5, 0.05, 0.9, 12
+"""Share of its loss that a row loses, to first order, where losses are compared, and what may be left of it."""
+
+WAY_OUT = (
+    "Pass the loss of each row, a function of logits and labels, as `row_loss` to TrajectoryCallback (and later to "
+    "the distiller, Attributor or pipeline), or train with the model's plain cross entropy."
+)
+
+
+class Rehearsal:
+    """Compares the loss that a Trainer trains with the loss of rows that attribution takes."""
+
+    def __init__(
+        self, trainer: Trainer, model: nn.Module, dataloader: Any, names: list[str], row_loss: LossFunction | None
+    ) -> None:
+        args = self.args = trainer.args
+        self.trainer = trainer
+        self.row_loss = row_loss
+        self.model = FunctionalModel(model, trainable_names=names)
+        # The Trainer has removed unused columns already.
+        self.reader = RowReader(
+            dataloader.dataset, self.model, data_collator=dataloader.collate_fn, remove_unused_columns=False
+        )
+        own = dict(model.named_parameters())
+        self.own = OwnLoss(trainer, model, {name: own[name] for name in names})
+        self.parameters = self.model.parameters()
+        self.longest_input: int | None = None
+        self.is_short = args.bf16 or args.fp16 or any(p.dtype.itemsize < 4 for p in own.values())
+        self.batch_size = min(args.per_device_train_batch_size, ROWS_AT_ONCE)
+
+    def compare(self, rows: NDArray[np.int64], *, times: int = 1) -> Comparison | None:
+        """Compares gradients of some rows, in an update that has them so many times; `None` if none has a label."""
+        collated = self.reader.collated(rows)
+        inputs, labels = self.reader.tensors(collated, rows)
+        count = self._count(labels)
+        if self.model.main_input_name == TOKENS and TOKENS in inputs:
+            self.longest_input = max(self.longest_input or 0, inputs[TOKENS].shape[1])
+        if count == 0:
+            return None
+        ours = self._gradient(lambda p: self._mean_loss(p, inputs, labels))
+        theirs = self.own.gradient(collated, times=times)
+        unshifted = int((all_labels(collated) != IGNORED_LABEL).sum())
+        return compared(ours, theirs, (count, unshifted), rows)
+
+    def agrees(self, comparison: Comparison | None) -> bool:
+        return comparison is None or comparison.cosine >= MIN_COSINE[self.is_short]
+
+    def run(self) -> tuple[TrainedLoss, Comparison]:
+        """Compares the losses on some batches, and says how they are related; refuses what cannot be attributed."""
+        batches = list(self._batches())
+        labelled = next((rows for rows in batches if self._count(self.reader.batch(rows)[1])), None)
+        if labelled is None:
+            raise ValueError(
+                f"None of {sum(map(len, batches))} rows tried has a label other than {IGNORED_LABEL}: nothing is "
+                "learned from them. Fix the labels."
+            )
+        inputs = self._check_derivative(labelled)
+        with self._told_apart(labelled):
+            trained = self._compared(batches)
+        try:
+            check_distillable(self.model, inputs)
+        except (NotImplementedError, ValueError) as error:
+            logger.warning(
+                "This run can be attributed by its rows, but no synset can be distilled from it: %s", str(error)
+            )
+        return trained
+
+    def _compared(self, batches: list[NDArray[np.int64]]) -> tuple[TrainedLoss, Comparison]:
+        compared = {index: self._checked(rows) for index, rows in enumerate(batches)}
+        known = {index: found for index, found in compared.items() if found is not None}
+        first = next(iter(known.values()))
+        counts_first = self._counts_first([*known.values()])
+        scale = 1.0 if counts_first else self._scale(batches, known)
+        adds = self._adds_micro_batches(first)
+        self._check_training_mode(first.rows)
+        self._check_rows_apart(first.rows)
+        collator: Any = self.trainer.data_collator
+        trained = TrainedLoss(
+            scale=scale * (self.args.gradient_accumulation_steps if adds else 1),
+            adds_micro_batches=adds,
+            shifts_labels=self.model.shifts_labels,
+            counts_first=counts_first,
+            custom=self.row_loss is not None,
+            cosine=min(found.cosine for found in known.values()),
+            columns=sorted(getattr(self.reader.dataset, "column_names", None) or ()),
+            remove_unused_columns=bool(self.args.remove_unused_columns),
+            longest_input=self.longest_input,
+            data_collator=getattr(collator, "__qualname__", type(collator).__qualname__),
+        )
+        return trained, first
+
+    def again(self, before: Comparison) -> str | None:
+        """What has become of the trained loss since it was compared `before`; `None` if it is the same."""
+        try:
+            now = self.compare(before.rows)
+        except ValueError as error:
+            return str(error)
+        if now is None or now.norm < NEGLIGIBLE * before.norm:
+            return None
+        ratio = now.ratio / before.ratio
+        if now.cosine >= MIN_COSINE_LATER[self.is_short] and abs(ratio - 1) <= TOLERANCE_LATER[self.is_short]:
+            return None
+        return (
+            f"{self._trained()} is no longer what it was before the first step: on rows {now.rows.tolist()} its "
+            f"gradient has cosine {now.cosine:.4f} with that of the recorded loss, and {ratio:.3g} times the length."
+        )
+
+    def _checked(self, rows: NDArray[np.int64]) -> Comparison | None:
+        """The comparison of some rows; refuses them if the gradients differ in direction."""
+        found = self.compare(rows)
+        if not self.agrees(found) and self.reader.batch(rows)[1].dim() == 2:
+            # A language model of one's own may shift its labels, or not, whatever its class is called.
+            self.model.shifts_labels = not self.model.shifts_labels
+            other = self.compare(rows)
+            if self.agrees(other):
+                return other
+            self.model.shifts_labels = not self.model.shifts_labels
+        if found is not None and not self.agrees(found):
+            ours = "`row_loss`" if self.row_loss is not None else "the cross entropy of the logits"
+            raise NotImplementedError(
+                f"{self._trained()} is not {ours}: on rows {rows.tolist()} the gradients have cosine "
+                f"{found.cosine:.4f}. {WAY_OUT}"
+            )
+        return found
+
+    def _trained(self) -> str:
+        """What computes the loss, in words."""
+        trainer, kind = self.trainer, type(self.trainer)
+        if getattr(trainer, "compute_loss_func", None) is not None:
+            return "The loss of `compute_loss_func`"
+        for name in ("compute_loss", "training_step"):
+            if getattr(kind, name) is not getattr(Trainer, name) and not kind.__module__.startswith("trl."):
+                return f"The loss of {kind.__name__}.{name}"
+        loss_type = getattr(self.args, "loss_type", None)
+        config = self.model.config
+        own = f"The loss that {type(self.model.module).__name__} computes"
+        if loss_type is not None:
+            return f"{own} (`loss_type={loss_type!r}`)"
+        if getattr(config, "output_router_logits", False):
+            return f"{own} (`output_router_logits=True` adds a penalty of the router)"
+        return own
+
+    def _batches(self) -> Iterator[NDArray[np.int64]]:
+        """Some rows, of up to 32 classes, in batches as large as in training and one smaller."""
+        generator = np.random.default_rng(0)
+        order = generator.permutation(len(self.reader))
+        classes = self.reader.classes()
+        firsts = np.sort(np.unique(classes[order], return_index=True)[1])[:MAX_CLASSES] if classes is not None else []
+        order = np.concatenate([order[firsts], np.delete(order, firsts)]) if len(firsts) else order
+        size, smaller = self.batch_size, max(1, self.batch_size // 2)
+        covered = max(len(firsts), size)
+        yield from (order[start : start + size] for start in range(0, min(covered, len(order)), size))
+        yield order[::-1][:smaller].copy()
+
+    def _row_loss(self, labels: Tensor, *, scale: float = 1.0) -> RowLoss:
+        return RowLoss(
+            labels_per_row=self._count(labels) / len(labels) if self.row_loss is None else 1.0,
+            label_smoothing=float(self.args.label_smoothing_factor or 0.0),
+            function=self.row_loss,
+            scale=scale,
+        )
+
+    def _count(self, labels: Tensor) -> int:
+        return int((labels != IGNORED_LABEL).sum()) if self.row_loss is None else len(labels)
+
+    def _mean_loss(self, parameters: dict[str, Tensor], inputs: Mapping[str, Tensor], labels: Tensor) -> Tensor:
+        logits = self.model.logits(parameters, inputs)
+        if self.row_loss is None:
+            check_labels(logits, labels)
+        return self._row_loss(labels)(logits, labels).mean()
+
+    def _gradient(self, loss: Callable[[dict[str, Tensor]], Tensor]) -> dict[str, Tensor]:
+        parameters = {name: value.detach().requires_grad_() for name, value in self.parameters.items()}
+        with torch.enable_grad(), self.model.differentiable():
+            gradients = torch.autograd.grad(loss(parameters), list(parameters.values()), materialize_grads=True)
+        return dict(zip(parameters, gradients, strict=True))
+
+    def _counts_first(self, compared: Sequence[Comparison]) -> bool:
+        """Whether the sum over labels is divided by a count that includes those at the first position."""
+        if self.row_loss is not None or not self.model.shifts_labels:
+            return False
+        exact = EXACT[self.is_short]
+        given = [found.ratio * found.all_labels / found.count for found in compared]
+        return all(abs(each - 1) <= exact for each in given) and any(
+            abs(found.ratio - 1) > exact for found in compared
+        )
+
+    def _scale(self, batches: list[NDArray[np.int64]], compared: Mapping[int, Comparison]) -> float:
+        """Ratio of the trained loss to the mean over labels or rows, on average over the data."""
+        ratios = {index: found.ratio for index, found in compared.items()}
+        least, most = min(ratios, key=ratios.__getitem__), max(ratios, key=ratios.__getitem__)
+        divisors = {index: found.count / found.ratio for index, found in compared.items() if found.ratio > 0}
+        counts = sum(compared[index].count for index in divisors)
+        scale = counts / sum(divisors.values()) if len(divisors) == len(compared) else 0.0
+        if scale > 0 and ratios[most] <= ratios[least] * (1 + TOLERANCE[self.is_short]):
+            return 1.0 if abs(scale - 1) < EXACT[self.is_short] else scale
+        # The loss may be divided by another sum over rows, such as that of their classes' weights.
+        both = self.compare(np.concatenate([batches[least], batches[most]])) if scale > 0 else None
+        expected = 0.0 if both is None else both.count / (divisors[least] + divisors[most])
+        if both is None or abs(both.ratio / expected - 1) > TOLERANCE[self.is_short]:
+            raise NotImplementedError(
+                f"{self._trained()} is not a mean over rows or labels: its gradient is {ratios[least]:.3g} times that "
+                f"of the mean on {len(batches[least])} rows, {ratios[most]:.3g} times on {len(batches[most])} others. "
+                "Divide the sum over a batch by the number of its rows or labels."
+            )
+        trained = self.trainer.state.max_steps * self.args.train_batch_size * self.args.gradient_accumulation_steps
+        most_rows = min(MOST_SCALE_ROWS, max(LEAST_SCALE_ROWS, int(SCALE_SHARE * trained)))
+        order = np.random.default_rng(1).permutation(len(self.reader))[:most_rows]
+        total, divisor = 0, 0.0
+        for start in range(0, len(order), self.batch_size):
+            rows = order[start : start + self.batch_size]
+            collated = self.reader.collated(rows)
+            inputs, labels = self.reader.tensors(collated, rows)
+            if count := self._count(labels):
+                with torch.no_grad():
+                    ours = float(self._row_loss(labels)(self.model.logits(self.parameters, inputs), labels).mean())
+                total, divisor = total + count, divisor + count * ours / self.own.value(collated)
+        return total / divisor
+
+    def _adds_micro_batches(self, once: Comparison) -> bool:
+        """Whether an update's gradient is the sum over its micro-batches, and not the mean."""
+        accumulated = self.args.gradient_accumulation_steps
+        several = self.compare(once.rows, times=accumulated) if accumulated > 1 else None
+        if several is None:
+            return False
+        times = several.ratio / once.ratio
+        for adds, expected in ((False, 1.0), (True, accumulated)):
+            if abs(times / expected - 1) <= TOLERANCE[self.is_short]:
+                return adds
+        raise NotImplementedError(
+            f"{self._trained()} gives {times:.3g} times the gradient with `gradient_accumulation_steps="
+            f"{accumulated}`; it should be 1 or {accumulated} times. Divide it by `num_items_in_batch`, or by nothing."
+        )
+
+    def _check_training_mode(self, rows: NDArray[np.int64]) -> None:
+        """Refuses losses that differ in training mode, but for what is random."""
+        collated = self.reader.collated(rows)
+        plain = self.own.value(collated)
+        once, again = (self.own.value(collated, training_seed=seed) for seed in (0, 1))
+        if once == again and abs(once - plain) > EXACT[self.is_short] * abs(plain):
+            raise NotImplementedError(
+                f"{self._trained()} is {once:.4g} in training mode without dropout and {plain:.4g} in evaluation "
+                "mode: what is added in training mode cannot be attributed. Train without it."
+            )
+
+    @contextlib.contextmanager
+    def _told_apart(self, rows: NDArray[np.int64]) -> Iterator[None]:
+        """A block with the parameters where rows have different losses, which they need not have at the start."""
+        # Where all losses are equal, any function of them has the gradient of the mean, up to a constant.
+        inputs, labels = self.reader.batch(rows)
+        labelled = int((labels != IGNORED_LABEL).reshape(len(labels), -1).any(1).float().argmax())
+        start, row_loss = self.parameters, self._row_loss(labels)
+
+        def loss(parameters: dict[str, Tensor]) -> Tensor:
+            return row_loss(self.model.logits(parameters, inputs), labels)[labelled]
+
+        gradient = self._gradient(loss)
+        squared = sum(float(value.square().sum()) for value in gradient.values())
+        target = start
+        with torch.no_grad():
+            before = abs(float(loss(start)))
+            for shrinking in range(MAX_TRIES if 0 < squared < np.inf else 0):
+                length = MOVED * before / squared / 4**shrinking
+                target = {name: value - length * gradient[name] for name, value in start.items()}
+                if LEAST * before <= float(loss(target)) <= MOST * before:
+                    break
+            else:
+                target = start
+        with self.own.moved(target) as moved:
+            self.parameters = {name: value.to(self.model.device) for name, value in moved.items()}
+            yield
+        self.parameters = start
+
+    def _check_rows_apart(self, rows: NDArray[np.int64]) -> None:
+        """Refuses models in which the rows of a batch change each other's gradients."""
+        inputs, labels = self.reader.batch(rows[:2])
+        row_loss = self._row_loss(labels)
+
+        def loss(parameters: dict[str, Tensor], some: slice) -> Tensor:
+            own = {name: value[some] for name, value in inputs.items()}
+            return row_loss(self.model.logits(parameters, own), labels[some]).sum()
+
+        together = self._gradient(lambda p: loss(p, slice(0, 2)))
+        apart = [self._gradient(lambda p, row=row: loss(p, slice(row, row + 1))) for row in range(len(labels))]
+        difference = sum(float((together[name] - sum(own[name] for own in apart)).square().sum()) for name in together)
+        length = sum(float(value.square().sum()) for value in together.values())
+        if difference > TOLERANCE[False] ** 2 * length:
+            raise NotImplementedError(
+                f"In {type(self.model.module).__name__} the rows of a batch change each other's losses: the gradient "
+                f"of rows {rows[:2].tolist()} is not the sum of theirs (relative difference "
+                f"{(difference / length) ** 0.5:.2g}). Train a model that treats rows apart."
+            )
+
+    def losses(self) -> tuple[list[int], list[float]]:
+        """Some rows and the sums of their labels' losses; none if rows are collated at random."""
+        rows = next(self._batches())
+        (inputs, labels), (again, _) = (self.reader.batch(rows) for _ in range(2))
+        if any(not torch.equal(inputs[name], again[name]) for name in inputs):
+            return [], []
+        row_loss = replace(self._row_loss(labels), labels_per_row=1.0)
+        with torch.no_grad():
+            losses = row_loss(self.model.logits(self.parameters, inputs), labels).tolist()
+        return (rows.tolist(), losses) if np.isfinite(losses).all() else ([], [])
+
+    def _check_derivative(self, rows: NDArray[np.int64]) -> dict[str, Tensor]:
+        """Refuses labels that are not classes and models that `torch.func` cannot differentiate; gives the inputs."""
+        inputs, labels = self.reader.batch(rows)
+        if self.model.main_input_name == TOKENS and TOKENS in inputs and inputs[TOKENS].dim() != 2:
+            check_inputs(TOKENS, inputs)
+        if self.row_loss is None:
+            with torch.no_grad():
+                check_labels(self.model.logits(self.parameters, inputs), labels)
+        row_loss, one = self._row_loss(labels), {name: value[:1] for name, value in inputs.items()}
+        try:
+            with torch.enable_grad(), self.model.differentiable():
+                grad(lambda p: row_loss(self.model.logits(p, one), labels[:1]).sum())(self.parameters)
+        except (RuntimeError, NotImplementedError) as error:
+            raise NotImplementedError(
+                f"{type(self.model.module).__name__} cannot be differentiated by `torch.func`, which attribution "
+                f"takes gradients with: {str(error).split('. ')[0]}. Train a model of PyTorch's own operators."
+            ) from error
+        return inputs
