@@ -20,15 +20,16 @@ from hf_rgm.agreement.correlations import MIN_POINTS, linear_datamodeling_score
 from hf_rgm.clusters.grouping import as_numpy
 from hf_rgm.files.reading import printable
 
-# Blue for positive scores (presence raises the objective), vermilion for negative ones: safe for the colour-blind.
-POSITIVE = "#0072B2"
-NEGATIVE = "#D55E00"
+# Blue for what helps, vermilion for what harms: safe for the colour-blind.
+HELPS = "#0072B2"
+HARMS = "#D55E00"
 NEUTRAL = "#5B6470"
 GRID = "#DDE1E6"
 # Those of Okabe and Ito that are dark enough for lines on white.
-LINES = (POSITIVE, NEGATIVE, "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-SIGNED = LinearSegmentedColormap.from_list("signed", [NEGATIVE, "#F3B48A", "#FFFFFF", "#8FC1E3", POSITIVE])
-SCORE_LABEL = "score (positive: presence raises the objective)"
+LINES = (HELPS, HARMS, "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+SIGNED = LinearSegmentedColormap.from_list("signed", [HARMS, "#F3B48A", "#FFFFFF", "#8FC1E3", HELPS])
+SCORE_LABEL = "score (positive: presence raises the objective)\nblue helps, orange harms{sizes}"
+OUTLYING = 3.0  # times the median query's largest score: beyond this, colours are the same
 
 
 def plot_heatmap(
@@ -40,12 +41,14 @@ def plot_heatmap(
     title: str | None = None,
     max_queries: int = 40,
     max_clusters: int = 50,
+    maximize: bool = True,
+    sizes: str = "",
 ) -> Axes:
     """
-    The attribution matrix `(num_queries, num_clusters)` as colours.
+    The attribution matrix `(num_queries, num_clusters)` as colours: blue helps, orange harms, whatever `maximize`.
 
     Hierarchical clustering puts similar queries and clusters beside each other. Of more than `max_queries` or
-    `max_clusters`, those with the largest scores are shown.
+    `max_clusters`, those with the largest scores are shown. `sizes` says whether they are calibrated.
     """
     scores = _finite(scores, "scores", num_dimensions=2)
     if scores.shape != (len(query_names), len(cluster_names)):
@@ -61,16 +64,18 @@ def plot_heatmap(
     queries, clusters, shown = queries[by_query], clusters[by_cluster], shown[np.ix_(by_query, by_cluster)]
     if ax is None:
         ax = _new_axes(3.5 + 0.2 * len(clusters), max(3.6, 2.4 + 0.2 * len(queries)))
-    largest = float(np.abs(shown).max())
-    limit = (float(np.quantile(np.abs(shown), 0.99)) if shown.size >= 200 else largest) or largest or 1.0
+    by_size = np.abs(shown)
+    largest, typical = float(by_size.max()), float(np.quantile(by_size.max(axis=1), 0.5, method="lower"))
+    limit = float(np.quantile(by_size, 0.99)) if shown.size >= 200 else largest
+    limit = min(limit, OUTLYING * typical) or largest or 1.0
     _colour_matrix(
         ax,
         shown,
         [query_names[q] for q in queries],
         [cluster_names[k] for k in clusters],
-        label=SCORE_LABEL.replace(" (", "\n("),
+        label=_score_label(sizes).replace(" (", "\n("),
         extend="both" if largest > limit else "neither",
-        cmap=SIGNED,
+        cmap=SIGNED if maximize else SIGNED.reversed(),
         vmin=-limit,
         vmax=limit,
     )
@@ -80,9 +85,20 @@ def plot_heatmap(
 
 
 def plot_bars(
-    names: Sequence[Any], scores: np.ndarray, *, k: int = 8, ax: Axes | None = None, title: str | None = None
+    names: Sequence[Any],
+    scores: np.ndarray,
+    *,
+    k: int = 8,
+    ax: Axes | None = None,
+    title: str | None = None,
+    maximize: bool = True,
+    sizes: str = "",
 ) -> Axes:
-    """The `k` highest and `k` lowest scores, `(len(names),)`, as bars coloured by sign."""
+    """
+    The `k` highest and `k` lowest scores, `(len(names),)`, as bars: blue helps, orange harms, whatever `maximize`.
+
+    `sizes` says whether they are calibrated.
+    """
     scores = _finite(scores, "scores", num_dimensions=1)
     if len(scores) != len(names) or k < 1:
         raise ValueError(
@@ -100,7 +116,8 @@ def plot_bars(
             ax.text(0, line, f"  {left_out} more", va="center", ha="left", fontsize=8, color=NEUTRAL, style="italic")
             continue
         value = float(scores[index])
-        color, side, shift = (POSITIVE, "left", 3) if value >= 0 else (NEGATIVE, "right", -3)
+        color = HELPS if (value >= 0) == maximize else HARMS
+        side, shift = ("left", 3) if value >= 0 else ("right", -3)
         ax.barh(line, value, height=0.72, color=color, zorder=2)
         text, place = f"{value:+.3g}".replace("-", "−"), {"xytext": (shift, 0), "textcoords": "offset points"}
         ax.annotate(text, (value, line), va="center", ha=side, fontsize=8, color=NEUTRAL, **place)
@@ -110,7 +127,7 @@ def plot_bars(
     room = 0.13 * ((highest - lowest) or 1.0)  # for the numbers at the ends
     ax.set_xlim(lowest - room * (lowest < 0), highest + room * (highest > 0 or lowest == 0))
     ax.axvline(0, color=NEUTRAL, linewidth=0.8, zorder=3)
-    ax.set_xlabel(SCORE_LABEL, fontsize=9)
+    ax.set_xlabel(_score_label(sizes), fontsize=9)
     ax.grid(axis="x", color=GRID, zorder=0)
     ax.tick_params(axis="y", length=0)
     return _titled(_bare(ax, keep=("bottom",)), title)
@@ -147,6 +164,10 @@ def plot_synset_gallery(
     ax.set_aspect("equal")
     ax.set_axis_off()
     return _titled(ax, title)
+
+
+def _score_label(sizes: str) -> str:
+    return SCORE_LABEL.format(sizes=f"; {sizes}" if sizes else "")
 
 
 def _similarity_order(rows: np.ndarray) -> np.ndarray:
@@ -228,7 +249,7 @@ def plot_predicted_against_actual(
     ax.axhline(0, color=GRID, zorder=0)
     ax.axvline(0, color=GRID, zorder=0)
     ax.plot(limits, limits, color=NEUTRAL, linewidth=0.9, linestyle="--", zorder=1, label="equal")
-    ax.scatter(x, y, s=float(np.clip(4000 / len(x), 6, 30)), color=POSITIVE, alpha=0.65, linewidths=0, zorder=2)
+    ax.scatter(x, y, s=float(np.clip(4000 / len(x), 6, 30)), color=HELPS, alpha=0.65, linewidths=0, zorder=2)
     ax.set_xlim(limits)
     ax.set_ylim(limits)
     ax.set_aspect("equal")

@@ -69,6 +69,23 @@ def linear_datamodeling_score(predictions: Array, values: Array, *, seed: int = 
     return _mean_correlation(predictions, values, spearman_by_query, seed)
 
 
+def retrained_slope(predictions: Array, values: Array, *, seed: int = 0) -> Estimate:
+    """
+    Slope of retrained on predicted effects over subsets, both `(num_queries, num_subsets)`, with an intercept for each
+    query: by how much predicted effects are to be multiplied to come nearest to retrained ones (least squares).
+    """
+    predicted, actual = _checked(predictions, values)
+
+    def slope(queries: Indices, points: Indices) -> float:
+        x, y = (part[np.ix_(queries, points)] for part in (predicted, actual))
+        x = x - x.mean(1, keepdims=True)
+        squares = (x * x).sum()
+        return float((x * y).sum() / squares) if squares > 0 else 0.0
+
+    value = slope(*(np.arange(length) for length in predicted.shape))
+    return Estimate(value, *bootstrap_interval(slope, predicted.shape, value, seed, -np.inf, np.inf))
+
+
 def noise_ceiling(by_seed: Array, measure: Callable[[Array, Array], Estimate]) -> Estimate:
     """The measure of each seed's retraining, `by_seed[s]`, against the mean of the others; mean over seeds."""
     if len(by_seed) < 2:

@@ -30,6 +30,38 @@ class Agreement:
     estimate: Estimate
     num_points: int  # subsets, each retrained once per seed
     ceiling: Estimate | None = None  # one seed's retraining against the others: the most a perfect method can reach
+    slope: Estimate | None = None  # of retrained effects on the scores, or on their sums over subsets
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Factors that scores were multiplied by: slopes of retrained on predicted effects."""
+
+    clusters: Estimate
+    rows: Estimate | None = None  # `None`: scores of rows are as they were
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> Self:
+        """The inverse of `asdict`; raises a `ValueError` if it is not whole."""
+        try:
+            rows = content["rows"]
+            return cls(_read_estimate(content["clusters"]), None if rows is None else _read_estimate(rows))
+        except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
+            raise ValueError(f"The calibration is damaged ({error!r}). Attribute again.") from error
+
+
+def sizes_in_short(calibration: Calibration | None, *, rows: bool = False) -> str:
+    """Whether sizes of the scores of clusters, or rows, are calibrated, for labels."""
+    known = calibration is not None and (not rows or calibration.rows is not None)
+    return "sizes calibrated" if known else "sizes not calibrated"
+
+
+def describe_sizes(calibration: Calibration | None) -> str:
+    """How far the sizes of scores can be trusted, in words."""
+    if calibration is None:
+        return "Sizes are not calibrated: compare scores with each other, not with what retraining would change."
+    rows = "those of rows are not" if calibration.rows is None else f"those of rows by {calibration.rows}"
+    return f"Sizes are calibrated by retraining: scores of clusters were multiplied by {calibration.clusters}, {rows}."
 
 
 @dataclass(frozen=True)
@@ -43,6 +75,7 @@ class FidelityFigures:
     seeds: tuple[int, ...]
     rows: bool
     samples_sha256: str
+    parameters_sha256: str = ""
     settings: dict[str, float] = field(default_factory=dict)
     points: dict[str, tuple[NDArray[np.floating], NDArray[np.floating]]] = field(
         default_factory=dict, compare=False, repr=False
@@ -75,13 +108,42 @@ class FidelityFigures:
         ]
         for name, agreement in self.agreements.items():
             ceiling = "" if agreement.ceiling is None else f"; noise ceiling {agreement.ceiling}"
-            lines.append(
-                f"- {DESCRIPTIONS[name]}: {agreement.estimate} over {agreement.num_points} retrained subsets{ceiling}"
-            )
+            slope = "" if agreement.slope is None else f"; retrained effects are {agreement.slope} times the scores"
+            over = f"over {agreement.num_points} retrained subsets"
+            lines.append(f"- {DESCRIPTIONS[name]}: {agreement.estimate} {over}{ceiling}{slope}")
         ceiling = "With one seed the noise ceiling, what retraining itself reaches, is unknown."
         if len(self.seeds) > 1:
             ceiling = "Noise ceiling: how well retraining with one seed agrees with the others."
         return "\n".join([*lines, f"1 is perfect agreement, 0 none. {ceiling}"])
+
+    def calibration(self, **origin: Any) -> Calibration:
+        """
+        Factors for scores of an origin, some of this report's fields (`None`: not known); as single clusters left out
+        say more about a cluster's score than halves do, they come first.
+
+        Raises:
+            ValueError: If other scores were measured, or too little is known about their sizes.
+        """
+        for name, value in origin.items():
+            if value is not None and getattr(self, name) not in (value, ""):
+                raise ValueError(
+                    f"The fidelity report is about other scores: its `{name}` is {getattr(self, name)!r}, that of "
+                    f"these scores {value!r}. Measure them with `FidelityReport.measure`."
+                )
+        slopes = {name: agreement.slope for name, agreement in self.agreements.items()}
+        clusters, rows = slopes.get(LEAVE_CLUSTER_OUT) or slopes.get(LDS_CLUSTERS), slopes.get(LDS_ROWS)
+        if clusters is None:
+            raise ValueError(
+                "The fidelity report has no slope of retrained effects on scores of clusters. Measure again, with "
+                '`measures=["leave_cluster_out"]` for engines that train or replay every model.'
+            )
+        for slope in (clusters, rows):
+            if slope is not None and (slope.low is None or slope.low <= 0):
+                raise ValueError(
+                    f"Retrained effects are {slope} times the scores, too uncertain to multiply by. Measure again "
+                    "with a larger `budget`."
+                )
+        return Calibration(clusters, rows)
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as JSON-safe values, with a `format_version`."""
@@ -107,6 +169,7 @@ class FidelityFigures:
                 seeds=tuple(int(seed) for seed in content["seeds"]),
                 rows=bool(content["rows"]),
                 samples_sha256=str(content["samples_sha256"]),
+                parameters_sha256=str(content.get("parameters_sha256", "")),
                 settings={printable(name): _number(value) for name, value in content["settings"].items()},
             )
         except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
@@ -129,11 +192,12 @@ def _number(value: Any) -> float:
 
 
 def _read_agreement(content: Mapping[str, Any]) -> Agreement:
-    ceiling = content["ceiling"]
+    ceiling, slope = content["ceiling"], content.get("slope")  # earlier releases kept no slope
     return Agreement(
         _read_estimate(content["estimate"]),
         int(content["num_points"]),
         None if ceiling is None else _read_estimate(ceiling),
+        None if slope is None else _read_estimate(slope),
     )
 
 

@@ -68,9 +68,12 @@ def answer(
             "num_runs": len(evaluations),
             "num_masks": request.num_masks,
             "used_rows": run.rows is not None,
+            "rewind": request.rewind,
+            "maximize": request.objective.maximize,
             "model": subject.model_description,
             "fidelity": subject.fidelity,
             "parameters_sha256": subject.parameters_sha256,
+            "samples_sha256": subject.samples_sha256,
         },
     )
 

@@ -27,7 +27,7 @@ from hf_rgm.model.losses import LossFunction
 from hf_rgm.model.out_of_memory import advice_on_memory
 from hf_rgm.model.processes import Processes
 from hf_rgm.model.row_reader import DataCollator, RowReader
-from hf_rgm.results.mixture import MixtureSuggestion, check_request, maximized_by_default, trusted_mixture
+from hf_rgm.results.mixture import MixtureSuggestion, check_request, trusted_mixture
 from hf_rgm.results.result import AttributionResult
 from hf_rgm.results.unlearned import UnlearnedModel
 from hf_rgm.synset.synset import Synset
@@ -314,8 +314,7 @@ class Attributor:
         Args:
             queries: Rows to do better on; the objective is the mean over them. Keep others to verify the result on.
             objective (`str` or `Objective`, *optional*, defaults to `"margin"`): What to improve; differentiable.
-            maximize (`bool`, *optional*): Whether higher is better. Defaults to `False` for the built-in `"loss"` and
-                `"mean_loss"`, to `True` for every other objective, your own included.
+            maximize (`bool`, *optional*): Whether higher is better. Defaults to what the objective says.
             max_change (`float`, *optional*, defaults to `2.0`): No weight leaves `[1 / max_change, max_change]`.
             min_agreement (`float`, *optional*, defaults to `0.25`): The bound shrinks until the replayed change is at
                 least this share of the first-order one. `None` does without replay and takes `max_change` as it is.
@@ -346,7 +345,7 @@ class Attributor:
             self.subject.clusters,
             objective.name,
             value,
-            maximize=maximized_by_default(objective) if maximize is None else maximize,
+            maximize=objective.maximize if maximize is None else maximize,
             max_change=max_change,
             min_agreement=min_agreement,
             replayed_change=replayed_change,

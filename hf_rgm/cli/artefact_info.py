@@ -8,6 +8,7 @@ from typing import Any
 
 from huggingface_hub.errors import LocalEntryNotFoundError
 
+from hf_rgm.agreement.fidelity_figures import describe_sizes
 from hf_rgm.engines.registry import ENGINES
 from hf_rgm.fidelity.report import FidelityReport
 from hf_rgm.files.reading import ArtefactFolder, printable
@@ -125,6 +126,7 @@ def _attributions(folder: ArtefactFolder, name: str) -> tuple[dict[str, Any], li
         "objective": result.objective,
         "engine": result.engine,
         "sign": result.SIGN_CONVENTION,
+        "sizes": describe_sizes(result.calibration),
         "fidelity": _fidelity(result.metadata.get("fidelity")),
     }
     drift, engine = result.metadata.get("drift"), ENGINES.get(result.engine)

@@ -121,8 +121,8 @@ def _content(result: AttributionResult, top: int, folder: Path) -> dict[str, Any
         "engine": result.engine,
         "objective": result.objective,
         "sign_convention": result.SIGN_CONVENTION,
-        "helped_most": _records(result, top, largest=True),
-        "harmed_most": _records(result, top, largest=False),
+        "helped_most": _records(result, top, largest=result.maximize),
+        "harmed_most": _records(result, top, largest=not result.maximize),
         "queries": [
             {"query_id": query, "objective": float(value), "clusters": clusters}
             for query, value, clusters in zip(

@@ -48,6 +48,7 @@ class Objective:
         differentiable (`bool`, *optional*, defaults to `True`): Whether the adjoint engine can be used.
         per_query (`bool`, *optional*, defaults to `False`): Whether value i depends on query i alone, which lets
             gradients be taken for many queries at once.
+        maximize (`bool`, *optional*, defaults to `True`): Whether higher is better: what counts as helping.
 
     Example:
 
@@ -67,6 +68,7 @@ class Objective:
     function: Callable[[Forward, Queries], Tensor]
     differentiable: bool = True
     per_query: bool = False
+    maximize: bool = True
 
     def values(self, model: FunctionalModel, parameters: Tensor, queries: Queries) -> Tensor:
         """
@@ -171,9 +173,9 @@ OBJECTIVES = {
     objective.name: objective
     for objective in (
         Objective("margin", _per_query(log_odds_margin), per_query=True),
-        Objective("loss", _loss, per_query=True),
+        Objective("loss", _loss, per_query=True, maximize=False),
         Objective("log_probability", lambda forward, queries: -_loss(forward, queries), per_query=True),
-        Objective("mean_loss", lambda forward, queries: _loss(forward, queries).mean(0, keepdim=True)),
+        Objective("mean_loss", lambda *asked: _loss(*asked).mean(0, keepdim=True), maximize=False),
         Objective("accuracy", lambda *asked: _accuracies(*asked).mean(0, keepdim=True), differentiable=False),
     )
 }

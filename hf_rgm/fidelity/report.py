@@ -14,11 +14,17 @@ import torch
 from numpy.typing import NDArray
 
 from hf_rgm.agreement.budget import LDS_CLUSTERS, LDS_ROWS, LEAVE_CLUSTER_OUT, plan_retrainings
-from hf_rgm.agreement.correlations import leave_cluster_out_correlation, linear_datamodeling_score, noise_ceiling
+from hf_rgm.agreement.correlations import (
+    leave_cluster_out_correlation,
+    linear_datamodeling_score,
+    noise_ceiling,
+    retrained_slope,
+)
 from hf_rgm.agreement.fidelity_figures import Agreement, FidelityFigures
 from hf_rgm.agreement.subsets import kept_rows, random_masks
 from hf_rgm.attribution.attributor import Attributor
 from hf_rgm.clusters.cluster_map import ClusterMap
+from hf_rgm.engines.engine import Engine
 from hf_rgm.engines.objectives import Objective, resolve_objective
 from hf_rgm.fidelity.launch import Launch
 from hf_rgm.fidelity.retraining import BuildTrainer, retrain
@@ -41,6 +47,7 @@ class FidelityReport(FidelityFigures):
         seeds (`tuple[int, ...]`): Seeds of the retrainings.
         rows (`bool`): Whether the attributor was given the training rows.
         samples_sha256 (`str`): The synset that was measured, see [`Synset.samples_sha256`]; empty without a synset.
+        parameters_sha256 (`str`, *optional*): The trained model that was measured.
         settings (`dict[str, float]`, *optional*): Settings of the engine other than its defaults.
         points (`dict[str, tuple[np.ndarray, np.ndarray]]`, *optional*): By measure, for plots: predicted values and
             retrained ones, mean over seeds, each `(num_values, num_subsets)`. Not kept in artefacts.
@@ -156,11 +163,11 @@ class FidelityReport(FidelityFigures):
             folder = Path(output_dir) / _evaluation_identity(attributor.model, queries, objective, data_collator)
         # Once joined, processes could no longer retrain each on its own.
         with Launch.from_environment().alone():
-            predicted = _predicted_values(
+            predicted, scored = _predicted_values(
                 attributor,
                 queries,
                 masks,
-                engine=chosen.name,
+                engine=chosen,
                 objective=objective,
                 rows=train_dataset if rows else None,
                 data_collator=data_collator,
@@ -181,26 +188,36 @@ class FidelityReport(FidelityFigures):
         ends = np.cumsum(list(plan.num_points.values()))[:-1]
         parts = dict(zip(masks, np.split(values.transpose(1, 2, 0), ends, axis=2), strict=True))
         return cls(
-            agreements={name: _agreement(name, predicted[name], part, seed) for name, part in parts.items()},
+            agreements={
+                name: _agreement(name, predicted[name], scored.get(name), part, seed) for name, part in parts.items()
+            },
             engine=chosen.name,
             objective=objective.name,
             num_queries=values.shape[2],
             seeds=plan.seeds,
             rows=with_rows,
             samples_sha256=subject.samples_sha256,
+            parameters_sha256=subject.parameters_sha256,
             settings=settings,
             points={name: (predicted[name], part.mean(0)) for name, part in parts.items()},
         )
 
 
-def _agreement(name: str, predicted: NDArray[np.floating], by_seed: NDArray[np.floating], seed: int) -> Agreement:
-    """`predicted` is `(num_values, num_points)`, `by_seed` `(num_seeds, num_values, num_points)`."""
+def _agreement(
+    name: str,
+    predicted: NDArray[np.floating],
+    scored: NDArray[np.floating] | None,
+    by_seed: NDArray[np.floating],
+    seed: int,
+) -> Agreement:
+    """`predicted` and `scored` are `(num_values, num_points)`, `by_seed` `(num_seeds, num_values, num_points)`."""
     correlate = leave_cluster_out_correlation if name == LEAVE_CLUSTER_OUT else linear_datamodeling_score
     measure = partial(correlate, seed=seed)
     return Agreement(
         measure(predicted, by_seed.mean(0)),
         predicted.shape[1],
         noise_ceiling(by_seed, measure) if len(by_seed) > 1 else None,
+        None if scored is None else retrained_slope(scored, by_seed.mean(0), seed=seed),
     )
 
 
@@ -226,23 +243,31 @@ def _evaluation_identity(
 
 
 def _predicted_values(
-    attributor: Attributor, queries: Any, masks: dict[str, NDArray[np.bool_]], *, engine: str, **options: Any
-) -> dict[str, NDArray[np.floating]]:
-    """Predictions for subsets by measure, up to a constant for each value: `(num_values, num_masks)`."""
+    attributor: Attributor, queries: Any, masks: dict[str, NDArray[np.bool_]], *, engine: type[Engine], **options: Any
+) -> tuple[dict[str, NDArray[np.floating]], dict[str, NDArray[np.floating]]]:
+    """
+    Predictions for subsets, and sums of the kept scores, by measure; up to a constant for each value, `(num_values,
+    num_masks)`. There are no sums of single clusters' scores where each would be a replay or a training of its own.
+    """
+    options["engine"] = engine.name
     weights = {name: mask.astype(np.float32) for name, mask in masks.items()}
-    predicted = {}
-    if engine == "adjoint" or LDS_ROWS in weights:
-        result = attributor.attribute(queries, engine=engine, **options)
+    predicted: dict[str, NDArray[np.floating]] = {}
+    scored: dict[str, NDArray[np.floating]] = {}
+    if engine.needs not in ("rows", "samples") or LDS_ROWS in weights:
+        result = attributor.attribute(queries, **options)
         scores = {LDS_ROWS: result.row_scores, LDS_CLUSTERS: result.scores, LEAVE_CLUSTER_OUT: result.scores}
-        predicted = {name: scores[name] @ weight.T for name, weight in weights.items()}
-    if engine != "adjoint":
-        for name in weights.keys() - {LDS_ROWS}:
-            replayed = attributor.replayed_values(queries, torch.from_numpy(weights[name]), engine=engine, **options)
-            predicted[name] = replayed.T
+        scored = {name: scores[name] @ weight.T for name, weight in weights.items()}
+    for name, weight in weights.items():
+        if name == LDS_ROWS or not engine.replays:
+            predicted[name] = scored[name]
+        else:
+            predicted[name] = attributor.replayed_values(queries, torch.from_numpy(weight), **options).T
+            if name == LEAVE_CLUSTER_OUT:
+                scored.setdefault(name, predicted[name])
     for name, values in predicted.items():
         if (values == values[:, :1]).all():
             raise ValueError(
-                f"The {engine} engine predicts the same of every subset of {name!r}: there is nothing to correlate. "
-                "Check that the objective depends on the training data."
+                f"The {engine.name} engine predicts the same of every subset of {name!r}: there is nothing to "
+                "correlate. Check that the objective depends on the training data."
             )
-    return predicted
+    return predicted, scored

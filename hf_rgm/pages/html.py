@@ -130,8 +130,8 @@ class Section:
         drawn.savefig(buffer, format="png", dpi=110)
         self._parts.append(f"<figure>{_image(buffer.getvalue(), caption)}{_tagged('figcaption', caption)}</figure>")
 
-    def bars(self, names: Sequence[Any], scores: np.ndarray, *, k: int, caption: str) -> None:
-        """Adds the `k` highest and lowest scores, `(len(names),)`, as a table with bars; right of zero is positive."""
+    def bars(self, names: Sequence[Any], scores: np.ndarray, *, k: int, caption: str, maximize: bool = True) -> None:
+        """Adds the `k` highest and lowest scores, `(len(names),)`, as a table with bars: right of zero, blue helps."""
         order = np.argsort(-scores, kind="stable")
         shown = [*order[:k], *order[len(order) - k :]] if len(order) > 2 * k else list(order)
         low, high = min(0.0, float(scores[shown].min())), max(0.0, float(scores[shown].max()))
@@ -143,7 +143,8 @@ class Section:
                 lines.append(f'<tr><td class="more" colspan="3">{len(order) - len(shown)} more between</td></tr>')
             value = float(scores[index])
             width = abs(value) * percent
-            left, side = (zero, "up") if value >= 0 else (zero - width, "down")
+            left = zero if value >= 0 else zero - width
+            side = "helps" if (value >= 0) == maximize else "harms"
             place = f"left:{left:.2f}%;width:{width:.2f}%"
             lines.append(
                 f'<tr><th scope="row">{escaped(str(names[index]))}</th><td class="number">{signed(value)}</td>'

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from hf_rgm.agreement.fidelity_figures import DESCRIPTIONS, FidelityFigures
+from hf_rgm.agreement.fidelity_figures import DESCRIPTIONS, FidelityFigures, describe_sizes, sizes_in_short
 from hf_rgm.pages.exhibit import Exhibit, of_query
 from hf_rgm.pages.html import Card, HtmlReport, Section
 from hf_rgm.pages.shown_rows import shortened
@@ -51,7 +51,8 @@ def attribution_report(exhibit: Exhibit, *, title: str, query_ids: Sequence[str 
 def banner(result: AttributionResult) -> list[str]:
     """What stays in sight beside every score: its sign, and how far to trust it."""
     sign = f"Score > 0: presence of the data raises the {result.objective}; score = f(with) − f(without)."
-    return [sign, f"Fidelity: {fidelity_line(result)}"]
+    better = f"{'Higher' if result.maximize else 'Lower'} is better: blue helps, orange harms."
+    return [f"{sign} {better}", f"Fidelity: {fidelity_line(result)} {describe_sizes(result.calibration)}"]
 
 
 def fidelity_line(result: AttributionResult) -> str:
@@ -102,6 +103,7 @@ def clusters_section(exhibit: Exhibit, position: int | None, *, k: int = SHOWN_C
         of_query(result.scores, position),
         k=k,
         caption=f"Change of the {result.objective}, {query_name(result, position)}",
+        maximize=result.maximize,
     )
     return section
 
@@ -159,7 +161,13 @@ def heatmap_section(result: AttributionResult) -> Section:
     """The attribution matrix as colours."""
     section = Section("Queries and clusters")
     drawing = plot_heatmap(
-        result.scores, result.query_ids, result.cluster_names, max_queries=SHOWN_LINES, max_clusters=SHOWN_LINES
+        result.scores,
+        result.query_ids,
+        result.cluster_names,
+        max_queries=SHOWN_LINES,
+        max_clusters=SHOWN_LINES,
+        maximize=result.maximize,
+        sizes=sizes_in_short(result.calibration),
     )
     section.figure(drawing, caption="Scores of queries and clusters; alike ones stand together.")
     return section
@@ -186,7 +194,7 @@ def facts_section(result: AttributionResult) -> Section:
         "trained parameters (SHA-256)": kept.get("parameters_sha256"),
     }
     section.table(["setting", "value"], [[n, shortened(str(v), 200)] for n, v in facts.items() if v not in (None, "")])
-    section.text(result.SIGN_CONVENTION)
+    section.text(f"{result.SIGN_CONVENTION} {describe_sizes(result.calibration)}")
     fidelity = kept.get("fidelity")
     section.text(f"Fidelity: {NOT_MEASURED}" if fidelity is None else str(FidelityFigures.from_dict(fidelity)))
     return section

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from scipy.optimize import root_scalar
 
 from hf_rgm.clusters.cluster_map import ClusterMap
-from hf_rgm.engines.objectives import OBJECTIVES, Objective
+from hf_rgm.engines.objectives import Objective
 from hf_rgm.exceptions import DivergenceError
 
 logger = logging.getLogger(__name__)
@@ -197,11 +197,6 @@ def trusted_mixture(
         f"`min_agreement` = {min_agreement} of it within every bound tried ({', '.join(tried)}). Use more queries, "
         "distil with more samples per cluster, or pass `min_agreement=None` for the unchecked weights."
     )
-
-
-def maximized_by_default(objective: Objective) -> bool:
-    """Whether more is better: true of all objectives except the built-in losses."""
-    return not any(OBJECTIVES[name] is objective for name in ("loss", "mean_loss"))
 
 
 def check_request(objective: Objective, num_clusters: int, max_change: Any, min_agreement: Any) -> None:

@@ -12,11 +12,14 @@ import datasets
 import numpy as np
 import pandas as pd
 
+from hf_rgm.agreement.fidelity_figures import Calibration, FidelityFigures, sizes_in_short
 from hf_rgm.clusters.grouping import as_numpy
+from hf_rgm.engines.objectives import OBJECTIVES
 from hf_rgm.files.reading import ArtefactFolder, printable
 from hf_rgm.files.writing import staged_folder
 from hf_rgm.hub.artefact import CardOptions, DatasetArtefact
 from hf_rgm.hub.cards import SIGN_CONVENTION
+from hf_rgm.results.calibration import calibrated
 from hf_rgm.results.result_files import CONFIG_FILE, FILES, attribution_card, long_form, read_result, write_result
 
 if TYPE_CHECKING:
@@ -148,6 +151,33 @@ class AttributionResult(DatasetArtefact):
         """Number of clusters."""
         return len(self.cluster_names)
 
+    @property
+    def maximize(self) -> bool:
+        """Whether a higher objective is better, so that positive scores help."""
+        told, known = self.metadata.get("maximize"), OBJECTIVES.get(self.objective)
+        return told if isinstance(told, bool) else known is None or known.maximize
+
+    @property
+    def calibration(self) -> Calibration | None:
+        """The factors that scores were multiplied by, see [`AttributionResult.calibrated`]."""
+        kept = self.metadata.get("calibration")
+        return None if kept is None else Calibration.from_dict(kept)
+
+    def calibrated(self, report: FidelityFigures | None = None) -> AttributionResult:
+        """
+        The result with scores multiplied by the slope of retrained effects on them: one for all clusters, one for all
+        rows. Their order stays.
+
+        Args:
+            report ([`FidelityReport`], *optional*): Measured with this engine, objective and rows; defaults to that
+                of the synset. Scores of rows stay as they are unless it has the measure `"lds_rows"`.
+
+        Raises:
+            ValueError: If there is no report, it is about other scores, a slope is not known to be positive, or scores
+                are calibrated already.
+        """
+        return calibrated(self, report)
+
     def query_index(self, query: str | int) -> int:
         """Position of the query with an id; raises a `KeyError` if there is none."""
         query = printable(query) if isinstance(query, str) else query
@@ -270,9 +300,11 @@ class AttributionResult(DatasetArtefact):
         """
         from hf_rgm.plots import plot_bars, plot_heatmap
 
+        sizes = sizes_in_short(self.calibration, rows=rows)
+        shown: dict[str, Any] = {"ax": ax, "maximize": self.maximize, "sizes": sizes}
         if kind == "heatmap":
             title = title or f"How clusters change the {self.objective} of each query"
-            return plot_heatmap(self.scores, self.query_ids, self.cluster_names, ax=ax, title=title)
+            return plot_heatmap(self.scores, self.query_ids, self.cluster_names, title=title, **shown)
         if kind != "bars":
             raise ValueError(f"Unknown kind {kind!r}. Use 'heatmap' or 'bars'.")
         scores = self._scores_of(query, rows=rows)
@@ -280,7 +312,7 @@ class AttributionResult(DatasetArtefact):
         if rows and self.cluster_ids is not None:
             names = [f"row {row} ({self.cluster_names[c]})" for row, c in enumerate(self.cluster_ids)]
         asked = f"mean over {self.num_queries} queries" if query is None else f"query {query}"
-        return plot_bars(names, scores, k=k, ax=ax, title=title or f"{self.objective}, {asked}")
+        return plot_bars(names, scores, k=k, title=title or f"{self.objective}, {asked}", **shown)
 
     def to_html(
         self,
@@ -354,7 +386,7 @@ class AttributionResult(DatasetArtefact):
         rows = "" if self.row_scores is None else f", num_rows={self.row_scores.shape[1]}"
         return (
             f"AttributionResult(num_queries={self.num_queries}, num_clusters={self.num_clusters}{rows}, "
-            f"objective={self.objective!r}, engine={self.engine!r})"
+            f"objective={self.objective!r}, engine={self.engine!r}, {sizes_in_short(self.calibration)})"
         )
 
 

@@ -10,6 +10,7 @@ from hf_rgm.agreement.correlations import (
     linear_datamodeling_score,
     noise_ceiling,
     pearson_by_query,
+    retrained_slope,
     spearman_by_query,
 )
 
@@ -170,3 +171,18 @@ def test_estimates_print_value_and_interval():
 def test_ceilings_without_interval():
     ceiling = noise_ceiling(np.stack(noisy(num_points=4)), linear_datamodeling_score)
     assert (ceiling.low, ceiling.high) == (None, None)
+
+
+def test_slope_is_least_squares_with_an_intercept_for_each_query():
+    generator = np.random.default_rng(0)
+    predicted = generator.normal(size=(6, 20)) + 10 * generator.normal(size=(6, 1))
+    actual = 3 * predicted + generator.normal(size=(6, 20)) - 50 * generator.normal(size=(6, 1))
+    design = np.zeros((120, 7))
+    design[:, 0] = predicted.ravel()
+    design[np.arange(120), 1 + np.repeat(np.arange(6), 20)] = 1
+    expected = np.linalg.lstsq(design, actual.ravel(), rcond=None)[0][0]
+    slope = retrained_slope(predicted, actual)
+    assert slope.value == pytest.approx(expected)
+    assert slope.low < 3 < slope.high and slope.high - slope.low < 1
+    assert retrained_slope(predicted, 7 * predicted - 1).value == pytest.approx(7)
+    assert retrained_slope(predicted[:, :4], actual[:, :4]).low is None

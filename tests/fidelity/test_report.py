@@ -12,6 +12,7 @@ from hf_rgm.agreement.correlations import (
     leave_cluster_out_correlation,
     linear_datamodeling_score,
     noise_ceiling,
+    retrained_slope,
 )
 from hf_rgm.agreement.fidelity_figures import Agreement
 from hf_rgm.attribution.attributor import Attributor
@@ -80,6 +81,8 @@ def test_exact_predictions_agree_fully_and_reversed_ones_not_at_all(attributor, 
     for part in report.agreements.values():
         assert part.estimate.value == pytest.approx(sign)
         assert part.ceiling.value == pytest.approx(1)
+        assert part.slope.value == pytest.approx(sign, rel=1e-4)
+        assert part.slope.low <= part.slope.value <= part.slope.high
     assert report.num_retrainings == 60
 
 
@@ -115,6 +118,25 @@ def test_the_subsets_are_what_their_names_say(attributor, training):
     assert (training.masks[18:].sum(1) == 24).all()
     assert len(set(rows.ravel())) > 2
     assert len({mask.tobytes() for mask in training.masks}) == 30
+
+
+@pytest.mark.parametrize(
+    ("engine", "of_halves"), [("linearized_replay", True), ("replay", False)], ids=["linear", "anchored"]
+)
+def test_the_slope_is_that_of_retrained_effects_on_scores(attributor, training, engine, of_halves):
+    """Not on replays of halves, of another size; where scores take a replay each, only where these are measured."""
+    report = measure(attributor, budget=30, engine=engine, measures=["lds_clusters", "leave_cluster_out"], seeds=(1,))
+    scores = attributor.attribute(RUN.queries, engine=engine).scores
+    masks = np.stack([training.masks[:, CLUSTER_IDS == k].mean(1) for k in range(6)], axis=1)
+    num_halves = report.agreements["lds_clusters"].num_points
+    for name, part in (("lds_clusters", slice(0, num_halves)), ("leave_cluster_out", slice(num_halves, None))):
+        slope = report.agreements[name].slope
+        if name == "lds_clusters" and not of_halves:
+            assert slope is None
+        else:
+            expected = retrained_slope(scores @ masks[part].T, training.values[part, 0].T)
+            assert slope.value == pytest.approx(expected.value, rel=1e-3)
+            assert f"retrained effects are {slope} times the scores" in str(report)
 
 
 def test_replay_engines_are_asked_for_the_subset_itself(attributor, training):
@@ -197,8 +219,9 @@ TWO_SEEDS = replace(
     ONE_SEED,
     agreements={
         "lds_clusters": Agreement(Estimate(0.5, 0.25, 0.75), 12, Estimate(0.9, 0.8, 1.0)),
-        "lds_rows": Agreement(Estimate(0.4, None, None), 4, Estimate(0.7, None, None)),
+        "lds_rows": Agreement(Estimate(0.4, None, None), 4, Estimate(0.7, None, None), Estimate(2.5, None, None)),
     },
+    parameters_sha256="0" * 64,
     num_queries=20,
     seeds=(3, 4),
     rows=True,
@@ -218,7 +241,8 @@ def test_reports_in_plain_language():
         "- random halves of the clusters (LDS): 0.500 [0.250, 0.750] over 12 retrained subsets; noise ceiling 0.900 "
         "[0.800, 1.000]",
         "- random halves of the rows (LDS): 0.400 (no interval: fewer than 5 points) over 4 retrained subsets; noise "
-        "ceiling 0.700 (no interval: fewer than 5 points)",
+        "ceiling 0.700 (no interval: fewer than 5 points); retrained effects are 2.500 (no interval: fewer than 5 "
+        "points) times the scores",
         "1 is perfect agreement, 0 none. Noise ceiling: how well retraining with one seed agrees with the others.",
     ]
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from hf_rgm import AttributionResult, ClusterMap
+from hf_rgm.explorer.app import Explorer
 from hf_rgm.pages.exhibit import Exhibit
 from hf_rgm.pages.shown_rows import png_of
 from hf_rgm.pages.views import (
@@ -16,6 +17,7 @@ from hf_rgm.pages.views import (
     cluster_section,
     clusters_section,
     facts_section,
+    heatmap_section,
     query_section,
     rows_section,
 )
@@ -44,7 +46,8 @@ def alone(exhibit, tmp_path_factory):
 def test_the_banner_tells_sign_and_fidelity(exhibit):
     sign, fidelity = banner(exhibit.result)
     assert "presence of the data raises the margin" in sign and "f(with) − f(without)" in sign
-    assert fidelity == f"Fidelity: {NOT_MEASURED}"
+    assert sign.endswith("Higher is better: blue helps, orange harms.")
+    assert fidelity.startswith(f"Fidelity: {NOT_MEASURED} Sizes are not calibrated")
     agreement = {"estimate": {"value": 0.5, "low": 0.4, "high": 0.6, "num_nan": 0}, "num_points": 9, "ceiling": None}
     measured = {
         "format_version": 1,
@@ -85,9 +88,20 @@ def test_bars_are_the_scores_of_the_query(exhibit):
 def test_bars_reach_from_zero_to_the_score():
     result = dataclasses.replace(tiny_exhibit().result, scores=np.tile([3.0, -1, 0, 1, 2, -0.5], (12, 1)))
     html = clusters_section(Exhibit(result), 0).to_html()
-    bars = re.findall(r'class="(up|down)" style="left:([\d.]+)%;width:([\d.]+)%"', html)
-    assert bars[0] == ("up", "25.00", "75.00")
-    assert bars[-1] == ("down", "0.00", "25.00")
+    bars = re.findall(r'class="(helps|harms)" style="left:([\d.]+)%;width:([\d.]+)%"', html)
+    assert bars[0] == ("helps", "25.00", "75.00")
+    assert bars[-1] == ("harms", "0.00", "25.00")
+
+
+def test_what_raises_a_loss_harms():
+    raises = np.tile([3.0, 2, 1, 0.5, 0.25, 0.1], (12, 1))
+    result = dataclasses.replace(tiny_exhibit().result, scores=raises, objective="loss", metadata={})
+    html = clusters_section(Exhibit(result), 0).to_html()
+    assert html.count('class="harms"') == 6 and 'class="helps"' not in html
+    assert banner(result)[0].endswith("Lower is better: blue helps, orange harms.")
+    as_margin = dataclasses.replace(result, objective="margin")
+    assert heatmap_section(result).to_html() != heatmap_section(as_margin).to_html()
+    assert Explorer(Exhibit(result)).of_query(0)[1].count('class="harms"') == 6
 
 
 def test_the_query_is_shown_as_a_picture(exhibit, alone):

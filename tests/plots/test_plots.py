@@ -9,8 +9,8 @@ from matplotlib.figure import Figure
 
 from hf_rgm.agreement.correlations import linear_datamodeling_score
 from hf_rgm.plots import (
-    NEGATIVE,
-    POSITIVE,
+    HARMS,
+    HELPS,
     plot_bars,
     plot_heatmap,
     plot_inspection_curve,
@@ -48,9 +48,32 @@ def test_heatmap_colours_are_symmetric_and_tell_the_sign():
     ax = plot_heatmap(np.array([[4.0, -1.0]]), ["q"], ["a", "b"])
     image = ax.images[0]
     assert image.get_clim() == (-4.0, 4.0)
-    assert image.cmap(image.norm(4.0)) == pytest.approx(to_rgba(POSITIVE), abs=0.01)
-    assert image.cmap(image.norm(-4.0)) == pytest.approx(to_rgba(NEGATIVE), abs=0.01)
+    assert image.cmap(image.norm(4.0)) == pytest.approx(to_rgba(HELPS), abs=0.01)
+    assert image.cmap(image.norm(-4.0)) == pytest.approx(to_rgba(HARMS), abs=0.01)
     assert image.cmap(image.norm(0.0)) == pytest.approx((1, 1, 1, 1), abs=0.02)
+
+
+@pytest.mark.parametrize("maximize", [True, False])
+def test_what_harms_is_never_painted_as_what_helps(maximize):
+    raises, lowers = (HELPS, HARMS) if maximize else (HARMS, HELPS)
+    heatmap = plot_heatmap(np.array([[4.0, -4.0]]), ["q"], ["a", "b"], maximize=maximize)
+    image = heatmap.images[0]
+    assert image.cmap(image.norm(4.0)) == pytest.approx(to_rgba(raises), abs=0.01)
+    assert image.cmap(image.norm(-4.0)) == pytest.approx(to_rgba(lowers), abs=0.01)
+    bars = plot_bars(["a", "b"], np.array([4.0, -4.0]), maximize=maximize)
+    assert [patch.get_facecolor() for patch in bars.patches] == [to_rgba(raises), to_rgba(lowers)]
+    assert "blue helps, orange harms" in bars.get_xlabel()
+
+
+@pytest.mark.parametrize("num_queries", [2, 5, 40])
+def test_a_query_far_out_does_not_hide_the_others(num_queries):
+    scores = np.random.default_rng(0).choice([-1.0, 1.0], size=(num_queries, 10))
+    scores[0] *= 1e4
+    ax = plot_heatmap(scores, range(num_queries), range(10))
+    low, high = ax.images[0].get_clim()
+    assert -low == high and 1 <= high <= 3
+    alike = plot_heatmap(scores[1:], range(1, num_queries), range(10))
+    assert alike.images[0].get_clim() == (-1, 1)
 
 
 def test_heatmap_says_what_it_leaves_out():
@@ -70,7 +93,7 @@ def test_bars_show_both_ends_coloured_by_sign():
     ax = plot_bars([f"c{i}" for i in range(10)], np.array([1.0, -2, 3, 0.1, 0.2, 0.3, 5, -6, 0.1, 0.2]), k=2)
     assert texts(ax.get_yticklabels()) == ["c6", "c2", "", "c1", "c7"]
     assert [patch.get_width() for patch in ax.patches] == [5.0, 3.0, -2.0, -6.0]
-    assert [patch.get_facecolor() for patch in ax.patches] == [to_rgba(POSITIVE)] * 2 + [to_rgba(NEGATIVE)] * 2
+    assert [patch.get_facecolor() for patch in ax.patches] == [to_rgba(HELPS)] * 2 + [to_rgba(HARMS)] * 2
     assert "  6 more" in texts(ax.texts)
 
 

@@ -5,7 +5,9 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from matplotlib.colors import to_rgba
 
+from hf_rgm.plots import HARMS, HELPS
 from hf_rgm.results.result import AttributionResult
 
 CLUSTER_IDS = np.array([0, 0, 1, 1, 1, 2])
@@ -211,7 +213,26 @@ def test_saving_replaces_a_result_but_nothing_else(tmp_path):
         make_result().save_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("objective", "metadata", "maximize"),
+    [
+        ("margin", {}, True),
+        ("loss", {}, False),
+        ("mean_loss", {}, False),
+        ("own", {}, True),
+        ("own", {"maximize": False}, False),
+        ("loss", {"maximize": "?"}, False),
+    ],
+)
+def test_the_direction_of_the_objective_is_known(objective, metadata, maximize, tmp_path):
+    result = make_result(objective=objective, metadata=metadata)
+    assert result.maximize is maximize
+    assert AttributionResult.from_pretrained(result.save_pretrained(tmp_path / "result")).maximize is maximize
+    raises = result.plot("bars", query="b").patches[0]
+    assert raises.get_facecolor() == to_rgba(HELPS if maximize else HARMS)
+
+
 def test_repr_is_short():
     assert repr(make_result()) == (
-        "AttributionResult(num_queries=2, num_clusters=3, objective='margin', engine='adjoint')"
+        "AttributionResult(num_queries=2, num_clusters=3, objective='margin', engine='adjoint', sizes not calibrated)"
     )
