@@ -30,6 +30,7 @@ from hf_rgm.model.row_reader import DataCollator, RowReader
 from hf_rgm.results.mixture import MixtureSuggestion, check_request, trusted_mixture
 from hf_rgm.results.result import AttributionResult
 from hf_rgm.results.unlearned import UnlearnedModel
+from hf_rgm.synset.compatibility import warn_unless_matched
 from hf_rgm.synset.synset import Synset
 from hf_rgm.trajectory.trajectory import Trajectory
 
@@ -105,7 +106,7 @@ class Attributor:
                 "and `clusters=`."
             )
         else:
-            self.subject = subject_of_synset(model, synset, has_rows=rows is not None, **options)
+            self.subject = subject_of_synset(model, synset, **options)
         self.model, self.synset = self.subject.model, self.subject.synset
         max_bytes = free_bytes(max_bytes, max_memory, self.subject.trajectories, self.model.num_parameters)
         self._known_runs = KnownRuns(self.subject, max_bytes, Processes(), disable_tqdm)
@@ -281,7 +282,7 @@ class Attributor:
         run = self._runs(rows, data_collator)[0]
         available = self._available(rows)  # rows are for the checks too, whatever the engine takes
         name = engine or engine_without(run.exposure.share(removed), available, rewind=rewind, whole=run.form.is_whole)
-        chosen = check_engine(name, available=available, replays=True)
+        chosen = self._checked(name, available, replays=True)
         reader = None if queries is None else self._reader(queries, data_collator)
         with self.model.differentiable():
             return without_clusters(chosen(run), removed, rewind, reader, subject=self.subject, like=self._original)
@@ -362,14 +363,17 @@ class Attributor:
     ) -> type[Engine]:
         """The engine of a name, or the default, checked against what is asked; raises `ValueError` if it cannot."""
         available = self._available(rows)
-        return check_engine(
-            name or default_engine(available, rewind=rewind, num_masks=num_masks),
-            available=available,
-            rewind=rewind,
-            num_masks=num_masks,
-            rows_given=rows is not None,
-            replays=replays,
+        name = name or default_engine(available, rewind=rewind, num_masks=num_masks)
+        return self._checked(
+            name, available, rewind=rewind, num_masks=num_masks, rows_given=rows is not None, replays=replays
         )
+
+    def _checked(self, name: str, available: dict[str, bool], **options: Any) -> type[Engine]:
+        chosen = check_engine(name, available=available, **options)
+        by_samples = chosen.needs != "responses" and not (available["rows"] and chosen.takes_rows)
+        if self.synset is not None and by_samples:
+            warn_unless_matched(self.synset.matched_states, self.synset.residuals)
+        return chosen
 
     def _queries(self, queries: Any, data_collator: DataCollator | None) -> Queries:
         reader = self._reader(queries, data_collator, predict_labels=True)

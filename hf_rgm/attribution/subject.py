@@ -19,7 +19,7 @@ from hf_rgm.model.functional_model import FunctionalModel, parameters_sha256
 from hf_rgm.model.losses import LossFunction, RowLoss
 from hf_rgm.model.processes import Processes
 from hf_rgm.model.row_reader import DataCollator, RowReader
-from hf_rgm.synset.compatibility import check_runs, check_samples, open_runs, row_loss_of, warn_unless_matched
+from hf_rgm.synset.compatibility import check_runs, check_samples, open_runs, row_loss_of
 from hf_rgm.synset.inputs import SPACES, input_space
 from hf_rgm.synset.synset import Synset
 from hf_rgm.trajectory.exposure import Exposure
@@ -98,7 +98,6 @@ def subject_of_synset(
     model: nn.Module,
     synset: Synset | str | Path,
     *,
-    has_rows: bool,
     device: torch.device | str | None,
     function: LossFunction | None,
     force: bool,
@@ -107,8 +106,6 @@ def subject_of_synset(
     synset = synset if isinstance(synset, Synset) else Synset.from_pretrained(synset)
     functional = _functional(model, synset.trajectory, device)
     synset.check_model(functional, force=force)
-    if not has_rows and synset.responses is None:  # else nothing depends on the samples
-        warn_unless_matched(synset.matched_states, synset.residuals)
     name = synset.input_name
     inputs = input_space(functional, name if name in SPACES else "auto")
     if inputs.name != name:
@@ -151,6 +148,7 @@ class KnownRuns:
                     "function as `row_loss`."
                 )
             reader = training_rows(rows, subject.model, subject.clusters, collator, subject.trajectory)
+            reader.warn_of_draws()
             subject.trajectory.check_dataset(rows, what="rows")
         runs = [self._run(trajectory, reader) for trajectory in subject.trajectories]
         self._known = rows, collator, runs

@@ -98,7 +98,7 @@ def _synset(folder: ArtefactFolder, name: str) -> tuple[dict[str, Any], list[str
         "matching error": round(synset.matching_error, 4),
         "fidelity": _fidelity(synset.fidelity),
     }
-    if synset.matching_error > HIGH_ERROR:
+    if synset.matching_error > HIGH_ERROR and responses is None:
         facts["caution"] = "the matching error is high: give the training rows, or distil again with more samples"
     if responses is not None:
         if responses.at_hand:

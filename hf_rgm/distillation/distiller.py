@@ -242,7 +242,8 @@ class ReverseGradientMatchingDistiller:
         ordered = [dict(finished[block]) for block in blocks]
         residuals = torch.cat([done.pop("residuals") for done in ordered], dim=1)
         iterations = [int(done.pop("iterations")) for done in ordered]
-        if self._processes.is_main:
+        responses = self._responses(kept)
+        if self._processes.is_main and responses is None:
             warn_unless_matched(self.matched_states, residuals)
         merged = {name: torch.cat([done[name] for done in ordered]) for name in ordered[0]}
         samples = SyntheticSamples(**merged)
@@ -255,7 +256,7 @@ class ReverseGradientMatchingDistiller:
             matched_states=self.matched_states,
             parameters_sha256=parameters_sha256(self.model.parameters()),
             input_name=self.inputs.name,
-            responses=self._responses(kept),
+            responses=responses,
             config=self.config.to_dict(),
             metadata={
                 "dataset_fingerprint": self.trajectories[0].dataset_fingerprint,

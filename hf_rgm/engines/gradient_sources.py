@@ -311,7 +311,6 @@ def training_rows(
 ) -> RowReader:
     """Reader of a run's training rows; raises a `ValueError` if there are more or fewer than the clusters have."""
     reader = RowReader(rows, model, data_collator=data_collator, what="rows", **trajectory.reader_options)
-    reader.warn_of_draws()
     if len(reader) != clusters.num_rows:
         raise ValueError(
             f"`rows` has {len(reader)} rows, but the clusters have {clusters.num_rows}. Pass the training dataset "

@@ -13,6 +13,7 @@ from hf_rgm.engines.gradient_form import GradientForm
 from hf_rgm.engines.memory_shares import ranges
 from hf_rgm.engines.objectives import Objective, Queries
 from hf_rgm.model.functional_model import FunctionalModel
+from hf_rgm.model.warn_once import warn_once
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +49,7 @@ class QueryGradients:
             )
         if flat:
             told = "Objective %r has a gradient of zero for %d of its values: their scores are 0."
-            logger.warning(told, self.objective.name, flat)
+            warn_once(logger, told, self.objective.name, flat)
 
     def __len__(self) -> int:
         return self.num_values

@@ -29,6 +29,7 @@ from hf_rgm.model.token_host import (
     mix_embeddings,
     token_embedding,
 )
+from hf_rgm.model.warn_once import warn_once
 
 logger = logging.getLogger(__name__)
 
@@ -234,7 +235,8 @@ def _unwrapped(forward: Any) -> Any:
 def _prepared(module: nn.Module) -> nn.Module:
     """The module in float32 with eager attention, without dropout and gradient checkpointing."""
     if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in module.modules()):
-        logger.warning(
+        warn_once(
+            logger,
             "%s has batch normalisation. Attribution evaluates it with the final running statistics; the effect a "
             "row has on the statistics of its batch is not attributed.",
             type(module).__name__,

@@ -15,6 +15,7 @@ from hf_rgm.model.losses import CROSS_ENTROPY, RowLoss, check_labels
 from hf_rgm.model.padding import batches_by_length
 from hf_rgm.model.row_reader import CachedBatches
 from hf_rgm.model.vectorize import map_rows
+from hf_rgm.model.warn_once import warn_once
 
 logger = logging.getLogger(__name__)
 
@@ -117,5 +118,6 @@ def row_derivatives(
         try:
             return torch.stack([jvp(losses, (parameters,), (direction,))[1] for direction in named])
         except NotImplementedError as error:
-            logger.warning("Rows are scored by their gradients, not in forward mode: %s", str(error).split(". ")[0])
+            told = "Rows are scored by their gradients, not in forward mode: %s"
+            warn_once(logger, told, str(error).split(". ")[0])
     return directions @ row_gradients(model, parameters, inputs, labels, row_loss, form).T

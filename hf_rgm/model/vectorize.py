@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 from torch.func import vmap
+
+from hf_rgm.model.warn_once import warn_once
 
 logger = logging.getLogger(__name__)
 
@@ -51,12 +52,9 @@ def _apply(function: Callable[..., Tensor], inputs: dict[str, Tensor], others: t
         except RuntimeError as error:
             if "vmap" not in str(error):
                 raise
-            _say_once(str(error).split(". ")[0])
+            reason = str(error).split(". ")[0]
+            told = "Rows go through the model one by one, which is slow: it does not vectorise (%s)."
+            warn_once(logger, told, reason)
     return torch.stack(
         [function({name: value[row] for name, value in inputs.items()}, *(o[row] for o in others)) for row in rows]
     )
-
-
-@functools.cache
-def _say_once(reason: str) -> None:
-    logger.warning("Rows go through the model one by one, which is slow: it does not vectorise (%s).", reason)

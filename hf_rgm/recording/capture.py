@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from hf_rgm.model.sharding import whole
+from hf_rgm.model.warn_once import warn_once
 from hf_rgm.trajectory.optimizers import OptimizerRule
 from hf_rgm.trajectory.states import TrajectoryState
 from hf_rgm.trajectory.steps import StepTable
@@ -28,12 +29,12 @@ def optimizer_updates(optimizer: torch.optim.Optimizer, parameters: Mapping[str,
     most = max(counts.values(), default=0)
     fewer = sorted(name for name, count in counts.items() if count < most)
     if fewer:
-        logger.warning(
-            "Parameters %s (%d in all) had no gradient in some of the %d updates. A replay takes the number of all "
-            "updates to correct Adam's bias, so it is approximate for them.",
-            fewer[:3],
+        warn_once(
+            logger,
+            "Parameters %s (%d in all) had no gradient in some updates. A replay takes the number of all updates to "
+            "correct Adam's bias, so it is approximate for them.",
+            str(fewer[:3]),
             len(fewer),
-            most,
         )
     return most
 

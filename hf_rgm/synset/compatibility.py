@@ -17,6 +17,7 @@ from hf_rgm.model.architecture import difference
 from hf_rgm.model.functional_model import FunctionalModel, parameters_sha256
 from hf_rgm.model.losses import LossFunction, RowLoss
 from hf_rgm.model.row_reader import RowReader
+from hf_rgm.model.warn_once import warn_once
 from hf_rgm.synset.inputs import ContinuousInputs
 from hf_rgm.synset.matched_states import MatchedState
 from hf_rgm.synset.samples import SyntheticSamples
@@ -178,7 +179,8 @@ def warn_unless_matched(matched_states: Sequence[MatchedState], matching_errors:
     """Warns if most clusters match no better than without samples; errors `(num_matched_states, num_clusters)`."""
     for matched, residuals in zip(matched_states, matching_errors, strict=True):
         if float(residuals.median()) >= 1:
-            logger.warning(
+            warn_once(
+                logger,
                 "At %s the synthetic samples of most clusters match the data's gradients no better than no samples "
                 "would (relative squared error %.3g): scores by the samples alone will be noise. Pass the training "
                 "rows, keep responses, or distil again with more `samples_per_cluster` or a smaller `tolerance`.",

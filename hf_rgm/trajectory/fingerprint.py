@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from hf_rgm.model.random_state import random_state_kept
+from hf_rgm.model.warn_once import warn_once
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +29,8 @@ def dataset_fingerprint(dataset: Any, columns: Collection[str] | None = None) ->
     length = len(dataset)
     digests = sampled_digests(dataset, columns)
     if length and not digests:
-        logger.warning(
+        warn_once(
+            logger,
             "Rows of the training set differ when they are read again (random augmentation?), so its fingerprint "
             "covers only its length, %d. Attribution will see other augmentations than training did.",
             length,

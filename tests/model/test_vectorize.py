@@ -4,7 +4,7 @@ import logging
 
 import torch
 
-from hf_rgm.model.vectorize import _say_once, map_rows
+from hf_rgm.model.vectorize import map_rows
 
 
 def test_rows_with_the_same_mask_go_together_and_come_back_in_order():
@@ -24,7 +24,6 @@ def test_rows_with_the_same_mask_go_together_and_come_back_in_order():
 
 
 def test_what_does_not_vectorise_goes_row_by_row_and_says_so(caplog):
-    _say_once.cache_clear()
     values = torch.tensor([[1.0, -1.0], [2.0, 3.0]])
 
     def function(inputs):

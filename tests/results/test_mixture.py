@@ -73,7 +73,7 @@ def convex():
 
 @pytest.mark.parametrize("objective", ["margin", "mean_loss"])
 def test_scores_are_the_derivative_of_retraining_by_the_weights(convex, objective, monkeypatch):
-    monkeypatch.setattr("hf_rgm.attribution.subject.states_by_epochs", lambda trajectory: trajectory.num_steps + 1)
+    monkeypatch.setattr("hf_rgm.trajectory.exposure.states_by_epochs", lambda trajectory: trajectory.num_steps + 1)
     attributor = Attributor(convex.run.model, convex.synset, disable_tqdm=True)
     mixture = attributor.suggest_mixture(convex.queries, objective=objective, rewind=0)
     derivative = torch.autograd.functional.jacobian(
