@@ -136,12 +136,6 @@ def share_found(order: np.ndarray, flipped: np.ndarray, inspected: float) -> flo
     return float(flipped[order[: round(inspected * len(order))]].sum() / flipped.sum())
 
 
-def relative_size(predicted: np.ndarray, actual: np.ndarray) -> float:
-    """Least-squares slope of predicted on actual values, both `(num_values, num_subsets)`, after centring each row."""
-    predicted, actual = (values - values.mean(1, keepdims=True) for values in (predicted, actual))
-    return float((predicted * actual).sum() / (actual**2).sum())
-
-
 def run_demo(
     output_dir: str | Path,
     *,
@@ -226,9 +220,8 @@ def run_demo(
         f"{len(data.queries)} queries; retraining with another seed reaches {agreement.ceiling}."
     )
     say(
-        "   This is about order. In size, predicted differences between the halves are "
-        f"{relative_size(*fidelity.points[LDS_CLUSTERS]):.0%} of those that retraining finds; docs/method.md "
-        "tells why (How far back)."
+        f"   This is about order. In size, retrained effects are {agreement.slope} times the sums of scores; "
+        "`result.calibrated(report)` multiplies by that (docs/method.md, sizes)."
     )
     synset.fidelity = result.metadata["fidelity"] = fidelity.to_dict()
     synset.save_pretrained(folder / "synset")

@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from scipy.cluster.hierarchy import leaves_list, linkage
 
 from hf_rgm.agreement.correlations import MIN_POINTS, linear_datamodeling_score
+from hf_rgm.agreement.fidelity_figures import NOT_CALIBRATED
 from hf_rgm.clusters.grouping import as_numpy
 from hf_rgm.files.reading import printable
 
@@ -28,7 +29,7 @@ GRID = "#DDE1E6"
 # Those of Okabe and Ito that are dark enough for lines on white.
 LINES = (HELPS, HARMS, "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 SIGNED = LinearSegmentedColormap.from_list("signed", [HARMS, "#F3B48A", "#FFFFFF", "#8FC1E3", HELPS])
-SCORE_LABEL = "score (positive: presence raises the objective)\nblue helps, orange harms{sizes}"
+SCORE_LABEL = "score (positive: presence raises the objective)\nblue helps, orange harms; "
 OUTLYING = 3.0  # times the median query's largest score: beyond this, colours are the same
 
 
@@ -42,13 +43,13 @@ def plot_heatmap(
     max_queries: int = 40,
     max_clusters: int = 50,
     maximize: bool = True,
-    sizes: str = "",
+    sizes: str = NOT_CALIBRATED,
 ) -> Axes:
     """
-    The attribution matrix `(num_queries, num_clusters)` as colours: blue helps, orange harms, whatever `maximize`.
+    The attribution matrix `(num_queries, num_clusters)` as colours: blue helps, whether more is better or not.
 
     Hierarchical clustering puts similar queries and clusters beside each other. Of more than `max_queries` or
-    `max_clusters`, those with the largest scores are shown. `sizes` says whether they are calibrated.
+    `max_clusters`, those with the largest scores are shown.
     """
     scores = _finite(scores, "scores", num_dimensions=2)
     if scores.shape != (len(query_names), len(cluster_names)):
@@ -73,7 +74,7 @@ def plot_heatmap(
         shown,
         [query_names[q] for q in queries],
         [cluster_names[k] for k in clusters],
-        label=_score_label(sizes).replace(" (", "\n("),
+        label=SCORE_LABEL.replace(" (", "\n(") + sizes,
         extend="both" if largest > limit else "neither",
         cmap=SIGNED if maximize else SIGNED.reversed(),
         vmin=-limit,
@@ -92,13 +93,9 @@ def plot_bars(
     ax: Axes | None = None,
     title: str | None = None,
     maximize: bool = True,
-    sizes: str = "",
+    sizes: str = NOT_CALIBRATED,
 ) -> Axes:
-    """
-    The `k` highest and `k` lowest scores, `(len(names),)`, as bars: blue helps, orange harms, whatever `maximize`.
-
-    `sizes` says whether they are calibrated.
-    """
+    """The `k` highest and `k` lowest scores, `(len(names),)`, as bars: blue helps, whether more is better or not."""
     scores = _finite(scores, "scores", num_dimensions=1)
     if len(scores) != len(names) or k < 1:
         raise ValueError(
@@ -127,7 +124,7 @@ def plot_bars(
     room = 0.13 * ((highest - lowest) or 1.0)  # for the numbers at the ends
     ax.set_xlim(lowest - room * (lowest < 0), highest + room * (highest > 0 or lowest == 0))
     ax.axvline(0, color=NEUTRAL, linewidth=0.8, zorder=3)
-    ax.set_xlabel(_score_label(sizes), fontsize=9)
+    ax.set_xlabel(SCORE_LABEL + sizes, fontsize=9)
     ax.grid(axis="x", color=GRID, zorder=0)
     ax.tick_params(axis="y", length=0)
     return _titled(_bare(ax, keep=("bottom",)), title)
@@ -164,10 +161,6 @@ def plot_synset_gallery(
     ax.set_aspect("equal")
     ax.set_axis_off()
     return _titled(ax, title)
-
-
-def _score_label(sizes: str) -> str:
-    return SCORE_LABEL.format(sizes=f"; {sizes}" if sizes else "")
 
 
 def _similarity_order(rows: np.ndarray) -> np.ndarray:

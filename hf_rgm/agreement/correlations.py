@@ -70,10 +70,7 @@ def linear_datamodeling_score(predictions: Array, values: Array, *, seed: int = 
 
 
 def retrained_slope(predictions: Array, values: Array, *, seed: int = 0) -> Estimate:
-    """
-    Slope of retrained on predicted effects over subsets, both `(num_queries, num_subsets)`, with an intercept for each
-    query: by how much predicted effects are to be multiplied to come nearest to retrained ones (least squares).
-    """
+    """Slope of retrained values on predictions, both `(num_queries, num_subsets)`; an intercept for each query."""
     predicted, actual = _checked(predictions, values)
 
     def slope(queries: Indices, points: Indices) -> float:

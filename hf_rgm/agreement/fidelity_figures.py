@@ -33,35 +33,23 @@ class Agreement:
     slope: Estimate | None = None  # of retrained effects on the scores, or on their sums over subsets
 
 
-@dataclass(frozen=True)
-class Calibration:
-    """Factors that scores were multiplied by: slopes of retrained on predicted effects."""
+NOT_CALIBRATED = "sizes not calibrated"
 
-    clusters: Estimate
-    rows: Estimate | None = None  # `None`: scores of rows are as they were
-
-    @classmethod
-    def from_dict(cls, content: Mapping[str, Any]) -> Self:
-        """The inverse of `asdict`; raises a `ValueError` if it is not whole."""
-        try:
-            rows = content["rows"]
-            return cls(_read_estimate(content["clusters"]), None if rows is None else _read_estimate(rows))
-        except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
-            raise ValueError(f"The calibration is damaged ({error!r}). Attribute again.") from error
+Factors = tuple[Estimate, Estimate | None]
+"""What scores of clusters, and of rows unless `None`, are multiplied by to have the size of retrained effects."""
 
 
-def sizes_in_short(calibration: Calibration | None, *, rows: bool = False) -> str:
+def sizes_in_short(factors: Factors | None, *, rows: bool = False) -> str:
     """Whether sizes of the scores of clusters, or rows, are calibrated, for labels."""
-    known = calibration is not None and (not rows or calibration.rows is not None)
-    return "sizes calibrated" if known else "sizes not calibrated"
+    return NOT_CALIBRATED if factors is None or factors[int(rows)] is None else "sizes calibrated"
 
 
-def describe_sizes(calibration: Calibration | None) -> str:
+def describe_sizes(factors: Factors | None) -> str:
     """How far the sizes of scores can be trusted, in words."""
-    if calibration is None:
+    if factors is None:
         return "Sizes are not calibrated: compare scores with each other, not with what retraining would change."
-    rows = "those of rows are not" if calibration.rows is None else f"those of rows by {calibration.rows}"
-    return f"Sizes are calibrated by retraining: scores of clusters were multiplied by {calibration.clusters}, {rows}."
+    rows = "those of rows are not" if factors[1] is None else f"those of rows by {factors[1]}"
+    return f"Sizes are calibrated by retraining: scores of clusters were multiplied by {factors[0]}, {rows}."
 
 
 @dataclass(frozen=True)
@@ -116,14 +104,8 @@ class FidelityFigures:
             ceiling = "Noise ceiling: how well retraining with one seed agrees with the others."
         return "\n".join([*lines, f"1 is perfect agreement, 0 none. {ceiling}"])
 
-    def calibration(self, **origin: Any) -> Calibration:
-        """
-        Factors for scores of an origin, some of this report's fields (`None`: not known); as single clusters left out
-        say more about a cluster's score than halves do, they come first.
-
-        Raises:
-            ValueError: If other scores were measured, or too little is known about their sizes.
-        """
+    def factors(self, **origin: Any) -> Factors:
+        """Factors for scores with these fields (`None`: not known); raises a `ValueError` for other scores."""
         for name, value in origin.items():
             if value is not None and getattr(self, name) not in (value, ""):
                 raise ValueError(
@@ -131,6 +113,7 @@ class FidelityFigures:
                     f"these scores {value!r}. Measure them with `FidelityReport.measure`."
                 )
         slopes = {name: agreement.slope for name, agreement in self.agreements.items()}
+        # Single clusters left out say more about the score of one than halves do.
         clusters, rows = slopes.get(LEAVE_CLUSTER_OUT) or slopes.get(LDS_CLUSTERS), slopes.get(LDS_ROWS)
         if clusters is None:
             raise ValueError(
@@ -143,7 +126,7 @@ class FidelityFigures:
                     f"Retrained effects are {slope} times the scores, too uncertain to multiply by. Measure again "
                     "with a larger `budget`."
                 )
-        return Calibration(clusters, rows)
+        return clusters, rows
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as JSON-safe values, with a `format_version`."""

@@ -126,7 +126,7 @@ def _attributions(folder: ArtefactFolder, name: str) -> tuple[dict[str, Any], li
         "objective": result.objective,
         "engine": result.engine,
         "sign": result.SIGN_CONVENTION,
-        "sizes": describe_sizes(result.calibration),
+        "sizes": describe_sizes(result.factors),
         "fidelity": _fidelity(result.metadata.get("fidelity")),
     }
     drift, engine = result.metadata.get("drift"), ENGINES.get(result.engine)

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from hf_rgm.agreement.budget import LDS_CLUSTERS, LDS_ROWS, LEAVE_CLUSTER_OUT, plan_retrainings
 from hf_rgm.agreement.correlations import (
+    Array,
     leave_cluster_out_correlation,
     linear_datamodeling_score,
     noise_ceiling,
@@ -24,14 +25,16 @@ from hf_rgm.agreement.fidelity_figures import Agreement, FidelityFigures
 from hf_rgm.agreement.subsets import kept_rows, random_masks
 from hf_rgm.attribution.attributor import Attributor
 from hf_rgm.clusters.cluster_map import ClusterMap
-from hf_rgm.engines.engine import Engine
 from hf_rgm.engines.objectives import Objective, resolve_objective
+from hf_rgm.engines.registry import ENGINES
 from hf_rgm.fidelity.launch import Launch
 from hf_rgm.fidelity.retraining import BuildTrainer, retrain
 from hf_rgm.model.functional_model import FunctionalModel
 from hf_rgm.model.row_reader import DataCollator, RowReader
 
 logger = logging.getLogger(__name__)
+
+ByMeasure = dict[str, Array]
 
 
 class FidelityReport(FidelityFigures):
@@ -167,7 +170,7 @@ class FidelityReport(FidelityFigures):
                 attributor,
                 queries,
                 masks,
-                engine=chosen,
+                engine=chosen.name,
                 objective=objective,
                 rows=train_dataset if rows else None,
                 data_collator=data_collator,
@@ -188,9 +191,7 @@ class FidelityReport(FidelityFigures):
         ends = np.cumsum(list(plan.num_points.values()))[:-1]
         parts = dict(zip(masks, np.split(values.transpose(1, 2, 0), ends, axis=2), strict=True))
         return cls(
-            agreements={
-                name: _agreement(name, predicted[name], scored.get(name), part, seed) for name, part in parts.items()
-            },
+            agreements={name: _agreement(name, predicted, scored, part, seed) for name, part in parts.items()},
             engine=chosen.name,
             objective=objective.name,
             num_queries=values.shape[2],
@@ -203,21 +204,15 @@ class FidelityReport(FidelityFigures):
         )
 
 
-def _agreement(
-    name: str,
-    predicted: NDArray[np.floating],
-    scored: NDArray[np.floating] | None,
-    by_seed: NDArray[np.floating],
-    seed: int,
-) -> Agreement:
+def _agreement(name: str, predicted: ByMeasure, scored: ByMeasure, by_seed: Array, seed: int) -> Agreement:
     """`predicted` and `scored` are `(num_values, num_points)`, `by_seed` `(num_seeds, num_values, num_points)`."""
     correlate = leave_cluster_out_correlation if name == LEAVE_CLUSTER_OUT else linear_datamodeling_score
     measure = partial(correlate, seed=seed)
     return Agreement(
-        measure(predicted, by_seed.mean(0)),
-        predicted.shape[1],
+        measure(predicted[name], by_seed.mean(0)),
+        by_seed.shape[2],
         noise_ceiling(by_seed, measure) if len(by_seed) > 1 else None,
-        None if scored is None else retrained_slope(scored, by_seed.mean(0), seed=seed),
+        None if name not in scored else retrained_slope(scored[name], by_seed.mean(0), seed=seed),
     )
 
 
@@ -243,31 +238,26 @@ def _evaluation_identity(
 
 
 def _predicted_values(
-    attributor: Attributor, queries: Any, masks: dict[str, NDArray[np.bool_]], *, engine: type[Engine], **options: Any
-) -> tuple[dict[str, NDArray[np.floating]], dict[str, NDArray[np.floating]]]:
-    """
-    Predictions for subsets, and sums of the kept scores, by measure; up to a constant for each value, `(num_values,
-    num_masks)`. There are no sums of single clusters' scores where each would be a replay or a training of its own.
-    """
-    options["engine"] = engine.name
+    attributor: Attributor, queries: Any, masks: dict[str, NDArray[np.bool_]], *, engine: str, **options: Any
+) -> tuple[ByMeasure, ByMeasure]:
+    """Predictions for subsets by measure, and sums of scores, `(num_values, num_masks)`, up to a constant for each."""
     weights = {name: mask.astype(np.float32) for name, mask in masks.items()}
-    predicted: dict[str, NDArray[np.floating]] = {}
-    scored: dict[str, NDArray[np.floating]] = {}
-    if engine.needs not in ("rows", "samples") or LDS_ROWS in weights:
-        result = attributor.attribute(queries, **options)
+    predicted, scored = {}, {}
+    if ENGINES[engine].needs not in ("rows", "samples") or LDS_ROWS in weights:  # else a score takes a replay each
+        result = attributor.attribute(queries, engine=engine, **options)
         scores = {LDS_ROWS: result.row_scores, LDS_CLUSTERS: result.scores, LEAVE_CLUSTER_OUT: result.scores}
         scored = {name: scores[name] @ weight.T for name, weight in weights.items()}
     for name, weight in weights.items():
-        if name == LDS_ROWS or not engine.replays:
-            predicted[name] = scored[name]
-        else:
-            predicted[name] = attributor.replayed_values(queries, torch.from_numpy(weight), **options).T
-            if name == LEAVE_CLUSTER_OUT:
-                scored.setdefault(name, predicted[name])
+        predicted[name] = scored.get(name)
+        if engine != "adjoint" and name != LDS_ROWS:
+            replayed = attributor.replayed_values(queries, torch.from_numpy(weight), engine=engine, **options)
+            predicted[name] = replayed.T
+    if LEAVE_CLUSTER_OUT in weights:
+        scored.setdefault(LEAVE_CLUSTER_OUT, predicted[LEAVE_CLUSTER_OUT])
     for name, values in predicted.items():
         if (values == values[:, :1]).all():
             raise ValueError(
-                f"The {engine.name} engine predicts the same of every subset of {name!r}: there is nothing to "
-                "correlate. Check that the objective depends on the training data."
+                f"The {engine} engine predicts the same of every subset of {name!r}: there is nothing to correlate. "
+                "Check that the objective depends on the training data."
             )
     return predicted, scored

@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from hf_rgm.agreement.fidelity_figures import DESCRIPTIONS, FidelityFigures, describe_sizes, sizes_in_short
+from hf_rgm.agreement.fidelity_figures import DESCRIPTIONS, FidelityFigures, describe_sizes
 from hf_rgm.pages.exhibit import Exhibit, of_query
 from hf_rgm.pages.html import Card, HtmlReport, Section
 from hf_rgm.pages.shown_rows import shortened
-from hf_rgm.plots import plot_heatmap
 
 if TYPE_CHECKING:
     from hf_rgm.results.result import AttributionResult
@@ -20,7 +19,6 @@ if TYPE_CHECKING:
 SHOWN_QUERIES = 4
 SHOWN_CLUSTERS = 8
 SHOWN_ROWS = 6
-SHOWN_LINES = 40  # more would be too small to read
 NOT_MEASURED = "not measured: how well these scores agree with retraining is not known."
 
 # Figures from docs/benchmarks.md.
@@ -52,7 +50,7 @@ def banner(result: AttributionResult) -> list[str]:
     """What stays in sight beside every score: its sign, and how far to trust it."""
     sign = f"Score > 0: presence of the data raises the {result.objective}; score = f(with) − f(without)."
     better = f"{'Higher' if result.maximize else 'Lower'} is better: blue helps, orange harms."
-    return [f"{sign} {better}", f"Fidelity: {fidelity_line(result)} {describe_sizes(result.calibration)}"]
+    return [f"{sign} {better}", f"Fidelity: {fidelity_line(result)} {describe_sizes(result.factors)}"]
 
 
 def fidelity_line(result: AttributionResult) -> str:
@@ -160,16 +158,7 @@ def rows_section(exhibit: Exhibit, position: int | None, *, k: int = SHOWN_ROWS)
 def heatmap_section(result: AttributionResult) -> Section:
     """The attribution matrix as colours."""
     section = Section("Queries and clusters")
-    drawing = plot_heatmap(
-        result.scores,
-        result.query_ids,
-        result.cluster_names,
-        max_queries=SHOWN_LINES,
-        max_clusters=SHOWN_LINES,
-        maximize=result.maximize,
-        sizes=sizes_in_short(result.calibration),
-    )
-    section.figure(drawing, caption="Scores of queries and clusters; alike ones stand together.")
+    section.figure(result.plot(), caption="Scores of queries and clusters; alike ones stand together.")
     return section
 
 
@@ -194,7 +183,7 @@ def facts_section(result: AttributionResult) -> Section:
         "trained parameters (SHA-256)": kept.get("parameters_sha256"),
     }
     section.table(["setting", "value"], [[n, shortened(str(v), 200)] for n, v in facts.items() if v not in (None, "")])
-    section.text(f"{result.SIGN_CONVENTION} {describe_sizes(result.calibration)}")
+    section.text(f"{result.SIGN_CONVENTION} {describe_sizes(result.factors)}")
     fidelity = kept.get("fidelity")
     section.text(f"Fidelity: {NOT_MEASURED}" if fidelity is None else str(FidelityFigures.from_dict(fidelity)))
     return section

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,12 +16,12 @@ if TYPE_CHECKING:
 def calibrated(result: AttributionResult, report: FidelityFigures | None) -> AttributionResult:
     """The result with calibrated sizes; see [`AttributionResult.calibrated`]."""
     kept = result.metadata
-    if result.calibration is not None:
+    if result.factors is not None:
         raise ValueError("These scores are calibrated already. Calibrate the result that they were computed from.")
     if report is None and kept.get("fidelity") is None:
         raise ValueError("No fidelity was measured with these scores. Pass the `FidelityReport` of their engine.")
     report = FidelityFigures.from_dict(kept["fidelity"]) if report is None else report
-    factors = report.calibration(
+    clusters, rows = report.factors(
         engine=result.engine,
         objective=result.objective,
         rows=kept.get("used_rows"),
@@ -29,14 +29,12 @@ def calibrated(result: AttributionResult, report: FidelityFigures | None) -> Att
         samples_sha256=None if kept.get("used_rows") else kept.get("samples_sha256"),
         parameters_sha256=kept.get("parameters_sha256"),
     )
-    rows = result.row_scores
-    if rows is not None and factors.rows is not None:
-        rows = rows * np.float32(factors.rows.value)
+    of_rows = result.row_scores
     scaled = replace(
         result,
-        scores=result.scores * np.float32(factors.clusters.value),
-        row_scores=rows,
-        metadata={**kept, "calibration": asdict(factors), "fidelity": report.to_dict()},
+        scores=result.scores * np.float32(clusters.value),
+        row_scores=of_rows if of_rows is None or rows is None else of_rows * np.float32(rows.value),
+        metadata={**kept, "calibrated": True, "fidelity": report.to_dict()},
     )
     scaled.tokenizer = result.tokenizer
     return scaled

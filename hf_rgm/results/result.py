@@ -12,7 +12,7 @@ import datasets
 import numpy as np
 import pandas as pd
 
-from hf_rgm.agreement.fidelity_figures import Calibration, FidelityFigures, sizes_in_short
+from hf_rgm.agreement.fidelity_figures import Factors, FidelityFigures, sizes_in_short
 from hf_rgm.clusters.grouping import as_numpy
 from hf_rgm.engines.objectives import OBJECTIVES
 from hf_rgm.files.reading import ArtefactFolder, printable
@@ -122,6 +122,7 @@ class AttributionResult(DatasetArtefact):
             raise TypeError(
                 f"`metadata` does not fit into JSON ({error}). Keep plain numbers and text in it."
             ) from None
+        _ = self.factors  # raises if they cannot be known
 
     def _checked(self, values: Any, shape: tuple[int, ...], name: str) -> np.ndarray:
         array = as_numpy(values)
@@ -158,15 +159,14 @@ class AttributionResult(DatasetArtefact):
         return told if isinstance(told, bool) else known is None or known.maximize
 
     @property
-    def calibration(self) -> Calibration | None:
-        """The factors that scores were multiplied by, see [`AttributionResult.calibrated`]."""
-        kept = self.metadata.get("calibration")
-        return None if kept is None else Calibration.from_dict(kept)
+    def factors(self) -> Factors | None:
+        """What scores of clusters, and of rows, were multiplied by; see [`AttributionResult.calibrated`]."""
+        kept = self.metadata
+        return FidelityFigures.from_dict(kept.get("fidelity") or {}).factors() if kept.get("calibrated") else None
 
     def calibrated(self, report: FidelityFigures | None = None) -> AttributionResult:
         """
-        The result with scores multiplied by the slope of retrained effects on them: one for all clusters, one for all
-        rows. Their order stays.
+        The result with scores multiplied by the slope of retrained effects on them, one for clusters, one for rows.
 
         Args:
             report ([`FidelityReport`], *optional*): Measured with this engine, objective and rows; defaults to that
@@ -300,7 +300,7 @@ class AttributionResult(DatasetArtefact):
         """
         from hf_rgm.plots import plot_bars, plot_heatmap
 
-        sizes = sizes_in_short(self.calibration, rows=rows)
+        sizes = sizes_in_short(self.factors, rows=rows)
         shown: dict[str, Any] = {"ax": ax, "maximize": self.maximize, "sizes": sizes}
         if kind == "heatmap":
             title = title or f"How clusters change the {self.objective} of each query"
@@ -386,7 +386,7 @@ class AttributionResult(DatasetArtefact):
         rows = "" if self.row_scores is None else f", num_rows={self.row_scores.shape[1]}"
         return (
             f"AttributionResult(num_queries={self.num_queries}, num_clusters={self.num_clusters}{rows}, "
-            f"objective={self.objective!r}, engine={self.engine!r}, {sizes_in_short(self.calibration)})"
+            f"objective={self.objective!r}, engine={self.engine!r}, {sizes_in_short(self.factors)})"
         )
 
 

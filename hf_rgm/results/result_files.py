@@ -11,7 +11,7 @@ import pandas as pd
 import torch
 from safetensors.torch import save_file
 
-from hf_rgm.agreement.fidelity_figures import Calibration, check_kept_report, describe_sizes
+from hf_rgm.agreement.fidelity_figures import check_kept_report, describe_sizes
 from hf_rgm.files.reading import WAY_OUT, ArtefactFolder, parsed, printable
 from hf_rgm.files.writing import write_json
 from hf_rgm.hub.artefact import LOCAL, CardOptions
@@ -144,11 +144,6 @@ def _check_description(description: ResultDescription, source: str) -> None:
     if any(isinstance(query, int) and query >= 2**63 for query in description.query_ids):
         raise ValueError(f"{source} has query ids that are no 64-bit integers. {WAY_OUT}")
     check_kept_report(description.metadata.get("fidelity"), f"`metadata` of {source}")
-    if description.metadata.get("calibration") is not None:
-        try:
-            Calibration.from_dict(description.metadata["calibration"])
-        except ValueError as error:
-            raise ValueError(f"`metadata` of {source}: {error}") from error
 
 
 def long_form(result: AttributionResult, k: int | None = None) -> pd.DataFrame:
@@ -207,7 +202,7 @@ def attribution_card(result: AttributionResult, options: CardOptions | None = No
         num_clusters=result.num_clusters,
         num_rows=0 if result.row_scores is None else result.row_scores.shape[1],
         sign_convention=result.SIGN_CONVENTION,
-        sizes=describe_sizes(result.calibration),
+        sizes=describe_sizes(result.factors),
         extremes=_extremes(result),
         usage=USAGE.format(repo_id=repo_id),
         fidelity=fidelity_section(result.metadata.get("fidelity")),

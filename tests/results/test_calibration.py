@@ -57,7 +57,7 @@ def test_scores_are_multiplied_and_their_order_stays(with_rows):
     np.testing.assert_allclose(result.row_scores, 2 * with_rows.row_scores)
     np.testing.assert_array_equal(result.objective_values, with_rows.objective_values)
     assert list(result.top(6)["cluster"]) == list(with_rows.top(6)["cluster"])
-    assert with_rows.calibration is None
+    assert with_rows.factors is None
     halves = with_rows.calibrated(report(with_rows))
     np.testing.assert_allclose(halves.scores, 4 * with_rows.scores)
     np.testing.assert_array_equal(halves.row_scores, with_rows.row_scores)
@@ -70,7 +70,7 @@ def test_everything_that_shows_scores_says_whether_sizes_are_calibrated(with_row
     ):
         folder = result.save_pretrained(tmp_path / said)
         kept = AttributionResult.from_pretrained(folder)
-        assert kept.calibration == result.calibration
+        assert kept.factors == result.factors
         assert said in repr(kept)
         assert in_words in RepoCard.load(folder / "README.md").text
         assert in_words in banner(kept)[1] and in_words in facts_section(kept).to_html()
@@ -119,7 +119,7 @@ def test_scores_with_a_rewind_of_their_own_need_a_report_with_the_same(attributo
     result = attributor.attribute(RUN.queries, rewind=0.5)
     with pytest.raises(ValueError, match="`settings`"):
         result.calibrated(report(result))
-    assert result.calibrated(report(result, settings={"rewind": 0.5})).calibration is not None
+    assert result.calibrated(report(result, settings={"rewind": 0.5})).factors is not None
 
 
 def test_nothing_is_calibrated_twice(alone):
@@ -128,11 +128,11 @@ def test_nothing_is_calibrated_twice(alone):
         once.calibrated(report(alone))
 
 
-@pytest.mark.parametrize("bad", [[], {"clusters": {"value": "x"}}, {"clusters": None, "rows": None}])
-def test_damaged_calibrations_are_named(alone, bad, tmp_path):
+@pytest.mark.parametrize("fidelity", [None, [], {"format_version": 1}])
+def test_damaged_calibrations_are_named(alone, fidelity, tmp_path):
     folder = alone.save_pretrained(tmp_path / "result")
     content = json.loads((folder / "attribution.json").read_text())
-    content["metadata"]["calibration"] = bad
+    content["metadata"] |= {"calibrated": True, "fidelity": fidelity}
     (folder / "attribution.json").write_text(json.dumps(content))
-    with pytest.raises(ValueError, match="attribution.json: The calibration is damaged"):
+    with pytest.raises(ValueError, match="fidelity report"):
         AttributionResult.from_pretrained(folder)
