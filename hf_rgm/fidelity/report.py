@@ -71,7 +71,8 @@ class FidelityReport(FidelityFigures):
     >>> print(report)
     Agreement of the linearized_replay engine on the synset alone with 6 retrainings (seed 1), objective margin, mean
     over 12 queries, 95% intervals:
-    - random halves of the clusters (LDS): 0... [0..., ...] over 6 retrained subsets
+    - random halves of the clusters (LDS): 0... [0..., ...] over 6 retrained subsets; retrained effects are ... times
+    the scores
     1 is perfect agreement, 0 none. With one seed the noise ceiling, what retraining itself reaches, is unknown.
     >>> synset.fidelity = report.to_dict()
     >>> FidelityReport.from_dict(Synset.from_pretrained(synset.save_pretrained("synset")).fidelity) == report

@@ -34,6 +34,16 @@ def test_the_scores_are_those_of_the_library(told, files, tmp_path):
     assert "<html" in (tmp_path / "report.html").read_text()
 
 
+def test_what_raises_a_loss_harms(told, files, tmp_path):
+    content = told(
+        "attribute", files.model, files.synset, files.queries, "-o", tmp_path / "scores", "--num-queries", 3,
+        "--objective", "loss",
+    )  # fmt: skip
+    assert all(entry["score"] < 0 for entry in content["helped_most"])
+    assert all(entry["score"] > 0 for entry in content["harmed_most"])
+    assert content["helped_most"] + content["harmed_most"]
+
+
 @pytest.mark.parametrize("options", [(), ("--engine", "adjoint")], ids=["default", "adjoint"])
 def test_without_a_synset_the_recorded_run_and_its_rows_are_enough(told, files, tmp_path, options):
     content = told(
