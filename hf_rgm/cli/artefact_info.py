@@ -8,7 +8,7 @@ from typing import Any
 
 from huggingface_hub.errors import LocalEntryNotFoundError
 
-from hf_rgm.agreement.fidelity_figures import describe_sizes
+from hf_rgm.agreement.fidelity_figures import sizes_in_short
 from hf_rgm.engines.registry import ENGINES
 from hf_rgm.fidelity.report import FidelityReport
 from hf_rgm.files.reading import ArtefactFolder, printable
@@ -121,12 +121,11 @@ def _synset(folder: ArtefactFolder, name: str) -> tuple[dict[str, Any], list[str
 def _attributions(folder: ArtefactFolder, name: str) -> tuple[dict[str, Any], list[str]]:
     result = AttributionResult.from_pretrained(folder)
     facts = {
-        "scores": f"{result.num_queries} queries x {result.num_clusters} clusters",
+        "scores": f"{result.num_queries} queries x {result.num_clusters} clusters, {sizes_in_short(result.factors)}",
         "training rows scored": 0 if result.row_scores is None else result.row_scores.shape[1],
         "objective": result.objective,
         "engine": result.engine,
         "sign": result.SIGN_CONVENTION,
-        "sizes": describe_sizes(result.factors),
         "fidelity": _fidelity(result.metadata.get("fidelity")),
     }
     drift, engine = result.metadata.get("drift"), ENGINES.get(result.engine)
