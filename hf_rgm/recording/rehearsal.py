@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils.memory import should_reduce_batch_size
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.func import grad
@@ -345,16 +346,28 @@ class Rehearsal:
         inputs, labels = self.reader.batch(rows)
         if self.model.main_input_name == TOKENS and TOKENS in inputs and inputs[TOKENS].dim() != 2:
             check_inputs(TOKENS, inputs)
+        with (
+            torch.no_grad(),
+            self._refused("computed in float32, as attribution does", "float32 or autocast (`bf16`)"),
+        ):
+            logits = self.model.logits(self.parameters, inputs)
         if self.row_loss is None:
-            with torch.no_grad():
-                check_labels(self.model.logits(self.parameters, inputs), labels)
+            check_labels(logits, labels)
         row_loss, one = self._row_loss(labels), {name: value[:1] for name, value in inputs.items()}
-        try:
-            with torch.enable_grad(), self.model.differentiable():
-                grad(lambda p: row_loss(self.model.logits(p, one), labels[:1]).sum())(self.parameters)
-        except (RuntimeError, NotImplementedError) as error:
-            raise NotImplementedError(
-                f"{type(self.model.module).__name__} cannot be differentiated by `torch.func`, which attribution "
-                f"takes gradients with: {str(error).split('. ')[0]}. Train a model of PyTorch's own operators."
-            ) from error
+        derivative = self._refused("differentiated by `torch.func`, as attribution does", "PyTorch's own operators")
+        with torch.enable_grad(), self.model.differentiable(), derivative:
+            grad(lambda p: row_loss(self.model.logits(p, one), labels[:1]).sum())(self.parameters)
         return inputs
+
+    @contextlib.contextmanager
+    def _refused(self, what: str, way_out: str) -> Iterator[None]:
+        """A block whose errors say what cannot be done with the model, unless memory runs out."""
+        try:
+            yield
+        except (RuntimeError, NotImplementedError) as error:
+            if should_reduce_batch_size(error):
+                raise
+            raise NotImplementedError(
+                f"{type(self.model.module).__name__} cannot be {what}: {str(error).split('. ')[0]}. Train a model of "
+                f"{way_out}."
+            ) from error
