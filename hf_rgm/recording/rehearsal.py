@@ -275,8 +275,9 @@ class Rehearsal:
         """Refuses losses that differ in training mode, but for what is random."""
         collated = self.reader.collated(rows)
         plain = self.own.value(collated)
-        once, again = (self.own.value(collated, training_seed=seed) for seed in (0, 1))
-        if once == again and abs(once - plain) > EXACT[self.is_short] * abs(plain):
+        once = self.own.value(collated, training_seed=0)
+        differs = abs(once - plain) > EXACT[self.is_short] * abs(plain)
+        if differs and once == self.own.value(collated, training_seed=1):
             raise NotImplementedError(
                 f"{self._trained()} is {once:.4g} in training mode without dropout and {plain:.4g} in evaluation "
                 "mode: what is added in training mode cannot be attributed. Train without it."
@@ -288,10 +289,11 @@ class Rehearsal:
         # Where all losses are equal, any function of them has the gradient of the mean, up to a constant.
         inputs, labels = self.reader.batch(rows)
         labelled = int((labels != IGNORED_LABEL).reshape(len(labels), -1).any(1).float().argmax())
-        start, row_loss = self.parameters, self._row_loss(labels)
+        one, label = {name: value[labelled : labelled + 1] for name, value in inputs.items()}, labels[labelled:][:1]
+        start, row_loss = self.parameters, self._row_loss(label)
 
         def loss(parameters: dict[str, Tensor]) -> Tensor:
-            return row_loss(self.model.logits(parameters, inputs), labels)[labelled]
+            return row_loss(self.model.logits(parameters, one), label).sum()
 
         gradient = self._gradient(loss)
         squared = sum(float(value.square().sum()) for value in gradient.values())
@@ -346,15 +348,13 @@ class Rehearsal:
         inputs, labels = self.reader.batch(rows)
         if self.model.main_input_name == TOKENS and TOKENS in inputs and inputs[TOKENS].dim() != 2:
             check_inputs(TOKENS, inputs)
-        with (
-            torch.no_grad(),
-            self._refused("computed in float32, as attribution does", "float32 or autocast (`bf16`)"),
-        ):
+        computation = self._refused("computed without labels and in float32", "float32 that needs no labels")
+        with torch.no_grad(), computation:
             logits = self.model.logits(self.parameters, inputs)
         if self.row_loss is None:
             check_labels(logits, labels)
         row_loss, one = self._row_loss(labels), {name: value[:1] for name, value in inputs.items()}
-        derivative = self._refused("differentiated by `torch.func`, as attribution does", "PyTorch's own operators")
+        derivative = self._refused("differentiated by `torch.func`", "PyTorch's own operators")
         with torch.enable_grad(), self.model.differentiable(), derivative:
             grad(lambda p: row_loss(self.model.logits(p, one), labels[:1]).sum())(self.parameters)
         return inputs
@@ -364,10 +364,10 @@ class Rehearsal:
         """A block whose errors say what cannot be done with the model, unless memory runs out."""
         try:
             yield
-        except (RuntimeError, NotImplementedError) as error:
+        except (RuntimeError, ValueError) as error:
             if should_reduce_batch_size(error):
                 raise
             raise NotImplementedError(
-                f"{type(self.model.module).__name__} cannot be {what}: {str(error).split('. ')[0]}. Train a model of "
-                f"{way_out}."
+                f"{type(self.model.module).__name__} cannot be {what}, as attribution does: "
+                f"{str(error).split('. ')[0]}. Train a model of {way_out}."
             ) from error

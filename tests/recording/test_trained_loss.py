@@ -328,7 +328,7 @@ REFUSED = {
         FixedType,
         dataset,
         {},
-        "FixedType cannot be computed in float32, as attribution does: mat1",
+        "in float32, as attribution does: mat1",
     ),
     "regression": (
         lambda: bert(num_labels=1),
