@@ -36,9 +36,9 @@ trained (cosine above 0.999, and the same length). All else is refused: before t
 else at the step at which it happens. `tests/recording/test_runs.py` trains and checks every line of this page, which
 `python -m tests.recording.runs` writes.
 
-Three things are not exact, and none of these runs has them: dropout and NEFTune (attribution takes the gradient without
-noise), masks and augmentation that are drawn at random (attribution takes one draw, and warns), and batch normalisation
-(attribution takes the running statistics, and warns).
+Three things are not exact, and none of these runs has them: dropout and NEFTune (attribution takes the gradient
+without noise), masks and augmentation that are drawn at random (it takes one draw, and warns), and batch normalisation
+(it takes the running statistics, and warns).
 """
 EXACT = "exact"
 
