@@ -30,21 +30,18 @@ SINGLE_RUN = {
 }
 PARTS = {"leave_out": "one cluster left out", "halves": "half of the clusters"}
 
-QUICK = ", quick preset"
-ONLY_IN_DETAIL = (
-    "without a synset, 5 runs",
-    "adjoint, 5 runs",
-    "adjoint, 1 per cluster",
-    "anchored replay",
-    "anchored replay, 5 runs",
-    "plain replay",
-    "random",
-    "adjoint on real rows, 1 per cluster",
-    "adjoint on real rows, 5 per cluster",
-    "dattri DVEmb, preconditioned by us",
-    "TRAK, 1 model",
-)
-"""Methods that README.md leaves to docs/benchmarks.md: variants of a line that it shows, and checks."""
+TASKS = ("digits", "fashion", "sentences", "lm")
+BETWEEN = "(<!-- engines:begin -->).*?(<!-- engines:end -->)"
+
+README_METHODS = {
+    "without a synset": "**hf_rgm**, with the rows",
+    "synset alone": "**hf_rgm**, a synset alone",
+    "kronfluence EK-FAC": "EK-FAC (kronfluence)",
+    "dattri influence, CG": "influence, CG (dattri)",
+    "TRAK, 5 models": "TRAK, 5 models",
+    "gradient cosine": "gradient cosine",
+}
+"""Methods in README.md, and what they are called there."""
 
 DOCUMENTS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "stopping": ("method.md", stopping.table),
@@ -87,18 +84,6 @@ Row = tuple[str, dict[str, Any]]
 def scored(report: dict[str, Any]) -> list[Row]:
     """Names and entries of the methods that have figures."""
     return [(name, entry) for name, entry in report["methods"].items() if "error" not in entry]
-
-
-def main_lines(report: dict[str, Any]) -> list[Row]:
-    """Those of README.md: no ablations and variants, and no quick preset where the accurate one was measured."""
-    rows = dict(scored(report))
-    return [
-        (name, entry)
-        for name, entry in rows.items()
-        if name not in ONLY_IN_DETAIL
-        and entry["family"] != "ablations"
-        and not (name.endswith(QUICK) and name.removesuffix(QUICK) in rows)
-    ]
 
 
 def label(report: dict[str, Any], name: str, entry: dict[str, Any]) -> str:
@@ -283,12 +268,29 @@ def _all_methods(report: dict[str, Any]) -> str:
     return fidelity(report, scored(report), ALL_COLUMNS, costs=False)
 
 
-def insert(text: str, report: dict[str, Any]) -> str:
-    """The README with the task's table between its markers, if it has them."""
-    task = report["identity"]["task"]
-    begin, end = f"<!-- {task}:begin -->", f"<!-- {task}:end -->"
-    table = fidelity(report, main_lines(report), COLUMNS, costs=True)
-    return re.sub(f"{begin}.*?{end}", lambda _: f"{begin}\n{table}\n{end}", text, flags=re.DOTALL)
+def readme_table(reports: Sequence[dict[str, Any]], earlier: Sequence[dict[str, Any]]) -> str:
+    """Agreement and cost of a few methods on all tasks; †: from earlier runs, whose costs are wall time."""
+    tasks = [report["identity"]["task"] for report in reports]
+    known = {report["identity"]["task"]: report for report in earlier}
+    rows = [["*noise ceiling*", *(_agreement(report["noise_ceiling"]) for report in reports)]]
+    for method, title in README_METHODS.items():
+        cells = []
+        for task, report in zip(tasks, reports, strict=True):
+            sources = ((report, ""), (known[task], "†")) if task in known else ((report, ""),)
+            entries = [(found, mark) for source, mark in sources if (found := dict(scored(source)).get(method))]
+            cells.append(_agreement_and_cost(*entries[0]) if entries else "")
+        rows.append([title, *cells])
+    return markdown(["", *tasks], rows)
+
+
+def _agreement(figures: dict[str, Any]) -> str:
+    return " / ".join(f"{figures[key]['value']:.2f}" if figures.get(key) else "–" for key in COLUMNS)
+
+
+def _agreement_and_cost(entry: dict[str, Any], mark: str) -> str:
+    costs = entry["costs"]
+    trainings = (costs["offline_over_training"] or 0.0) + (costs["online_over_retraining"] or 0.0)
+    return f"{_agreement(entry['figures'])} for {ratio(trainings)}{mark}"
 
 
 def read(folder: Path) -> list[dict[str, Any]]:
@@ -317,6 +319,11 @@ def read(folder: Path) -> list[dict[str, Any]]:
     return reports
 
 
+def read_engines(folder: Path) -> list[dict[str, Any]]:
+    """The reports of the present engines, in the order of README.md."""
+    return sorted(read(folder), key=lambda report: TASKS.index(report["identity"]["task"]))
+
+
 def read_if_there(path: Path) -> dict[str, Any] | None:
     """The content of a JSON file, or `None`."""
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
@@ -331,8 +338,8 @@ def fill(text: str, name: str, table: str) -> str:
 if __name__ == "__main__":
     found = read(RESULTS)
     readme = README.read_text(encoding="utf-8")
-    for one in found:
-        readme = insert(readme, one)
+    engines = readme_table(read_engines(RESULTS / "engines"), found)
+    readme = re.sub(BETWEEN, lambda match: f"{match[1]}\n{engines}\n{match[2]}", readme, flags=re.DOTALL)
     README.write_text(readme, encoding="utf-8")
     PAGE.parent.mkdir(exist_ok=True)
     PAGE.write_text(page(found, read_if_there(RESULTS / "growth.json")), encoding="utf-8")

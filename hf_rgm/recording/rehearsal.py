@@ -26,7 +26,7 @@ from hf_rgm.trajectory.trained_loss import TrainedLoss
 
 logger = logging.getLogger(__name__)
 
-ROWS_AT_ONCE, MAX_CLASSES = 8, 32
+ROWS_AT_ONCE, CLASSES_AT_ONCE, MAX_CLASSES = 8, 4, 32
 LEAST_SCALE_ROWS, MOST_SCALE_ROWS, SCALE_SHARE = 64, 2048, 0.02
 """Rows by which a scale is measured that depends on the rows, and their share of those that are trained on."""
 MIN_COSINE, TOLERANCE = {False: 0.9999, True: 0.98}, {False: 0.01, True: 0.05}
@@ -186,7 +186,9 @@ class Rehearsal:
         classes = self.reader.classes()
         firsts = np.sort(np.unique(classes[order], return_index=True)[1])[:MAX_CLASSES] if classes is not None else []
         order = np.concatenate([order[firsts], np.delete(order, firsts)]) if len(firsts) else order
-        size, smaller = self.batch_size, max(1, self.batch_size // 2)
+        # Texts differ in their numbers of labels, which fewer rows may not show.
+        size = self.batch_size if classes is None else min(self.batch_size, CLASSES_AT_ONCE)
+        smaller = max(1, size // 2)
         covered = max(len(firsts), size)
         yield from (order[start : start + size] for start in range(0, min(covered, len(order)), size))
         yield order[::-1][:smaller].copy()

@@ -7,7 +7,8 @@ import pytest
 
 from benchmarks.formats import figure, signless, size
 from benchmarks.growth_plots import BYTES, TIMES, TRAINING
-from benchmarks.tables import insert, page, read
+from benchmarks.report import RESULTS
+from benchmarks.tables import README, page, read, read_engines, readme_table
 
 
 def estimate(value, num_nan=0):
@@ -85,23 +86,27 @@ def test_size():
 
 
 def test_readme_table(report):
-    text = "before\n<!-- digits:begin -->\nold\n<!-- digits:end -->\nafter <!-- fashion:begin -->x<!-- fashion:end -->"
-    table = """\
-| digits, 200 queries | leave-cluster-out | LDS clusters | LDS rows | offline / training | online / retraining |
-|---|---|---|---|---|---|
-| *noise ceiling* | 0.900 [0.800, 1.000] | 0.900 [0.800, 1.000] | 0.900 [0.800, 1.000] |  |  |
-| replay | 0.600 [0.500, 0.700] | 0.600 [0.500, 0.700] |  | 12 | 0.057 |
-| dear peer (30 queries) | 0.300 [0.200, 0.400] | 0.300 [0.200, 0.400] |  | 12 | 0.057 |"""
-    expected = text.replace("old", table)
-    assert insert(text, report) == expected
-    assert insert(expected, report) == expected
+    ours, earlier = copy.deepcopy(report), copy.deepcopy(report)
+    ours["methods"] = {"without a synset": entry(0.6), "a variant": entry(0.5)}
+    earlier["methods"] = {"without a synset": entry(0.1), "TRAK, 5 models": entry(0.3, family="peers")}
+    assert (
+        readme_table([ours], [earlier])
+        == """\
+|  | digits |
+|---|---|
+| *noise ceiling* | 0.90 / 0.90 / 0.90 |
+| **hf_rgm**, with the rows | 0.60 / 0.60 / – for 12 |
+| **hf_rgm**, a synset alone |  |
+| EK-FAC (kronfluence) |  |
+| influence, CG (dattri) |  |
+| TRAK, 5 models | 0.30 / 0.30 / – for 12† |
+| gradient cosine |  |"""
+    )
 
 
-def test_readme_leaves_variants_to_the_page(report):
-    report["methods"] |= {"replay, quick preset": entry(0.5), "other, quick preset": entry(0.4), "random": entry(0.0)}
-    table = insert("<!-- digits:begin --><!-- digits:end -->", report)
-    assert "replay, quick" not in table and "random" not in table and "| other, quick preset |" in table
-    assert "| replay, quick preset |" in page([report]) and "| random |" in page([report])
+def test_the_readme_has_the_table_of_the_results():
+    table = readme_table(read_engines(RESULTS / "engines"), read(RESULTS))
+    assert f"<!-- engines:begin -->\n{table}\n<!-- engines:end -->" in README.read_text(encoding="utf-8")
 
 
 def test_page_holds_everything(report):
