@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils.memory import should_reduce_batch_size
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.func import grad
@@ -25,7 +26,7 @@ from hf_rgm.trajectory.trained_loss import TrainedLoss
 
 logger = logging.getLogger(__name__)
 
-ROWS_AT_ONCE, MAX_CLASSES = 8, 32
+ROWS_AT_ONCE, CLASSES_AT_ONCE, MAX_CLASSES = 8, 4, 32
 LEAST_SCALE_ROWS, MOST_SCALE_ROWS, SCALE_SHARE = 64, 2048, 0.02
 """Rows by which a scale is measured that depends on the rows, and their share of those that are trained on."""
 MIN_COSINE, TOLERANCE = {False: 0.9999, True: 0.98}, {False: 0.01, True: 0.05}
@@ -185,7 +186,9 @@ class Rehearsal:
         classes = self.reader.classes()
         firsts = np.sort(np.unique(classes[order], return_index=True)[1])[:MAX_CLASSES] if classes is not None else []
         order = np.concatenate([order[firsts], np.delete(order, firsts)]) if len(firsts) else order
-        size, smaller = self.batch_size, max(1, self.batch_size // 2)
+        # Texts differ in their numbers of labels, which fewer rows may not show.
+        size = self.batch_size if classes is None else min(self.batch_size, CLASSES_AT_ONCE)
+        smaller = max(1, size // 2)
         covered = max(len(firsts), size)
         yield from (order[start : start + size] for start in range(0, min(covered, len(order)), size))
         yield order[::-1][:smaller].copy()
@@ -209,7 +212,7 @@ class Rehearsal:
 
     def _gradient(self, loss: Callable[[dict[str, Tensor]], Tensor]) -> dict[str, Tensor]:
         parameters = {name: value.detach().requires_grad_() for name, value in self.parameters.items()}
-        with torch.enable_grad(), self.model.differentiable():
+        with torch.enable_grad():  # fused kernels, as first derivatives are all that is compared
             gradients = torch.autograd.grad(loss(parameters), list(parameters.values()), materialize_grads=True)
         return dict(zip(parameters, gradients, strict=True))
 
@@ -274,8 +277,9 @@ class Rehearsal:
         """Refuses losses that differ in training mode, but for what is random."""
         collated = self.reader.collated(rows)
         plain = self.own.value(collated)
-        once, again = (self.own.value(collated, training_seed=seed) for seed in (0, 1))
-        if once == again and abs(once - plain) > EXACT[self.is_short] * abs(plain):
+        once = self.own.value(collated, training_seed=0)
+        differs = abs(once - plain) > EXACT[self.is_short] * abs(plain)
+        if differs and once == self.own.value(collated, training_seed=1):
             raise NotImplementedError(
                 f"{self._trained()} is {once:.4g} in training mode without dropout and {plain:.4g} in evaluation "
                 "mode: what is added in training mode cannot be attributed. Train without it."
@@ -287,10 +291,11 @@ class Rehearsal:
         # Where all losses are equal, any function of them has the gradient of the mean, up to a constant.
         inputs, labels = self.reader.batch(rows)
         labelled = int((labels != IGNORED_LABEL).reshape(len(labels), -1).any(1).float().argmax())
-        start, row_loss = self.parameters, self._row_loss(labels)
+        one, label = {name: value[labelled : labelled + 1] for name, value in inputs.items()}, labels[labelled:][:1]
+        start, row_loss = self.parameters, self._row_loss(label)
 
         def loss(parameters: dict[str, Tensor]) -> Tensor:
-            return row_loss(self.model.logits(parameters, inputs), labels)[labelled]
+            return row_loss(self.model.logits(parameters, one), label).sum()
 
         gradient = self._gradient(loss)
         squared = sum(float(value.square().sum()) for value in gradient.values())
@@ -345,16 +350,26 @@ class Rehearsal:
         inputs, labels = self.reader.batch(rows)
         if self.model.main_input_name == TOKENS and TOKENS in inputs and inputs[TOKENS].dim() != 2:
             check_inputs(TOKENS, inputs)
+        computation = self._refused("computed without labels and in float32", "float32 that needs no labels")
+        with torch.no_grad(), computation:
+            logits = self.model.logits(self.parameters, inputs)
         if self.row_loss is None:
-            with torch.no_grad():
-                check_labels(self.model.logits(self.parameters, inputs), labels)
+            check_labels(logits, labels)
         row_loss, one = self._row_loss(labels), {name: value[:1] for name, value in inputs.items()}
-        try:
-            with torch.enable_grad(), self.model.differentiable():
-                grad(lambda p: row_loss(self.model.logits(p, one), labels[:1]).sum())(self.parameters)
-        except (RuntimeError, NotImplementedError) as error:
-            raise NotImplementedError(
-                f"{type(self.model.module).__name__} cannot be differentiated by `torch.func`, which attribution "
-                f"takes gradients with: {str(error).split('. ')[0]}. Train a model of PyTorch's own operators."
-            ) from error
+        derivative = self._refused("differentiated by `torch.func`", "PyTorch's own operators")
+        with torch.enable_grad(), self.model.differentiable(), derivative:
+            grad(lambda p: row_loss(self.model.logits(p, one), labels[:1]).sum())(self.parameters)
         return inputs
+
+    @contextlib.contextmanager
+    def _refused(self, what: str, way_out: str) -> Iterator[None]:
+        """A block whose errors say what cannot be done with the model, unless memory runs out."""
+        try:
+            yield
+        except (RuntimeError, ValueError) as error:
+            if should_reduce_batch_size(error):
+                raise
+            raise NotImplementedError(
+                f"{type(self.model.module).__name__} cannot be {what}, as attribution does: "
+                f"{str(error).split('. ')[0]}. Train a model of {way_out}."
+            ) from error

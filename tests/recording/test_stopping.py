@@ -92,11 +92,16 @@ def test_a_folder_that_another_process_records_into_is_refused(tmp_path):
 
 
 def test_what_could_not_be_written_stops_training_at_a_later_step(tmp_path, monkeypatch):
+    import hf_rgm.recording.recording as recording
+
+    original = recording.write_state
+
     def write_state(path, state):
         if state.step > 0:
             raise OSError(28, "No space left on device.")
+        original(path, state)
 
-    monkeypatch.setattr("hf_rgm.recording.recording.write_state", write_state)
+    monkeypatch.setattr(recording, "write_state", write_state)
     model = MeanModel()
     trainer = make_trainer(tmp_path, model, TrajectoryCallback(tmp_path / "trajectory", num_states=4))
     with pytest.raises(OSError, match="No space left on device. Training stops, as .* without a record of step 6"):

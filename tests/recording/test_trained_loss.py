@@ -121,6 +121,17 @@ class OwnLanguageModel(nn.Module):
         return {"loss": F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()), "logits": logits}
 
 
+class FixedType(MeanModel):
+    """Takes bfloat16 alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bfloat16()
+
+    def logits(self, features, row):
+        return super().logits(features.bfloat16(), row)
+
+
 class MyGPT2(GPT2LMHeadModel):
     pass
 
@@ -313,6 +324,12 @@ REFUSED = {
     "AdaLoRA": (adalora, texts, {}, "loss that PeftModelForCausalLM computes is not"),
     "prompt tuning": (prompt_tuning, texts, {}, "Integer labels, one for each vector of logits"),
     "no setup_context": (bloom, texts, {}, "BloomForCausalLM cannot be differentiated by `torch.func`"),
+    "inputs of one dtype": (
+        FixedType,
+        dataset,
+        {},
+        "in float32, as attribution does: mat1",
+    ),
     "regression": (
         lambda: bert(num_labels=1),
         other_labels(lambda row, i: {"labels": float(i)}),

@@ -224,7 +224,7 @@ class Evaluating(TrainerCallback):
 def test_training_that_is_what_it_seems_goes_on_undisturbed(tmp_path, dtype, optimizer):
     class Model(MeanModel):
         def forward(self, features, labels=None, row=None):
-            return super().forward(features.to(dtype), labels, row)
+            return super().forward(features.to(self.head.weight.dtype), labels, row)
 
     settings = {"max_grad_norm": 0.3, "optim": optimizer, "gradient_accumulation_steps": 2, "num_train_epochs": 12}
     trainer, _ = train(tmp_path, Model(dropout=0.1).to(dtype), Evaluating(), **settings)
