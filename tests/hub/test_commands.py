@@ -39,7 +39,7 @@ def folders(tmp_path_factory):
     [
         ("trajectory", ["adamw", "steps: 48", "training rows: 48", "distil it"]),
         ("synset", ["30 of pixel_values, 6 clusters", "fidelity: not measured", "pipeline(", "hf-rgm push"]),
-        ("attributions", ["12 queries x 6 clusters, sizes not calibrated", "A positive score means", "objective: margin"]),
+        ("attributions", ["6 clusters, sizes not calibrated", "A positive score means", "objective: margin"]),
     ],
 )
 def test_info_says_what_it_is_and_what_to_do_with_it(folders, kind, words):
