@@ -97,6 +97,16 @@ class ArtefactFolder:
             raise ValueError(f"{path} is damaged ({_short(error, 300)}). {way_out}") from error
 
 
+def files_in(folder: Path) -> tuple[set[str], set[str]]:
+    """Names of all regular files in a folder, and of the links, which are not followed; hidden ones are in neither."""
+    regular, links = set(), set()
+    for path in folder.rglob("*"):
+        name = path.relative_to(folder)
+        if not any(part.startswith(".") for part in name.parts):
+            (links if path.is_symlink() else regular if path.is_file() else set()).add(name.as_posix())
+    return regular, links
+
+
 def leads_out(name: str) -> bool:
     """Whether a name leads out of its folder: absolute, with `..`, or with backslashes."""
     relative = PurePosixPath(name)

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import logging
+import re
 import shutil
 import tempfile
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 from huggingface_hub import CommitInfo, RepoCard
 from typing_extensions import Self
+from yaml import YAMLError
 
-from hf_rgm.files.reading import ArtefactFolder
+from hf_rgm.files.reading import ArtefactFolder, files_in, printable
 from hf_rgm.hub.repository import CARD, open_artefact, push_folder
 
+logger = logging.getLogger(__name__)
+
 LOCAL = "path/to/this/folder"  # stands on cards for a repository that is not known yet
+MAX_CARD_BYTES = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -97,30 +103,6 @@ class HubArtefact(ABC):
             )
 
     @classmethod
-    def push_saved(cls, folder: str | Path, repo_id: str, *, license: str | None = None, **options: Any) -> CommitInfo:
-        """
-        Uploads a saved folder with its own card.
-
-        Args:
-            folder (`str` or `Path`): The folder. Hidden files are left out.
-            repo_id (`str`): `"namespace/name"`, created if missing.
-            license (`str`, *optional*): Put into the header of the card.
-            options: `private`, `token`, `revision`, `create_pr` and `commit_message` of
-                [`HubArtefact.push_to_hub`].
-
-        Returns:
-            `CommitInfo`: see [`HubArtefact.push_to_hub`].
-        """
-        with tempfile.TemporaryDirectory() as parent:
-            copy = Path(shutil.copytree(folder, Path(parent) / "artefact", ignore=shutil.ignore_patterns(".*")))
-            card = RepoCard.load(copy / CARD)
-            card.text = card.text.replace(LOCAL, repo_id)
-            if license is not None:
-                card.data["license"] = license
-            card.save(copy / CARD)
-            return cls._push(copy, repo_id, **options)
-
-    @classmethod
     def _push(cls, folder: Path, repo_id: str, *, commit_message: str | None = None, **options: Any) -> CommitInfo:
         kind = {"marker": cls.marker, "files": cls.files, "repo_type": cls.repo_type}
         return push_folder(folder, repo_id, commit_message=commit_message or f"Upload {cls.kind}", **kind, **options)
@@ -129,9 +111,57 @@ class HubArtefact(ABC):
 class DatasetArtefact(HubArtefact):
     """An artefact that can be read again from a folder or from a dataset repository."""
 
+    tables: ClassVar[Sequence[str]] = ()  # files for viewers that are never read, and may show more than is known here
+
     @classmethod
     @abstractmethod
     def _from_folder(cls, folder: ArtefactFolder) -> Self: ...
+
+    @classmethod
+    def write_anew(
+        cls, source: ArtefactFolder, target: Path, *, repo_id: str | None = None, license: str | None = None
+    ) -> list[str]:
+        """Writes what a folder holds, checked and with a new card, to another; names of files that are left out."""
+        card = CardOptions(repo_id=repo_id, license=license or _license(source))
+        cls.from_pretrained(source).save_pretrained(target, card=card)
+        if source.is_remote:
+            return []
+        regular, links = files_in(source.root)
+        for name in regular & {*cls.tables}:
+            shutil.copyfile(source.file(name), target / name)
+        return sorted((regular | links) - files_in(target)[0])
+
+    @classmethod
+    def push_saved(
+        cls,
+        folder: str | Path,
+        repo_id: str,
+        *,
+        license: str | None = None,
+        tell: Callable[[str], object] = logger.info,
+        **options: Any,
+    ) -> CommitInfo:
+        """
+        Uploads what a saved folder holds, with a card that is written anew; other files in it stay here.
+
+        Args:
+            folder (`str` or `Path`): The folder.
+            repo_id (`str`): `"namespace/name"`, created if missing.
+            license (`str`, *optional*): Defaults to that of the folder's card.
+            tell (`Callable`, *optional*): Gets the names of the files before they are uploaded, and of those left out.
+            options: `private`, `token`, `revision`, `create_pr` and `commit_message` of
+                [`HubArtefact.push_to_hub`].
+
+        Returns:
+            `CommitInfo`: see [`HubArtefact.push_to_hub`].
+        """
+        with tempfile.TemporaryDirectory() as parent:
+            copy = Path(parent) / "artefact"
+            left_out = cls.write_anew(ArtefactFolder(folder), copy, repo_id=repo_id, license=license)
+            tell(f"Uploading to {repo_id}: {', '.join(sorted(files_in(copy)[0]))}. The card is written anew.")
+            if left_out:
+                tell(f"Left out, as no files of {cls.kind}: {', '.join(map(printable, left_out))}.")
+            return cls._push(copy, repo_id, **options)
 
     @classmethod
     def from_pretrained(
@@ -162,3 +192,18 @@ class DatasetArtefact(HubArtefact):
         """
         access = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
         return cls._from_folder(open_artefact(name_or_path, cls.marker, revision=revision, **access))
+
+
+def _license(folder: ArtefactFolder) -> str | None:
+    """Licence on the card of a folder, if it is one by its name."""
+    try:
+        path = folder.file(CARD)
+    except FileNotFoundError:
+        return None
+    if path.stat().st_size > MAX_CARD_BYTES:
+        return None
+    try:
+        told = RepoCard(path.read_text(encoding="utf-8"), ignore_metadata_errors=True).data.get("license")
+    except (ValueError, YAMLError):  # no card
+        return None
+    return told if isinstance(told, str) and re.fullmatch(r"[\w.+-]{1,100}", told) else None

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import fnmatch
 import logging
-import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from huggingface_hub import (
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
-from hf_rgm.files.reading import ArtefactFolder, check_name, leads_out
+from hf_rgm.files.reading import ArtefactFolder, check_name, files_in, leads_out
 from hf_rgm.files.writing import finish_replacement
 
 ATTEMPTS = 5  # of a push that other commits overtake
@@ -115,15 +114,6 @@ class HubFolder(ArtefactFolder):
             download(self.repo_id, f"{self._prefix}{name}", revision=self.commit, **self._access)
         return super().file(name)
 
-    def copy_to(self, target: Path, files: Sequence[str]) -> None:
-        """Copies the files that match one of the patterns to an empty folder; downloads stay in the cache."""
-        api = HfApi(token=self._access.get("token"))
-        for name in api.list_repo_files(self.repo_id, revision=self.commit, repo_type="dataset"):
-            if _matches(name, files):
-                source = self.file(name)
-                (target / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(source, target / name)
-
 
 def download(repo_id: str, name: str, *, revision: str | None, **access: Any) -> Path:
     """Path of a file of a dataset repository in the cache, downloaded if it is not there."""
@@ -203,11 +193,7 @@ def push_folder(
     repo_id = api.create_repo(repo_id, repo_type=repo_type, private=private, exist_ok=True).repo_id
     if revision not in (None, MAIN) and not create_pr:
         api.create_branch(repo_id, branch=str(revision), repo_type=repo_type, exist_ok=True)
-    additions = [
-        CommitOperationAdd(path.relative_to(folder).as_posix(), path)
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-    ]
+    additions = [CommitOperationAdd(name, folder / name) for name in sorted(files_in(folder)[0])]
     for attempt in range(ATTEMPTS):
         parent = api.repo_info(repo_id, repo_type=repo_type, revision=revision).sha
         present = set(api.list_repo_files(repo_id, repo_type=repo_type, revision=parent))

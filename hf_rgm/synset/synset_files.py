@@ -33,6 +33,7 @@ FORMAT_VERSION = 4
 TENSORS_FILE = "synset.safetensors"
 CONFIG_FILE = "synset.json"
 SAMPLES_FOLDER = "data"
+TABLE_FILE = f"{SAMPLES_FOLDER}/train.parquet"  # for the Hub's viewer, never read
 CLUSTERS_FOLDER = "clusters"
 RUNS_FOLDER = "trajectories"
 # Patterns of all files of a synset.
@@ -112,7 +113,7 @@ def write_synset(synset: Synset, folder: Path, card: str, *, samples: Any, state
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / TENSORS_FILE)
     (folder / SAMPLES_FOLDER).mkdir()
     # The schema tells the Hub's viewer which columns are pictures.
-    pq.write_table(samples.data.table.cast(samples.features.arrow_schema), folder / SAMPLES_FOLDER / "train.parquet")
+    pq.write_table(samples.data.table.cast(samples.features.arrow_schema), folder / TABLE_FILE)
     synset.clusters.save(folder / CLUSTERS_FOLDER)
     (folder / RUNS_FOLDER).mkdir()
     for run, trajectory in enumerate(synset.trajectories):
