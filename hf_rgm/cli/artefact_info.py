@@ -12,7 +12,7 @@ from hf_rgm.engines.registry import ENGINES
 from hf_rgm.fidelity.report import FidelityReport
 from hf_rgm.files.reading import ArtefactFolder, printable
 from hf_rgm.files.writing import format_size
-from hf_rgm.hub.repository import open_artefact
+from hf_rgm.hub.repository import in_cache, open_artefact
 from hf_rgm.results.result import AttributionResult
 from hf_rgm.synset.synset import Synset
 from hf_rgm.trajectory.trajectory import METADATA_FILE, Trajectory
@@ -42,7 +42,9 @@ class Description:
 
 def describe(name_or_path: str | Path, *, revision: str | None = None) -> Description:
     """Description of a folder, or of a dataset repository on the Hub."""
-    for marker, (kind, read) in KINDS.items():
+    # What is in the cache first: without a connection, nothing else can be asked for.
+    for marker in sorted(KINDS, key=lambda marker: not in_cache(name_or_path, marker, revision)):
+        kind, read = KINDS[marker]
         try:
             folder = open_artefact(name_or_path, marker, revision=revision)
         except FileNotFoundError as error:

@@ -17,6 +17,7 @@ from huggingface_hub import (
     constants,
     hf_hub_download,
     metadata_update,
+    try_to_load_from_cache,
 )
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from huggingface_hub.utils import validate_repo_id
@@ -113,6 +114,12 @@ class HubFolder(ArtefactFolder):
         if not self.at_hand(name):
             download(self.repo_id, f"{self._prefix}{name}", revision=self.commit, **self._access)
         return super().file(name)
+
+
+def in_cache(repo_id: str | Path, name: str, revision: str | None = None) -> bool:
+    """Whether a file of a dataset repository is in the cache."""
+    is_id = isinstance(repo_id, str) and is_repo_id(repo_id)
+    return is_id and isinstance(try_to_load_from_cache(repo_id, name, repo_type="dataset", revision=revision), str)
 
 
 def download(repo_id: str, name: str, *, revision: str | None, **access: Any) -> Path:

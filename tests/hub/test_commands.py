@@ -227,6 +227,16 @@ def test_offline_nothing_is_said_of_what_is_there(hub_in_process):
     assert "the Hub is not reached" in result.output
 
 
+def test_what_is_in_the_cache_is_shown_and_copied_offline(hub_in_process, tmp_path):
+    tiny_synset().push_to_hub("me/synset")
+    assert invoke("pull", "me/synset", tmp_path / "first").exit_code == 0
+    with hub_in_process.unreachable():
+        told = invoke("info", "me/synset")
+        assert told.exit_code == 0 and "whole: yes" in told.output, told.output
+        assert invoke("pull", "me/synset", tmp_path / "second").exit_code == 0
+    assert Synset.from_pretrained(tmp_path / "second").samples_sha256 == tiny_synset().samples_sha256
+
+
 def test_what_goes_wrong_is_one_line(hub_in_process, folders, tmp_path, monkeypatch):
     assert invoke("push", tmp_path / "nowhere", "me/x").exit_code == 2
     for arguments, words in (
