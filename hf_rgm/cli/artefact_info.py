@@ -37,7 +37,7 @@ class Description:
         lines = [f"{self.kind} in {self.where}"]
         lines += [f"  {name}: {value}" for name, value in self.facts.items()]
         lines.append("  whole: yes" if self.problem is None else f"  whole: NO. {self.problem}")
-        return "\n".join([*lines, *(f"  -> {use}" for use in self.uses)])
+        return "\n".join(map(printable, [*lines, *(f"  -> {use}" for use in self.uses)]))
 
 
 def describe(name_or_path: str | Path, *, revision: str | None = None) -> Description:
@@ -145,7 +145,7 @@ KINDS = {
 
 def _model(trajectory: Trajectory) -> str:
     described = trajectory.metadata.get("model")
-    return printable(str(described.get("class", "not known"))) if isinstance(described, dict) else "not known"
+    return str(described.get("class", "not known"))[:200] if isinstance(described, dict) else "not known"
 
 
 def _fidelity(fidelity: dict[str, Any] | None) -> str:

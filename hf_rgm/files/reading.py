@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import re
+import sys
 import unicodedata
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -20,9 +22,11 @@ from torch import Tensor
 from hf_rgm.files.writing import finish_replacement, format_size
 
 MAX_DEPTH = 50
-MAX_JSON_BYTES = 100_000_000
-# The most memory that a byte of JSON takes in Python: "{}," are three bytes and an object of 64 in a list.
-JSON_EXPANSION = 32
+MAX_JSON_BYTES = 32_000_000
+# The most memory that JSON takes in Python, beside its text twice: for each value, each list or object, and each key.
+JSON_COSTS = {r",": 64, r"[\[{]": 130, r'"\s*:': 220}
+JSON_BUDGET = 250_000_000  # bytes of memory for all JSON files of an artefact together
+MAX_HEADER_BYTES, MAX_TENSORS = 8_000_000, 50_000  # of a safetensors file
 DTYPE_BYTES = {
     "BOOL": 1, "U8": 1, "I8": 1, "F16": 2, "BF16": 2, "I16": 2, "U16": 2, "F32": 4, "I32": 4, "F64": 8, "I64": 8
 }  # fmt: skip
@@ -37,8 +41,11 @@ class ArtefactFolder:
 
     is_remote = False  # whether files are downloaded when they are read
 
-    def __init__(self, root: str | Path, *, boundary: Path | None = None) -> None:
+    def __init__(
+        self, root: str | Path, *, boundary: Path | None = None, json_bytes: dict[Path, int] | None = None
+    ) -> None:
         self.root = Path(root)
+        self.json_bytes = {} if json_bytes is None else json_bytes  # memory of the JSON files that were read, by path
         finish_replacement(self.root)
         self.boundary = (boundary or _part_of_cache(self.root) or self.root).resolve()
 
@@ -47,7 +54,7 @@ class ArtefactFolder:
 
     def subfolder(self, name: str) -> ArtefactFolder:
         """A folder in this one."""
-        return ArtefactFolder(self.root / name, boundary=self.boundary)
+        return ArtefactFolder(self.root / name, boundary=self.boundary, json_bytes=self.json_bytes)
 
     def at_hand(self, name: str) -> bool:
         """Whether a file can be read without downloading it."""
@@ -63,18 +70,28 @@ class ArtefactFolder:
             raise ValueError(f"{path} is a link that leads out of {self.boundary}. Put the file itself there.")
         return path
 
-    def read_json(self, name: str, *, format_version: int, again: str = "write it again") -> dict[str, Any]:
+    def read_json(
+        self, name: str, *, format_version: int, again: str = "write it again", max_bytes: int = MAX_JSON_BYTES
+    ) -> dict[str, Any]:
         """Reads a JSON object of a `format_version`; `again` says how to replace an older one."""
         path = self.file(name)
         size = path.stat().st_size
-        if size > MAX_JSON_BYTES:
+        if size > max_bytes:
             raise ValueError(
-                f"{path} has {format_size(size)}, more than the {format_size(MAX_JSON_BYTES)} such a file may have. "
+                f"{path} has {format_size(size)}, more than the {format_size(max_bytes)} such a file may have. "
                 f"{WAY_OUT}"
             )
-        check_memory(JSON_EXPANSION * size, str(path))
+        check_memory(size, str(path))
         try:
-            content = parse_json(path.read_text(encoding="utf-8"))
+            text = path.read_text(encoding="utf-8")
+            self.json_bytes[path] = json_memory(text)
+            total = sum(self.json_bytes.values())
+            if total > JSON_BUDGET:
+                raise ValueError(
+                    f"with it the JSON of {self} takes {format_size(total)} of memory, which is no artefact's"
+                )
+            check_memory(self.json_bytes[path], str(path))
+            content = parse_json(text)
         except ValueError as error:
             raise ValueError(f"{path} is not valid JSON ({_short(error, 300)}). {WAY_OUT}") from error
         found = content.get("format_version") if isinstance(content, dict) else type(content).__name__
@@ -90,6 +107,13 @@ class ArtefactFolder:
         """Opens a safetensors file, whose header must announce exactly the bytes that follow it."""
         path = self.file(name)
         check_memory(path.stat().st_size, str(path))
+        with open(path, "rb") as start:
+            length = int.from_bytes(start.read(8), "little")
+        if MAX_HEADER_BYTES < length < path.stat().st_size:
+            raise ValueError(
+                f"{path} is damaged: its header has {format_size(length)}, more than {format_size(MAX_HEADER_BYTES)}. "
+                f"{way_out}"
+            )
         try:
             with safe_open(path, framework="pt") as file:
                 yield TensorFile(path, file, way_out)
@@ -127,6 +151,8 @@ class TensorFile:
         self._file = file
         self._way_out = way_out
         self.names = dict.fromkeys(file.keys())
+        if len(self.names) > MAX_TENSORS:
+            raise ValueError(f"{path} is damaged: it has {len(self.names)} tensors. {way_out}")
         self.metadata: dict[str, str] = file.metadata() or {}  # what the header says besides the tensors
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -164,6 +190,12 @@ class TensorFile:
                 f"{' or '.join(dtypes)}. {self._way_out}"
             )
         return found
+
+
+def json_memory(text: str) -> int:
+    """Memory that JSON takes in Python at most, by its signs, wherever they are."""
+    counts = {pattern: sum(1 for _ in re.finditer(pattern, text)) for pattern in JSON_COSTS}
+    return 2 * sys.getsizeof(text) + sum(cost * counts[pattern] for pattern, cost in JSON_COSTS.items())
 
 
 def parse_json(text: str) -> Any:

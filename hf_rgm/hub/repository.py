@@ -92,9 +92,17 @@ class HubFolder(ArtefactFolder):
     is_remote = True
 
     def __init__(
-        self, repo_id: str, commit: str, root: Path, *, boundary: Path, prefix: str = "", **access: Any
+        self,
+        repo_id: str,
+        commit: str,
+        root: Path,
+        *,
+        boundary: Path,
+        prefix: str = "",
+        json_bytes: dict[Path, int] | None = None,
+        **access: Any,
     ) -> None:
-        super().__init__(root, boundary=boundary)
+        super().__init__(root, boundary=boundary, json_bytes=json_bytes)
         self.repo_id = repo_id
         self.commit = commit
         self._prefix = prefix
@@ -104,10 +112,8 @@ class HubFolder(ArtefactFolder):
         return f"{self.repo_id}@{self.commit[:8]}/{self._prefix}".rstrip("/")
 
     def subfolder(self, name: str) -> HubFolder:
-        prefix = f"{self._prefix}{name}/"
-        return HubFolder(
-            self.repo_id, self.commit, self.root / name, boundary=self.boundary, prefix=prefix, **self._access
-        )
+        shared = {"boundary": self.boundary, "json_bytes": self.json_bytes, **self._access}
+        return HubFolder(self.repo_id, self.commit, self.root / name, prefix=f"{self._prefix}{name}/", **shared)
 
     def file(self, name: str) -> Path:
         check_name(name)
@@ -118,8 +124,9 @@ class HubFolder(ArtefactFolder):
 
 def in_cache(repo_id: str | Path, name: str, revision: str | None = None) -> bool:
     """Whether a file of a dataset repository is in the cache."""
-    is_id = isinstance(repo_id, str) and is_repo_id(repo_id)
-    return is_id and isinstance(try_to_load_from_cache(repo_id, name, repo_type="dataset", revision=revision), str)
+    if not isinstance(repo_id, str) or not is_repo_id(repo_id):
+        return False
+    return isinstance(try_to_load_from_cache(repo_id, name, repo_type="dataset", revision=revision), str)
 
 
 def download(repo_id: str, name: str, *, revision: str | None, **access: Any) -> Path:
