@@ -75,7 +75,9 @@ def clear_errors(after_interrupt: str | None = None) -> Iterator[None]:
 
     from hf_rgm.files.reading import printable
 
-    broken_connection = HfHubHTTPError.__mro__[1]  # the `HTTPError` of whichever client `huggingface_hub` uses
+    broken_connection: type[Exception] = HfHubHTTPError.__mro__[
+        1
+    ]  # the `HTTPError` of whichever client `huggingface_hub` uses
     try:
         yield
     except KeyboardInterrupt as error:

@@ -19,10 +19,9 @@ import psutil
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from hf_rgm.files.writing import finish_replacement, format_size
+from hf_rgm.files.writing import MAX_JSON_BYTES, finish_replacement, format_size
 
 MAX_DEPTH = 50
-MAX_JSON_BYTES = 32_000_000
 # The most memory that JSON takes in Python, beside its text twice: for each value, each list or object, and each key.
 JSON_COSTS = {r",": 64, r"[\[{]": 130, r'"\s*:': 220}
 JSON_BUDGET = 250_000_000  # bytes of memory for all JSON files of an artefact together

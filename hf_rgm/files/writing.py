@@ -26,6 +26,7 @@ from safetensors import SafetensorError
 
 logger = logging.getLogger(__name__)
 
+MAX_JSON_BYTES = 32_000_000
 _WORKSPACE = ".hf-rgm-saving"
 _LOCK = ".lock"
 FOLDER_LOCK = ".hf-rgm.lock"
@@ -111,6 +112,11 @@ class FolderLock:
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Writes a JSON file whole or not at all; NaN and infinity are errors."""
     text = json.dumps(content, indent=2, allow_nan=False) + "\n"
+    if len(text) > MAX_JSON_BYTES:
+        raise ValueError(
+            f"{path} would have {format_size(len(text))}, more than the {format_size(MAX_JSON_BYTES)} that are read "
+            "again. Use fewer clusters, shorter names, or fewer tokens."
+        )
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 

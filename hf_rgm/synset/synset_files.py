@@ -50,6 +50,7 @@ FILES = (
 
 REQUIRED = {"inputs", "targets", "log_weights", "residuals"}
 INTEGERS = {"input_ids", "target_ids"}
+MAX_LOG_WEIGHT = 80  # beyond, weights vanish or overflow in float32
 MIN_LABELS_PER_ROW, MAX_LABELS_PER_ROW = 1e-6, 1e9
 
 
@@ -218,6 +219,8 @@ def _read_tensors(folder: ArtefactFolder, description: SynsetDescription, num_cl
         residuals = tensors["residuals"]
         if not bool((torch.isfinite(residuals) & (residuals >= 0)).all()):
             raise ValueError(f"{file.path} has residuals that are NaN, infinite or negative. {WAY_OUT}")
+        if not bool((tensors["log_weights"].abs() <= MAX_LOG_WEIGHT).all()):
+            raise ValueError(f"{file.path} has log-weights beyond {MAX_LOG_WEIGHT}: no sample weighs so. {WAY_OUT}")
         return tensors
 
 

@@ -357,6 +357,12 @@ class Trajectory:
                 state.check()
         steps = read_steps(folder, description.num_steps)
         check_rows(steps, description.num_rows, str(folder))
+        if not np.any(steps.learning_rates.max(1, initial=0) * steps.clip_factor * ~steps.skipped):
+            logger.warning(
+                "No step of the run in %s changed the model: learning rates or clipping factors are 0, or all updates "
+                "were skipped. Every score by it is 0. Record a run that trains.",
+                folder,
+            )
         try:
             trajectory = cls(
                 optimizer=optimizer,
