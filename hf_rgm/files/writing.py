@@ -11,6 +11,8 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import functools
+import hashlib
 import json
 import logging
 import os
@@ -21,6 +23,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
@@ -119,6 +122,46 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
         )
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def seal(path: Path) -> None:
+    """Adds the SHA-256 of a file of an array to its end, where NumPy does not look."""
+    with open(path, "ab") as file:
+        file.write(_sha256(path, path.stat().st_size))
+
+
+def read_sealed(path: Path, *, mmap_mode: Any = None) -> np.ndarray:
+    """The array of a file, mapped or read; a `ValueError` if anything in it has changed since it was sealed."""
+    try:
+        array: Any = np.load(path, mmap_mode=mmap_mode or "r", allow_pickle=False)
+        end, told = array.offset + array.nbytes, path.stat()
+        if told.st_size > end:  # earlier releases did not seal
+            _check_seal(path, end, told.st_mtime_ns)
+    except (ValueError, EOFError) as error:
+        raise ValueError(f"{path} is damaged ({error}). Delete it; it will be computed again.") from error
+    return array if mmap_mode else np.array(array)
+
+
+@functools.lru_cache(maxsize=256)
+def _check_seal(path: Path, end: int, changed: int) -> None:
+    with open(path, "rb") as file:
+        file.seek(end)
+        if file.read() != _sha256(path, end):
+            raise ValueError("its content changed")
+
+
+def _sha256(path: Path, length: int) -> bytes:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        for start in range(0, length, 2**20):
+            digest.update(file.read(min(2**20, length - start)))
+    return digest.digest()
+
+
+def make_folder(folder: Path) -> None:
+    """Makes a folder for work that is to go on there, or says why it cannot be."""
+    with _explained(folder):
+        folder.mkdir(parents=True, exist_ok=True)
 
 
 def remove_unfinished(folder: Path) -> None:

@@ -38,3 +38,11 @@ def test_negative_scales_are_refused(key, tmp_path):
     tensor(STATE, key, lambda scale: -scale.abs() - 1)(tmp_path / "run")
     with pytest.raises(ValueError, match="has negative scales of"):
         Trajectory.load(tmp_path / "run").state(10)
+
+
+def test_steps_whose_bits_changed_are_refused(tmp_path):
+    folder = Path(shutil.copytree(ARTEFACTS["Trajectory"].pristine, tmp_path / "run"))
+    content = (folder / STEPS).read_bytes()
+    (folder / STEPS).write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(ValueError, match="is not what was recorded: its content changed"):
+        Trajectory.load(folder)
