@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 MAX_JSON_BYTES = 32_000_000
 _WORKSPACE = ".hf-rgm-saving"
 _LOCK = ".lock"
+_NEW_FILE = ".new"
 FOLDER_LOCK = ".hf-rgm.lock"
 _EXCHANGE, _CURRENT_FOLDER = 2, -100  # RENAME_EXCHANGE and AT_FDCWD of Linux
 _CANNOT_EXCHANGE = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
@@ -52,7 +53,7 @@ def replacing(path: Path) -> Iterator[Path]:
     """Yields a temporary path that takes the place of a file, flushed to disk, if the block ends without error."""
     with _explained(path), _workspace(path) as workspace:
         yield workspace / path.name
-        _flush(workspace / path.name)
+        _finish(workspace / path.name, workspace)
         os.replace(workspace / path.name, path)
         _flush(path.parent)
 
@@ -72,9 +73,8 @@ def staged_folder(target: str | Path, marker: str) -> Iterator[Path]:
             staging = workspace / "new"
             staging.mkdir()
             yield staging
-            for path in staging.rglob("*"):
-                _flush(path)
-            _flush(staging)
+            for path in (*staging.rglob("*"), staging):
+                _finish(path, workspace)
             _put_in_place(staging, target, retired=workspace / "old")
             _flush(target.parent)
 
@@ -265,6 +265,15 @@ def _locked(workspace: Path, *, blocking: bool = True) -> Iterator[None]:
         with contextlib.suppress(PermissionError):  # Windows keeps open files
             os.unlink(lock.lock_file)
         lock.release()
+
+
+def _finish(path: Path, workspace: Path) -> None:
+    """Gives a file the mode of new files, which safetensors does not, and flushes it to the disk."""
+    if path.is_file():
+        (workspace / _NEW_FILE).touch()
+        path.chmod((workspace / _NEW_FILE).stat().st_mode)
+        (workspace / _NEW_FILE).unlink()
+    _flush(path)
 
 
 def _flush(path: Path) -> None:

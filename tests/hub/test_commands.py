@@ -237,6 +237,17 @@ def test_what_is_in_the_cache_is_shown_and_copied_offline(hub_in_process, tmp_pa
     assert Synset.from_pretrained(tmp_path / "second").samples_sha256 == tiny_synset().samples_sha256
 
 
+@pytest.mark.parametrize("command", ["info", "pull"])
+def test_connections_that_are_cut_are_one_line(hub_in_process, tmp_path, command, monkeypatch):
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    tiny_synset().push_to_hub("me/synset")
+    hub_in_process.drop("GET .*resolve/.*synset.safetensors", times=None)
+    result = invoke(command, "me/synset", *([tmp_path / "copy"] if command == "pull" else []))
+    hub_in_process.faults.clear()
+    assert result.exit_code == 1 and isinstance(result.exception, SystemExit)
+    assert "Error: " in result.stderr and not (tmp_path / "copy").exists()
+
+
 def test_what_goes_wrong_is_one_line(hub_in_process, folders, tmp_path, monkeypatch):
     assert invoke("push", tmp_path / "nowhere", "me/x").exit_code == 2
     for arguments, words in (
