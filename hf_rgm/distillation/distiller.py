@@ -134,7 +134,7 @@ class ReverseGradientMatchingDistiller:
         self.row_loss = row_loss_of(self.trajectories, self.reader, row_loss)
         rows = [clusters.rows(k) for k in range(clusters.num_clusters)]
         self.batches = CachedBatches(self.reader, rows, batch_size=self.config.batch_size, max_bytes=CACHE_BYTES)
-        self.matched_states = matched_states(self.trajectories)
+        self.matched_states = matched_states(self.trajectories, clusters)
         self._gradients = SynsetGradients(self.model, self.inputs)
         # Measured, so processes may differ; all must agree on the blocks.
         self._plan = self._processes.gather(self._plan_memory)[0]

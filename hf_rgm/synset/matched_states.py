@@ -9,7 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_rgm.clusters.cluster_map import ClusterMap
 from hf_rgm.model.functional_model import ParameterSpace
+from hf_rgm.trajectory.exposure import Exposure
+from hf_rgm.trajectory.path import states_in_use
 from hf_rgm.trajectory.trajectory import Trajectory
 
 
@@ -48,12 +51,12 @@ class StateVectors(Sequence[Tensor]):
         return vector
 
 
-def matched_states(trajectories: Sequence[Trajectory]) -> tuple[MatchedState, ...]:
-    """All recorded states but the initial ones, by training progress; final states come last."""
+def matched_states(trajectories: Sequence[Trajectory], clusters: ClusterMap) -> tuple[MatchedState, ...]:
+    """Recorded states that engines use, without initial ones, by training progress; final states come last."""
     states = [
         (step / trajectory.num_steps, MatchedState(run, step))
         for run, trajectory in enumerate(trajectories)
-        for step in trajectory.state_steps
+        for step in states_in_use(trajectory, Exposure(trajectory, clusters).max_states)
         if step > 0
     ]
     return tuple(state for _, state in sorted(states, key=lambda item: (item[0], item[1].run)))

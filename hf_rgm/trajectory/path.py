@@ -32,6 +32,15 @@ def states_by_epochs(trajectory: Trajectory) -> int:
     return int(np.clip(round(float(trajectory.steps.epoch[-1])), MIN_STATES, MAX_STATES))
 
 
+def states_in_use(trajectory: Trajectory, max_states: int | None) -> list[int]:
+    """Recorded steps whose gradients and curvature are taken: all, or so many evenly spaced, without the initial."""
+    recorded = trajectory.state_steps
+    if max_states is None or len(recorded) <= max_states:
+        return list(recorded)
+    updated = np.array([step for step in recorded if step > 0])
+    return updated[np.unique(np.linspace(0, len(updated) - 1, max_states).round().astype(int))].tolist()
+
+
 @dataclass(frozen=True)
 class LinearStep:
     """Coefficients of one integration step of the deviation `delta` from the recorded path."""
@@ -94,10 +103,7 @@ class RecordedPath:
         self.device = device
         self.start = min(round(rewind * trajectory.num_steps), trajectory.num_steps - 1)
         self.stride = stride
-        self._states = np.array(trajectory.state_steps)
-        if max_states is not None and len(self._states) > max_states:
-            updated = self._states[self._states > 0]
-            self._states = updated[np.unique(np.linspace(0, len(updated) - 1, max_states).round().astype(int))]
+        self._states = np.array(states_in_use(trajectory, max_states))
         self._parameters: dict[int, Tensor] = {} if like is None else like._parameters
         self._second_moments: dict[int, Tensor] = {} if like is None else like._second_moments
 

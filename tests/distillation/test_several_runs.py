@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from hf_rgm import Attributor, DistillationConfig, ReverseGradientMatchingDistiller, Synset
+from hf_rgm import Attributor, DistillationConfig, ReverseGradientMatchingDistiller, Synset, Trajectory
 from hf_rgm.recording.callback import TrajectoryCallback
 from hf_rgm.synset.matched_states import MatchedState, matched_states
 from hf_rgm.synset.samples import SynsetGradients
@@ -29,7 +29,7 @@ def shared():
 
 
 def test_states_are_in_training_order_with_all_final_ones_last():
-    states = matched_states([RUN.trajectory, OTHER.trajectory])
+    states = matched_states([RUN.trajectory, OTHER.trajectory], RUN.clusters)
     steps = [step for step in RUN.trajectory.state_steps if step > 0]
     assert states == tuple(MatchedState(run, step) for step in steps for run in (0, 1))
     assert str(states[-1]) == "recorded step 48 of run 1" and str(states[-2]) == "recorded step 48"
@@ -146,3 +146,17 @@ def test_blocks_of_other_runs_are_not_reused(tmp_path):
     assert len(one.matched_states) == 5 and len(two.matched_states) == 10
     with pytest.raises(FileExistsError, match="another distillation"):
         distiller([RUN.trajectory, OTHER.trajectory], config=config, output_dir=tmp_path)
+
+
+def test_states_that_no_engine_uses_are_not_matched(tmp_path):
+    """A short training is looked at in three states, however many were recorded."""
+    trainer = tiny_trainer(RUN.train_dataset, callbacks=[TrajectoryCallback(tmp_path / "run")], num_train_epochs=2)
+    trainer.train()
+    trajectory = Trajectory.load(tmp_path / "run")
+    assert len(trajectory.state_steps) > 4
+    states = matched_states([trajectory], RUN.clusters)
+    assert len(states) == 3 and states[-1].step == trajectory.num_steps
+    attributor = Attributor(
+        trainer.model, trajectory=trajectory, rows=RUN.train_dataset, clusters=RUN.clusters, disable_tqdm=True
+    )
+    assert {state.step for state in states} >= {s for s, _, _ in attributor._runs(None, None)[0].path(0.0).segments()}
