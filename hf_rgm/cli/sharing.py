@@ -55,15 +55,9 @@ def push(
     """
     hide_bars(quiet)
     with clear_errors("A push is one commit: all of it is there, or nothing. Push again."):
-        commit = _kind(str(folder)).push_saved(
-            folder,
-            repo_id,
-            license=license,
-            tell=functools.partial(typer.echo, err=True),
-            private=private,
-            revision=revision,
-            create_pr=create_pr,
-        )
+        options = {"private": private, "revision": revision, "create_pr": create_pr}
+        tell = functools.partial(typer.echo, err=True)
+        commit = _kind(str(folder)).push_saved(folder, repo_id, license=license, tell=tell, **options)
     address = commit.pr_url or commit.commit_url
     typer.echo(json.dumps({"commit": commit.oid, "url": address}) if as_json else f"Pushed: {address}")
 

@@ -6,6 +6,7 @@ import fnmatch
 import logging
 import shutil
 from pathlib import Path
+from typing import Any
 
 import datasets
 from huggingface_hub import SpaceCard, SpaceCardData
@@ -25,17 +26,11 @@ logger = logging.getLogger(__name__)
 
 ARTEFACTS: dict[str, type[DatasetArtefact]] = {ATTRIBUTIONS: AttributionResult, "synset": Synset}
 MODEL_FILES = (
-    *(
-        "config.json",
-        "generation_config.json",
-        "adapter_config.json",
-        "model*.safetensors",
-        "adapter_model.safetensors",
-    ),
-    *("model.safetensors.index.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
-    *("added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model"),
-    *("sentencepiece.bpe.model", "chat_template.jinja", "preprocessor_config.json", "processor_config.json"),
-)
+    "config.json generation_config.json adapter_config.json adapter_model.safetensors model*.safetensors "
+    "model.safetensors.index.json tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json "
+    "vocab.json vocab.txt merges.txt tokenizer.model spiece.model sentencepiece.bpe.model chat_template.jinja "
+    "preprocessor_config.json processor_config.json"
+).split()
 """Patterns of the files that a model and its tokenizer load from."""
 
 MARKER = "hf-rgm-space.txt"
@@ -45,6 +40,7 @@ GRADIO_VERSION = "6.31.0"
 APP = '''"""Shows training-data attributions. Written by `hf-rgm explore --space`; edit it as you like."""
 
 from pathlib import Path
+from typing import Any
 
 from hf_rgm.explorer.app import explore
 
@@ -94,9 +90,8 @@ def write_space(
         lines = []
         for name, source in sources.items():
             if source is not None:
-                lines.append(
-                    f"    {'' if name == ATTRIBUTIONS else f'{name}='}{_place(source, folder, name, left_out)},"
-                )
+                place = _place(source, folder, name, left_out)
+                lines.append(f"    {'' if name == ATTRIBUTIONS else f'{name}='}{place},")
         (folder / "app.py").write_text(APP.format(arguments="\n".join(lines), title=title), encoding="utf-8")
         (folder / "requirements.txt").write_text(f"hf-rgm[explorer]=={__version__}\n", encoding="utf-8")
         (folder / MARKER).write_text("Written by hf_rgm, which may replace this folder.\n")
@@ -106,30 +101,26 @@ def write_space(
     return Path(space_dir)
 
 
-def _place(source: datasets.Dataset | str | Path, folder: Path, name: str, left_out: list[str]) -> str:
+def _place(source: Any, folder: Path, name: str, left_out: list[str]) -> str:
     """Writes what is local into the Space; returns its expression in `app.py`."""
-    here = f'HERE / "{name}"'
-    if isinstance(source, datasets.Dataset):
-        without_paths(source, f"`{name}`").save_to_disk(folder / name)
-        return here
-    if not Path(source).is_dir():
+    if not isinstance(source, datasets.Dataset) and not Path(source).is_dir():
         if name in ("rows", "queries") or isinstance(source, Path) or not is_repo_id(source):
             raise FileNotFoundError(f"`{name}`: there is no folder {source}. Save it there first, or pass another.")
         return repr(source)
-    regular, links = files_in(Path(source))
+    regular, links = (set(), set()) if isinstance(source, datasets.Dataset) else files_in(Path(source))
     if name in ("rows", "queries"):
         if links:
             raise ValueError(f"{source} has the link {min(links)}, which is not followed. Put the file itself there.")
-        saved_rows(source).save_to_disk(folder / name)
+        without_paths(saved_rows(source), f"`{name}`").save_to_disk(folder / name)
     elif name in ARTEFACTS:
         left_out += ARTEFACTS[name].write_anew(ArtefactFolder(source), folder / name)
     else:
-        chosen = {file for file in regular if any(fnmatch.fnmatchcase(file, pattern) for pattern in MODEL_FILES)}
+        chosen = {file for pattern in MODEL_FILES for file in fnmatch.filter(regular, pattern) if "/" not in file}
         (folder / name).mkdir()
         for file in chosen:
             shutil.copyfile(Path(source) / file, folder / name / file)
         left_out += sorted((regular | links) - chosen)
-    return here
+    return f'HERE / "{name}"'
 
 
 def _card(attributions: str | Path, title: str) -> SpaceCard:

@@ -40,11 +40,9 @@ class ArtefactFolder:
 
     is_remote = False  # whether files are downloaded when they are read
 
-    def __init__(
-        self, root: str | Path, *, boundary: Path | None = None, json_bytes: dict[Path, int] | None = None
-    ) -> None:
+    def __init__(self, root: str | Path, *, boundary: Path | None = None) -> None:
         self.root = Path(root)
-        self.json_bytes = {} if json_bytes is None else json_bytes  # memory of the JSON files that were read, by path
+        self._json_bytes: dict[Path, int] = {}  # memory of the JSON files that were read, by path
         finish_replacement(self.root)
         self.boundary = (boundary or _part_of_cache(self.root) or self.root).resolve()
 
@@ -53,7 +51,12 @@ class ArtefactFolder:
 
     def subfolder(self, name: str) -> ArtefactFolder:
         """A folder in this one."""
-        return ArtefactFolder(self.root / name, boundary=self.boundary, json_bytes=self.json_bytes)
+        found = self._folder(name)
+        found._json_bytes = self._json_bytes
+        return found
+
+    def _folder(self, name: str) -> ArtefactFolder:
+        return ArtefactFolder(self.root / name, boundary=self.boundary)
 
     def at_hand(self, name: str) -> bool:
         """Whether a file can be read without downloading it."""
@@ -83,13 +86,13 @@ class ArtefactFolder:
         check_memory(size, str(path))
         try:
             text = path.read_text(encoding="utf-8")
-            self.json_bytes[path] = json_memory(text)
-            total = sum(self.json_bytes.values())
+            self._json_bytes[path] = json_memory(text)
+            total = sum(self._json_bytes.values())
             if total > JSON_BUDGET:
                 raise ValueError(
                     f"with it the JSON of {self} takes {format_size(total)} of memory, which is no artefact's"
                 )
-            check_memory(self.json_bytes[path], str(path))
+            check_memory(self._json_bytes[path], str(path))
             content = parse_json(text)
         except ValueError as error:
             raise ValueError(f"{path} is not valid JSON ({_short(error, 300)}). {WAY_OUT}") from error

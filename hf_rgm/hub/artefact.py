@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import re
 import shutil
 import tempfile
@@ -12,17 +11,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
-from huggingface_hub import CommitInfo, RepoCard
+from huggingface_hub import CommitInfo
 from typing_extensions import Self
-from yaml import YAMLError
 
 from hf_rgm.files.reading import ArtefactFolder, files_in, printable
 from hf_rgm.hub.repository import CARD, open_artefact, push_folder
 
-logger = logging.getLogger(__name__)
-
 LOCAL = "path/to/this/folder"  # stands on cards for a repository that is not known yet
-MAX_CARD_BYTES = 1_000_000
+TABLE = "data/train.parquet"  # for the Hub's viewer and never read here; may have texts that only a tokenizer makes
 
 
 @dataclass(frozen=True)
@@ -111,8 +107,6 @@ class HubArtefact(ABC):
 class DatasetArtefact(HubArtefact):
     """An artefact that can be read again from a folder or from a dataset repository."""
 
-    tables: ClassVar[Sequence[str]] = ()  # files for viewers that are never read, and may show more than is known here
-
     @classmethod
     @abstractmethod
     def _from_folder(cls, folder: ArtefactFolder) -> Self: ...
@@ -126,34 +120,20 @@ class DatasetArtefact(HubArtefact):
         cls.from_pretrained(source).save_pretrained(target, card=card)
         if source.is_remote:
             return []
-        regular, links = files_in(source.root)
-        for name in regular & {*cls.tables}:
-            shutil.copyfile(source.file(name), target / name)
-        return sorted((regular | links) - files_in(target)[0])
+        (regular, links), (written, _) = files_in(source.root), files_in(target)
+        if TABLE in regular & written:
+            shutil.copyfile(source.file(TABLE), target / TABLE)
+        return sorted((regular | links) - written)
 
     @classmethod
     def push_saved(
-        cls,
-        folder: str | Path,
-        repo_id: str,
-        *,
-        license: str | None = None,
-        tell: Callable[[str], object] = logger.info,
-        **options: Any,
+        cls, folder: Path, repo_id: str, *, license: str | None, tell: Callable[[str], object], **options: Any
     ) -> CommitInfo:
         """
         Uploads what a saved folder holds, with a card that is written anew; other files in it stay here.
 
-        Args:
-            folder (`str` or `Path`): The folder.
-            repo_id (`str`): `"namespace/name"`, created if missing.
-            license (`str`, *optional*): Defaults to that of the folder's card.
-            tell (`Callable`, *optional*): Gets the names of the files before they are uploaded, and of those left out.
-            options: `private`, `token`, `revision`, `create_pr` and `commit_message` of
-                [`HubArtefact.push_to_hub`].
-
-        Returns:
-            `CommitInfo`: see [`HubArtefact.push_to_hub`].
+        `tell` gets the names of the files before they are uploaded, and of those left out; `license` defaults to that
+        of the folder's card; `options` are those of [`HubArtefact.push_to_hub`].
         """
         with tempfile.TemporaryDirectory() as parent:
             copy = Path(parent) / "artefact"
@@ -195,15 +175,11 @@ class DatasetArtefact(HubArtefact):
 
 
 def _license(folder: ArtefactFolder) -> str | None:
-    """Licence on the card of a folder, if it is one by its name."""
+    """Licence in the header of a folder's card, if it is one by its name."""
     try:
-        path = folder.file(CARD)
+        with open(folder.file(CARD), encoding="utf-8", errors="replace") as file:
+            header = file.read(10_000).split("---\n")[1:2]
     except FileNotFoundError:
         return None
-    if path.stat().st_size > MAX_CARD_BYTES:
-        return None
-    try:
-        told = RepoCard(path.read_text(encoding="utf-8"), ignore_metadata_errors=True).data.get("license")
-    except (ValueError, YAMLError):  # no card
-        return None
-    return told if isinstance(told, str) and re.fullmatch(r"[\w.+-]{1,100}", told) else None
+    found = re.search(r"^license: ([\w.+-]{1,100})$", "".join(header), re.MULTILINE)
+    return None if found is None else found[1]

@@ -92,17 +92,9 @@ class HubFolder(ArtefactFolder):
     is_remote = True
 
     def __init__(
-        self,
-        repo_id: str,
-        commit: str,
-        root: Path,
-        *,
-        boundary: Path,
-        prefix: str = "",
-        json_bytes: dict[Path, int] | None = None,
-        **access: Any,
+        self, repo_id: str, commit: str, root: Path, *, boundary: Path, prefix: str = "", **access: Any
     ) -> None:
-        super().__init__(root, boundary=boundary, json_bytes=json_bytes)
+        super().__init__(root, boundary=boundary)
         self.repo_id = repo_id
         self.commit = commit
         self._prefix = prefix
@@ -111,9 +103,11 @@ class HubFolder(ArtefactFolder):
     def __str__(self) -> str:
         return f"{self.repo_id}@{self.commit[:8]}/{self._prefix}".rstrip("/")
 
-    def subfolder(self, name: str) -> HubFolder:
-        shared = {"boundary": self.boundary, "json_bytes": self.json_bytes, **self._access}
-        return HubFolder(self.repo_id, self.commit, self.root / name, prefix=f"{self._prefix}{name}/", **shared)
+    def _folder(self, name: str) -> HubFolder:
+        prefix = f"{self._prefix}{name}/"
+        return HubFolder(
+            self.repo_id, self.commit, self.root / name, boundary=self.boundary, prefix=prefix, **self._access
+        )
 
     def file(self, name: str) -> Path:
         check_name(name)

@@ -154,5 +154,5 @@ class Processes:
         except RuntimeError as error:
             raise RuntimeError(
                 f"Process {self.index} of {self.count} no longer waits for the others: one ended, was killed, or "
-                f"did not come within {JOINING}. See what it wrote last, and start them all again. ({str(error)[:200]})"
+                f"did not come within {JOINING}. See what it wrote last, and start them again. ({str(error)[:200]})"
             ) from error

@@ -23,15 +23,7 @@ from hf_rgm.synset.inputs import SOFT_TOKENS
 from hf_rgm.synset.matched_states import MatchedState
 from hf_rgm.synset.responses import Responses
 from hf_rgm.synset.samples import SyntheticSamples
-from hf_rgm.synset.synset_files import (
-    CONFIG_FILE,
-    FILES,
-    TABLE_FILE,
-    read_synset,
-    synset_card,
-    with_pictures,
-    write_synset,
-)
+from hf_rgm.synset.synset_files import CONFIG_FILE, FILES, read_synset, synset_card, with_pictures, write_synset
 from hf_rgm.trajectory.trajectory import Trajectory
 
 logger = logging.getLogger(__name__)
@@ -79,7 +71,6 @@ class Synset(DatasetArtefact):
 
     marker: ClassVar = CONFIG_FILE
     files: ClassVar = FILES
-    tables: ClassVar = (TABLE_FILE,)
     kind: ClassVar = "synset"
 
     samples: SyntheticSamples

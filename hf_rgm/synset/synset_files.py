@@ -16,7 +16,7 @@ from hf_rgm.agreement.fidelity_figures import check_kept_report
 from hf_rgm.clusters.cluster_map import ClusterMap
 from hf_rgm.files.reading import WAY_OUT, ArtefactFolder, parsed
 from hf_rgm.files.writing import format_size, write_json
-from hf_rgm.hub.artefact import LOCAL, CardOptions
+from hf_rgm.hub.artefact import LOCAL, TABLE, CardOptions
 from hf_rgm.hub.cards import SIGN_CONVENTION, TAGS, fidelity_section, model_name, recorded_model, render
 from hf_rgm.model.functional_model import parameters_sha256
 from hf_rgm.synset.matched_states import MatchedState
@@ -33,7 +33,6 @@ FORMAT_VERSION = 4
 TENSORS_FILE = "synset.safetensors"
 CONFIG_FILE = "synset.json"
 SAMPLES_FOLDER = "data"
-TABLE_FILE = f"{SAMPLES_FOLDER}/train.parquet"  # for the Hub's viewer, never read
 CLUSTERS_FOLDER = "clusters"
 RUNS_FOLDER = "trajectories"
 # Patterns of all files of a synset.
@@ -114,7 +113,7 @@ def write_synset(synset: Synset, folder: Path, card: str, *, samples: Any, state
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / TENSORS_FILE)
     (folder / SAMPLES_FOLDER).mkdir()
     # The schema tells the Hub's viewer which columns are pictures.
-    pq.write_table(samples.data.table.cast(samples.features.arrow_schema), folder / TABLE_FILE)
+    pq.write_table(samples.data.table.cast(samples.features.arrow_schema), folder / TABLE)
     synset.clusters.save(folder / CLUSTERS_FOLDER)
     (folder / RUNS_FOLDER).mkdir()
     for run, trajectory in enumerate(synset.trajectories):
