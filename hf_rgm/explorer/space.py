@@ -103,22 +103,23 @@ def write_space(
 
 def _place(source: Any, folder: Path, name: str, left_out: list[str]) -> str:
     """Writes what is local into the Space; returns its expression in `app.py`."""
-    if not isinstance(source, datasets.Dataset) and not Path(source).is_dir():
-        if name in ("rows", "queries") or isinstance(source, Path) or not is_repo_id(source):
+    path = None if isinstance(source, datasets.Dataset) else Path(source)
+    if path is not None and not path.is_dir():
+        if name in ("rows", "queries") or not isinstance(source, str) or not is_repo_id(source):
             raise FileNotFoundError(f"`{name}`: there is no folder {source}. Save it there first, or pass another.")
         return repr(source)
-    regular, links = (set(), set()) if isinstance(source, datasets.Dataset) else files_in(Path(source))
+    regular, links = (set(), set()) if path is None else files_in(path)
     if name in ("rows", "queries"):
         if links:
             raise ValueError(f"{source} has the link {min(links)}, which is not followed. Put the file itself there.")
         without_paths(saved_rows(source), f"`{name}`").save_to_disk(folder / name)
-    elif name in ARTEFACTS:
-        left_out += ARTEFACTS[name].write_anew(ArtefactFolder(source), folder / name)
-    else:
+    elif path is not None and name in ARTEFACTS:
+        left_out += ARTEFACTS[name].write_anew(ArtefactFolder(path), folder / name)
+    elif path is not None:
         chosen = {file for pattern in MODEL_FILES for file in fnmatch.filter(regular, pattern) if "/" not in file}
         (folder / name).mkdir()
         for file in chosen:
-            shutil.copyfile(Path(source) / file, folder / name / file)
+            shutil.copyfile(path / file, folder / name / file)
         left_out += sorted((regular | links) - chosen)
     return f'HERE / "{name}"'
 
