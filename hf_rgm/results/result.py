@@ -34,7 +34,6 @@ if TYPE_CHECKING:
 class AttributionResult(DatasetArtefact):
     """
     The attribution matrix: how the presence of each cluster (or row) changes the objective of each query.
-
     A positive score means that the presence of the cluster raises the objective: score = f(with) - f(without).
 
     Args:
@@ -45,8 +44,7 @@ class AttributionResult(DatasetArtefact):
         objective (`str`): Name of the objective.
         objective_values (`np.ndarray`): The objective of each query for the trained model, `(num_queries,)`, float32.
         engine (`str`): Name of the engine that computed the scores.
-        row_scores (`np.ndarray`, *optional*): `(num_queries, num_rows)`, float32; not copied, so that it may be mapped
-            from a file.
+        row_scores (`np.ndarray`, *optional*): `(num_queries, num_rows)`, float32; may be mapped from a file.
         cluster_ids (`np.ndarray`, *optional*): The cluster of each row, `(num_rows,)`, int64.
         metadata (`dict`, *optional*): Anything else to keep; must fit into JSON.
 
