@@ -13,6 +13,7 @@ from typing_extensions import Self
 
 from hf_rgm.agreement.budget import LDS_CLUSTERS, LDS_ROWS, LEAVE_CLUSTER_OUT, MEASURES
 from hf_rgm.agreement.correlations import Estimate
+from hf_rgm.files.names import checked_names
 from hf_rgm.files.reading import printable
 
 FORMAT_VERSION = 1
@@ -146,8 +147,8 @@ class FidelityFigures:
         try:
             return cls(
                 agreements={name: _read_agreement(part) for name, part in content["agreements"].items()},
-                engine=printable(str(content["engine"])),
-                objective=printable(str(content["objective"])),
+                engine=checked_names([content["engine"]], "an engine")[0],
+                objective=checked_names([content["objective"]], "an objective")[0],
                 num_queries=int(content["num_queries"]),
                 seeds=tuple(int(seed) for seed in content["seeds"]),
                 rows=bool(content["rows"]),

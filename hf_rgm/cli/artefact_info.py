@@ -13,7 +13,7 @@ from hf_rgm.engines.registry import ENGINES
 from hf_rgm.fidelity.report import FidelityReport
 from hf_rgm.files.reading import ArtefactFolder, printable
 from hf_rgm.files.writing import format_size
-from hf_rgm.hub.repository import open_artefact
+from hf_rgm.hub.repository import in_cache, open_artefact
 from hf_rgm.results.result import AttributionResult
 from hf_rgm.synset.synset import Synset
 from hf_rgm.trajectory.trajectory import METADATA_FILE, Trajectory
@@ -38,12 +38,14 @@ class Description:
         lines = [f"{self.kind} in {self.where}"]
         lines += [f"  {name}: {value}" for name, value in self.facts.items()]
         lines.append("  whole: yes" if self.problem is None else f"  whole: NO. {self.problem}")
-        return "\n".join([*lines, *(f"  -> {use}" for use in self.uses)])
+        return "\n".join(map(printable, [*lines, *(f"  -> {use}" for use in self.uses)]))
 
 
 def describe(name_or_path: str | Path, *, revision: str | None = None) -> Description:
     """Description of a folder, or of a dataset repository on the Hub."""
-    for marker, (kind, read) in KINDS.items():
+    # What is in the cache first: without a connection, nothing else can be asked for.
+    for marker in sorted(KINDS, key=lambda marker: not in_cache(name_or_path, marker, revision)):
+        kind, read = KINDS[marker]
         try:
             folder = open_artefact(name_or_path, marker, revision=revision)
         except FileNotFoundError as error:
@@ -144,7 +146,7 @@ KINDS = {
 
 def _model(trajectory: Trajectory) -> str:
     described = trajectory.metadata.get("model")
-    return printable(str(described.get("class", "not known"))) if isinstance(described, dict) else "not known"
+    return str(described.get("class", "not known"))[:200] if isinstance(described, dict) else "not known"
 
 
 def _fidelity(fidelity: dict[str, Any] | None) -> str:

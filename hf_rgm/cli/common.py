@@ -73,6 +73,11 @@ def clear_errors(after_interrupt: str | None = None) -> Iterator[None]:
     """
     from huggingface_hub.errors import HfHubHTTPError
 
+    from hf_rgm.files.reading import printable
+
+    broken_connection: type[Exception] = HfHubHTTPError.__mro__[
+        1
+    ]  # the `HTTPError` of whichever client `huggingface_hub` uses
     try:
         yield
     except KeyboardInterrupt as error:
@@ -80,12 +85,14 @@ def clear_errors(after_interrupt: str | None = None) -> Iterator[None]:
             raise
         typer.echo(f"\nInterrupted. {after_interrupt}", err=True)
         raise typer.Exit(130) from error
-    except (ImportError, LookupError, MemoryError, OSError, RuntimeError, TypeError, ValueError) as error:
+    except (
+        *(ImportError, LookupError, MemoryError, OSError, RuntimeError, TypeError, ValueError, broken_connection),
+    ) as error:
         if os.environ.get("HF_RGM_DEBUG"):
             raise
         # The text of a KeyError is its argument in quotes.
         message = error.args[0] if isinstance(error, KeyError) and error.args else error
-        text = " ".join(str(message).split()) or type(error).__name__
+        text = printable(" ".join(str(message).split())) or type(error).__name__
         if isinstance(error, HfHubHTTPError) and error.response.status_code == 401:
             text += " Log in with `hf auth login`, or set HF_TOKEN, and check the name."
         typer.echo(f"Error: {text}", err=True)

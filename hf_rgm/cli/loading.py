@@ -79,19 +79,21 @@ class Loading:
             )
         with folder_or_repository(name):
             try:
-                config = transformers.AutoConfig.from_pretrained(name, revision=revision)
+                config = transformers.AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
             except ValueError as error:
                 raise ValueError(
                     f"transformers knows no model of the type that the config of {name} names. If the class is your "
                     f"own, name it: `--model-class MODULE:CLASS`. transformers says: {str(error).splitlines()[0]}"
                 ) from error
-        architectures = [entry for entry in config.architectures or [] if hasattr(transformers, entry)]
-        if not architectures:
+        named = config.architectures if isinstance(config.architectures, list) else []
+        known = [getattr(transformers, entry, None) for entry in named if isinstance(entry, str)]
+        classes: list[Any] = [c for c in known if isinstance(c, type) and issubclass(c, transformers.PreTrainedModel)]
+        if not classes:
             raise ValueError(
                 f"The config of {name} names {config.architectures}, no class of transformers. Name it: "
                 "`--model-class MODULE:CLASS`."
             )
-        return getattr(transformers, architectures[0]).from_pretrained(name, revision=revision).eval()
+        return classes[0].from_pretrained(name, revision=revision, trust_remote_code=False).eval()
 
     def queries(self, name: str | None, split: str | None, limit: int | None = None) -> Any:
         """Dataset of queries as `rows` reads it, by default of the split `test`; at most the first `limit`."""
@@ -104,6 +106,8 @@ class Loading:
             return None
         import datasets
 
+        from hf_rgm.files.embedded import without_paths
+
         path = Path(name)
         if path.is_file():
             if path.suffix not in TABLE_FORMATS:
@@ -114,13 +118,15 @@ class Loading:
                 TABLE_FORMATS[path.suffix], data_files=str(path), split=split or "train"
             )
         elif (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
-            found = datasets.load_from_disk(name)
+            found = without_paths(datasets.load_from_disk(name), name)
         elif path.suffix in TABLE_FORMATS:
             raise FileNotFoundError(f"There is no file {name}. Check the path, or name a dataset repository.")
         else:
             repository, _, config = (name, "", None) if path.exists() else name.partition(":")
             try:
-                found = datasets.load_dataset(repository, config or None, split=split or default_split)
+                found = datasets.load_dataset(
+                    repository, config or None, split=split or default_split, trust_remote_code=False
+                )
             except (ConnectionError, FileNotFoundError) as error:
                 if path.exists():
                     raise
@@ -128,6 +134,7 @@ class Loading:
                     f"There is no file or folder {name} here, and no dataset repository of this name loads: "
                     f"{str(error).splitlines()[0]}"
                 ) from error
+            found = found if path.exists() else without_paths(found, name)
         if isinstance(found, datasets.DatasetDict):
             part = split or default_split
             if part not in found:
@@ -146,7 +153,9 @@ class Loading:
         from hf_rgm.model.row_reader import padding_collator
 
         try:
-            return padding_collator(AutoTokenizer.from_pretrained(model_name, revision=revision))
+            return padding_collator(
+                AutoTokenizer.from_pretrained(model_name, revision=revision, trust_remote_code=False)
+            )
         except (OSError, ValueError) as error:
             raise OSError(
                 f"Rows have input_ids, but {model_name} has no tokenizer to pad them. Save the tokenizer with the "
@@ -215,7 +224,7 @@ def find_tokenizer(model: Any, name: str, revision: str | None = None) -> Any:
     if main_input_name(model) != "input_ids":
         return None
     try:
-        found = AutoTokenizer.from_pretrained(name, revision=revision)
+        found = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
     except (OSError, ValueError):
         return None
     return found if knows_words(found) else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -46,15 +47,17 @@ def push(
     as_json: common.AsJson = False,
 ) -> None:
     """
-    Upload a synset or attributions in one commit. The token is that of `hf auth login`, or HF_TOKEN.
+    Upload a synset or attributions in one commit, without other files in the folder, and with a card written anew.
+
+    The token is that of `hf auth login`, or HF_TOKEN.
 
     Example: hf-rgm push hf-rgm-demo/synset me/my-synset --private
     """
     hide_bars(quiet)
     with clear_errors("A push is one commit: all of it is there, or nothing. Push again."):
-        commit = _kind(str(folder)).push_saved(
-            folder, repo_id, license=license, private=private, revision=revision, create_pr=create_pr
-        )
+        options = {"private": private, "revision": revision, "create_pr": create_pr}
+        tell = functools.partial(typer.echo, err=True)
+        commit = _kind(str(folder)).push_saved(folder, repo_id, license=license, tell=tell, **options)
     address = commit.pr_url or commit.commit_url
     typer.echo(json.dumps({"commit": commit.oid, "url": address}) if as_json else f"Pushed: {address}")
 
@@ -67,12 +70,11 @@ def pull(
     quiet: common.Quiet = False,
 ) -> None:
     """
-    Download all of a synset or of attributions to a folder, card included, and check them.
+    Download all of a synset or of attributions to a folder, check them, and write their card anew.
 
     Example: hf-rgm pull me/my-synset my-synset
     """
     from hf_rgm.cli.artefact_info import describe
-    from hf_rgm.files.writing import staged_folder
     from hf_rgm.hub.repository import HubFolder, open_artefact
 
     hide_bars(quiet)
@@ -82,11 +84,7 @@ def pull(
         folder = open_artefact(repo_id, kind.marker, revision=revision)
         if not isinstance(folder, HubFolder):
             raise FileExistsError(f"{repo_id} is a folder here. Run this elsewhere, or copy the folder.")
-        with staged_folder(output_dir, kind.marker) as staging:
-            folder.copy_to(staging, kind.files)
-            problem = describe(staging).problem
-            if problem is not None:
-                raise ValueError(f"{folder} is not whole: {problem}")
+        kind.write_anew(folder, output_dir, repo_id=repo_id)
         typer.echo(str(describe(output_dir)))
 
 

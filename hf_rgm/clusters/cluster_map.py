@@ -21,6 +21,7 @@ from hf_rgm.clusters.grouping import (
     group_by_embeddings,
     k_means_cells,
 )
+from hf_rgm.files.names import checked_names, warn_of_names
 from hf_rgm.files.reading import ArtefactFolder, printable
 from hf_rgm.files.writing import staged_folder
 
@@ -61,13 +62,13 @@ class ClusterMap:
     parent_names: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
-        names = tuple(printable(str(name)) for name in self.names)
+        names = tuple(checked_names(self.names, "a cluster"))
         object.__setattr__(self, "names", names)
         object.__setattr__(self, "cluster_ids", checked_partition(self.cluster_ids, names, what="cluster"))
         if (self.parents is None) != (self.parent_names is None):
             raise ValueError("`parents` and `parent_names` belong together. Pass both or neither.")
         if self.parents is not None and self.parent_names is not None:
-            parent_names = tuple(printable(str(name)) for name in self.parent_names)
+            parent_names = tuple(checked_names(self.parent_names, "a parent cluster"))
             if len(self.parents) != len(names):
                 raise ValueError(
                     f"`parents` has {len(self.parents)} entries for {len(names)} clusters. Pass one each."
@@ -330,9 +331,11 @@ class ClusterMap:
         folder = folder if isinstance(folder, ArtefactFolder) else ArtefactFolder(folder)
         arguments = read_clusters(folder)
         try:
-            return cls(**arguments)
+            clusters = cls(**arguments)
         except (OverflowError, TypeError, ValueError) as error:
             raise ValueError(f"The cluster map in {folder} is damaged ({error}). Copy or make it again.") from error
+        warn_of_names(clusters.names, folder)
+        return clusters
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, ClusterMap):

@@ -10,7 +10,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from hf_rgm.files.writing import remove_unfinished, replacing
+from hf_rgm.files.writing import make_folder, remove_unfinished, replacing
+from hf_rgm.model.functional_model import parameters_sha256
+
+_AGAIN = "the block will be distilled again."
 
 
 class BlockStore:
@@ -19,7 +22,7 @@ class BlockStore:
     def __init__(self, folder: str | Path, identity: dict[str, Any]) -> None:
         self.folder = Path(folder)
         self._identity = json.dumps(identity, sort_keys=True)
-        self.folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self.folder)
         for path in self.folder.glob("block-*.safetensors"):
             self._check(path)
         remove_unfinished(self.folder)
@@ -32,7 +35,7 @@ class BlockStore:
             with safe_open(path, framework="pt") as file:
                 identity = (file.metadata() or {}).get("identity")
         except SafetensorError as error:
-            raise ValueError(f"{path} is damaged ({error}). Delete it; the block will be distilled again.") from error
+            raise ValueError(f"{path} is damaged ({error}). Delete it; {_AGAIN}") from error
         if identity != self._identity:
             raise FileExistsError(
                 f"{path} belongs to another distillation (other settings, model, data or clusters). Choose another "
@@ -42,10 +45,17 @@ class BlockStore:
     def read(self, block: range) -> dict[str, Tensor] | None:
         """The tensors of a finished block, or `None`."""
         path = self._path(block)
-        return load_file(path) if path.is_file() else None
+        if not path.is_file():
+            return None
+        tensors = load_file(path)
+        with safe_open(path, framework="pt") as file:
+            if file.metadata().get("sha256") != parameters_sha256(tensors):
+                raise ValueError(f"{path} is damaged: its content changed. Delete it; {_AGAIN}")
+        return tensors
 
     def write(self, block: range, tensors: dict[str, Tensor]) -> None:
         """Writes a finished block whole or not at all."""
         with replacing(self._path(block)) as temporary:
             whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
-            save_file(whole, temporary, metadata={"identity": self._identity})
+            metadata = {"identity": self._identity, "sha256": parameters_sha256(whole)}
+            save_file(whole, temporary, metadata=metadata)

@@ -24,7 +24,7 @@ from hf_rgm.engines.gradient_sources import ROWS_AT_ONCE, RowSource
 from hf_rgm.engines.memory_shares import ranges
 from hf_rgm.engines.recorded_run import RecordedRun, given
 from hf_rgm.engines.request import Evaluation
-from hf_rgm.files.writing import remove_unfinished, replacing
+from hf_rgm.files.writing import make_folder, read_sealed, remove_unfinished, replacing, seal
 from hf_rgm.model.code_digest import code_digest
 from hf_rgm.model.cost_estimates import PieceOfWork, measured
 from hf_rgm.model.functional_model import parameters_sha256
@@ -267,7 +267,7 @@ class ScoreFolder:
     def __init__(self, parent: str | Path, identity: dict[str, Any]) -> None:
         digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
         self.folder = Path(parent) / f"row-scores-{digest[:16]}"
-        self.folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self.folder)
 
     @property
     def _file(self) -> Path:
@@ -286,30 +286,30 @@ class ScoreFolder:
         """Writes a block completely or not at all."""
         with replacing(self._path(block)) as temporary:
             np.save(temporary, scores, allow_pickle=False)
+            seal(temporary)
 
     def join(self, blocks: Iterable[ScoreBlock], shape: tuple[int, int]) -> None:
         """Joins all blocks to one file and removes them; needs their size on the disk once more."""
         if not self._file.is_file():
-            with replacing(self._file) as temporary, open(temporary, "wb") as file:
-                write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": shape})
-                begin = file.tell()
-                for block in blocks:
-                    for value, scores in zip(block.values, self._read(block), strict=True):
-                        file.seek(begin + 4 * (value * shape[1] + block.rows.start))  # float32
-                        file.write(scores.astype("<f4", copy=False).tobytes())
+            with replacing(self._file) as temporary:
+                with open(temporary, "wb") as file:
+                    write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": shape})
+                    begin = file.tell()
+                    for block in blocks:
+                        for value, scores in zip(block.values, self._read(block), strict=True):
+                            file.seek(begin + 4 * (value * shape[1] + block.rows.start))  # float32
+                            file.write(scores.astype("<f4", copy=False).tobytes())
+                seal(temporary)
         for path in self.folder.glob("block-*.npy"):
             path.unlink()
 
     def matrix(self) -> NDArray[np.float32]:
         """All scores, `(num_values, num_rows)`, memory-mapped."""
-        return np.load(self._file, mmap_mode="c", allow_pickle=False)
+        return read_sealed(self._file, mmap_mode="c")
 
     def _read(self, block: ScoreBlock) -> NDArray[np.float32]:
         path, shape = self._path(block), (len(block.values), len(block.rows))
-        try:
-            scores = np.load(path, allow_pickle=False)
-        except (ValueError, EOFError) as error:
-            raise ValueError(f"{path} is damaged ({error}). Delete it; its rows will be scored again.") from error
+        scores = read_sealed(path)
         if scores.shape != shape:
             raise ValueError(f"{path} has shape {scores.shape}, not {shape}. Delete it; it will be made again.")
         return scores

@@ -14,6 +14,7 @@ from transformers import AutoTokenizer, pipeline
 
 from hf_rgm.attribution.attributor import Attributor
 from hf_rgm.explorer.what_if import NEEDS, replay_without, what_if_section
+from hf_rgm.files.embedded import without_paths
 from hf_rgm.hub.repository import folder_or_repository
 from hf_rgm.model.row_reader import DataCollator
 from hf_rgm.pages import views
@@ -188,12 +189,12 @@ def open_exhibit(
     attributor, beside = (None, None) if given["model"] is None else _attributor(given["model"], synset, token)
     if isinstance(tokenizer, str | Path):
         with folder_or_repository(tokenizer):
-            tokenizer = AutoTokenizer.from_pretrained(str(tokenizer), token=token)
+            tokenizer = AutoTokenizer.from_pretrained(str(tokenizer), token=token, trust_remote_code=False)
     return Exhibit(
         attributions,
         synset=synset,
-        rows=_dataset(given["rows"]),
-        queries=_dataset(given["queries"]),
+        rows=saved_rows(given["rows"]),
+        queries=saved_rows(given["queries"]),
         attributor=attributor,
         tokenizer=tokenizer or beside,
         data_collator=data_collator,
@@ -205,14 +206,15 @@ def with_neighbours(attributions: str | Path, given: dict[str, Any]) -> tuple[st
     folder = Path(attributions)
     if not (folder / ATTRIBUTIONS / CONFIG_FILE).is_file():
         return attributions, given
-    beside = {name: folder / name for name in given if (folder / name).is_dir()}
+    beside = {name: folder / name for name in given if not (folder / name).is_symlink() and (folder / name).is_dir()}
     return folder / ATTRIBUTIONS, {name: beside.get(name) if v is None else v for name, v in given.items()}
 
 
-def _dataset(given: Any) -> Any:
+def saved_rows(given: Any) -> Any:
+    """A dataset, read from its folder if it is one."""
     if not isinstance(given, str | Path):
         return given
-    loaded = datasets.load_from_disk(str(given))
+    loaded = without_paths(datasets.load_from_disk(str(given)), given)
     if not isinstance(loaded, datasets.Dataset):
         raise ValueError(f"{given} holds the splits {', '.join(map(str, loaded))}. Pass the dataset of one of them.")
     return loaded
@@ -226,7 +228,8 @@ def _attributor(model: Any, synset: Synset | None, token: str | bool | None) -> 
         return Attributor(model, synset, disable_tqdm=True), None
     build: Any = pipeline  # its overloads only have the tasks of transformers
     with folder_or_repository(model):
-        built = build("data-attribution", model=str(model), synset=synset, token=token, disable_tqdm=True)
+        given = {"model": str(model), "synset": synset, "token": token, "trust_remote_code": False}
+        built = build("data-attribution", **given, disable_tqdm=True)
     return built.attributor, built.tokenizer
 
 

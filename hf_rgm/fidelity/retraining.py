@@ -16,7 +16,7 @@ from transformers import Trainer
 
 from hf_rgm.engines.objectives import Objective, Queries, resolve_objective
 from hf_rgm.fidelity.launch import Launch, claimed
-from hf_rgm.files.writing import replacing
+from hf_rgm.files.writing import make_folder, read_sealed, replacing, seal
 from hf_rgm.model.functional_model import FunctionalModel
 from hf_rgm.model.row_reader import DataCollator, RowReader
 
@@ -58,7 +58,7 @@ def retrain(
     launch = Launch.from_environment()
     folder = Path(output_dir) if output_dir is not None else None
     if folder is not None:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
     elif launch.count > 1:
         raise ValueError(
             f"`output_dir` is missing: {launch.count} processes share retrainings through a folder. Pass one that all "
@@ -115,10 +115,8 @@ class _Worker:
                     values = self._train(rows, seed)
                     with replacing(path) as temporary:
                         np.save(temporary, values, allow_pickle=False)
-        try:
-            return np.load(path, allow_pickle=False)
-        except (ValueError, EOFError) as error:
-            raise ValueError(f"{path} is damaged ({error}). Delete it; the model will be trained again.") from error
+                        seal(temporary)
+        return read_sealed(path)
 
     def _train(self, rows: NDArray[np.int64], seed: int) -> NDArray[np.float32]:
         dataset = self.train_dataset

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import re
+import sys
 import unicodedata
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -17,12 +19,13 @@ import psutil
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from hf_rgm.files.writing import finish_replacement, format_size
+from hf_rgm.files.writing import MAX_JSON_BYTES, finish_replacement, format_size
 
 MAX_DEPTH = 50
-MAX_JSON_BYTES = 100_000_000
-# The most memory that a byte of JSON takes in Python: "{}," are three bytes and an object of 64 in a list.
-JSON_EXPANSION = 32
+# The most memory that JSON takes in Python, beside its text twice: for each value, each list or object, and each key.
+JSON_COSTS = {r",": 64, r"[\[{]": 130, r'"\s*:': 220}
+JSON_BUDGET = 250_000_000  # bytes of memory for all JSON files of an artefact together
+MAX_HEADER_BYTES, MAX_TENSORS = 8_000_000, 50_000  # of a safetensors file
 DTYPE_BYTES = {
     "BOOL": 1, "U8": 1, "I8": 1, "F16": 2, "BF16": 2, "I16": 2, "U16": 2, "F32": 4, "I32": 4, "F64": 8, "I64": 8
 }  # fmt: skip
@@ -39,6 +42,7 @@ class ArtefactFolder:
 
     def __init__(self, root: str | Path, *, boundary: Path | None = None) -> None:
         self.root = Path(root)
+        self._json_bytes: dict[Path, int] = {}  # memory of the JSON files that were read, by path
         finish_replacement(self.root)
         self.boundary = (boundary or _part_of_cache(self.root) or self.root).resolve()
 
@@ -47,6 +51,11 @@ class ArtefactFolder:
 
     def subfolder(self, name: str) -> ArtefactFolder:
         """A folder in this one."""
+        found = self._folder(name)
+        found._json_bytes = self._json_bytes
+        return found
+
+    def _folder(self, name: str) -> ArtefactFolder:
         return ArtefactFolder(self.root / name, boundary=self.boundary)
 
     def at_hand(self, name: str) -> bool:
@@ -63,18 +72,28 @@ class ArtefactFolder:
             raise ValueError(f"{path} is a link that leads out of {self.boundary}. Put the file itself there.")
         return path
 
-    def read_json(self, name: str, *, format_version: int, again: str = "write it again") -> dict[str, Any]:
+    def read_json(
+        self, name: str, *, format_version: int, again: str = "write it again", max_bytes: int = MAX_JSON_BYTES
+    ) -> dict[str, Any]:
         """Reads a JSON object of a `format_version`; `again` says how to replace an older one."""
         path = self.file(name)
         size = path.stat().st_size
-        if size > MAX_JSON_BYTES:
+        if size > max_bytes:
             raise ValueError(
-                f"{path} has {format_size(size)}, more than the {format_size(MAX_JSON_BYTES)} such a file may have. "
+                f"{path} has {format_size(size)}, more than the {format_size(max_bytes)} such a file may have. "
                 f"{WAY_OUT}"
             )
-        check_memory(JSON_EXPANSION * size, str(path))
+        check_memory(size, str(path))
         try:
-            content = parse_json(path.read_text(encoding="utf-8"))
+            text = path.read_text(encoding="utf-8")
+            self._json_bytes[path] = json_memory(text)
+            total = sum(self._json_bytes.values())
+            if total > JSON_BUDGET:
+                raise ValueError(
+                    f"with it the JSON of {self} takes {format_size(total)} of memory, which is no artefact's"
+                )
+            check_memory(self._json_bytes[path], str(path))
+            content = parse_json(text)
         except ValueError as error:
             raise ValueError(f"{path} is not valid JSON ({_short(error, 300)}). {WAY_OUT}") from error
         found = content.get("format_version") if isinstance(content, dict) else type(content).__name__
@@ -90,11 +109,28 @@ class ArtefactFolder:
         """Opens a safetensors file, whose header must announce exactly the bytes that follow it."""
         path = self.file(name)
         check_memory(path.stat().st_size, str(path))
+        with open(path, "rb") as start:
+            length = int.from_bytes(start.read(8), "little")
+        if MAX_HEADER_BYTES < length < path.stat().st_size:
+            raise ValueError(
+                f"{path} is damaged: its header has {format_size(length)}, more than {format_size(MAX_HEADER_BYTES)}. "
+                f"{way_out}"
+            )
         try:
             with safe_open(path, framework="pt") as file:
                 yield TensorFile(path, file, way_out)
         except SafetensorError as error:
             raise ValueError(f"{path} is damaged ({_short(error, 300)}). {way_out}") from error
+
+
+def files_in(folder: Path) -> tuple[set[str], set[str]]:
+    """Names of all regular files in a folder, and of the links, which are not followed; hidden ones are in neither."""
+    regular, links = set(), set()
+    for path in folder.rglob("*"):
+        name = path.relative_to(folder)
+        if not any(part.startswith(".") for part in name.parts):
+            (links if path.is_symlink() else regular if path.is_file() else set()).add(name.as_posix())
+    return regular, links
 
 
 def leads_out(name: str) -> bool:
@@ -117,6 +153,8 @@ class TensorFile:
         self._file = file
         self._way_out = way_out
         self.names = dict.fromkeys(file.keys())
+        if len(self.names) > MAX_TENSORS:
+            raise ValueError(f"{path} is damaged: it has {len(self.names)} tensors. {way_out}")
         self.metadata: dict[str, str] = file.metadata() or {}  # what the header says besides the tensors
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -154,6 +192,12 @@ class TensorFile:
                 f"{' or '.join(dtypes)}. {self._way_out}"
             )
         return found
+
+
+def json_memory(text: str) -> int:
+    """Memory that JSON takes in Python at most, by its signs, wherever they are."""
+    counts = {pattern: sum(1 for _ in re.finditer(pattern, text)) for pattern in JSON_COSTS}
+    return 2 * sys.getsizeof(text) + sum(cost * counts[pattern] for pattern, cost in JSON_COSTS.items())
 
 
 def parse_json(text: str) -> Any:

@@ -11,6 +11,8 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import functools
+import hashlib
 import json
 import logging
 import os
@@ -21,13 +23,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 logger = logging.getLogger(__name__)
 
+MAX_JSON_BYTES = 32_000_000
 _WORKSPACE = ".hf-rgm-saving"
 _LOCK = ".lock"
+_NEW_FILE = ".new"
 FOLDER_LOCK = ".hf-rgm.lock"
 _EXCHANGE, _CURRENT_FOLDER = 2, -100  # RENAME_EXCHANGE and AT_FDCWD of Linux
 _CANNOT_EXCHANGE = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
@@ -48,7 +53,7 @@ def replacing(path: Path) -> Iterator[Path]:
     """Yields a temporary path that takes the place of a file, flushed to disk, if the block ends without error."""
     with _explained(path), _workspace(path) as workspace:
         yield workspace / path.name
-        _flush(workspace / path.name)
+        _finish(workspace / path.name, workspace)
         os.replace(workspace / path.name, path)
         _flush(path.parent)
 
@@ -68,9 +73,8 @@ def staged_folder(target: str | Path, marker: str) -> Iterator[Path]:
             staging = workspace / "new"
             staging.mkdir()
             yield staging
-            for path in staging.rglob("*"):
-                _flush(path)
-            _flush(staging)
+            for path in (*staging.rglob("*"), staging):
+                _finish(path, workspace)
             _put_in_place(staging, target, retired=workspace / "old")
             _flush(target.parent)
 
@@ -111,8 +115,50 @@ class FolderLock:
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Writes a JSON file whole or not at all; NaN and infinity are errors."""
     text = json.dumps(content, indent=2, allow_nan=False) + "\n"
+    if len(text) > MAX_JSON_BYTES:
+        raise ValueError(
+            f"{path} would have {format_size(len(text))}, more than the {format_size(MAX_JSON_BYTES)} that are read "
+            "again. Use fewer clusters, shorter names, or fewer tokens."
+        )
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def seal(path: Path) -> None:
+    """Adds the SHA-256 of a file of an array to its end, where NumPy does not look."""
+    with open(path, "ab") as file:
+        file.write(_sha256(path, path.stat().st_size))
+
+
+def read_sealed(path: Path, *, mmap_mode: Any = None) -> np.ndarray:
+    """The array of a file, mapped or read; a `ValueError` if anything in it has changed since it was sealed."""
+    try:
+        array: Any = np.load(path, mmap_mode=mmap_mode or "r", allow_pickle=False)
+        end, told = array.offset + array.nbytes, path.stat()
+        if told.st_size > end:  # earlier releases did not seal
+            _check_seal(path, end, told.st_mtime_ns)
+    except (ValueError, EOFError) as error:
+        raise ValueError(f"{path} is damaged ({error}). Delete it; it will be computed again.") from error
+    return array if mmap_mode else np.array(array)
+
+
+@functools.lru_cache(maxsize=256)
+def _check_seal(path: Path, end: int, changed: int) -> None:
+    with open(path, "rb") as file:
+        file.seek(end)
+        if file.read() != _sha256(path, end):
+            raise ValueError("its content changed")
+
+
+def _sha256(path: Path, length: int) -> bytes:
+    content: Any = np.memmap(path, mode="r", shape=(length,))
+    return hashlib.sha256(content).digest()
+
+
+def make_folder(folder: Path) -> None:
+    """Makes a folder for work that is to go on there, or says why it cannot be."""
+    with _explained(folder):
+        folder.mkdir(parents=True, exist_ok=True)
 
 
 def remove_unfinished(folder: Path) -> None:
@@ -216,6 +262,15 @@ def _locked(workspace: Path, *, blocking: bool = True) -> Iterator[None]:
         with contextlib.suppress(PermissionError):  # Windows keeps open files
             os.unlink(lock.lock_file)
         lock.release()
+
+
+def _finish(path: Path, workspace: Path) -> None:
+    """Gives a file the mode of new files, which safetensors does not, and flushes it to the disk."""
+    if path.is_file():
+        (workspace / _NEW_FILE).touch()
+        path.chmod((workspace / _NEW_FILE).stat().st_mode)
+        (workspace / _NEW_FILE).unlink()
+    _flush(path)
 
 
 def _flush(path: Path) -> None:

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import tempfile
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
-from huggingface_hub import CommitInfo, RepoCard
+from huggingface_hub import CommitInfo
 from typing_extensions import Self
 
-from hf_rgm.files.reading import ArtefactFolder
+from hf_rgm.files.reading import ArtefactFolder, files_in, printable
 from hf_rgm.hub.repository import CARD, open_artefact, push_folder
 
 LOCAL = "path/to/this/folder"  # stands on cards for a repository that is not known yet
+TABLE = "data/train.parquet"  # for the Hub's viewer and never read here; may have texts that only a tokenizer makes
 
 
 @dataclass(frozen=True)
@@ -97,30 +99,6 @@ class HubArtefact(ABC):
             )
 
     @classmethod
-    def push_saved(cls, folder: str | Path, repo_id: str, *, license: str | None = None, **options: Any) -> CommitInfo:
-        """
-        Uploads a saved folder with its own card.
-
-        Args:
-            folder (`str` or `Path`): The folder. Hidden files are left out.
-            repo_id (`str`): `"namespace/name"`, created if missing.
-            license (`str`, *optional*): Put into the header of the card.
-            options: `private`, `token`, `revision`, `create_pr` and `commit_message` of
-                [`HubArtefact.push_to_hub`].
-
-        Returns:
-            `CommitInfo`: see [`HubArtefact.push_to_hub`].
-        """
-        with tempfile.TemporaryDirectory() as parent:
-            copy = Path(shutil.copytree(folder, Path(parent) / "artefact", ignore=shutil.ignore_patterns(".*")))
-            card = RepoCard.load(copy / CARD)
-            card.text = card.text.replace(LOCAL, repo_id)
-            if license is not None:
-                card.data["license"] = license
-            card.save(copy / CARD)
-            return cls._push(copy, repo_id, **options)
-
-    @classmethod
     def _push(cls, folder: Path, repo_id: str, *, commit_message: str | None = None, **options: Any) -> CommitInfo:
         kind = {"marker": cls.marker, "files": cls.files, "repo_type": cls.repo_type}
         return push_folder(folder, repo_id, commit_message=commit_message or f"Upload {cls.kind}", **kind, **options)
@@ -132,6 +110,38 @@ class DatasetArtefact(HubArtefact):
     @classmethod
     @abstractmethod
     def _from_folder(cls, folder: ArtefactFolder) -> Self: ...
+
+    @classmethod
+    def write_anew(
+        cls, source: ArtefactFolder, target: Path, *, repo_id: str | None = None, license: str | None = None
+    ) -> list[str]:
+        """Writes what a folder holds, checked and with a new card, to another; names of files that are left out."""
+        card = CardOptions(repo_id=repo_id, license=license or _license(source))
+        cls.from_pretrained(source).save_pretrained(target, card=card)
+        if source.is_remote:
+            return []
+        (regular, links), (written, _) = files_in(source.root), files_in(target)
+        if TABLE in regular & written:
+            shutil.copyfile(source.file(TABLE), target / TABLE)
+        return sorted((regular | links) - written)
+
+    @classmethod
+    def push_saved(
+        cls, folder: Path, repo_id: str, *, license: str | None, tell: Callable[[str], object], **options: Any
+    ) -> CommitInfo:
+        """
+        Uploads what a saved folder holds, with a card that is written anew; other files in it stay here.
+
+        `tell` gets the names of the files before they are uploaded, and of those left out; `license` defaults to that
+        of the folder's card; `options` are those of [`HubArtefact.push_to_hub`].
+        """
+        with tempfile.TemporaryDirectory() as parent:
+            copy = Path(parent) / "artefact"
+            left_out = cls.write_anew(ArtefactFolder(folder), copy, repo_id=repo_id, license=license)
+            tell(f"Uploading to {repo_id}: {', '.join(sorted(files_in(copy)[0]))}. The card is written anew.")
+            if left_out:
+                tell(f"Left out, as no files of {cls.kind}: {', '.join(map(printable, left_out))}.")
+            return cls._push(copy, repo_id, **options)
 
     @classmethod
     def from_pretrained(
@@ -162,3 +172,14 @@ class DatasetArtefact(HubArtefact):
         """
         access = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
         return cls._from_folder(open_artefact(name_or_path, cls.marker, revision=revision, **access))
+
+
+def _license(folder: ArtefactFolder) -> str | None:
+    """Licence in the header of a folder's card, if it is one by its name."""
+    try:
+        with open(folder.file(CARD), encoding="utf-8", errors="replace") as file:
+            header = file.read(10_000).split("---\n")[1:2]
+    except FileNotFoundError:
+        return None
+    found = re.search(r"^license: ([\w.+-]{1,100})$", "".join(header), re.MULTILINE)
+    return None if found is None else found[1]

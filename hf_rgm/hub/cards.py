@@ -11,6 +11,7 @@ from typing import Any
 from huggingface_hub import DatasetCard, DatasetCardData, ModelCard, ModelCardData
 
 from hf_rgm.agreement.fidelity_figures import DESCRIPTIONS, FidelityFigures
+from hf_rgm.files.names import MAX_NAME
 from hf_rgm.files.reading import printable
 from hf_rgm.hub.artefact import LOCAL, CardOptions
 from hf_rgm.hub.repository import is_repo_id, web_address
@@ -69,8 +70,14 @@ def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
 
 
 def escaped(text: Any) -> str:
-    """Untrusted text as Markdown that shows it literally: no markup, no HTML, no line breaks."""
-    return re.sub(r"([\\`*_{}\[\]()#+!|~$:])", r"\\\1", html.escape(printable(str(text)), quote=False))
+    """Untrusted text as Markdown that shows it literally: no markup, HTML, line breaks, links or mentions."""
+    text = printable(str(text))
+    text = text if len(text) <= MAX_NAME else f"{text[:MAX_NAME]}…"
+    if re.search(r"://|www\.|@", text, re.IGNORECASE):
+        # What the Hub makes into links and mentions stays as it is in code alone.
+        fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
+        return r"\|".join(f"{fence} {part} {fence}" if part.strip() else part for part in text.split("|"))
+    return re.sub(r"([\\`*_{}\[\]()#+!|~$:])", r"\\\1", html.escape(text, quote=False))
 
 
 def fidelity_section(fidelity: dict[str, Any] | None) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import fnmatch
 import logging
-import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,11 +17,12 @@ from huggingface_hub import (
     constants,
     hf_hub_download,
     metadata_update,
+    try_to_load_from_cache,
 )
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
-from hf_rgm.files.reading import ArtefactFolder, check_name, leads_out
+from hf_rgm.files.reading import ArtefactFolder, check_name, files_in, leads_out
 from hf_rgm.files.writing import finish_replacement
 
 ATTEMPTS = 5  # of a push that other commits overtake
@@ -103,7 +103,7 @@ class HubFolder(ArtefactFolder):
     def __str__(self) -> str:
         return f"{self.repo_id}@{self.commit[:8]}/{self._prefix}".rstrip("/")
 
-    def subfolder(self, name: str) -> HubFolder:
+    def _folder(self, name: str) -> HubFolder:
         prefix = f"{self._prefix}{name}/"
         return HubFolder(
             self.repo_id, self.commit, self.root / name, boundary=self.boundary, prefix=prefix, **self._access
@@ -115,14 +115,12 @@ class HubFolder(ArtefactFolder):
             download(self.repo_id, f"{self._prefix}{name}", revision=self.commit, **self._access)
         return super().file(name)
 
-    def copy_to(self, target: Path, files: Sequence[str]) -> None:
-        """Copies the files that match one of the patterns to an empty folder; downloads stay in the cache."""
-        api = HfApi(token=self._access.get("token"))
-        for name in api.list_repo_files(self.repo_id, revision=self.commit, repo_type="dataset"):
-            if _matches(name, files):
-                source = self.file(name)
-                (target / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(source, target / name)
+
+def in_cache(repo_id: str | Path, name: str, revision: str | None = None) -> bool:
+    """Whether a file of a dataset repository is in the cache."""
+    if not isinstance(repo_id, str) or not is_repo_id(repo_id):
+        return False
+    return isinstance(try_to_load_from_cache(repo_id, name, repo_type="dataset", revision=revision), str)
 
 
 def download(repo_id: str, name: str, *, revision: str | None, **access: Any) -> Path:
@@ -203,11 +201,7 @@ def push_folder(
     repo_id = api.create_repo(repo_id, repo_type=repo_type, private=private, exist_ok=True).repo_id
     if revision not in (None, MAIN) and not create_pr:
         api.create_branch(repo_id, branch=str(revision), repo_type=repo_type, exist_ok=True)
-    additions = [
-        CommitOperationAdd(path.relative_to(folder).as_posix(), path)
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-    ]
+    additions = [CommitOperationAdd(name, folder / name) for name in sorted(files_in(folder)[0])]
     for attempt in range(ATTEMPTS):
         parent = api.repo_info(repo_id, repo_type=repo_type, revision=revision).sha
         present = set(api.list_repo_files(repo_id, repo_type=repo_type, revision=parent))

@@ -24,6 +24,9 @@ Result = TypeVar("Result")
 PATIENCE = timedelta(days=7)
 """How long a process waits for slower ones. One that dies is noticed anyway: its connections close."""
 
+JOINING = timedelta(minutes=30)
+"""How long a process waits at first for others to join it. One that died before has no connections to close."""
+
 GRACE = timedelta(seconds=60)
 """How long a failed process waits to tell the others."""
 
@@ -65,7 +68,8 @@ class Processes:
                 f"{self.count} processes were launched for {self._state.distributed_type}, which work cannot be split "
                 "over. Launch one."
             )
-        return torch.distributed.new_group(backend="gloo", timeout=PATIENCE)
+        with self._named():
+            return torch.distributed.new_group(backend="gloo", timeout=JOINING)
 
     @property
     def index(self) -> int:
@@ -136,7 +140,19 @@ class Processes:
         work.results = [shares[position % self.count][position // self.count] for position in range(len(items))]
 
     def _exchange(self, group: Any, mine: Any, patience: timedelta) -> list[Any]:
-        torch.distributed.monitored_barrier(group, timeout=patience)
         results: list[Any] = [None] * self.count
-        torch.distributed.all_gather_object(results, mine, group=group)
+        with self._named():
+            torch.distributed.monitored_barrier(group, timeout=patience)
+            torch.distributed.all_gather_object(results, mine, group=group)
         return results
+
+    @contextlib.contextmanager
+    def _named(self) -> Iterator[None]:
+        """Says of errors of connections what they mean."""
+        try:
+            yield
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"Process {self.index} of {self.count} no longer waits for the others: one ended, was killed, or "
+                f"did not come within {JOINING}. See what it wrote last, and start them again. ({str(error)[:200]})"
+            ) from error

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from hf_rgm.model.functional_model import LABEL_NAMES
 from hf_rgm.model.row_reader import DataCollator
 from hf_rgm.pages.html import Card, signed
-from hf_rgm.pages.shown_rows import card_of, png_of, shortened
+from hf_rgm.pages.shown_rows import card_of, png_of, shortened, shown_row
 from hf_rgm.synset.synset import Synset
 
 if TYPE_CHECKING:
@@ -85,11 +85,15 @@ class Exhibit:
 
     def query(self, position: int) -> Card | None:
         """Card of the query at a position; `None` if unknown."""
-        return None if self.queries is None or self.values_are_of_sets else self._card(self.queries[position], "query")
+        return (
+            None
+            if self.queries is None or self.values_are_of_sets
+            else self._card(shown_row(self.queries, position), "query")
+        )
 
     def row_card(self, row: int, score: float | None = None) -> Card:
         """Card of a training row: its number and score, and what it looks like if rows are given."""
-        card = Card(f"row {row}") if self.rows is None else self._card(self.rows[row], f"row {row}")
+        card = Card(f"row {row}") if self.rows is None else self._card(shown_row(self.rows, row), f"row {row}")
         return card if score is None else replace(card, notes=[signed(score)])
 
     def _card(self, row: Any, title: str) -> Card:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import datasets
 import numpy as np
 from PIL import Image
 from torch import Tensor
@@ -19,6 +21,8 @@ from hf_rgm.pages.html import Card
 MAX_CHARACTERS = 600
 MAX_PIXELS = 256
 TOKENS = "input_ids"
+PICTURES = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # Pillow starts other programs for some formats
+NOT_SHOWN = "(not shown: no picture whose bytes are in the dataset; `save_to_disk` embeds them)"
 
 
 def card_of(
@@ -28,6 +32,7 @@ def card_of(
     if not isinstance(row, Mapping):
         return Card(text=shortened(str(row)))
     label = _label(row, label_names or {})
+    row = {name: value if (found := _embedded(value)) is None else found for name, value in row.items()}
     for value in row.values():
         if (picture := _picture(value)) is not None:
             return Card(picture=picture, label=label)
@@ -39,6 +44,14 @@ def card_of(
         return Card(text=shortened(next(iter(texts.values()))), label=label)
     lines = [f"{name}: {shortened(str(value))}" for name, value in (texts or values).items()]
     return Card(text=shortened("\n".join(lines)), label=label)
+
+
+def shown_row(dataset: Any, position: int) -> Any:
+    """A row, of a `datasets.Dataset` as it is stored: its pictures are bytes, and nothing that it names is opened."""
+    if not isinstance(dataset, datasets.Dataset):
+        return dataset[position]
+    stored: Any = dataset.with_format("arrow")[position]
+    return stored.to_pylist()[0]
 
 
 def png_of(pixels: Any) -> bytes | None:
@@ -66,6 +79,17 @@ def png_of(pixels: Any) -> bytes | None:
 def shortened(text: str, length: int = MAX_CHARACTERS) -> str:
     """Text cut to this length, with an ellipsis."""
     return text if len(text) <= length else f"{text[: length - 1]}…"
+
+
+def _embedded(value: Any) -> Any:
+    """What is shown of a picture or sound as `datasets` stores it, by its bytes alone; `None` for anything else."""
+    if not isinstance(value, Mapping) or set(value) != {"bytes", "path"}:
+        return None
+    with contextlib.suppress(OSError, SyntaxError, ValueError, Image.DecompressionBombError, TypeError):
+        picture = Image.open(io.BytesIO(value["bytes"]), formats=PICTURES)
+        picture.load()
+        return picture
+    return NOT_SHOWN
 
 
 def _picture(value: Any) -> bytes | None:

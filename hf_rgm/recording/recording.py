@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
+import os
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -307,18 +309,27 @@ class TrajectoryRecorder:
 
     @contextlib.contextmanager
     def _stopping(self, step: int) -> Iterator[None]:
-        """Adds advice on how to go on to errors of the disk."""
+        """Adds advice on how to go on to errors of the disk, and to that of a folder that is no longer there."""
         try:
+            if not self._is_there:
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
             yield
         except OSError as error:
             if error.errno is None:
                 raise
+            moved = f"{self.folder} was moved or deleted while training was recorded into it."
+            reason = error.strerror if self._is_there else moved
             raise OSError(
                 error.errno,
-                f"{error.strerror} Training stops, as it would go on without a record of step {step}. What is "
+                f"{reason} Training stops, as it would go on without a record of step {step}. What is "
                 "recorded up to the last checkpoint is whole. Once that is repaired, go on with "
                 "`trainer.train(resume_from_checkpoint=True)` and the same callback, or from the beginning.",
             ) from error
+
+    @property
+    def _is_there(self) -> bool:
+        """Whether the folder is still the one that is locked."""
+        return (self.folder / FOLDER_LOCK).is_file()
 
     def num_bytes(self) -> int:
         """Size on disk of the recorded states and steps."""

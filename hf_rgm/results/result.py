@@ -15,6 +15,7 @@ import pandas as pd
 from hf_rgm.agreement.fidelity_figures import Factors, FidelityFigures, sizes_in_short
 from hf_rgm.clusters.grouping import as_numpy
 from hf_rgm.engines.objectives import OBJECTIVES
+from hf_rgm.files.names import checked_names, warn_of_names
 from hf_rgm.files.reading import ArtefactFolder, printable
 from hf_rgm.files.writing import staged_folder
 from hf_rgm.hub.artefact import CardOptions, DatasetArtefact
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
 class AttributionResult(DatasetArtefact):
     """
     The attribution matrix: how the presence of each cluster (or row) changes the objective of each query.
-
     A positive score means that the presence of the cluster raises the objective: score = f(with) - f(without).
 
     Args:
@@ -44,8 +44,7 @@ class AttributionResult(DatasetArtefact):
         objective (`str`): Name of the objective.
         objective_values (`np.ndarray`): The objective of each query for the trained model, `(num_queries,)`, float32.
         engine (`str`): Name of the engine that computed the scores.
-        row_scores (`np.ndarray`, *optional*): `(num_queries, num_rows)`, float32; not copied, so that it may be mapped
-            from a file.
+        row_scores (`np.ndarray`, *optional*): `(num_queries, num_rows)`, float32; may be mapped from a file.
         cluster_ids (`np.ndarray`, *optional*): The cluster of each row, `(num_rows,)`, int64.
         metadata (`dict`, *optional*): Anything else to keep; must fit into JSON.
 
@@ -94,10 +93,10 @@ class AttributionResult(DatasetArtefact):
     """The pipeline's, for reading tokens when the result is shown; not saved."""
 
     def __post_init__(self) -> None:
-        self.cluster_names = _distinct([printable(str(name)) for name in self.cluster_names], "cluster_names")
+        self.cluster_names = _distinct(checked_names(self.cluster_names, "a cluster"), "cluster_names")
         ids = [query.item() if isinstance(query, np.generic) else query for query in self.query_ids]
         numbered = all(isinstance(query, int) for query in ids)
-        self.query_ids = _distinct(ids if numbered else [printable(str(query)) for query in ids], "query_ids")
+        self.query_ids = _distinct(ids if numbered else checked_names(ids, "a query"), "query_ids")
         shape = (len(self.query_ids), len(self.cluster_names))
         self.scores = self._checked(self.scores, shape, "scores")
         self.objective_values = self._checked(self.objective_values, shape[:1], "objective_values")
@@ -378,9 +377,11 @@ class AttributionResult(DatasetArtefact):
     def _from_folder(cls, folder: ArtefactFolder) -> AttributionResult:
         arguments = read_result(folder)
         try:
-            return cls(**arguments)
+            result = cls(**arguments)
         except (TypeError, ValueError) as error:
             raise ValueError(f"The result in {folder} is damaged ({error}). Copy or compute it again.") from error
+        warn_of_names(result.cluster_names, folder)
+        return result
 
     def __repr__(self) -> str:
         rows = "" if self.row_scores is None else f", num_rows={self.row_scores.shape[1]}"

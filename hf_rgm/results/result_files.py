@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import save_file
 
 from hf_rgm.agreement.fidelity_figures import check_kept_report, describe_sizes
-from hf_rgm.files.reading import WAY_OUT, ArtefactFolder, parsed, printable
+from hf_rgm.files.names import checked_names
+from hf_rgm.files.reading import WAY_OUT, ArtefactFolder, parsed
 from hf_rgm.files.writing import write_json
 from hf_rgm.hub.artefact import LOCAL, CardOptions
 from hf_rgm.hub.cards import TAGS, escaped, fidelity_section, model_name, recorded_model, render, table
@@ -129,8 +130,8 @@ def read_result(folder: ArtefactFolder) -> dict[str, Any]:
         **{name: tensor.numpy() for name, tensor in arguments.items()},
         "cluster_names": description.cluster_names,
         "query_ids": description.query_ids,
-        "objective": printable(description.objective),
-        "engine": printable(description.engine),
+        "objective": checked_names([description.objective], "an objective")[0],
+        "engine": checked_names([description.engine], "an engine")[0],
         "metadata": description.metadata,
     }
 

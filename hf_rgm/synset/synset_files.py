@@ -16,7 +16,7 @@ from hf_rgm.agreement.fidelity_figures import check_kept_report
 from hf_rgm.clusters.cluster_map import ClusterMap
 from hf_rgm.files.reading import WAY_OUT, ArtefactFolder, parsed
 from hf_rgm.files.writing import format_size, write_json
-from hf_rgm.hub.artefact import LOCAL, CardOptions
+from hf_rgm.hub.artefact import LOCAL, TABLE, CardOptions
 from hf_rgm.hub.cards import SIGN_CONVENTION, TAGS, fidelity_section, model_name, recorded_model, render
 from hf_rgm.model.functional_model import parameters_sha256
 from hf_rgm.synset.matched_states import MatchedState
@@ -49,6 +49,7 @@ FILES = (
 
 REQUIRED = {"inputs", "targets", "log_weights", "residuals"}
 INTEGERS = {"input_ids", "target_ids"}
+MAX_LOG_WEIGHT = 80  # beyond, weights vanish or overflow in float32
 MIN_LABELS_PER_ROW, MAX_LABELS_PER_ROW = 1e-6, 1e9
 
 
@@ -112,7 +113,7 @@ def write_synset(synset: Synset, folder: Path, card: str, *, samples: Any, state
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / TENSORS_FILE)
     (folder / SAMPLES_FOLDER).mkdir()
     # The schema tells the Hub's viewer which columns are pictures.
-    pq.write_table(samples.data.table.cast(samples.features.arrow_schema), folder / SAMPLES_FOLDER / "train.parquet")
+    pq.write_table(samples.data.table.cast(samples.features.arrow_schema), folder / TABLE)
     synset.clusters.save(folder / CLUSTERS_FOLDER)
     (folder / RUNS_FOLDER).mkdir()
     for run, trajectory in enumerate(synset.trajectories):
@@ -217,6 +218,8 @@ def _read_tensors(folder: ArtefactFolder, description: SynsetDescription, num_cl
         residuals = tensors["residuals"]
         if not bool((torch.isfinite(residuals) & (residuals >= 0)).all()):
             raise ValueError(f"{file.path} has residuals that are NaN, infinite or negative. {WAY_OUT}")
+        if not bool((tensors["log_weights"].abs() <= MAX_LOG_WEIGHT).all()):
+            raise ValueError(f"{file.path} has log-weights beyond {MAX_LOG_WEIGHT}: no sample weighs so. {WAY_OUT}")
         return tensors
 
 

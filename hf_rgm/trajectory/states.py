@@ -30,6 +30,9 @@ from hf_rgm.trajectory.precision import (
 STATES_FOLDER = "states"
 _PARAMETERS = "parameters"
 _PRECISION = "precision"
+MAX_VALUE = 1e20
+"""Larger parameters and moments are none of a training that went on."""
+
 _FLOATS = ("F32", "BF16", "F16")
 _WAY_OUT = "Copy the folder again, or record the training run again."
 
@@ -228,8 +231,14 @@ class StateFile:
         tensor = file.read(f"{kind}.{name}", shape=shape, dtypes=dtypes if precision == "int8" else _FLOATS)
         if precision == "int8":
             scale = file.read(f"{kind}{SCALE_SUFFIX}.{name}", shape=scale_shape(kind, shape), dtypes=("F32",))
+            if bool((scale[1:] if is_logarithm else scale).lt(0).any()):
+                raise ValueError(f"{file.path} has negative scales of {kind} of {name!r}. {_WAY_OUT}")
             tensor = dequantize_logarithm(tensor, scale) if is_logarithm else dequantize(tensor, scale)
         tensor = tensor.float()
-        if not torch.isfinite(tensor).all():
-            raise ValueError(f"{file.path} has NaN or infinite {kind} of {name!r}. {_WAY_OUT}")
+        lowest = 0 if is_logarithm else -MAX_VALUE
+        if not bool(((tensor >= lowest) & (tensor <= MAX_VALUE)).all()):
+            raise ValueError(
+                f"{file.path} has NaN or infinite {kind} of {name!r}, or values outside {lowest:g} to {MAX_VALUE:g}. "
+                f"{_WAY_OUT}"
+            )
         return tensor

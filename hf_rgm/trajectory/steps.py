@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -21,7 +22,7 @@ _SCALARS = {"epoch": np.float64, "gradient_norm": np.float64, "clip_factor": np.
 # Columns with a list for each step: one tensor holds all elements, another the offsets of the steps in it.
 _LISTS = ("rows", "micro_batch_sizes")
 _OFFSETS = ".offsets"
-_FIRST_STEP = "first_step"
+_FIRST_STEP, _SHA256 = "first_step", "sha256"
 _ARRAY_BYTES, _INTEGER_BYTES = 128, 40  # what an array and an integer in a list take in Python
 
 
@@ -98,7 +99,14 @@ def write_part(folder: Path, first_step: int, table: StepTable) -> None:
             columns[name + _OFFSETS] = np.cumsum([0, *map(len, lists)], dtype=np.int64)
     tensors = {name: np.ascontiguousarray(column) for name, column in columns.items()}
     with replacing(part_path(folder, first_step)) as temporary:
-        save_file(tensors, temporary, metadata={_FIRST_STEP: str(first_step)})
+        save_file(tensors, temporary, metadata={_FIRST_STEP: str(first_step), _SHA256: _digest(tensors)})
+
+
+def _digest(tensors: dict[str, np.ndarray]) -> str:
+    digest = hashlib.sha256()
+    for name, values in sorted(tensors.items()):
+        digest.update(f"{name}{values.dtype}{values.shape}".encode() + values.tobytes())
+    return digest.hexdigest()
 
 
 def part_length(folder: ArtefactFolder, first_step: int) -> int:
@@ -117,9 +125,12 @@ def read_part(folder: ArtefactFolder, first_step: int) -> StepTable:
                 f"{file.path} begins at step {printable(str(found))[:20]}, not at {first_step}. {_WAY_OUT}"
             )
 
+        read: dict[str, np.ndarray] = {}
+
         def column(name: str, *shape: int | None, dtype: str = "F64") -> np.ndarray:
             # A copy, as the tensor is a view of the file, which may be replaced.
-            return file.read(name, shape=shape, dtypes=(dtype,)).numpy().copy()
+            read[name] = file.read(name, shape=shape, dtypes=(dtype,)).numpy().copy()
+            return read[name]
 
         def lists(name: str) -> list[np.ndarray] | None:
             if name not in file.names and name + _OFFSETS not in file.names:
@@ -136,7 +147,7 @@ def read_part(folder: ArtefactFolder, first_step: int) -> StepTable:
             raise ValueError(f"{file.path} has no steps. {_WAY_OUT}")
         sizes = lists("micro_batch_sizes")
         check_memory(_INTEGER_BYTES * sum(map(len, sizes or [])), f"'micro_batch_sizes' of {file.path}")
-        return StepTable(
+        table = StepTable(
             epoch=epoch,
             learning_rates=column("learning_rates", length, None),
             gradient_norm=column("gradient_norm", length),
@@ -145,6 +156,9 @@ def read_part(folder: ArtefactFolder, first_step: int) -> StepTable:
             rows=lists("rows"),
             micro_batch_sizes=None if sizes is None else [each.tolist() for each in sizes],
         )
+        if file.metadata.get(_SHA256) not in (None, _digest(read)):  # earlier releases wrote none
+            raise ValueError(f"{file.path} is not what was recorded: its content changed. {_WAY_OUT}")
+        return table
 
 
 def read_steps(folder: ArtefactFolder, num_steps: int) -> StepTable:

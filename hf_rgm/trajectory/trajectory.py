@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 2
 METADATA_FILE = "trajectory.json"
+MAX_METADATA_BYTES = 8_000_000
 MAX_UPDATES = 2**53
 """Larger numbers are not exact in the float64 of bias corrections."""
 
@@ -356,6 +357,12 @@ class Trajectory:
                 state.check()
         steps = read_steps(folder, description.num_steps)
         check_rows(steps, description.num_rows, str(folder))
+        if not np.any(steps.learning_rates.max(1, initial=0) * steps.clip_factor * ~steps.skipped):
+            logger.warning(
+                "No step of the run in %s changed the model: learning rates or clipping factors are 0, or all updates "
+                "were skipped. Every score by it is 0. Record a run that trains.",
+                folder,
+            )
         try:
             trajectory = cls(
                 optimizer=optimizer,
@@ -381,7 +388,8 @@ def read_metadata(folder: ArtefactFolder) -> dict[str, Any]:
         raise FileNotFoundError(
             f"There is no folder {folder}. Record a training run with `TrajectoryCallback({str(folder)!r})` first."
         )
-    content = folder.read_json(METADATA_FILE, format_version=FORMAT_VERSION, again="record the training run again")
+    options: dict[str, Any] = {"format_version": FORMAT_VERSION, "max_bytes": MAX_METADATA_BYTES}
+    content = folder.read_json(METADATA_FILE, **options, again="record the training run again")
     missing = [key for key in _OWN_KEYS if key not in content]
     if missing:
         raise ValueError(

@@ -45,6 +45,15 @@ def test_a_damaged_block_is_named(tmp_path, damage):
         BlockStore(tmp_path, {"seed": 0})
 
 
+@pytest.mark.parametrize("damage", [lambda data: data[:-4] + bytes(4), lambda data: data[:-1] + b"\x7f"])
+def test_a_block_whose_values_changed_is_named(tmp_path, damage):
+    BlockStore(tmp_path, {"seed": 0}).write(BLOCK, tensors())
+    path = next(tmp_path.iterdir())
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(ValueError, match="block-000002-000004.safetensors is damaged: its content changed. Delete it"):
+        BlockStore(tmp_path, {"seed": 0}).read(BLOCK)
+
+
 def test_an_unfinished_write_is_not_taken_for_a_block(tmp_path):
     unfinished = tmp_path / ".block-000002-000004.safetensors.hf-rgm-saving"
     unfinished.mkdir()

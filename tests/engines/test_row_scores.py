@@ -112,11 +112,22 @@ def test_a_damaged_block_is_named_and_the_rest_kept(tmp_path, small_blocks, monk
     monkeypatch.undo()
     monkeypatch.setattr(row_scores, "MAX_BLOCK_ROWS", 9)
     block = next(tmp_path.glob("*/block-*-18-27.npy"))
-    block.write_bytes(block.read_bytes()[:-1])
-    with pytest.raises(ValueError, match=r"block-0-12-18-27.npy is damaged .* Delete it"):
-        attribute(tmp_path)
+    content = block.read_bytes()
+    for damaged in (content[:-1], bytes(len(content)), content[:-40] + bytes(8) + content[-32:]):
+        block.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"block-0-12-18-27.npy is damaged .* Delete it"):
+            attribute(tmp_path)
     block.unlink()
     assert attribute(tmp_path).row_scores.shape == (12, 48)
+
+
+def test_a_damaged_matrix_is_named(tmp_path):
+    attribute(tmp_path)
+    matrix = next(tmp_path.glob("*/row_scores.npy"))
+    content = matrix.read_bytes()
+    matrix.write_bytes(content[:-100] + bytes([content[-100] ^ 1]) + content[-99:])
+    with pytest.raises(ValueError, match=r"row_scores.npy is damaged .* Delete it"):
+        attribute(tmp_path)
 
 
 def test_queries_that_do_not_fit_together_go_in_groups(tmp_path, in_memory, monkeypatch):

@@ -1,10 +1,13 @@
 import re
 import runpy
+import shutil
 import sys
 from pathlib import Path
 
+import datasets
 import pytest
 from huggingface_hub import RepoCard
+from PIL import Image
 
 import hf_rgm
 from hf_rgm.explorer.space import GRADIO_VERSION, write_space
@@ -78,3 +81,43 @@ def test_what_cannot_be_served_is_refused(saved, tmp_path):
     with pytest.raises(FileExistsError):
         write_space(tmp_path / "other", saved / "mine")
     assert (tmp_path / "other" / "app.py").exists()
+
+
+def test_nothing_else_in_the_folders_leaves_the_machine(saved, tmp_path, caplog):
+    mine, model = (Path(shutil.copytree(saved / "mine", tmp_path / name)) for name in ("mine", "model"))
+    (tmp_path / "id_rsa").write_text("PRIVATE")
+    for folder in (mine, model):
+        (folder / "passwords.txt").write_text("PRIVATE")
+        (folder / "key.json").symlink_to(tmp_path / "id_rsa")
+    (model / "config.json").write_text("{}")
+    (model / "tokenizer.json").symlink_to(tmp_path / "id_rsa")
+    (mine / "README.md").write_text("<script>PRIVATE</script>")
+    (mine / "top" / "train.parquet").unlink()
+    (mine / "top" / "train.parquet").symlink_to(tmp_path / "id_rsa")
+    space = write_space(tmp_path / "space", mine, synset=saved / "samples", model=model)
+    assert not any(b"PRIVATE" in path.read_bytes() for path in space.rglob("*") if path.is_file())
+    assert not [path for path in space.rglob("*") if path.is_symlink()]
+    assert [path.name for path in (space / "model").iterdir()] == ["config.json"]
+    for name in ("key.json", "passwords.txt", "tokenizer.json"):
+        assert name in caplog.text
+
+
+def test_pictures_by_path_are_not_embedded(saved, tmp_path):
+    Image.new("RGB", (2, 2)).save(tmp_path / "private.png")
+    features = datasets.Features({"image": datasets.Image()})
+    rows = datasets.Dataset.from_dict({"image": [str(tmp_path / "private.png")] * 48}, features=features)
+    with pytest.raises(ValueError, match="in place of a picture"):
+        write_space(tmp_path / "space", saved / "mine", rows=rows)
+
+
+def test_links_beside_attributions_and_in_datasets_are_not_followed(saved, tmp_path):
+    demo = tmp_path / "demo"
+    shutil.copytree(saved / "mine", demo / "attributions")
+    (demo / "queries").symlink_to(saved / "asked", target_is_directory=True)
+    assert not (write_space(tmp_path / "space", demo) / "queries").exists()
+    linked = Path(shutil.copytree(saved / "asked", tmp_path / "linked"))
+    data = next(linked.glob("*.arrow"))
+    data.unlink()
+    data.symlink_to(next((saved / "asked").glob("*.arrow")))
+    with pytest.raises(ValueError, match="which is not followed"):
+        write_space(tmp_path / "other", saved / "mine", queries=linked)

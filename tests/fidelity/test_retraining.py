@@ -64,10 +64,19 @@ def test_an_interrupted_retraining_keeps_what_was_finished(tmp_path):
     np.testing.assert_array_equal(run(output_dir=tmp_path), run())
 
 
-def test_a_damaged_result_is_named(tmp_path):
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda data: data[:-3],
+        lambda data: bytes(len(data)),
+        lambda data: data[:-40] + bytes(8) + data[-32:],
+        lambda _: b"",
+    ],
+)
+def test_a_damaged_result_is_named(tmp_path, damage):
     run(output_dir=tmp_path)
     path = sorted(tmp_path.iterdir())[0]
-    path.write_bytes(path.read_bytes()[:-3])
+    path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(ValueError, match=f"{path.name} is damaged.*Delete it"):
         run(output_dir=tmp_path)
 
@@ -118,6 +127,13 @@ def test_a_subset_that_repeats_is_trained_once():
     values = run(counting, [[0, 1, 2], [2, 1, 0]], seeds=(3,))
     assert seen == [3]
     np.testing.assert_array_equal(values[0], values[1])
+
+
+def test_files_of_earlier_releases_are_read(tmp_path):
+    expected = run(output_dir=tmp_path)
+    for path in tmp_path.iterdir():
+        np.save(path, np.load(path))
+    np.testing.assert_array_equal(run(refuse, output_dir=tmp_path), expected)
 
 
 def test_files_are_named_by_the_sorted_rows(tmp_path):

@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 import hf_rgm.files.writing
 from hf_rgm.files.reading import ArtefactFolder
@@ -16,6 +18,7 @@ from hf_rgm.files.writing import (
     FolderLock,
     exchange,
     finish_replacement,
+    make_folder,
     remove_unfinished,
     replacing,
     staged_folder,
@@ -289,3 +292,27 @@ def test_within_a_process_the_last_one_has_the_lock(tmp_path):
     next_one.release()
     assert names(tmp_path / "run") == []
     failed.release()
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077])
+def test_all_files_have_the_mode_of_new_ones(tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        with staged_folder(tmp_path / "folder", "a.json") as folder:
+            write_json(folder / "a.json", {})
+            save_file({"x": torch.zeros(2)}, folder / "x.safetensors")
+        with replacing(tmp_path / "y.safetensors") as path:
+            save_file({"x": torch.zeros(2)}, path)
+    finally:
+        os.umask(before)
+    files = [*(tmp_path / "folder").iterdir(), tmp_path / "y.safetensors"]
+    assert {path.stat().st_mode & 0o777 for path in files} == {0o666 & ~umask} and len(files) == 3
+
+
+def test_a_folder_for_work_that_cannot_be_made_is_explained(tmp_path, monkeypatch):
+    def read_only(self, *arguments, **options):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(self))
+
+    monkeypatch.setattr(Path, "mkdir", read_only)
+    with pytest.raises(OSError, match="files must be made in .*. Allow it or choose another folder"):
+        make_folder(tmp_path / "work")

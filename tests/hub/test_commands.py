@@ -6,6 +6,8 @@ import dataclasses
 import json
 import shutil
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from huggingface_hub import DatasetCard, HfApi
 from typer.testing import CliRunner
@@ -13,7 +15,6 @@ from typer.testing import CliRunner
 from hf_rgm import Attributor, Synset
 from hf_rgm.cli import app
 from hf_rgm.hub import CardOptions
-from hf_rgm.hub.repository import HubFolder
 from hf_rgm.testing import tiny_recorded_run, tiny_synset
 
 RUN = tiny_recorded_run()
@@ -134,33 +135,83 @@ def test_pull_keeps_what_is_there_where_the_repository_is_not_whole(hub_in_proce
 def test_pull_takes_one_commit_whatever_is_pushed_meanwhile(hub_in_process, folders, tmp_path, monkeypatch):
     assert invoke("push", folders["synset"], "me/synset").exit_code == 0
     pushed = hub_in_process.files("me/synset", "dataset")
-    copy_to = HubFolder.copy_to
+    write_anew = Synset.write_anew
 
-    def overtaken(self, target, files):
+    def overtaken(source, *arguments, **options):
         tiny_synset(2).push_to_hub("me/synset")
-        copy_to(self, target, files)
+        return write_anew(source, *arguments, **options)
 
-    monkeypatch.setattr(HubFolder, "copy_to", overtaken)
+    monkeypatch.setattr(Synset, "write_anew", overtaken)
     assert invoke("pull", "me/synset", tmp_path / "copy").exit_code == 0
     assert (tmp_path / "copy" / "synset.json").read_bytes() == pushed["synset.json"]
     assert not (tmp_path / "copy" / "trajectories" / "1").exists()
 
 
-def test_push_uploads_the_folder_as_it_is(hub_in_process, tmp_path):
+def test_push_uploads_the_files_of_the_artefact_and_no_others(hub_in_process, tmp_path):
+    folder = tiny_synset().save_pretrained(tmp_path / "synset", card=CardOptions(license="apache-2.0"))
+    secret = tmp_path / "id_rsa"
+    secret.write_text("PRIVATE KEY")
+    (folder / "data" / "train.parquet").unlink()
+    (folder / "data" / "train.parquet").symlink_to(secret)
+    (folder / "keys").symlink_to(tmp_path, target_is_directory=True)
+    (folder / "passwords.txt").write_text("PRIVATE")
+    shutil.copytree(RUN.trajectory.folder, folder / "trajectories" / "1")
+    (folder / ".cache").mkdir()
+    (folder / ".cache" / "scratch").write_text("PRIVATE")
+    pushed = invoke("push", folder, "me/synset")
+    assert pushed.exit_code == 0, pushed.output
+    files = hub_in_process.files("me/synset", "dataset")
+    expected = tiny_synset().save_pretrained(tmp_path / "expected")
+    names = {path.relative_to(expected).as_posix() for path in expected.rglob("*") if path.is_file()}
+    assert set(files) - {".gitattributes"} == names
+    assert not any(b"PRIVATE" in content for content in files.values())
+    told = " ".join(pushed.stderr.split())
+    assert "Uploading to me/synset: README.md, clusters/clusters.json" in told and "keys, passwords.txt" in told
+    assert "trajectories/1/steps/part-00000000.safetensors" in told and "scratch" not in told
+    assert Synset.from_pretrained("me/synset").samples_sha256 == tiny_synset().samples_sha256
+
+
+def test_a_run_with_its_rows_is_pushed_without_them(hub_in_process, tmp_path):
+    folder = tiny_synset().save_pretrained(tmp_path / "synset")
+    RUN.trajectory.save(tmp_path / "run")
+    shutil.copytree(tmp_path / "run" / "steps", folder / "trajectories" / "0" / "steps", dirs_exist_ok=True)
+    assert invoke("push", folder, "me/synset").exit_code == 0
+    assert Synset.from_pretrained("me/synset").trajectory.steps.rows is None
+
+
+def test_a_card_is_written_anew_and_keeps_its_licence(hub_in_process, tmp_path):
+    text = "\n<script>alert(1)</script> <img src=https://evil.example/pixel.png>\n"
     folder = tiny_synset().save_pretrained(tmp_path / "synset", card=CardOptions(license="apache-2.0"))
     with open(folder / "README.md", "a") as file:
-        file.write("\nMy own notes.\n")
-    (folder / ".cache").mkdir()
-    (folder / ".cache" / "scratch").write_text("x")
+        file.write(text)
     assert invoke("push", folder, "me/synset").exit_code == 0
     card = DatasetCard.load("me/synset")
     assert card.data.license == "apache-2.0"
-    assert "My own notes." in card.text
-    assert 'synset="me/synset"' in card.text
-    assert "path/to/this/folder" not in card.text
-    assert not any("scratch" in name for name in hub_in_process.files("me/synset", "dataset"))
-    same = Synset.from_pretrained("me/synset")
-    assert same.samples_sha256 == tiny_synset().samples_sha256
+    assert "evil.example" not in card.text
+    assert 'synset="me/synset"' in card.text and "path/to/this/folder" not in card.text
+    poisoned = hub_in_process.files("me/synset", "dataset")["README.md"] + text.encode()
+    hub_in_process.commit("me/synset", {"README.md": poisoned}, "dataset")
+    assert invoke("pull", "me/synset", tmp_path / "copy").exit_code == 0
+    assert "evil.example" not in (tmp_path / "copy" / "README.md").read_text()
+
+
+def test_a_table_with_texts_is_pushed_as_it_is(hub_in_process, tmp_path):
+    folder = tiny_synset().save_pretrained(tmp_path / "synset")
+    table = pq.read_table(folder / "data" / "train.parquet")
+    table = table.append_column("text", pa.array(["a text"] * len(table)))
+    pq.write_table(table, folder / "data" / "train.parquet")
+    content = (folder / "data" / "train.parquet").read_bytes()
+    assert invoke("push", folder, "me/synset").exit_code == 0
+    assert hub_in_process.files("me/synset", "dataset")["data/train.parquet"] == content
+
+
+def test_pull_fetches_nothing_that_is_no_part_of_it(hub_in_process, folders, tmp_path):
+    assert invoke("push", folders["synset"], "me/synset").exit_code == 0
+    junk = {f"{name}/junk.bin": b"x" * 1000 for name in ("data", "trajectories/0/states", "trajectories/9/states")}
+    hub_in_process.commit("me/synset", junk, "dataset")
+    assert invoke("pull", "me/synset", tmp_path / "copy").exit_code == 0
+    assert not list((tmp_path / "copy").rglob("junk.bin"))
+    assert not hub_in_process.count(".*junk.bin")
 
 
 def test_the_current_folder_can_be_named(monkeypatch, folders):
@@ -174,6 +225,27 @@ def test_offline_nothing_is_said_of_what_is_there(hub_in_process):
         result = invoke("info", "me/synset")
     assert result.exit_code == 1
     assert "the Hub is not reached" in result.output
+
+
+def test_what_is_in_the_cache_is_shown_and_copied_offline(hub_in_process, tmp_path):
+    tiny_synset().push_to_hub("me/synset")
+    assert invoke("pull", "me/synset", tmp_path / "first").exit_code == 0
+    with hub_in_process.unreachable():
+        told = invoke("info", "me/synset")
+        assert told.exit_code == 0 and "whole: yes" in told.output, told.output
+        assert invoke("pull", "me/synset", tmp_path / "second").exit_code == 0
+    assert Synset.from_pretrained(tmp_path / "second").samples_sha256 == tiny_synset().samples_sha256
+
+
+@pytest.mark.parametrize("command", ["info", "pull"])
+def test_connections_that_are_cut_are_one_line(hub_in_process, tmp_path, command, monkeypatch):
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    tiny_synset().push_to_hub("me/synset")
+    hub_in_process.drop("GET (/objects/.*|.*resolve/.*clusters.json)", times=None)
+    result = invoke(command, "me/synset", *([tmp_path / "copy"] if command == "pull" else []))
+    hub_in_process.faults.clear()
+    assert result.exit_code == 1 and isinstance(result.exception, SystemExit)
+    assert "Error: " in result.stderr and not (tmp_path / "copy").exists()
 
 
 def test_what_goes_wrong_is_one_line(hub_in_process, folders, tmp_path, monkeypatch):

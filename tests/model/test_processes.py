@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -199,3 +200,47 @@ def test_parts_are_equal_and_enough_for_all(monkeypatch):
 def test_alone_errors_are_the_works_own():
     with pytest.raises(ZeroDivisionError):
         Processes().map(lambda item: 1 // item, [0])
+
+
+KILLED = """
+import os, sys, datetime
+import hf_rgm.model.processes as processes
+
+processes.JOINING = datetime.timedelta(seconds=5)
+together = processes.Processes()
+killed = together.index == int(sys.argv[1])
+if killed and sys.argv[2] == "before":
+    os._exit(9)
+def work(item):
+    if killed:
+        os._exit(9)
+    return item
+try:
+    together.map(work, range(2))
+except RuntimeError as error:
+    sys.stdout.write(str(error))
+    os._exit(0)
+"""
+
+
+@pytest.mark.parametrize("when", ["before", "meanwhile"])
+@pytest.mark.parametrize("killed", [0, 1])
+def test_without_a_launcher_a_killed_process_is_noticed(tmp_path, killed, when):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", KILLED, str(killed), when],
+            env={**os.environ, **shared, "PYTHONPATH": str(ROOT), "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    told = [process.communicate(timeout=120)[0] for process in started]
+    other = 1 - killed
+    assert [process.returncode for process in started] == ([9, 0] if killed == 0 else [0, 9])
+    assert f"Process {other} of 2 no longer waits for the others: one ended" in told[other]

@@ -3,10 +3,11 @@ import io
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, Features, Value
+from datasets import Image as ImageFeature
 from PIL import Image
 
-from hf_rgm.pages.shown_rows import MAX_CHARACTERS, MAX_PIXELS, card_of, png_of
+from hf_rgm.pages.shown_rows import MAX_CHARACTERS, MAX_PIXELS, NOT_SHOWN, card_of, png_of, shown_row
 
 
 def opened(png):
@@ -67,3 +68,20 @@ def test_what_is_no_picture_is_shown_as_text(pixels):
     assert png_of(pixels) is None
     card = card_of({"pixels": pixels})
     assert card.picture is None and card.text == f"pixels: {pixels}"
+
+
+def test_a_picture_s_path_is_not_opened(tmp_path):
+    Image.new("RGB", (2, 2), "red").save(tmp_path / "private.png")
+    content = (tmp_path / "private.png").read_bytes()
+    features = Features({"image": ImageFeature(), "label": Value("int64")})
+    values = [
+        {"bytes": None, "path": str(tmp_path / "private.png")},
+        {"bytes": content, "path": "/nowhere/x.png"},
+        {"bytes": b"%!PS-Adobe-3.0 EPSF-3.0", "path": None},
+    ]
+    rows = Dataset.from_dict({"image": values, "label": [0, 1, 2]}, features=features)
+    by_path, by_bytes, broken = (card_of(shown_row(rows, position)) for position in range(3))
+    for card in (by_path, broken):
+        assert card.picture is None and NOT_SHOWN in card.text and "private" not in card.text
+    np.testing.assert_array_equal(opened(by_bytes.picture), np.broadcast_to([255, 0, 0], (2, 2, 3)))
+    assert card_of({"image": values[0]}).picture is None

@@ -10,6 +10,7 @@ import pytest
 from transformers import TrainerCallback
 
 from hf_rgm.files.writing import FOLDER_LOCK, FolderLock
+from hf_rgm.recording import recording
 from hf_rgm.recording.callback import TrajectoryCallback
 from hf_rgm.trajectory.trajectory import Trajectory
 from tests.files.test_writing import HOLDER
@@ -92,8 +93,6 @@ def test_a_folder_that_another_process_records_into_is_refused(tmp_path):
 
 
 def test_what_could_not_be_written_stops_training_at_a_later_step(tmp_path, monkeypatch):
-    import hf_rgm.recording.recording as recording
-
     original = recording.write_state
 
     def write_state(path, state):
@@ -109,9 +108,27 @@ def test_what_could_not_be_written_stops_training_at_a_later_step(tmp_path, monk
     assert 6 <= len(model.seen) < 18
 
 
-def test_states_are_those_of_their_step_however_late_they_are_written(tmp_path, monkeypatch):
-    import hf_rgm.recording.recording as recording
+class Move(TrainerCallback):
+    """Moves the folder of the trajectory away at a step."""
 
+    def __init__(self, folder, step):
+        self.folder, self.step = folder, step
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            self.folder.rename(self.folder.with_name("moved"))
+
+
+@pytest.mark.parametrize("step", [3, 8])
+def test_a_folder_that_is_moved_away_ends_training(tmp_path, step):
+    folder = tmp_path / "trajectory"
+    callbacks = TrajectoryCallback(folder, num_states=4), Move(folder, step)
+    trainer = make_trainer(tmp_path, MeanModel(), *callbacks, **ARGUMENTS, save_steps=4)
+    with pytest.raises(FileNotFoundError, match="trajectory was moved or deleted .* Training stops"):
+        trainer.train()
+
+
+def test_states_are_those_of_their_step_however_late_they_are_written(tmp_path, monkeypatch):
     _, whole = uninterrupted(tmp_path / "elsewhere", num_states=10)
     original = recording.write_state
 

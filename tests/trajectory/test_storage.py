@@ -35,7 +35,7 @@ def table(num_steps=NUM_STEPS, seed=0):
 def state(step):
     generator = torch.Generator().manual_seed(step)
     values = [{n: torch.randn(shape, generator=generator) for n, shape in SHAPES.items()} for _ in range(3)]
-    moments = {"exp_avg": values[1], "exp_avg_sq": {"a.weight": values[2]["a.weight"]}} if step else {}
+    moments = {"exp_avg": values[1], "exp_avg_sq": {"a.weight": values[2]["a.weight"].square()}} if step else {}
     return TrajectoryState(step, values[0], moments)
 
 

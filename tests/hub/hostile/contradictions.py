@@ -309,7 +309,12 @@ def synsets() -> Iterator[Case]:
             ),
             "target_ids",
         ),
-        ("has weights of 1e38", tensor(matrices, "log_weights", lambda x: x * 0 + 1e38), None),
+        ("has weights of 1e38", tensor(matrices, "log_weights", lambda x: x * 0 + 1e38), "has log-weights beyond"),
+        (
+            "has log-weights of -1e30",
+            tensor(matrices, "log_weights", lambda x: x * 0 - 1e30),
+            "has log-weights beyond",
+        ),
         ("has inputs of 1e38", tensor(matrices, "inputs", lambda x: x * 0 + 1e38), None),
     ):
         yield Case("Synset", f"{matrices} {done}", edit, message)
@@ -329,6 +334,8 @@ def synsets() -> Iterator[Case]:
     )
     negative = tensor(f"{RUN}/{STATE}", "exp_avg_sq.hidden.weight", lambda values: values * 0 - 1)
     yield Case("Synset", "a state of its run has negative second moments", negative, None)
+    immense = tensor(f"{RUN}/{STATE}", "exp_avg_sq.hidden.weight", lambda values: values * 0 + 3e38)
+    yield Case("Synset", "a state of its run has second moments of 3e38", immense, None)
     yield Case("Synset", "its run has other rows than its clusters", set_json(run, ("num_rows",), 47), apart)
     yield Case("Synset", "its run is missing", remove(run), "has no trajectory.json", FileNotFoundError, on_hub=True)
     yield Case(

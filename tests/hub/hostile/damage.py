@@ -123,7 +123,7 @@ def any_json() -> Iterator[Case]:
             name,
             f"{file} is larger than {MAX_JSON_BYTES // 10**6} MB",
             lambda folder, file=file: (folder / file).open("ab").truncate(MAX_JSON_BYTES + 1),
-            "more than the 100.0 MB",
+            "more than the (32.0|8.0) MB",
         )
         yield Case(name, f"{file} is missing", remove(file), f"has no {file}", FileNotFoundError)
         yield Case(name, f"{file} is a folder", a_folder(file), f"has no {file}", FileNotFoundError)

@@ -152,7 +152,7 @@ def tensors(name: str, change: Callable[[dict[str, torch.Tensor]], object]) -> E
     def edit(folder: Path) -> None:
         with safe_open(folder / name, framework="pt") as file:
             content = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
-            metadata = file.metadata()
+            metadata = {name: text for name, text in (file.metadata() or {}).items() if name != "sha256"} or None
         change(content)
         save_file({key: tensor.contiguous() for key, tensor in content.items()}, folder / name, metadata=metadata)
         _without_digests(folder / name)
@@ -190,6 +190,7 @@ def header(name: str, change: Callable[[dict[str, Any]], object], *, extend_to: 
         content = (folder / name).read_bytes()
         (length,) = struct.unpack("<Q", content[:8])
         announced = json.loads(content[8 : 8 + length])
+        announced.get("__metadata__", {}).pop("sha256", None)  # whoever changes a table would change it too
         change(announced)
         encoded = json.dumps(announced).encode()
         (folder / name).write_bytes(struct.pack("<Q", len(encoded)) + encoded + content[8 + length :])
@@ -205,6 +206,7 @@ def first_byte(name: str, key: str, value: int) -> Edit:
     """Changes the first byte of a tensor."""
 
     def edit(folder: Path) -> None:
+        header(name, lambda told: None)(folder)
         content = bytearray((folder / name).read_bytes())
         (length,) = struct.unpack("<Q", content[:8])
         content[8 + length + json.loads(content[8 : 8 + length])[key]["data_offsets"][0]] = value

@@ -45,13 +45,13 @@ FAMILIES = {
         "HTML, Markdown, YAML, Jinja, formulas, terminal commands, changes of direction, 10,000 characters; on cards, "
         "pages, plots, in the explorer, in the terminal",
     ),
-    "sizes announced that fit into no memory": (
+    "sizes that fit into no memory, announced or there": (
         r"^announces",
-        "a header of 2**62 bytes, a state of 100 GB, 10**8 rows; refused within 200 MB",
+        "a header of 2**62 bytes, a state of 100 GB, 10**8 rows, a million tensors; within 200 MB, or 300 MB to load",
     ),
     "a JSON file that is damaged, or contradicts the others": (
         r"\.json",
-        "missing, cut off, a pickle, a link out of the folder, nested 100,000 deep, of more than 100 MB, with a key "
+        "missing, cut off, a pickle, a link out of the folder, nested 100,000 deep, of more than 32 MB, with a key "
         "twice, NaN or -1 rows, with fewer clusters than rows have, of another version, run or optimizer",
     ),
     "a safetensors file that is damaged, or contradicts the others": (
@@ -102,7 +102,7 @@ def summary(outcomes: Outcomes) -> str:
     """The content of `docs/hostile.md`: a line for each family of cases."""
     totals: dict[str, Counter[str]] = {family: Counter() for family in FAMILIES}
     artefacts: dict[str, set[str]] = {family: set() for family in FAMILIES}
-    for (artefact, done), outcome in outcomes.items():
+    for (artefact, done), outcome in sorted(outcomes.items()):
         family = next(family for family, (pattern, _) in FAMILIES.items() if re.search(pattern, done))
         totals[family] += counts(outcome)
         artefacts[family].add(artefact)

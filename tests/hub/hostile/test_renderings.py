@@ -52,13 +52,57 @@ TEXTS = {
     "invisible characters": "a\u200b\ufeff\u00adb\U000e0041",
     "half a surrogate": "a\ud800b",
     "a null byte": "a\x00b",
+    "an address without a scheme": "www.evil.example | WWW.evil.example`",
+    "a mention": "@somebody and ``x`` |",
     "10,000 characters": "x" * 10_000,
     "a path": "../../../etc/passwd",
 }
+ADDRESS = "https://huggingface.co/"
 PNG = png_of(np.eye(2))
 SAFE_TAGS = {"html", "head", "meta", "title", "style", "body", "main", "h1", "h2", "p", "section", "figure", "img"} | {
     "figcaption", "div", "table", "thead", "tbody", "tr", "th", "td", "caption", "col", "colgroup", "h3", "span"
 } | {"ul", "li", "strong", "blockquote"}  # fmt: skip
+
+
+def test_names_of_two_megabytes_are_refused(tmp_path):
+    long = "x" * 2_000_000
+    for make in (lambda: result_named(long), lambda: ClusterMap.from_ids([0], names=[long])):
+        with pytest.raises(ValueError, match="has 2000000 characters"):
+            make()
+    for name, route in (("AttributionResult", ("objective",)), ("AttributionResult", ("query_ids", 0))):
+        folder = Path(shutil.copytree(ARTEFACTS[name].pristine, tmp_path / route[0]))
+        set_json(ARTEFACTS[name].marker, route, long)(folder)
+        assert "2000000 characters" in str(describe(folder).problem)
+    synset = tiny_synset()
+    trajectory = copy.copy(synset.trajectory)
+    trajectory.metadata = trajectory.metadata | {"model": {"class": long}}
+    assert len(synset_card(replace(synset, trajectories=(trajectory,)))) < 50_000
+
+
+@pytest.mark.parametrize(
+    ("names", "flagged"),
+    [
+        (["paypal", "p\u0430ypal"], [1]),
+        (["ab", "a\u200cb"], [1]),
+        (["a b", "a  b"], [1]),
+        (["", "x"], [0]),
+        (["\u3164", "x"], [0]),
+        (["fi", "\ufb01"], [1]),
+        (["Кот", "Cat", "cat", "стол", "👩\u200d👧"], []),
+    ],
+)
+def test_names_that_look_like_others_or_show_nothing_are_flagged(names, flagged, tmp_path, caplog):
+    ClusterMap.from_ids(np.arange(len(names)), names=names).save(tmp_path / "map")
+    sizes, scores = np.ones(len(names)), np.zeros((2, len(names)))
+    result = replace(result_named("x"), cluster_names=names, cluster_sizes=sizes, scores=scores)
+    for load, saved in (
+        (ClusterMap.load, tmp_path / "map"),
+        (AttributionResult.from_pretrained, result.save_pretrained(tmp_path / "result")),
+    ):
+        caplog.clear()
+        load(saved)
+        assert len(caplog.records) == bool(flagged)
+        assert all(ascii(names[k]) in caplog.text for k in flagged)
 
 
 def result_named(text: str) -> AttributionResult:
@@ -90,7 +134,9 @@ def visible(markdown: str) -> str:
             assert token.type not in ("html_inline", "image"), token
             if token.type == "link_open":
                 address = str(token.attrs["href"])
-                assert address.startswith("https://huggingface.co/"), address
+                assert address.startswith(ADDRESS), address
+            if token.type != "code_inline":
+                assert not re.search(r"://|www\.|@", token.content.replace(ADDRESS, ""), re.IGNORECASE), token.content
             shown.append(token.content)
         shown.append("\n")
     return "".join(shown)
