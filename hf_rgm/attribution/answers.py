@@ -7,11 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from hf_rgm.attribution.subject import Subject
 from hf_rgm.engines.adjoint import AdjointEngine
-from hf_rgm.engines.engine import Engine
+from hf_rgm.engines.engine import Engine, Outcome
 from hf_rgm.engines.linear import LinearEngine
 from hf_rgm.engines.request import Evaluation
 from hf_rgm.engines.row_scores import RowScorer, ScoreFolder, cluster_sums, cost_of_row_scores, scores_identity
@@ -21,33 +23,43 @@ from hf_rgm.results.result import AttributionResult
 EMPTY_RESULT_BYTES = 16_000
 
 
-def answer(
+def rows_first(
     engine: type[Engine],
     evaluations: Sequence[Evaluation],
     subject: Subject,
-    *,
-    query_ids: Sequence[Any] | None,
     output_dir: str | Path | None,
     disable_tqdm: bool,
-) -> AttributionResult:
-    """The scores of clusters, means over recorded runs, and of rows where there are any."""
+) -> NDArray[np.float32] | None:
+    """Scores of the rows, if there are any, before those of clusters: rows' gradients add up to the clusters'."""
     run, request = evaluations[0].run, evaluations[0].request
-    values, row_scores = evaluations[0].values, None  # what does not fit fails before the work
-    if run.rows is not None and (request.objective.differentiable or engine is AdjointEngine):
-        # First, as their gradients add up to the clusters'; from where clusters are trusted.
-        following = engine if issubclass(engine, LinearEngine) else AdjointEngine
-        rewinds = [following(own.run).rewind_of(request) for own in evaluations]
-        folder = None
-        if output_dir is not None:
-            folder = ScoreFolder(output_dir, scores_identity(evaluations, rewinds, subject.samples_sha256))
-        row_scores = RowScorer(evaluations, rewinds, disable_tqdm=disable_tqdm).scores(folder)
-    if row_scores is not None and engine is AdjointEngine:
+    if run.rows is None or not (request.objective.differentiable or engine is AdjointEngine):
+        return None
+    following = engine if issubclass(engine, LinearEngine) else AdjointEngine  # from where clusters are trusted
+    rewinds = [following(own.run).rewind_of(request) for own in evaluations]
+    folder = None
+    if output_dir is not None:
+        folder = ScoreFolder(output_dir, scores_identity(evaluations, rewinds, subject.samples_sha256))
+    return RowScorer(evaluations, rewinds, disable_tqdm=disable_tqdm).scores(folder)
+
+
+def completed(
+    engine: type[Engine],
+    evaluations: Sequence[Evaluation],
+    by_run: Sequence[Outcome],
+    row_scores: NDArray[np.float32] | None,
+    subject: Subject,
+    query_ids: Sequence[Any] | None,
+) -> AttributionResult:
+    """The result of the clusters' scores by run, or where there are none of the rows'."""
+    run, request, values = evaluations[0].run, evaluations[0].request, evaluations[0].values
+    if by_run:
+        scores = torch.stack([found.values for found in by_run]).mean(0)
+        start, drift = by_run[0].start, by_run[0].drift
+    elif row_scores is not None:
         start = run.path(AdjointEngine(run).rewind_of(request)).start
         scores, drift = cluster_sums(row_scores, subject.clusters), None
     else:
-        by_run = [engine(own.run).scores(own) for own in evaluations]
-        scores = torch.stack([found.values for found in by_run]).mean(0)
-        start, drift = by_run[0].start, by_run[0].drift
+        raise RuntimeError("Clusters are scored by the engine or by their rows.")
     if query_ids is None:
         names = [f"{request.objective.name} {i}" for i in range(len(values))]
         query_ids = range(len(values)) if len(values) == len(request.queries) else names

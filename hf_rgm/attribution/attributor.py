@@ -10,12 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from hf_rgm.attribution.answers import answer, estimate
+from hf_rgm.attribution.answers import completed, estimate, rows_first
 from hf_rgm.attribution.options import passes_options_to
 from hf_rgm.attribution.subject import KnownRuns, subject_of_runs, subject_of_synset
 from hf_rgm.attribution.unlearning import chosen_clusters, engine_without, without_clusters
 from hf_rgm.clusters.cluster_map import ClusterMap
 from hf_rgm.distillation.config import memory_bytes
+from hf_rgm.engines.adjoint import AdjointEngine
 from hf_rgm.engines.engine import Engine
 from hf_rgm.engines.memory_shares import DEFAULT_MEMORY, free_bytes
 from hf_rgm.engines.objectives import Objective, Queries, resolve_objective
@@ -175,8 +176,11 @@ class Attributor:
         request = Request(resolve_objective(objective), self._queries(queries, data_collator), rewind, num_masks, seed)
         evaluations = [Evaluation(run, request) for run in self._runs(rows, data_collator)]
         with self.model.differentiable():
-            options: dict[str, Any] = {"query_ids": query_ids, "output_dir": output_dir}
-            return answer(chosen, evaluations, self.subject, disable_tqdm=self.disable_tqdm, **options)
+            by_run, _ = [], evaluations[0].values  # what does not fit fails before the work
+            row_scores = rows_first(chosen, evaluations, self.subject, output_dir, self.disable_tqdm)
+            for own in evaluations if row_scores is None or chosen is not AdjointEngine else ():
+                by_run.append(chosen(own.run).scores(own))
+            return completed(chosen, evaluations, by_run, row_scores, self.subject, query_ids)
 
     def estimate(
         self,

@@ -33,7 +33,7 @@ class BlockStore:
     def _check(self, path: Path) -> None:
         try:
             with safe_open(path, framework="pt") as file:
-                identity = (file.metadata() or {}).get("identity")
+                identity = (file.metadata() or {}).get("identity", "").partition("\n")[0]
         except SafetensorError as error:
             raise ValueError(f"{path} is damaged ({error}). Delete it; {_AGAIN}") from error
         if identity != self._identity:
@@ -49,7 +49,7 @@ class BlockStore:
             return None
         tensors = load_file(path)
         with safe_open(path, framework="pt") as file:
-            if file.metadata().get("sha256") != parameters_sha256(tensors):
+            if file.metadata()["identity"].partition("\n")[2] != parameters_sha256(tensors):
                 raise ValueError(f"{path} is damaged: its content changed. Delete it; {_AGAIN}")
         return tensors
 
@@ -57,5 +57,5 @@ class BlockStore:
         """Writes a finished block whole or not at all."""
         with replacing(self._path(block)) as temporary:
             whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
-            metadata = {"identity": self._identity, "sha256": parameters_sha256(whole)}
-            save_file(whole, temporary, metadata=metadata)
+            # Under one key: safetensors writes several in any order, and blocks are the same to the byte.
+            save_file(whole, temporary, metadata={"identity": f"{self._identity}\n{parameters_sha256(whole)}"})

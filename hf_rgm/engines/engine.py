@@ -17,7 +17,7 @@ from hf_rgm.engines.gradient_form import GradientForm, WholeGradients
 from hf_rgm.engines.objectives import Objective
 from hf_rgm.engines.perturbations import check_masks, leave_one_out, random_subsets, ridge_scores
 from hf_rgm.engines.recorded_run import RecordedRun
-from hf_rgm.engines.request import Evaluation
+from hf_rgm.engines.request import Evaluation, Request
 from hf_rgm.exceptions import DivergenceError
 from hf_rgm.model.cost_estimates import PieceOfWork
 
@@ -124,6 +124,10 @@ class Engine(ABC):
         if self.run.rows is not None and self.takes_rows:
             self.run.rows.gradients(self.run.path(rewind), self.form)
 
+    def rewind_of(self, request: Request) -> float | None:
+        """Fraction of training to go back to for scores; `None`: to be searched for."""
+        return request.rewind
+
     def scores(self, evaluation: Evaluation) -> Outcome:
         """Effect of each cluster's presence, `(num_values, num_clusters)`: left out, or by regression on halves."""
         request, num_clusters = evaluation.request, self.run.clusters.num_clusters
@@ -135,7 +139,7 @@ class Engine(ABC):
         masks = leave_one_out(num_clusters)
         if not self.anchored:
             masks = torch.cat([masks, torch.ones(1, num_clusters)])
-        found = self.follow(masks, functools.partial(self.evaluate, evaluation), request.rewind)
+        found = self.follow(masks, functools.partial(self.evaluate, evaluation), self.rewind_of(request))
         everything = evaluation.values.cpu() if self.anchored else found.values[-1]
         return replace(found, values=(everything - found.values[:num_clusters]).T)
 

@@ -69,12 +69,9 @@ class LinearEngine(Engine):
             return self.run.rows.gradients_as_asked(self.run.path(rewind), self.form)
         return self.run.source.gradients(self.run.path(rewind), self.form)
 
-    def replay(self, masks: Tensor, rewind: float) -> Tensor:
+    def replay(self, masks: Tensor, rewind: float, gradients: ClusterGradients | None = None) -> Tensor:
         """Changes of the final parameters under each row of `masks`, `(num_masks, length)`; 0 for p = 1."""
-        return self._replay(masks, rewind, self.gradients(rewind))
-
-    def _replay(self, masks: Tensor, rewind: float, gradients: ClusterGradients) -> Tensor:
-        run, path = self.run, self.run.path(rewind)
+        run, path, gradients = self.run, self.run.path(rewind), gradients or self.gradients(rewind)
         deviation = torch.zeros(len(masks), self.form.length, device=run.model.device)
         momentum = torch.zeros_like(deviation)
         segments = tqdm(
@@ -145,14 +142,8 @@ class LinearEngine(Engine):
                 return replace(single, values=evaluation.values.cpu() + changes @ single.values.T)
         return super().values(evaluation, masks)
 
-    def scores(self, evaluation: Evaluation) -> Outcome:
-        """Effect of each cluster's presence, `(num_values, num_clusters)`: left out, or by regression on halves."""
-        if evaluation.request.num_masks is None:
-            evaluation = evaluation.asking(rewind=self.rewind_of(evaluation.request))
-        return super().scores(evaluation)
-
     def rewind_of(self, request: Request) -> float:
-        """Fraction of training to go back to for scores."""
+        """Fraction of training to go back to for scores: asked for, or trusted for single clusters."""
         return self.trusted_rewind() if request.rewind is None else request.rewind
 
     def trusted_rewind(self) -> float:
@@ -173,7 +164,7 @@ class LinearEngine(Engine):
 
         def drift() -> float:
             try:
-                return float(self.drifts(self._replay(singles, rewind, gradients), singles).mean())
+                return float(self.drifts(self.replay(singles, rewind, gradients), singles).mean())
             except DivergenceError:
                 return float("inf")
 

@@ -104,7 +104,7 @@ def test_info_and_pull_find_that_they_were_changed(hub_in_process, tmp_path):
     hub_in_process.commit("me/synset", content, "dataset")
     pulled = invoke("pull", "me/synset", tmp_path / "copy")
     assert pulled.exit_code == 1
-    assert "is not whole" in pulled.stderr
+    assert "the file was changed" in pulled.stderr
     assert not (tmp_path / "copy").exists()
 
 
