@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 from importlib.metadata import version
 from typing import Any
 
@@ -15,6 +16,8 @@ from transformers import TrainingArguments
 from hf_rgm.model.architecture import architecture
 from hf_rgm.model.functional_model import LABEL_NAMES, forward_arguments
 from hf_rgm.model.sharding import is_sharded, is_split, model_class
+
+logger = logging.getLogger(__name__)
 
 _DATA_PARALLEL = ("NO", "FSDP", "MULTI_CPU", "MULTI_GPU", "MULTI_NPU", "MULTI_XPU")
 """Values of `DistributedType` under which every process has other rows."""
@@ -64,6 +67,12 @@ def check_supported(args: TrainingArguments, model: nn.Module, lr_scheduler: Any
         raise NotImplementedError(
             f"{type(lr_scheduler).__name__} changes the momentum at every step, which is not recorded. Create it with "
             "`cycle_momentum=False`."
+        )
+    if args.neftune_noise_alpha:
+        logger.warning(
+            "NEFTune (neftune_noise_alpha=%s) adds noise to embeddings, which attribution leaves out: its gradients "
+            "are less like those of training than without.",
+            args.neftune_noise_alpha,
         )
 
 

@@ -37,8 +37,8 @@ else at the step at which it happens. `tests/recording/test_runs.py` trains and 
 `python -m tests.recording.runs` writes.
 
 Three things are not exact, and none of these runs has them: dropout and NEFTune (attribution takes the gradient
-without noise), masks and augmentation that are drawn at random (it takes one draw, and warns), and batch normalisation
-(it takes the running statistics, and warns).
+without noise, and warns of NEFTune), masks and augmentation that are drawn at random (it takes one draw, and warns),
+and batch normalisation (it takes the running statistics, and warns).
 
 Recording costs some gradients of a few rows before the first step and after the last, and four norms of the model at
 every step. Measured by hand on a CPU, that was 5.1% of the training thread's time for a BERT of 4 layers and 4 million

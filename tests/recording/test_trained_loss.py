@@ -517,3 +517,10 @@ def test_a_transform_is_remembered_by_later_stages(tmp_path):
     ).distill()
     scores = Attributor(trainer.model, synset, disable_tqdm=True).attribute(data, data_collator=collate).scores
     assert scores.shape == (24, 2)
+
+
+def test_noise_that_attribution_leaves_out_is_warned_of(tmp_path, caplog):
+    record(tmp_path / "quiet", gpt2(), texts())
+    assert "NEFTune" not in caplog.text
+    record(tmp_path / "noisy", gpt2(), texts(), neftune_noise_alpha=5.0)
+    assert "NEFTune (neftune_noise_alpha=5.0) adds noise" in caplog.text
