@@ -61,7 +61,9 @@ class RecordedRun:
     disable_tqdm: bool
 
     def __post_init__(self) -> None:
-        self.exposure = Exposure(self.trajectory, self.clusters)
+        source = self.rows or self.samples
+        known = None if source is None else source.exposure
+        self.exposure = known or Exposure(self.trajectory, self.clusters)
         self.disable_tqdm = self.disable_tqdm or not self.processes.shows_progress
         self._paths: dict[tuple[float, int], RecordedPath] = {}
         self._curvature: dict[int, CurvatureRows] = {}

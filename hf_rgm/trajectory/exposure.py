@@ -32,9 +32,8 @@ class Exposure:
         self._trajectory = trajectory
         self._clusters = clusters
         self._rows = trajectory.steps.rows
-        counts = np.zeros(clusters.num_rows, dtype=np.int64)
-        for rows in self._rows or ():
-            np.add.at(counts, rows, 1)
+        self._by_states: dict[tuple[int, ...], Exposures] = {}
+        counts = _counts(self._rows or [], clusters.num_rows)
         self.is_ordered = self._rows is not None and any(
             _deviation(self._rows, ids) > MAX_DEVIATION for ids in (self._blocks(counts), clusters.cluster_ids)
         )
@@ -54,12 +53,17 @@ class Exposure:
         """Exposures `(num_rows,)` by recorded state, of the steps that it is nearest to; `None` if all are 1."""
         if self._rows is None or not self.is_ordered:
             return None if self._total is None else {state: self._total for state in states}  # noqa: C420
-        later_first = np.array(sorted(states, reverse=True))
-        nearest = [int(later_first[np.abs(later_first - step).argmin()]) for step in range(len(self._rows))]
-        found = {state: np.zeros(self._clusters.num_rows, dtype=np.float32) for state in states}
-        for state, rows in zip(nearest, self._rows, strict=True):
-            np.add.at(found[state], rows, 1)
-        return {state: counts / max(counts.mean(), np.finfo(np.float32).tiny) for state, counts in found.items()}
+        key = tuple(states)
+        if key not in self._by_states:
+            later_first = np.array(sorted(states, reverse=True))
+            nearest = [int(later_first[np.abs(later_first - step).argmin()]) for step in range(len(self._rows))]
+            steps = {state: [own for own, at in zip(self._rows, nearest, strict=True) if at == state] for state in key}
+            counts = {state: _counts(own, self._clusters.num_rows) for state, own in steps.items()}
+            self._by_states[key] = {
+                state: (own / max(own.mean(), np.finfo(np.float32).tiny)).astype(np.float32)
+                for state, own in counts.items()
+            }
+        return self._by_states[key]
 
     def of_clusters(self, states: Sequence[int]) -> Exposures | None:
         """Exposures `(num_clusters,)` by recorded state: means over rows; `None` if all are 1."""
@@ -100,6 +104,11 @@ class Exposure:
         """Neighbouring rows, in blocks that are large enough to be compared."""
         blocks = int(np.clip(counts.sum() // (MAX_STATES * MIN_EXPECTED), 2, MAX_BLOCKS))
         return np.arange(len(counts)) * blocks // len(counts)
+
+
+def _counts(rows: Sequence[NDArray[np.int64]], num_rows: int) -> NDArray[np.int64]:
+    """How often some steps saw each row, `(num_rows,)`."""
+    return np.bincount(np.concatenate([np.empty(0, np.int64), *rows]), minlength=num_rows)
 
 
 def _deviation(rows: Sequence[NDArray[np.int64]], ids: NDArray[np.int64]) -> float:
