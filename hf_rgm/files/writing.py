@@ -124,6 +124,18 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+def order_metadata(path: Path) -> None:
+    """Sorts the metadata of a safetensors file, which are in random order: equal content, then, is equal bytes."""
+    with open(path, "r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+        if len(text) <= length:  # else a name is escaped in another way than `json` does
+            file.seek(8)
+            file.write(text.ljust(length))
+
+
 def seal(path: Path) -> None:
     """Adds the SHA-256 of a file of an array to its end, where NumPy does not look."""
     with open(path, "ab") as file:

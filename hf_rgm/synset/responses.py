@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from hf_rgm.files.reading import DTYPE_BYTES, WAY_OUT, ArtefactFolder, TensorFile, check_memory, printable
+from hf_rgm.files.writing import order_metadata
 from hf_rgm.trajectory.precision import quantize_rows
 
 if TYPE_CHECKING:
@@ -192,6 +193,7 @@ class Responses:
         else:
             metadata = _header_metadata(self.precision, self.rewind_step, parameters_sha256)
             save_file(dict(self.source), path, metadata=metadata)
+            order_metadata(path)
 
     def _opened(self) -> contextlib.AbstractContextManager[Callable[[str], Tensor]]:
         """A function that reads stored tensors by name."""

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from hf_rgm.files.reading import ArtefactFolder, TensorFile, printable
-from hf_rgm.files.writing import replacing
+from hf_rgm.files.writing import order_metadata, replacing
 from hf_rgm.trajectory.optimizers import Moments
 from hf_rgm.trajectory.precision import (
     PRECISIONS,
@@ -87,6 +87,7 @@ def write_state(
             tensors |= _rounded(kind, name, _detached(tensor, torch.float32), precision)
     with replacing(path) as temporary:
         save_file(tensors, temporary, metadata=metadata)
+        order_metadata(temporary)
 
 
 def _rounded(kind: str, name: str, tensor: Tensor, precision: str) -> dict[str, Tensor]:

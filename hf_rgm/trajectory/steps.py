@@ -13,7 +13,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from hf_rgm.files.reading import ArtefactFolder, check_memory, printable
-from hf_rgm.files.writing import replacing
+from hf_rgm.files.writing import order_metadata, replacing
 from hf_rgm.trajectory.optimizers import MAX_CONSTANT
 
 STEPS_FOLDER = "steps"
@@ -100,6 +100,7 @@ def write_part(folder: Path, first_step: int, table: StepTable) -> None:
     tensors = {name: np.ascontiguousarray(column) for name, column in columns.items()}
     with replacing(part_path(folder, first_step)) as temporary:
         save_file(tensors, temporary, metadata={_FIRST_STEP: str(first_step), _SHA256: _digest(tensors)})
+        order_metadata(temporary)
 
 
 def _digest(tensors: dict[str, np.ndarray]) -> str:

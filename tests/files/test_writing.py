@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 import hf_rgm.files.writing
@@ -19,6 +20,7 @@ from hf_rgm.files.writing import (
     exchange,
     finish_replacement,
     make_folder,
+    order_metadata,
     remove_unfinished,
     replacing,
     staged_folder,
@@ -316,3 +318,17 @@ def test_a_folder_for_work_that_cannot_be_made_is_explained(tmp_path, monkeypatc
     monkeypatch.setattr(Path, "mkdir", read_only)
     with pytest.raises(OSError, match="files must be made in .*. Allow it or choose another folder"):
         make_folder(tmp_path / "work")
+
+
+@pytest.mark.parametrize("value", ["plain", 'Ü \u2028 \x07 " \\ /', "\x7f"])
+def test_metadata_are_in_the_same_order_in_every_file(tmp_path, value):
+    contents = set()
+    for number in range(20):
+        path = tmp_path / str(number)
+        save_file({"x": torch.arange(3.0)}, path, metadata={"b": "1", "a": value, "c": "3"})
+        order_metadata(path)
+        contents.add(path.read_bytes())
+        with safe_open(path, "pt") as file:
+            assert file.metadata() == {"a": value, "b": "1", "c": "3"}
+            assert file.get_tensor("x").tolist() == [0, 1, 2]
+    assert len(contents) == 1

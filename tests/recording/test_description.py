@@ -24,6 +24,7 @@ def supported(kind=DistributedType.NO, **changes):
         "world_size": 1,
         "n_gpu": 0,
         "average_tokens_across_devices": True,
+        "neftune_noise_alpha": None,
         "distributed_state": types.SimpleNamespace(distributed_type=kind),
     }
     return types.SimpleNamespace(**(defaults | changes))
