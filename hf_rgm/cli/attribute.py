@@ -25,7 +25,7 @@ def attribute(
         str,
         typer.Argument(
             help="Its synset, a folder or a dataset repository on the Hub; or the folder that TrajectoryCallback "
-            "recorded, with --rows and their clusters."
+            "recorded, or a Trainer's output folder with checkpoints, with --rows and their clusters."
         ),
     ],
     queries: Annotated[str, typer.Argument(help=f"Rows to explain: {common.ROWS}")],
@@ -100,9 +100,9 @@ def attribute(
 def _known(source: str, revision: str | None, rows: Any, clusters: ClusterOptions) -> dict[str, Any]:
     """Arguments of the pipeline: the synset; or a recorded run, its rows, and their clusters by the given options."""
     from hf_rgm import Synset
-    from hf_rgm.trajectory.trajectory import METADATA_FILE
+    from hf_rgm.trajectory.description import METADATA_FILE, has_checkpoints
 
-    if not (Path(source) / METADATA_FILE).is_file():
+    if not (Path(source) / METADATA_FILE).is_file() and not has_checkpoints(source):
         synset = Synset.from_pretrained(source, revision=revision)
         if clusters.given:
             raise ValueError(f"{source} is a synset, which knows its clusters. Leave the options of clusters out.")

@@ -22,6 +22,7 @@ from hf_rgm.model.functional_model import parameters_sha256
 from hf_rgm.synset.matched_states import MatchedState
 from hf_rgm.synset.responses import RESPONSES_FILE, Responses, ResponsesDescription
 from hf_rgm.synset.samples import SyntheticSamples
+from hf_rgm.trajectory.description import FROM_CHECKPOINTS
 from hf_rgm.trajectory.exposure import Exposure
 from hf_rgm.trajectory.optimizers import MAX_CONSTANT
 from hf_rgm.trajectory.trajectory import Trajectory
@@ -259,6 +260,7 @@ def synset_card(synset: Synset, options: CardOptions | None = None) -> str:
     """The `README.md` of a synset."""
     options = options or CardOptions()
     described = synset.model_description
+    by_checkpoints = any(FROM_CHECKPOINTS in trajectory.metadata for trajectory in synset.trajectories)
     return render(
         "synset_card.md",
         options,
@@ -273,7 +275,7 @@ def synset_card(synset: Synset, options: CardOptions | None = None) -> str:
         input_name=synset.input_name,
         num_clusters=synset.num_clusters,
         num_rows=synset.clusters.num_rows,
-        num_runs=len(synset.trajectories),
+        num_runs=f"{len(synset.trajectories)}{' (known by checkpoints)' if by_checkpoints else ''}",
         matching_error=synset.matching_error,
         parameters_sha256=synset.parameters_sha256,
         sign_convention=SIGN_CONVENTION,
