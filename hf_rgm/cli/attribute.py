@@ -47,6 +47,9 @@ def attribute(
         str, typer.Option(help="margin, loss, log_probability, mean_loss, accuracy, or MODULE:OBJECT of your own.")
     ] = "margin",
     rewind: Annotated[float | None, typer.Option(help="Fraction of training to rewind to.")] = None,
+    per_token: Annotated[
+        bool, typer.Option("--per-token", help="Explain each token of the queries by itself.")
+    ] = False,
     top: Annotated[int, typer.Option(min=1, help="Clusters to print.")] = 5,
     html: Annotated[Path | None, typer.Option(help="Also write a report, one HTML file.")] = None,
     revision: common.ModelRevision = None,
@@ -88,11 +91,14 @@ def attribute(
             engine=engine,
             objective=load_objective(objective),
             rewind=rewind,
+            per_token=per_token,
         )
         result.save_pretrained(output_dir)
         if html is not None:
             tokenizer = find_tokenizer(pipeline.model, model, revision)
-            result.to_html(html, queries=asked, rows=training, synset=synset, tokenizer=tokenizer)
+            result.to_html(
+                html, queries=None if per_token else asked, rows=training, synset=synset, tokenizer=tokenizer
+            )
         content = _content(result, top, output_dir)
         typer.echo(json.dumps(content, indent=2) if as_json else _text(result, content))
 
