@@ -162,7 +162,7 @@ class Attributor(DetailedScores):
             output_dir (`str` or `Path`, *optional*): Folder for scores of rows, written block by block; a killed run
                 continues there. The result's `row_scores` are then mapped from a file in it, which has to stay.
             per_token (`bool`, *optional*, defaults to `False`): Explain each token that has a label by itself; each is
-                a query of the result, named by its position in the text. Their mean explains the text.
+                a query of the result, named by its position in the text. Their mean is what explains the text.
 
         Under `torchrun` or `accelerate launch` all processes must call this and see one `output_dir`; they share the
         work, and each gets the whole result.

@@ -26,6 +26,8 @@ class DetailedScores:
     rows: Any
     _collator: DataCollator | None
     _known_runs: KnownRuns
+    tokenizer: Any = None
+    """The pipeline's, by which single tokens are named."""
 
     def self_influence(
         self,
@@ -164,7 +166,10 @@ class DetailedScores:
         # Labels of causal language models stand where they are predicted.
         told = [(query, position + bool(self.model.shifts_labels)) for query, position in places.tolist()]
         names = [f"{name}, " for name in query_ids or range(len(queries))] if query_ids or len(queries) > 1 else [""]
-        return single, [f"{names[query]}token {position}" for query, position in told]
+        tokenizer, ids, words = self.tokenizer, queries.inputs.get("input_ids"), [""] * len(told)
+        if tokenizer is not None and ids is not None:
+            words = [f" {tokenizer.decode(ids[place])!r}" for place in told]
+        return single, [f"{names[at]}token {position}{word}" for (at, position), word in zip(told, words, strict=True)]
 
     def _queries(self, queries: Any, data_collator: DataCollator | None) -> Queries:
         reader = self._reader(queries, data_collator, predict_labels=True)

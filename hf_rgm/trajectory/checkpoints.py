@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainerState
+from transformers.utils.logging import set_tqdm_hook
 
 from hf_rgm.model.architecture import architecture
 from hf_rgm.model.functional_model import LABEL_NAMES, forward_arguments, frozen_sha256
@@ -57,7 +58,11 @@ class CheckpointState:
         """Parameters of the saved model, float32 on the CPU."""
         if isinstance(self.model, PreTrainedModel):  # its class knows by which names it saves what
             options: dict[str, Any] = {"use_safetensors": True, "output_loading_info": True}
-            loaded, told = cast(Any, type(self.model)).from_pretrained(self.folder, **options)
+            hook = set_tqdm_hook(lambda bar, arguments, settings: bar(*arguments, **settings | {"disable": True}))
+            try:
+                loaded, told = cast(Any, type(self.model)).from_pretrained(self.folder, **options)
+            finally:
+                set_tqdm_hook(hook)
             found = {name: p.detach() for name, p in loaded.named_parameters() if name not in told["missing_keys"]}
         else:
             found = self._read_by_name()
