@@ -6,6 +6,7 @@ import logging
 import pickle
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import nan
 from pathlib import Path
 from typing import Any, cast
 
@@ -46,13 +47,19 @@ class CheckpointState:
         numbered, kept = [name for group in self.groups for name in group], saved_optimizer(self.folder)["state"]
         moments = {
             kind: {
-                name: self._fitting(name, kept[number][kind], f"`{kind}`")
+                name: self._fitting(name, kept[number][kind])
                 for number, name in enumerate(numbered)
                 if isinstance(kept.get(number, {}).get(kind), Tensor)
             }
             for kind in self.moment_names
         }
         return TrajectoryState(self.step, self.read_parameters(), moments)
+
+    @property
+    def is_model(self) -> bool:
+        """Whether the checkpoint holds the model's parameters."""
+        saved = self.read_parameters()
+        return all(torch.equal(saved[name], own.detach().cpu().float()) for name, own in self.parameters.items())
 
     def read_parameters(self) -> dict[str, Tensor]:
         """Parameters of the saved model, float32 on the CPU."""
@@ -88,10 +95,10 @@ class CheckpointState:
         content = load_file(self.folder / name_of_file)
         return {name: content[key] for key, name in keys.items() if name is not None and key in content}
 
-    def _fitting(self, name: str, moment: Tensor, kind: str) -> Tensor:
+    def _fitting(self, name: str, moment: Tensor) -> Tensor:
         if moment.shape != self.parameters[name].shape:
             raise ValueError(
-                f"{self.folder}/optimizer.pt has {kind} of shape {tuple(moment.shape)} where that of {name!r} is "
+                f"{self.folder}/optimizer.pt has moments of shape {tuple(moment.shape)} where that of {name!r} is "
                 f"expected: parameters were given to the optimizer in another order than the Trainer's. {_RECORD}"
             )
         return moment.to(torch.float32, copy=True)
@@ -127,38 +134,37 @@ def trajectory_parts(
     label_smoothing_factor: float,
 ) -> dict[str, Any]:
     """Arguments of `Trajectory` for the run whose checkpoints are in a folder, up to the one that holds the model."""
-    checkpoints = _checkpoints(Path(output_dir))
+    folders = _folders(Path(output_dir))
     parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     if not parameters:
         raise ValueError(
             f"`model` ({type(model).__name__}) has no parameter with `requires_grad=True`. Pass it as it was trained: "
             "adapters as `PeftModel.from_pretrained(..., is_trainable=True)`."
         )
-    latest = saved_optimizer(checkpoints[max(checkpoints)])
-    groups = _grouped_names(latest, model, [*parameters], checkpoints[max(checkpoints)])
-    rule = _rule(latest, groups, model, parameters)
+    latest = folders[max(folders)]
+    groups = _grouped_names(saved_optimizer(latest), model, [*parameters], latest)
+    rule = _rule(saved_optimizer(latest), groups, model, parameters)
     known = model, parameters, groups, rule.moment_names
-    states = {step: CheckpointState(folder, step, *known) for step, folder in checkpoints.items()}
-    final = next((step for step in sorted(states, reverse=True) if _is_model(states[step], parameters)), None)
-    if final is None:
+    states = {step: CheckpointState(folder, step, *known) for step, folder in folders.items()}
+    final = next((step for step in sorted(states, reverse=True) if states[step].is_model), None)
+    if final is None or final == min(states):
         raise ValueError(
-            f"The model is none of the checkpoints {sorted(states)} in {output_dir}. Pass the model of one of them: "
-            "`from_pretrained(...)` of its folder, in the dtype it was trained in."
+            f"The model is none of the checkpoints {sorted(states)[1:]} in {output_dir}. Pass the model of one of "
+            "them: `from_pretrained(...)` of its folder, in the dtype it was trained in."
         )
     states = {step: state for step, state in states.items() if step <= final}
-    log = _log(states)
-    columns = sorted({*forward_arguments(model), *LABEL_NAMES} - {"args", "kwargs"})
-    last, num_rows = TrainerState.load_from_json(str(states[final].folder / "trainer_state.json")), len(train_dataset)
-    epochs, batch_size = float(last.epoch or 1.0), last.train_batch_size or 1
+    told, num_rows = _told({step: state.folder for step, state in states.items()}), len(train_dataset)
+    epochs, batch_size = float(told.epoch or 1.0), told.train_batch_size or 1
+    rates, norms = (_logged(told.log_history, name) for name in ("learning_rate", "grad_norm"))
     saved = {step: saved_optimizer(state.folder) for step, state in states.items()}
     counts = [int(own["step"]) for own in saved[final]["state"].values() if "step" in own] or [final]
-    norms, clip_factors = _clipping(log, final, max_grad_norm)
-    num_digested = readable_rows(train_dataset, columns)
+    steps = np.arange(final)
+    gradient_norm = np.interp(steps, sorted(norms), [norms[step] for step in sorted(norms)]) if norms else steps * nan
+    clip_factor = np.fmin(1.0, max_grad_norm / (gradient_norm + 1e-6)) if max_grad_norm else np.ones(final)
     assumed = [
         "all rows seen alike, in random order",
-        f"learning rates between {_several(len(_logged(log, 'learning_rate')), 'logged rate')} and those of the "
-        "checkpoints interpolated",
-        f"clipping at max_grad_norm={max_grad_norm:g} by {_several(len(_logged(log, 'grad_norm')), 'logged norm')}",
+        f"learning rates interpolated between {len(rates)} logged ones and those of the checkpoints",
+        f"clipping at max_grad_norm={max_grad_norm:g} by {len(norms)} logged norms" if norms else "no clipping",
         f"the mean cross entropy as loss, with label_smoothing_factor={label_smoothing_factor:g}",
     ]
     logger.warning(
@@ -166,39 +172,40 @@ def trajectory_parts(
         "record all that.",
         *(output_dir, len(states), "; ".join(assumed)),
     )
+    columns = sorted({*forward_arguments(model), *LABEL_NAMES} - {"args", "kwargs"})
+    num_digested = readable_rows(train_dataset, columns)
     return {
         "optimizer": rule,
         "parameter_shapes": {name: tuple(parameter.shape) for name, parameter in parameters.items()},
         "steps": StepTable(
-            epoch=np.arange(1, final + 1) * (epochs / final),
-            learning_rates=_learning_rates({step: own["param_groups"] for step, own in saved.items()}, log, final),
-            gradient_norm=norms,
-            clip_factor=clip_factors,
-            skipped=np.arange(final) < final - max(counts),  # loss scaling begins too high
+            epoch=(steps + 1) * (epochs / final),
+            learning_rates=_learning_rates({step: own["param_groups"] for step, own in saved.items()}, rates, steps),
+            gradient_norm=gradient_norm,
+            clip_factor=clip_factor,
+            skipped=steps < final - max(counts),  # loss scaling begins too high
         ),
         "states": states,
         "num_rows": num_rows,
         "dataset_fingerprint": dataset_fingerprint(train_dataset, columns),
         "metadata": {
             FROM_CHECKPOINTS: assumed,
-            "model": {"class": type(model).__name__, "name_or_path": None, "commit_hash": None},
+            "model": {"class": type(model).__name__},
             "architecture": architecture(model),
             "frozen_sha256": frozen_sha256({n: p for n, p in model.named_parameters() if n not in parameters}),
             "fingerprint_columns": columns,
             "num_digested_rows": num_digested,
             "rows_sha256": rows_sha256(train_dataset, columns, num_digested),
             "updates_before": max(0, max(counts) - final),
-            "loss_type": None,
             "label_smoothing_factor": label_smoothing_factor,
             "max_grad_norm": max_grad_norm,
             "per_device_train_batch_size": batch_size,
+            # With the number of processes: both are in the number of steps an epoch.
             "gradient_accumulation_steps": max(1, round(num_rows * epochs / final / batch_size)),
-            "num_processes": 1,
         },
     }
 
 
-def _checkpoints(output_dir: Path) -> dict[int, Path]:
+def _folders(output_dir: Path) -> dict[int, Path]:
     """Folders of the checkpoints by step, at least two."""
     folders = [path.parent for path in output_dir.glob("checkpoint-*/trainer_state.json")]
     numbered = {folder.name.removeprefix("checkpoint-"): folder for folder in folders}
@@ -250,26 +257,17 @@ def _rule(
     return rule
 
 
-def _is_model(state: CheckpointState, parameters: Mapping[str, nn.Parameter]) -> bool:
-    """Whether a checkpoint holds these parameters."""
-    saved = state.read_parameters()
-    return all(torch.equal(saved[name], own.detach().cpu().float()) for name, own in parameters.items())
-
-
-def _log(states: Mapping[int, CheckpointState]) -> list[dict[str, Any]]:
-    """What the last checkpoint's run logged; refuses checkpoints of several runs."""
-    logs = {
-        step: TrainerState.load_from_json(str(state.folder / "trainer_state.json")).log_history
-        for step, state in states.items()
-    }
-    log = logs[max(logs)]
-    for step, own in logs.items():
-        if repr(own) != repr(log[: len(own)]):  # NaN is not equal to itself
+def _told(folders: Mapping[int, Path]) -> TrainerState:
+    """What the last checkpoint says of the run; refuses checkpoints of several runs."""
+    told = {step: TrainerState.load_from_json(str(folder / "trainer_state.json")) for step, folder in folders.items()}
+    last = told[max(told)]
+    for step, own in told.items():
+        if repr(own.log_history) != repr(last.log_history[: len(own.log_history)]):  # NaN is not equal to itself
             raise ValueError(
-                f"{states[step].folder} is of another run than {states[max(logs)].folder}: it logged other things. "
-                "Keep the checkpoints of one run in the folder."
+                f"{folders[step]} is of another run than {folders[max(told)]}: it logged other things. Keep the "
+                "checkpoints of one run in the folder."
             )
-    return log
+    return last
 
 
 def _logged(log: Sequence[Mapping[str, Any]], name: str) -> dict[int, float]:
@@ -279,33 +277,16 @@ def _logged(log: Sequence[Mapping[str, Any]], name: str) -> dict[int, float]:
 
 
 def _learning_rates(
-    saved: Mapping[int, Sequence[Mapping[str, Any]]], log: Sequence[Mapping[str, Any]], num_steps: int
+    saved: Mapping[int, Sequence[Mapping[str, Any]]], logged: Mapping[int, float], steps: np.ndarray
 ) -> np.ndarray:
     """Learning rates `(num_steps, num_groups)`, interpolated between those that checkpoints and logs tell."""
-    first = saved[min(saved)]
-    columns = []
-    for index, group in enumerate(first):
-        initial = float(group.get("initial_lr", group["lr"]))
-        ratio = initial / (float(first[0].get("initial_lr", first[0]["lr"])) or 1.0)  # the log has the first group's
-        known = {step: ratio * rate for step, rate in _logged(log, "learning_rate").items()}
+    columns, first = [], saved[min(saved)]
+    initial = [float(group.get("initial_lr", group["lr"])) for group in first]
+    for index, largest in enumerate(initial):
+        known = {step: rate * largest / (initial[0] or 1.0) for step, rate in logged.items()}  # of the first group
         known |= {step: float(groups[index]["lr"]) for step, groups in saved.items()}  # of the next update
-        steps = sorted(known)
-        start, second = steps[:2]
+        start, second = sorted(known)[:2]
         slope = (known[second] - known[start]) / (second - start)
-        known.setdefault(0, float(np.clip(known[start] - slope * start, 0.0, initial)))
-        steps = sorted(known)
-        columns.append(np.interp(np.arange(num_steps), steps, [known[step] for step in steps]))
+        known.setdefault(0, float(np.clip(known[start] - slope * start, 0.0, largest)))
+        columns.append(np.interp(steps, sorted(known), [known[step] for step in sorted(known)]))
     return np.stack(columns, axis=1)
-
-
-def _clipping(log: Sequence[Mapping[str, Any]], num_steps: int, max_grad_norm: float) -> tuple[np.ndarray, np.ndarray]:
-    """Gradient norms before clipping and factors of it, `(num_steps,)` each, interpolated between logged norms."""
-    known = _logged(log, "grad_norm")
-    if not known:
-        return np.full(num_steps, np.nan), np.ones(num_steps)
-    norms = np.interp(np.arange(num_steps), sorted(known), [known[step] for step in sorted(known)])
-    return norms, np.minimum(1.0, max_grad_norm / (norms + 1e-6)) if max_grad_norm else np.ones(num_steps)
-
-
-def _several(count: int, what: str) -> str:
-    return f"{count or 'no'} {what}{'s' * (count != 1)}"

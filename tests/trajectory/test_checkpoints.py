@@ -132,6 +132,11 @@ def _other_optimizer(**changes):
             "no file named model.safetensors",
         ),
         (lambda out: shutil.rmtree(out / "checkpoint-48"), ValueError, "none of the checkpoints"),
+        (
+            lambda out: [shutil.rmtree(out / f"checkpoint-{s}") for s in (6, 12, 48)],
+            ValueError,
+            "none of the checkpoints .24, 30, 36, 42.",
+        ),
         (_other_log, ValueError, "checkpoint-12 is of another run"),
         (_other_optimizer(), NotImplementedError, "keeps .'square_avg'."),
         (_other_optimizer(amsgrad=True), NotImplementedError, "amsgrad=True"),
