@@ -16,7 +16,7 @@ from hf_rgm.files.reading import printable
 from hf_rgm.model.architecture import difference
 from hf_rgm.model.functional_model import FunctionalModel, parameters_sha256
 from hf_rgm.model.losses import LossFunction, RowLoss
-from hf_rgm.model.row_reader import RowReader
+from hf_rgm.model.row_reader import DataCollator, RowReader
 from hf_rgm.model.warn_once import warn_once
 from hf_rgm.synset.inputs import ContinuousInputs
 from hf_rgm.synset.matched_states import MatchedState
@@ -35,7 +35,10 @@ SAME_SCALE, SAME_LOSS = 0.02, 1e-3
 
 
 def open_runs(
-    trajectory: str | Path | Trajectory | Sequence[str | Path | Trajectory], model: nn.Module, train_dataset: Any
+    trajectory: str | Path | Trajectory | Sequence[str | Path | Trajectory],
+    model: nn.Module,
+    train_dataset: Any,
+    data_collator: DataCollator | None,
 ) -> tuple[Trajectory, ...]:
     """Recorded runs, read from their folders or checkpoints where these are given."""
     runs = [trajectory] if isinstance(trajectory, str | Path | Trajectory) else list(trajectory)
@@ -45,7 +48,9 @@ def open_runs(
     def opened(run: str | Path | Trajectory) -> Trajectory:
         if isinstance(run, Trajectory):
             return run
-        return Trajectory.from_checkpoints(run, model, train_dataset) if has_checkpoints(run) else Trajectory.load(run)
+        if not has_checkpoints(run):
+            return Trajectory.load(run)
+        return Trajectory.from_checkpoints(run, model, train_dataset, data_collator=data_collator)
 
     return tuple(map(opened, runs))
 

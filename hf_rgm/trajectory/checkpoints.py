@@ -18,7 +18,9 @@ from transformers import PreTrainedModel, Trainer, TrainerState
 from transformers.utils.logging import set_tqdm_hook
 
 from hf_rgm.model.architecture import architecture
-from hf_rgm.model.functional_model import LABEL_NAMES, forward_arguments, frozen_sha256
+from hf_rgm.model.functional_model import LABEL_NAMES, FunctionalModel, forward_arguments, frozen_sha256
+from hf_rgm.model.losses import RowLoss
+from hf_rgm.model.row_reader import DataCollator, RowReader
 from hf_rgm.trajectory.description import FROM_CHECKPOINTS
 from hf_rgm.trajectory.fingerprint import dataset_fingerprint
 from hf_rgm.trajectory.optimizers import OptimizerRule
@@ -27,6 +29,9 @@ from hf_rgm.trajectory.states import TrajectoryState
 from hf_rgm.trajectory.steps import StepTable
 
 logger = logging.getLogger(__name__)
+
+NORMS_MEASURED = 8
+"""Updates at a checkpoint whose gradient norms stand for those that were not logged."""
 
 _RECORD = "Record the next run with `TrajectoryCallback`."
 
@@ -132,6 +137,7 @@ def trajectory_parts(
     *,
     max_grad_norm: float,
     label_smoothing_factor: float,
+    data_collator: DataCollator | None,
 ) -> dict[str, Any]:
     """Arguments of `Trajectory` for the run whose checkpoints are in a folder, up to the one that holds the model."""
     folders = _folders(Path(output_dir))
@@ -155,17 +161,34 @@ def trajectory_parts(
     states = {step: state for step, state in states.items() if step <= final}
     told, num_rows = _told({step: state.folder for step, state in states.items()}), len(train_dataset)
     epochs, batch_size = float(told.epoch or 1.0), told.train_batch_size or 1
-    rates, norms = (_logged(told.log_history, name) for name in ("learning_rate", "grad_norm"))
+    rates, norms, losses = (_logged(told.log_history, name) for name in ("learning_rate", "grad_norm", "loss"))
     saved = {step: saved_optimizer(state.folder) for step, state in states.items()}
     counts = [int(own["step"]) for own in saved[final]["state"].values() if "step" in own] or [final]
     steps = np.arange(final)
-    gradient_norm = np.interp(steps, sorted(norms), [norms[step] for step in sorted(norms)]) if norms else steps * nan
-    clip_factor = np.fmin(1.0, max_grad_norm / (gradient_norm + 1e-6)) if max_grad_norm else np.ones(final)
+    accumulation = max(1, round(num_rows * epochs / final / batch_size))  # times processes
+    measured = {}
+    if max_grad_norm and not norms:
+        row_reader = RowReader(
+            train_dataset, FunctionalModel(model, trainable_names=[*parameters]), data_collator=data_collator
+        )
+        row_loss = RowLoss(row_reader.labels_per_row(), label_smoothing_factor)
+        sizes = [batch_size] * accumulation
+        measured = {step: _gradient_norms(state, row_reader, row_loss, sizes) for step, state in states.items()}
+    by_step = {step: np.array([norm]) for step, norm in norms.items()} or measured
+    gradient_norm = _interpolated(steps, {step: own.mean() for step, own in by_step.items()})
+    clip_factor = np.ones(final)
+    if max_grad_norm:
+        factors = {step: np.minimum(1.0, max_grad_norm / (own + 1e-6)).mean() for step, own in by_step.items()}
+        clip_factor = _interpolated(steps, factors)
     assumed = [
         "all rows seen alike, in random order",
         f"learning rates interpolated between {len(rates)} logged ones and those of the checkpoints",
-        f"clipping at max_grad_norm={max_grad_norm:g} by {len(norms)} logged norms" if norms else "no clipping",
+        f"clipping at max_grad_norm={max_grad_norm:g} by {len(norms) or 'no'} logged gradient norms"
+        + f", but {NORMS_MEASURED} measured at each checkpoint" * bool(measured),
         f"the mean cross entropy as loss, with label_smoothing_factor={label_smoothing_factor:g}",
+        "the first logged loss to be that before training"
+        if losses
+        else "replays not to drift, as no loss was logged",
     ]
     logger.warning(
         "%s was not recorded: attribution knows it by %d checkpoints, and assumes %s. `TrajectoryCallback` would "
@@ -198,9 +221,9 @@ def trajectory_parts(
             "updates_before": max(0, max(counts) - final),
             "label_smoothing_factor": label_smoothing_factor,
             "max_grad_norm": max_grad_norm,
+            "initial_loss": losses[min(losses)] if losses else None,
             "per_device_train_batch_size": batch_size,
-            # With the number of processes: both are in the number of steps an epoch.
-            "gradient_accumulation_steps": max(1, round(num_rows * epochs / final / batch_size)),
+            "gradient_accumulation_steps": accumulation,
         },
     }
 
@@ -270,6 +293,28 @@ def _told(folders: Mapping[int, Path]) -> TrainerState:
     return last
 
 
+def _gradient_norms(state: CheckpointState, rows: RowReader, row_loss: RowLoss, sizes: Sequence[int]) -> np.ndarray:
+    """Gradient norms of some random updates at a checkpoint, each of micro-batches of these sizes."""
+    generator, norms, model = np.random.default_rng(state.step), [], rows.model
+    named = {name: p.to(model.device).requires_grad_() for name, p in state.read_parameters().items()}
+    for _ in range(NORMS_MEASURED):
+        total = [torch.zeros_like(parameter) for parameter in named.values()]
+        for size in sizes:
+            inputs, labels = rows.batch(generator.integers(len(rows), size=size))
+            loss = row_loss(model.logits(named, inputs), labels).mean() / len(sizes)
+            gradients = torch.autograd.grad(loss, list(named.values()), materialize_grads=True)
+            total = [before + own for before, own in zip(total, gradients, strict=True)]
+        norms.append(float(torch.nn.utils.get_total_norm(total)))
+    return np.array(norms)
+
+
+def _interpolated(steps: np.ndarray, known: Mapping[int, Any]) -> np.ndarray:
+    """Values at all steps, NaN if none is known."""
+    return (
+        np.interp(steps, sorted(known), [known[step] for step in sorted(known)]) if known else np.full(len(steps), nan)
+    )
+
+
 def _logged(log: Sequence[Mapping[str, Any]], name: str) -> dict[int, float]:
     """Finite logged values of some kind, by the number of the step whose update they belong to."""
     found = {int(entry["step"]) - 1: float(entry[name]) for entry in log if name in entry and entry.get("step")}
@@ -288,5 +333,5 @@ def _learning_rates(
         start, second = sorted(known)[:2]
         slope = (known[second] - known[start]) / (second - start)
         known.setdefault(0, float(np.clip(known[start] - slope * start, 0.0, largest)))
-        columns.append(np.interp(steps, sorted(known), [known[step] for step in sorted(known)]))
+        columns.append(_interpolated(steps, known))
     return np.stack(columns, axis=1)

@@ -44,6 +44,7 @@ class Metadata:
     architecture: dict[str, str] | None = None
     frozen_sha256: str | None = None
     trained_loss: dict[str, Any] | None = None
+    initial_loss: float | None = None  # where the initial state is not recorded
 
     def __post_init__(self) -> None:
         if not 0 <= self.updates_before <= MAX_UPDATES:

@@ -33,6 +33,7 @@ from hf_rgm.trajectory.steps import StepTable, check_rows, read_steps, write_par
 from hf_rgm.trajectory.trained_loss import TrainedLoss
 
 if TYPE_CHECKING:
+    from hf_rgm.model.row_reader import DataCollator
     from hf_rgm.trajectory.checkpoints import CheckpointState
 
 logger = logging.getLogger(__name__)
@@ -280,14 +281,16 @@ class Trajectory:
         *,
         max_grad_norm: float = 1.0,
         label_smoothing_factor: float = 0.0,
+        data_collator: DataCollator | None = None,
     ) -> Trajectory:
         """
         The trajectory of a finished `Trainer` run that no callback recorded, by its checkpoints.
 
         States are the checkpoints', and stay there until they are used; [`~Trajectory.save`] copies them. Constants of
         the optimizer and its moments are read from `optimizer.pt`, without executing pickles; `training_args.bin` is
-        not read. Learning rates and gradient norms are interpolated between those in `trainer_state.json`. What is
-        assumed is warned of, and kept in `metadata["from_checkpoints"]`.
+        not read. Learning rates and gradient norms are interpolated between those in `trainer_state.json`; training
+        with `logging_steps=10` tells enough of them. What is assumed is warned of, and kept in
+        `metadata["from_checkpoints"]`.
 
         Args:
             output_dir (`str` or `Path`): The `output_dir` of the run, with two or more folders `checkpoint-*`.
@@ -296,6 +299,8 @@ class Trajectory:
             max_grad_norm (`float`, *optional*, defaults to `1.0`): As in the run's `TrainingArguments`; 0 for no
                 clipping.
             label_smoothing_factor (`float`, *optional*, defaults to `0.0`): As in the run's `TrainingArguments`.
+            data_collator (`Callable`, *optional*): The Trainer's, to measure gradient norms if none was logged.
+                Defaults to `default_data_collator`.
 
         Raises:
             OSError: If a checkpoint has no `optimizer.pt`, or no safetensors file.
@@ -305,8 +310,8 @@ class Trajectory:
         """
         from hf_rgm.trajectory.checkpoints import trajectory_parts  # imports the Trainer
 
-        options = {"max_grad_norm": max_grad_norm, "label_smoothing_factor": label_smoothing_factor}
-        return cls(**trajectory_parts(output_dir, model, train_dataset, **options))
+        settings = {"max_grad_norm": max_grad_norm, "label_smoothing_factor": label_smoothing_factor}
+        return cls(**trajectory_parts(output_dir, model, train_dataset, data_collator=data_collator, **settings))
 
     @classmethod
     def load(cls, folder: str | Path | ArtefactFolder) -> Trajectory:
