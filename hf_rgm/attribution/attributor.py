@@ -46,8 +46,8 @@ class Attributor(DetailedScores):
         model (`nn.Module`): The trained model.
         synset (`Synset`, `str` or `Path`, *optional*): A synset that was distilled for it, or its folder.
         trajectory (`str`, `Path`, `Trajectory` or a list of them, *optional*): Without a synset: what
-            `TrajectoryCallback` recorded. Of several runs that differ in their seed only, the first is the model's;
-            scores are means over the runs.
+            `TrajectoryCallback` recorded, or the `output_dir` of a Trainer with checkpoints. Of several runs that
+            differ in their seed only, the first is the model's; scores are means over the runs.
         rows (*optional*): The training dataset, same rows in the same order. With a synset it can be given at each
             call instead, or not at all.
         clusters (`ClusterMap`, *optional*): Without a synset: which row belongs to which cluster.
