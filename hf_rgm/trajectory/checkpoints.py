@@ -140,51 +140,30 @@ def trajectory_parts(
     data_collator: DataCollator | None,
 ) -> dict[str, Any]:
     """Arguments of `Trajectory` for the run whose checkpoints are in a folder, up to the one that holds the model."""
-    folders = _folders(Path(output_dir))
-    parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    if not parameters:
-        raise ValueError(
-            f"`model` ({type(model).__name__}) has no parameter with `requires_grad=True`. Pass it as it was trained: "
-            "adapters as `PeftModel.from_pretrained(..., is_trainable=True)`."
-        )
-    latest = folders[max(folders)]
-    groups = _grouped_names(saved_optimizer(latest), model, [*parameters], latest)
-    rule = _rule(saved_optimizer(latest), groups, model, parameters)
-    known = model, parameters, groups, rule.moment_names
-    states = {step: CheckpointState(folder, step, *known) for step, folder in folders.items()}
-    final = next((step for step in sorted(states, reverse=True) if states[step].is_model), None)
-    if final is None or final == min(states):
-        raise ValueError(
-            f"The model is none of the checkpoints {sorted(states)[1:]} in {output_dir}. Pass the model of one of "
-            "them: `from_pretrained(...)` of its folder, in the dtype it was trained in."
-        )
-    states = {step: state for step, state in states.items() if step <= final}
-    told, num_rows = _told({step: state.folder for step, state in states.items()}), len(train_dataset)
+    states, rule = _states(output_dir, model)
+    final, num_rows = max(states), len(train_dataset)
+    parameters, steps = states[final].parameters, np.arange(final)
+    told = _told({step: state.folder for step, state in states.items()})
     epochs, batch_size = float(told.epoch or 1.0), told.train_batch_size or 1
-    rates, norms, losses = (_logged(told.log_history, name) for name in ("learning_rate", "grad_norm", "loss"))
-    saved = {step: saved_optimizer(state.folder) for step, state in states.items()}
-    counts = [int(own["step"]) for own in saved[final]["state"].values() if "step" in own] or [final]
-    steps = np.arange(final)
     accumulation = max(1, round(num_rows * epochs / final / batch_size))  # times processes
-    measured = {}
-    if max_grad_norm and not norms:
-        row_reader = RowReader(
-            train_dataset, FunctionalModel(model, trainable_names=[*parameters]), data_collator=data_collator
-        )
-        row_loss = RowLoss(row_reader.labels_per_row(), label_smoothing_factor)
+    rates, logged, losses = (_logged(told.log_history, name) for name in ("learning_rate", "grad_norm", "loss"))
+    norms = {step: np.array([norm]) for step, norm in logged.items()}
+    if max_grad_norm and not logged:
+        functional = FunctionalModel(model, trainable_names=[*parameters])
+        reader = RowReader(train_dataset, functional, data_collator=data_collator)
+        row_loss = RowLoss(reader.labels_per_row(), label_smoothing_factor)
         sizes = [batch_size] * accumulation
-        measured = {step: _gradient_norms(state, row_reader, row_loss, sizes) for step, state in states.items()}
-    by_step = {step: np.array([norm]) for step, norm in norms.items()} or measured
-    gradient_norm = _interpolated(steps, {step: own.mean() for step, own in by_step.items()})
-    clip_factor = np.ones(final)
-    if max_grad_norm:
-        factors = {step: np.minimum(1.0, max_grad_norm / (own + 1e-6)).mean() for step, own in by_step.items()}
-        clip_factor = _interpolated(steps, factors)
+        norms = {step: _gradient_norms(state, reader, row_loss, sizes) for step, state in states.items()}
+    clip_factors = {step: np.minimum(1.0, max_grad_norm / (own + 1e-6)).mean() for step, own in norms.items()}
+    saved = {step: saved_optimizer(state.folder) for step, state in states.items()}
+    updates = max((int(own["step"]) for own in saved[final]["state"].values() if "step" in own), default=final)
+    measured = "" if logged else f", but {NORMS_MEASURED} measured at each checkpoint"
     assumed = [
         "all rows seen alike, in random order",
         f"learning rates interpolated between {len(rates)} logged ones and those of the checkpoints",
-        f"clipping at max_grad_norm={max_grad_norm:g} by {len(norms) or 'no'} logged gradient norms"
-        + f", but {NORMS_MEASURED} measured at each checkpoint" * bool(measured),
+        f"clipping at {max_grad_norm:g} by {len(logged) or 'no'} logged gradient norms{measured}"
+        if max_grad_norm
+        else "no clipping",
         f"the mean cross entropy as loss, with label_smoothing_factor={label_smoothing_factor:g}",
         "the first logged loss to be that before training"
         if losses
@@ -203,9 +182,9 @@ def trajectory_parts(
         "steps": StepTable(
             epoch=(steps + 1) * (epochs / final),
             learning_rates=_learning_rates({step: own["param_groups"] for step, own in saved.items()}, rates, steps),
-            gradient_norm=gradient_norm,
-            clip_factor=clip_factor,
-            skipped=steps < final - max(counts),  # loss scaling begins too high
+            gradient_norm=_interpolated(steps, {step: own.mean() for step, own in norms.items()}),
+            clip_factor=_interpolated(steps, clip_factors) if max_grad_norm else np.ones(final),
+            skipped=steps < final - updates,  # loss scaling begins too high
         ),
         "states": states,
         "num_rows": num_rows,
@@ -218,7 +197,7 @@ def trajectory_parts(
             "fingerprint_columns": columns,
             "num_digested_rows": num_digested,
             "rows_sha256": rows_sha256(train_dataset, columns, num_digested),
-            "updates_before": max(0, max(counts) - final),
+            "updates_before": max(0, updates - final),
             "label_smoothing_factor": label_smoothing_factor,
             "max_grad_norm": max_grad_norm,
             "initial_loss": losses[min(losses)] if losses else None,
@@ -226,6 +205,29 @@ def trajectory_parts(
             "gradient_accumulation_steps": accumulation,
         },
     }
+
+
+def _states(output_dir: str | Path, model: nn.Module) -> tuple[dict[int, CheckpointState], OptimizerRule]:
+    """States by step, the last of them the model's, and the update rule."""
+    folders = _folders(Path(output_dir))
+    parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if not parameters:
+        raise ValueError(
+            f"`model` ({type(model).__name__}) has no parameter with `requires_grad=True`. Pass it as it was trained: "
+            "adapters as `PeftModel.from_pretrained(..., is_trainable=True)`."
+        )
+    latest = folders[max(folders)]
+    groups = _grouped_names(saved_optimizer(latest), model, [*parameters], latest)
+    rule = _rule(saved_optimizer(latest), groups, model, parameters)
+    known = model, parameters, groups, rule.moment_names
+    states = {step: CheckpointState(folder, step, *known) for step, folder in sorted(folders.items())}
+    final = next((step for step in reversed(states) if states[step].is_model), None)
+    if final is None or final == min(states):
+        raise ValueError(
+            f"The model is none of the checkpoints {[*states][1:]} in {output_dir}. Pass the model of one of them: "
+            "`from_pretrained(...)` of its folder, in the dtype it was trained in."
+        )
+    return {step: state for step, state in states.items() if step <= final}, rule
 
 
 def _folders(output_dir: Path) -> dict[int, Path]:
