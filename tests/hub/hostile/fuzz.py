@@ -4,8 +4,9 @@ Feeds every loader with mutated folders, for minutes each:
     python -m tests.hub.hostile.fuzz --minutes 10 [--only synset] [--seed 0] [--findings FOLDER]
 
 A loader may load what is left, which can then be looked at and saved, or raise an error that it announces and that
-names the file; within `SECONDS` and `MEGABYTES`. Everything else is a finding: it is printed with its number, by which
-`--example NUMBER` repeats it, and its folder is kept. The test suite runs the first examples of each loader.
+names the file, within the bounds of `tests/hub/hostile/bounds.py`. Everything else is a finding: it is printed with
+its number, by which `--example NUMBER` repeats it, and its folder is kept. The test suite runs the first examples of
+each loader, and those that found something.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ import io
 import logging
 import multiprocessing
 import os
-import re
 import shutil
 import signal
 import sys
@@ -24,8 +24,8 @@ import tempfile
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from random import Random
 from types import SimpleNamespace
@@ -47,14 +47,9 @@ from hf_rgm.files.reading import ArtefactFolder
 from hf_rgm.files.writing import write_json
 from hf_rgm.testing import tiny_recorded_run, tiny_synset
 from tests.hub.hostile.artefacts import ARTEFACTS, is_plain, is_refusal
+from tests.hub.hostile.bounds import FREE, MEGABYTES, SECONDS, Taken, measured
 from tests.hub.hostile.mutations import BY_SUFFIX, mutate
 from tests.responses import tiny_responses
-
-SECONDS, MEGABYTES = 5, 300
-"""What loading one folder may take."""
-
-FREE = 8 * 10**9
-"""Bytes of memory that are said to be free."""
 
 REPORT = FidelityReport(
     agreements={"lds_clusters": Agreement(Estimate(0.5, 0.25, 0.75), 6, Estimate(0.9, None, None))},
@@ -195,13 +190,14 @@ class Fuzzer:
     def __init__(self, name: str, scratch: Path, seed: int = 0) -> None:
         self.name, self.seed, self.loader = name, seed, LOADERS[name]
         self.folder, self.target, self._pristine = scratch / "folder", scratch / "target", scratch / "pristine"
+        scratch.mkdir(exist_ok=True)
         self.loader.make(self._pristine)
         paths = sorted(path for path in self._pristine.glob(self.loader.files) if path.suffix in BY_SUFFIX)
         self._files = [path.relative_to(self._pristine).as_posix() for path in paths]
-        self.largest = {"s": 0.0, "MB": 0.0}
+        self.largest = Taken()
         self.loader.look(self.loader.load(self._pristine), self.target)  # what is imported late, is
 
-    def check(self, number: int) -> str:
+    def check(self, number: int, *, seconds: float = SECONDS) -> str:
         """What came of an example: `"loads"` or the name of an announced error. An `AssertionError` is a finding."""
         for folder in (self.folder, self.target):
             shutil.rmtree(folder, ignore_errors=True)
@@ -209,7 +205,7 @@ class Fuzzer:
         shutil.copytree(self._pristine, self.folder)
         changed = mutate(Random(f"{self.name} {self.seed} {number}"), self.folder, self._files)
         content, outcome = None, "loads"
-        with self._measured():
+        with measured() as taken:
             try:
                 content = self.loader.load(self.folder)
             except Exception as error:
@@ -217,28 +213,15 @@ class Fuzzer:
                 text, names = str(error), [str(self.folder), *(Path(name).name for name in changed)]
                 assert is_plain(text.strip()) and any(name in text for name in names), f"{changed}: {_told(error)}"
                 outcome = type(error).__name__
+        self.largest = Taken(*map(max, astuple(self.largest), astuple(taken)))
+        assert taken.seconds < seconds and taken.megabytes < MEGABYTES, f"took {taken}"
         if content is not None:
             self.loader.look(content, self.target)
         return outcome
 
-    @contextlib.contextmanager
-    def _measured(self) -> Iterator[None]:
-        with open("/proc/self/clear_refs", "w") as file:
-            file.write("5")  # the peak is what is in use now
-        before, start = _megabytes("VmRSS"), time.process_time()  # others may use the machine
-        yield
-        taken = {"s": time.process_time() - start, "MB": _megabytes("VmHWM") - before}
-        self.largest = {unit: max(largest, taken[unit]) for unit, largest in self.largest.items()}
-        assert taken["s"] < SECONDS and taken["MB"] < MEGABYTES, f"took {taken}"
-
 
 def _told(error: BaseException) -> str:
     return "".join(traceback.format_exception(error))[-3000:]
-
-
-def _megabytes(what: str) -> float:
-    found = re.search(what + r":\s+(\d+)", Path("/proc/self/status").read_text())
-    return int(found[1]) / 1024 if found else 0.0
 
 
 def _too_long(signal_number: int, frame: Any) -> None:
@@ -269,7 +252,7 @@ def fuzz(name: str, seconds: float, seed: int, findings: Path, first: int = 0) -
                 sys.stdout.write(f"{name} {number}: {_told(problem).strip().splitlines()[-1][:300]}\n")
             signal.alarm(0)
             number += 1
-        largest = ", ".join(f"{value:.2f} {unit}" for unit, value in fuzzer.largest.items())
+        largest = f"{fuzzer.largest.seconds:.2f} s, {fuzzer.largest.megabytes:.0f} MB"
         told = ", ".join(f"{count} {outcome}" for outcome, count in outcomes.most_common())
         sys.stdout.write(f"{name}: {number - first} examples in {seconds / 60:g} minutes: {told}; at most {largest}\n")
         sys.stdout.flush()

@@ -62,7 +62,8 @@ def mutated_tree(random: Random, tree: Any) -> Any:
     if kind == 3:
         return replaced(tree, route, at(tree, other))
     if kind == 4 and isinstance(value, (int, float)):
-        return replaced(tree, route, random.choice((value + 1, value - 1, -value, 2 * value, float(value), [value])))
+        as_float = float(value) if abs(value) < 2**64 else 0.5
+        return replaced(tree, route, random.choice((value + 1, value - 1, -value, 2 * value, as_float, [value])))
     if kind == 5 and isinstance(value, list):
         changed = random.choice((value[:-1], value[::-1], value * 2, [*value, odd_value(random)]))
         return replaced(tree, route, changed)
