@@ -314,7 +314,7 @@ def printable(text: str) -> str:
     )
 
 
-def shortened(value: Any, length: int = 60) -> str:
+def shortened(value: Any, length: int = 64) -> str:
     """The first characters of a text from a file, printable: for errors."""
     text = str(value)
     return printable(text) if len(text) <= length else f"{printable(text[:length])}..."
