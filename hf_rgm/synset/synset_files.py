@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -210,7 +211,7 @@ def _read_tensors(folder: ArtefactFolder, description: SynsetDescription, num_cl
                 f"{source} announces {name} of shape {shape[:8]} for {num_states} matched states and {num_clusters} "
                 f"clusters. The files do not belong together. {WAY_OUT}"
             )
-    with folder.open_tensors(TENSORS_FILE) as file:
+    with folder.open_tensors(TENSORS_FILE, num_bytes=8 * sum(map(math.prod, announced.values()))) as file:
         file.check_no_others(announced)
         tensors = {
             name: file.read(name, shape=shape, dtypes=("I64",) if name in INTEGERS else ("F32",))
