@@ -142,7 +142,10 @@ class Attributor:
                 `"plain_replay"` (the optimizer itself on the synset) or `"training_on"` (from a recorded state, on
                 the rows that are kept). Defaults to the synset's responses where it has them and neither rows nor
                 `rewind` nor `num_masks` are given, else to the first; see docs/choosing.md.
-            objective (`str` or `Objective`, *optional*, defaults to `"margin"`): What to explain.
+            objective (`str` or `Objective`, *optional*, defaults to `"margin"`): What to explain: `"margin"` (log odds
+                of the label), `"loss"`, `"log_probability"`, `"mean_loss"`, `"accuracy"`, `"predicted_value"` (of
+                regression), `"probability:OUTPUT"` or `"predicted_value:OUTPUT"`, an output by its name in
+                `config.label2id` or its number.
             rows (*optional*): The training dataset, if the attributor has none. Gradients and curvature are then
                 theirs in place of the synset's, and every row is scored where the objective is differentiable.
             data_collator (`Callable`, *optional*): Collates queries and rows. Defaults to the attributor's.
@@ -173,7 +176,7 @@ class Attributor:
             raise ValueError(
                 "`output_dir` is for the scores of rows. Pass the training dataset as `rows`, or leave it out."
             )
-        request = Request(resolve_objective(objective), self._queries(queries, data_collator), rewind, num_masks, seed)
+        request = Request(self._objective(objective), self._queries(queries, data_collator), rewind, num_masks, seed)
         evaluations = [Evaluation(run, request) for run in self._runs(rows, data_collator)]
         with self.model.differentiable():
             by_run, _ = [], evaluations[0].values  # what does not fit fails before the work
@@ -206,7 +209,7 @@ class Attributor:
             [`~hf_rgm.model.cost_estimates.CostEstimate`]: its disk is that of the saved result.
         """
         chosen = self.engine(engine, rows=rows, rewind=rewind, num_masks=num_masks)
-        request = Request(resolve_objective(objective), self._queries(queries, data_collator), rewind, num_masks)
+        request = Request(self._objective(objective), self._queries(queries, data_collator), rewind, num_masks)
         runs = self._runs(rows, data_collator)
         with self.model.differentiable():
             return estimate(chosen, Evaluation(runs[0], request), num_queries=num_queries, num_runs=len(runs))
@@ -239,7 +242,7 @@ class Attributor:
             engines add the mean change to the value of the model itself.
         """
         chosen = self.engine(engine, rows=rows, rewind=rewind, replays=True)
-        request = Request(resolve_objective(objective), self._queries(queries, data_collator), rewind)
+        request = Request(self._objective(objective), self._queries(queries, data_collator), rewind)
         evaluations = [Evaluation(run, request) for run in self._runs(rows, data_collator)]
         with self.model.differentiable():
             by_run = [chosen(own.run).values(own, masks).values for own in evaluations]
@@ -334,7 +337,7 @@ class Attributor:
             ValueError: If the objective is not differentiable, a number is out of range, there is one cluster only,
                 all score alike, or no replay agrees with the first-order prediction.
         """
-        objective = resolve_objective(objective)
+        objective = self._objective(objective)
         check_request(objective, self.subject.clusters.num_clusters, max_change, min_agreement)
         options: dict[str, Any] = {"objective": objective, "data_collator": data_collator, "rewind": rewind}
         result = self.attribute(queries, engine="adjoint", rows=rows, **options)
@@ -381,7 +384,10 @@ class Attributor:
 
     def _queries(self, queries: Any, data_collator: DataCollator | None) -> Queries:
         reader = self._reader(queries, data_collator, predict_labels=True)
-        return Queries(*reader.batch(range(len(reader))))
+        return Queries(*reader.batch(range(len(reader))), self.subject.row_loss.function)
+
+    def _objective(self, objective: str | Objective) -> Objective:
+        return resolve_objective(objective, getattr(self.model.config, "label2id", None))
 
     def _reader(self, queries: Any, data_collator: DataCollator | None, **options: Any) -> RowReader:
         options |= {**self.subject.trajectory.reader_options, "data_collator": data_collator or self._collator}

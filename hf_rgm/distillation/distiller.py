@@ -130,7 +130,7 @@ class ReverseGradientMatchingDistiller:
         self.reader.warn_of_draws()
         check_runs(self.model, self.trajectories, train_dataset)
         clusters.check_num_rows(len(self.reader))
-        check_distillable(self.model, self.reader.batch([0])[0])
+        check_distillable(self.model, *self.reader.batch([0]))
         self.row_loss = row_loss_of(self.trajectories, self.reader, row_loss)
         rows = [clusters.rows(k) for k in range(clusters.num_clusters)]
         self.batches = CachedBatches(self.reader, rows, batch_size=self.config.batch_size, max_bytes=CACHE_BYTES)

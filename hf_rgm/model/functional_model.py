@@ -34,6 +34,8 @@ from hf_rgm.model.warn_once import warn_once
 logger = logging.getLogger(__name__)
 
 LABEL_NAMES = ("labels", "label", "label_ids")
+SPAN_NAMES = ("start_positions", "end_positions")
+"""Labels of models that answer with a span of the text: the position of its first token, and of its last."""
 FROZEN_ELEMENTS = 1024
 
 ToVector = Callable[[Mapping[str, Tensor]], Tensor]
@@ -147,6 +149,11 @@ class FunctionalModel:
         return getattr(self.module, "config", None)
 
     @property
+    def predicts_spans(self) -> bool:
+        """Whether the model answers with a span of the text."""
+        return {*SPAN_NAMES} <= {*self.forward_arguments}
+
+    @property
     def vocabulary_size(self) -> int:
         return len(next(token_embedding(self.module).parameters()))
 
@@ -162,7 +169,11 @@ class FunctionalModel:
         return {name: own[name].detach() for name in self.space.names}
 
     def logits(self, parameters: Mapping[str, Tensor], inputs: Mapping[str, Tensor]) -> Tensor:
-        """Logits `(batch_size, ..., num_labels)` of the forward's inputs, float32; soft tokens are embedded first."""
+        """
+        Logits `(batch_size, ..., num_labels)` of the forward's inputs, float32; soft tokens are embedded first.
+
+        Of spans `(batch_size, 2, length)`: each end of a span is one of the positions.
+        """
         partial = {
             id(parameters[name]): (known, self.module.get_parameter(name))
             for name, known in self._known_rows.items()
@@ -172,7 +183,12 @@ class FunctionalModel:
             output = functional_call(self._host, hosted(parameters), (), {**self._constants, **inputs})
         if isinstance(output, Tensor):
             return output
-        logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
+        names = ("start_logits", "end_logits", "logits")
+        start, end, logits = (
+            output.get(name) if isinstance(output, Mapping) else getattr(output, name, None) for name in names
+        )
+        if start is not None and end is not None:
+            return torch.stack([start, end], dim=1)
         if logits is None:
             raise TypeError(
                 f"The forward of {type(self.module).__name__} returned {type(output).__name__}. It must return a "

@@ -18,7 +18,7 @@ from transformers import (
     default_data_collator,
 )
 
-from hf_rgm.model.functional_model import LABEL_NAMES, FunctionalModel
+from hf_rgm.model.functional_model import LABEL_NAMES, SPAN_NAMES, FunctionalModel
 from hf_rgm.model.losses import IGNORED_LABEL
 from hf_rgm.model.random_state import random_state_kept
 
@@ -41,7 +41,7 @@ def padding_collator(tokenizer: PreTrainedTokenizerBase) -> DataCollator:
 
     def collate(items: list[Any]) -> Mapping[str, Any]:
         labels = next((items[0][name] for name in LABEL_NAMES if name in items[0]), 0)
-        return (of_tokens if np.ndim(labels) else of_rows)(items)
+        return (of_tokens if np.asarray(labels).dtype.kind == "i" and np.ndim(labels) else of_rows)(items)
 
     return collate
 
@@ -59,6 +59,7 @@ class RowReader:
         columns: Collection[str] = (),
         what: str = "train_dataset",
         predict_labels: bool = False,
+        loss: str | None = None,
     ) -> None:
         if not hasattr(dataset, "__len__"):
             raise TypeError(
@@ -83,6 +84,7 @@ class RowReader:
         self._collate = data_collator or default_data_collator
         self.model = model
         self._predict_labels = predict_labels
+        self._loss = loss  # a key of `LOSSES_OF_NUMBERS`: what a predicted label is
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -108,7 +110,9 @@ class RowReader:
     ) -> tuple[dict[str, Tensor], Tensor]:
         """Inputs and labels of a collated batch, as `batch` gives them."""
         batch = dict(collated)
-        labels = next((batch.pop(name) for name in LABEL_NAMES if name in batch), None)
+        labels = all_labels(batch)
+        for name in (*LABEL_NAMES, *SPAN_NAMES):
+            batch.pop(name, None)
         if labels is None and not self._predict_labels:
             raise ValueError(
                 f"Rows of `{self.what}` have no {' / '.join(LABEL_NAMES)} after collating (they have: "
@@ -136,7 +140,7 @@ class RowReader:
             inputs[name] = value.to(self.model.device)
         if labels is None:
             labels = self._own_labels(inputs)
-        labels = labels.to(self.model.device)
+        labels = (labels.float() if labels.is_floating_point() else labels).to(self.model.device)
         if self.model.shifts_labels:  # to where they are predicted, one position to the left
             labels = torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], IGNORED_LABEL)], dim=1)
         return inputs, labels
@@ -165,7 +169,8 @@ class RowReader:
         for start in range(0, len(self), batch_size):
             rows = range(start, min(start + batch_size, len(self)))
             collated = self.collated(rows)
-            labels = all_labels(collated) if with_first else self.tensors(collated, rows)[1]
+            given = all_labels(collated) if with_first else None
+            labels = self.tensors(collated, rows)[1] if given is None else given
             if known is not None and np.array_equal(labels.cpu().numpy(), known[:batch_size]):
                 count = int((known != IGNORED_LABEL).sum())
                 break
@@ -214,8 +219,11 @@ class RowReader:
             labels = inputs["input_ids"]
         else:
             with torch.no_grad():
-                labels = self.model.logits(self.model.parameters(), inputs).argmax(-1)
-        return labels if mask is None or labels.dim() == 1 else labels.masked_fill(mask == 0, IGNORED_LABEL)
+                logits = self.model.logits(self.model.parameters(), inputs)
+            if self._loss is not None:
+                return (logits > 0).float() if self._loss == "binary_cross_entropy" else logits
+            labels = logits.argmax(-1)
+        return labels if mask is None or labels.shape != mask.shape else labels.masked_fill(mask == 0, IGNORED_LABEL)
 
 
 def _same(batch: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
@@ -227,9 +235,11 @@ def _same(batch: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     )
 
 
-def all_labels(collated: Mapping[str, Any]) -> Tensor:
-    """Labels of a collated batch as they are given, also those that no token predicts."""
-    return next(collated[name] for name in LABEL_NAMES if name in collated)
+def all_labels(collated: Mapping[str, Any]) -> Tensor | None:
+    """Labels of a collated batch as they are given, also those that no token predicts; `(num_rows, 2)` of spans."""
+    if all(name in collated for name in SPAN_NAMES):
+        return torch.stack([collated[name] for name in SPAN_NAMES], dim=1)
+    return next((collated[name] for name in LABEL_NAMES if name in collated), None)
 
 
 class CachedBatches:

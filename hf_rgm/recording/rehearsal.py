@@ -17,9 +17,9 @@ from torch.func import grad
 from transformers import Trainer
 
 from hf_rgm.model.functional_model import FunctionalModel
-from hf_rgm.model.losses import IGNORED_LABEL, LossFunction, RowLoss, check_labels
+from hf_rgm.model.losses import IGNORED_LABEL, LOSSES_OF_NUMBERS, LossFunction, RowLoss, check_labels
 from hf_rgm.model.row_reader import RowReader, all_labels
-from hf_rgm.model.synthetic_inputs import TOKENS, check_distillable, check_inputs
+from hf_rgm.model.synthetic_inputs import TOKENS, check_distillable
 from hf_rgm.recording.comparison import Comparison, compared
 from hf_rgm.recording.own_loss import OwnLoss
 from hf_rgm.trajectory.trained_loss import TrainedLoss
@@ -55,6 +55,7 @@ class Rehearsal:
         args = self.args = trainer.args
         self.trainer = trainer
         self.row_loss = row_loss
+        self.name: str | None = None  # of a loss of numbers
         self.model = FunctionalModel(model, trainable_names=names)
         # The Trainer has removed unused columns already.
         self.reader = RowReader(
@@ -67,18 +68,29 @@ class Rehearsal:
         self.is_short = args.bf16 or args.fp16 or any(p.dtype.itemsize < 4 for p in own.values())
         self.batch_size = min(args.per_device_train_batch_size, ROWS_AT_ONCE)
 
+    def follow(self, trained: TrainedLoss) -> None:
+        """Takes the loss that an earlier rehearsal found."""
+        self.model.shifts_labels = bool(trained.shifts_labels)
+        if trained.name is not None:
+            self._use(trained.name)
+
+    def _use(self, name: str) -> None:
+        """Takes a loss of numbers, a key of `LOSSES_OF_NUMBERS`."""
+        self.name, self.row_loss = name, LOSSES_OF_NUMBERS[name]
+
     def compare(self, rows: NDArray[np.int64], *, times: int = 1) -> Comparison | None:
         """Compares gradients of some rows, in an update that has them so many times; `None` if none has a label."""
         collated = self.reader.collated(rows)
         inputs, labels = self.reader.tensors(collated, rows)
         count = self._count(labels)
         if self.model.main_input_name == TOKENS and TOKENS in inputs:
-            self.longest_input = max(self.longest_input or 0, inputs[TOKENS].shape[1])
+            self.longest_input = max(self.longest_input or 0, inputs[TOKENS].shape[-1])
         if count == 0:
             return None
         ours = self._gradient(lambda p: self._mean_loss(p, inputs, labels))
         theirs = self.own.gradient(collated, times=times)
-        unshifted = int((all_labels(collated) != IGNORED_LABEL).sum())
+        given = all_labels(collated)
+        unshifted = count if given is None else int((given != IGNORED_LABEL).sum())
         return compared(ours, theirs, (count, unshifted), rows)
 
     def agrees(self, comparison: Comparison | None) -> bool:
@@ -93,11 +105,11 @@ class Rehearsal:
                 f"None of {sum(map(len, batches))} rows tried has a label other than {IGNORED_LABEL}: nothing is "
                 "learned from them. Fix the labels."
             )
-        inputs = self._check_derivative(labelled)
+        inputs, labels = self._check_derivative(labelled)
         with self._told_apart(labelled):
             trained = self._compared(batches)
         try:
-            check_distillable(self.model, inputs)
+            check_distillable(self.model, inputs, labels)
         except (NotImplementedError, ValueError) as error:
             logger.warning(
                 "This run can be attributed by its rows, but no synset can be distilled from it: %s", str(error)
@@ -119,7 +131,8 @@ class Rehearsal:
             adds_micro_batches=adds,
             shifts_labels=self.model.shifts_labels,
             counts_first=counts_first,
-            custom=self.row_loss is not None,
+            custom=self.row_loss is not None and self.name is None,
+            name=self.name,
             cosine=min(found.cosine for found in known.values()),
             columns=sorted(getattr(self.reader.dataset, "column_names", None) or ()),
             remove_unused_columns=bool(self.args.remove_unused_columns),
@@ -147,7 +160,7 @@ class Rehearsal:
     def _checked(self, rows: NDArray[np.int64]) -> Comparison | None:
         """The comparison of some rows; refuses them if the gradients differ in direction."""
         found = self.compare(rows)
-        if not self.agrees(found) and self.reader.batch(rows)[1].dim() == 2:
+        if not self.agrees(found) and self.name is None and self.reader.batch(rows)[1].dim() == 2:
             # A language model of one's own may shift its labels, or not, whatever its class is called.
             self.model.shifts_labels = not self.model.shifts_labels
             other = self.compare(rows)
@@ -155,7 +168,8 @@ class Rehearsal:
                 return other
             self.model.shifts_labels = not self.model.shifts_labels
         if found is not None and not self.agrees(found):
-            ours = "`row_loss`" if self.row_loss is not None else "the cross entropy of the logits"
+            ours = "the cross entropy of the logits" if self.row_loss is None else "`row_loss`"
+            ours = ours if self.name is None else f"the {self.name.replace('_', ' ')} of the logits"
             raise NotImplementedError(
                 f"{self._trained()} is not {ours}: on rows {rows.tolist()} the gradients have cosine "
                 f"{found.cosine:.4f}. {WAY_OUT}"
@@ -317,7 +331,14 @@ class Rehearsal:
     def _check_rows_apart(self, rows: NDArray[np.int64]) -> None:
         """Refuses models in which the rows of a batch change each other's gradients."""
         inputs, labels = self.reader.batch(rows[:2])
-        row_loss = self._row_loss(labels)
+        row_loss, name = self._row_loss(labels), self.model.main_input_name
+        lengths = {self.reader.batch(some)[0][name].shape[1] for some in (rows, *rows[:, None])}
+        if self.model.predicts_spans and len(lengths) > 1:
+            raise NotImplementedError(
+                f"{type(self.model.module).__name__} chooses among the positions of a text, and texts are padded to "
+                f"the longest of their batch ({min(lengths)} to {max(lengths)} tokens): rows of a batch change each "
+                'other\'s losses. Pad all to one length, `tokenizer(..., padding="max_length")`.'
+            )
 
         def loss(parameters: dict[str, Tensor], some: slice) -> Tensor:
             own = {name: value[some] for name, value in inputs.items()}
@@ -345,21 +366,29 @@ class Rehearsal:
             losses = row_loss(self.model.logits(self.parameters, inputs), labels).tolist()
         return (rows.tolist(), losses) if np.isfinite(losses).all() else ([], [])
 
-    def _check_derivative(self, rows: NDArray[np.int64]) -> dict[str, Tensor]:
-        """Refuses labels that are not classes and models that `torch.func` cannot differentiate; gives the inputs."""
+    def _check_derivative(self, rows: NDArray[np.int64]) -> tuple[dict[str, Tensor], Tensor]:
+        """Refuses labels without a loss and models that `torch.func` cannot differentiate; gives inputs and labels."""
         inputs, labels = self.reader.batch(rows)
-        if self.model.main_input_name == TOKENS and TOKENS in inputs and inputs[TOKENS].dim() != 2:
-            check_inputs(TOKENS, inputs)
         computation = self._refused("computed without labels and in float32", "float32 that needs no labels")
         with torch.no_grad(), computation:
             logits = self.model.logits(self.parameters, inputs)
+        if self.row_loss is None and labels.is_floating_point() and logits.numel() == labels.numel():
+            self._choose_loss(rows, first="squared_error" if logits.shape[-1] == 1 else "binary_cross_entropy")
         if self.row_loss is None:
             check_labels(logits, labels)
         row_loss, one = self._row_loss(labels), {name: value[:1] for name, value in inputs.items()}
         derivative = self._refused("differentiated by `torch.func`", "PyTorch's own operators")
         with torch.enable_grad(), self.model.differentiable(), derivative:
             grad(lambda p: row_loss(self.model.logits(p, one), labels[:1]).sum())(self.parameters)
-        return inputs
+        return inputs, labels
+
+    def _choose_loss(self, rows: NDArray[np.int64], *, first: str) -> None:
+        """Takes the loss of numbers whose gradient is the trained one, or the first to be refused for what it is."""
+        for name in sorted(LOSSES_OF_NUMBERS, key=lambda name: name != first):
+            self._use(name)
+            if self.agrees(self.compare(rows)):
+                return
+        self._use(first)
 
     @contextlib.contextmanager
     def _refused(self, what: str, way_out: str) -> Iterator[None]:

@@ -24,7 +24,7 @@ from tests.recording import test_trained_loss as losses
 from tests.recording.helpers import MeanModel, UpdateModel, dataset
 from tests.recording.test_trained_loss import bert, gpt2, rows, texts
 from tests.recording.test_training_watch import At, average, clamp, freeze, reverse, scale_by_hook
-from tests.text import VOCABULARY, classifier, language_model
+from tests.text import VOCABULARY, classifier, language_model, word_tokenizer
 from tests.text import texts as padded
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "runs.md"
@@ -90,7 +90,11 @@ def transformed() -> Dataset:
 
 
 def questions() -> Dataset:
-    return rows().remove_columns("labels").map(lambda row: {"start_positions": 0, "end_positions": 1})
+    return (
+        rows()
+        .remove_columns("labels")
+        .map(lambda row, i: {"start_positions": i % 2, "end_positions": 1 + i % 2}, with_indices=True)
+    )
 
 
 def relabelled(make: Callable[[int], Any]) -> Build:
@@ -163,6 +167,15 @@ class SignUpdate(torch.optim.Optimizer):
         for group in self.param_groups:
             for parameter in group["params"]:
                 parameter -= group["lr"] * parameter.grad.sign()
+
+
+def huber(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    return F.huber_loss(logits[:, 0], labels, reduction="none")
+
+
+class Huber(losses.Own):
+    def own_loss(self, logits, labels):
+        return huber(logits, labels).mean()
 
 
 def focal(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -250,11 +263,16 @@ KINDS: dict[str, dict[str, Kind]] = {
         "Bloom": Kind(losses.bloom, texts, "cannot be differentiated by `torch.func`"),
         "BERT, multiple choice": Kind(
             lambda: bert(hf.BertForMultipleChoice),
-            lambda: Dataset.from_list([{"input_ids": [[3, 6, 7], [4, 8, 9]], "labels": i % 2} for i in range(12)]),
-            "multiple choice",
+            lambda: Dataset.from_list(
+                [{"input_ids": [[3, 6 + i % 5, 7], [4, 8, 9 + i % 3]], "labels": i % 2} for i in range(24)]
+            ),
         ),
-        "BERT, spans": Kind(
-            lambda: bert(hf.BertForQuestionAnswering, num_labels=2), questions, "every row needs its label"
+        "BERT, spans": Kind(lambda: bert(hf.BertForQuestionAnswering, num_labels=2), questions),
+        "BERT, spans of texts that are padded by batch": Kind(
+            lambda: bert(hf.BertForQuestionAnswering, num_labels=2),
+            lambda: questions().map(lambda row, i: {"input_ids": row["input_ids"][: 2 + i % 2]}, with_indices=True),
+            trainer={"data_collator": hf.DataCollatorWithPadding(word_tokenizer(["word"]))},
+            refused="chooses among the positions of a text",
         ),
         "rows that are centred on their batch": Kind(
             lambda: bert(losses.Centred), refused="rows of a batch change each other's losses"
@@ -288,11 +306,16 @@ KINDS: dict[str, dict[str, Kind]] = {
             lambda: bert(losses.TrainingPenalty), refused="in training mode cannot be attributed"
         ),
         "sum over the batch": Kind(lambda: bert(losses.Summed), refused="is not a mean over rows or labels"),
-        "regression": Kind(lambda: bert(num_labels=1), relabelled(float), "Regression and multi-label models are not"),
-        "several labels a row": Kind(
-            lambda: bert(problem_type="multi_label_classification"),
-            relabelled(lambda i: [float(k == i % 3) for k in range(3)]),
-            "Regression and multi-label models are not",
+        "regression": Kind(lambda: bert(num_labels=1), relabelled(float)),
+        "regression, several numbers a row": Kind(
+            lambda: bert(problem_type="regression"), relabelled(lambda i: [float(i), 1.0, i / 2])
+        ),
+        "several labels a row": Kind(lambda: bert(), relabelled(lambda i: [float(k in (i % 3, 1)) for k in range(3)])),
+        "numbers, Huber's loss": Kind(
+            lambda: bert(Huber, num_labels=1), relabelled(float), "is not the squared error of the logits"
+        ),
+        "numbers, Huber's loss, with `row_loss`": Kind(
+            lambda: bert(Huber, num_labels=1), relabelled(float), row_loss=huber
         ),
         "no label but -100": Kind(data=relabelled(lambda i: -100), refused="has a label other than -100"),
     },
