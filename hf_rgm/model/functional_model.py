@@ -130,8 +130,12 @@ class FunctionalModel:
         self.module.requires_grad_(False)
         self._host = TokenHost(self.module)
         self.ignores_padding: bool | None = None  # not known yet
+        # Virtual tokens before a causal text: the last of them predicts its first token, so that logits are taken from
+        # there on and no label needs to be shifted.
+        self.prompt_length = _prompt_length(self.module)
         # Whether each token predicts the label of the next one, as in causal language models.
-        self.shifts_labels = _is_causal(self.module) if shifts_labels is None else shifts_labels
+        shifts = _is_causal(self.module) and not self.prompt_length
+        self.shifts_labels = shifts if shifts_labels is None else shifts_labels
         self._known_rows: dict[str, Tensor] = {}
         self._constants = {"use_cache": False} if "use_cache" in self.forward_arguments else {}
 
@@ -194,6 +198,8 @@ class FunctionalModel:
                 f"The forward of {type(self.module).__name__} returned {type(output).__name__}. It must return a "
                 "tensor of logits, or an output or dictionary with `logits`."
             )
+        if self.prompt_length:
+            return logits[:, self.prompt_length - 1 : -1]
         return logits
 
     def give_rows(self, name: str, rows: Tensor) -> bool:
@@ -292,6 +298,13 @@ def frozen_sha256(frozen: Mapping[str, Tensor]) -> str:
     return parameters_sha256(
         {name: whole(p.detach()).flatten()[:: max(1, p.numel() // FROZEN_ELEMENTS)] for name, p in frozen.items()}
     )
+
+
+def _prompt_length(model: nn.Module) -> int:
+    """Virtual tokens that PEFT puts before every text of a causal language model, each with logits of its own."""
+    config: Any = getattr(model, "active_peft_config", None)
+    of_prompt = getattr(config, "peft_type", None) in ("PROMPT_TUNING", "P_TUNING") and _is_causal(model)
+    return int(config.num_virtual_tokens) if of_prompt else 0
 
 
 def _is_causal(model: nn.Module) -> bool:

@@ -163,14 +163,13 @@ class RowReader:
                 self.what,
             )
 
-    def labels_per_row(self, batch_size: int = 256, *, with_first: bool = False) -> float:
-        """Mean number of labels of a row, without those of -100, or that of the first position unless `with_first`."""
+    def labels_per_row(self, batch_size: int = 256, *, as_trained: bool = False) -> float:
+        """Mean number of labels of a row that are not -100; `as_trained`: counted by the Trainer otherwise."""
         count, known = 0, self.classes()
         for start in range(0, len(self), batch_size):
             rows = range(start, min(start + batch_size, len(self)))
             collated = self.collated(rows)
-            given = all_labels(collated) if with_first else None
-            labels = self.tensors(collated, rows)[1] if given is None else given
+            labels = self.counted_labels(collated) if as_trained else self.tensors(collated, rows)[1]
             if known is not None and np.array_equal(labels.cpu().numpy(), known[:batch_size]):
                 count = int((known != IGNORED_LABEL).sum())
                 break
@@ -180,6 +179,13 @@ class RowReader:
                 f"No row of `{self.what}` has a label other than {IGNORED_LABEL}: nothing is learned from it."
             )
         return count / len(self)
+
+    def counted_labels(self, collated: Mapping[str, Any]) -> Tensor:
+        """Labels that a Trainer may count: those given, or without a prompt's first one, whatever is predicted."""
+        labels = all_labels(collated)
+        if labels is None:
+            return torch.empty(0)
+        return labels[:, 1:] if self.model.prompt_length and labels.dim() == 2 else labels
 
     def classes(self) -> np.ndarray | None:
         """Labels of all rows, `(num_rows,)`, int64, where a column of the dataset holds them."""
@@ -215,7 +221,7 @@ class RowReader:
     def _own_labels(self, inputs: dict[str, Tensor]) -> Tensor:
         """The text itself for causal language models, else what the model predicts."""
         mask = inputs.get("attention_mask")
-        if self.model.shifts_labels and "input_ids" in inputs:
+        if (self.model.shifts_labels or self.model.prompt_length) and "input_ids" in inputs:
             labels = inputs["input_ids"]
         else:
             with torch.no_grad():

@@ -18,7 +18,7 @@ from transformers import Trainer
 
 from hf_rgm.model.functional_model import FunctionalModel
 from hf_rgm.model.losses import IGNORED_LABEL, LOSSES_OF_NUMBERS, LossFunction, RowLoss, check_labels
-from hf_rgm.model.row_reader import RowReader, all_labels
+from hf_rgm.model.row_reader import RowReader
 from hf_rgm.model.synthetic_inputs import TOKENS, check_distillable
 from hf_rgm.recording.comparison import Comparison, compared
 from hf_rgm.recording.own_loss import OwnLoss
@@ -89,9 +89,8 @@ class Rehearsal:
             return None
         ours = self._gradient(lambda p: self._mean_loss(p, inputs, labels))
         theirs = self.own.gradient(collated, times=times)
-        given = all_labels(collated)
-        unshifted = count if given is None else int((given != IGNORED_LABEL).sum())
-        return compared(ours, theirs, (count, unshifted), rows)
+        as_trained = int((self.reader.counted_labels(collated) != IGNORED_LABEL).sum())
+        return compared(ours, theirs, (count, as_trained), rows)
 
     def agrees(self, comparison: Comparison | None) -> bool:
         return comparison is None or comparison.cosine >= MIN_COSINE[self.is_short]
@@ -231,11 +230,11 @@ class Rehearsal:
         return dict(zip(parameters, gradients, strict=True))
 
     def _counts_first(self, compared: Sequence[Comparison]) -> bool:
-        """Whether the sum over labels is divided by a count that includes those at the first position."""
-        if self.row_loss is not None or not self.model.shifts_labels:
+        """Whether the sum over labels is divided by a count that differs in those at the first position."""
+        if self.row_loss is not None or not (self.model.shifts_labels or self.model.prompt_length):
             return False
         exact = EXACT[self.is_short]
-        given = [found.ratio * found.all_labels / found.count for found in compared]
+        given = [found.ratio * found.counted / found.count for found in compared]
         return all(abs(each - 1) <= exact for each in given) and any(
             abs(found.ratio - 1) > exact for found in compared
         )

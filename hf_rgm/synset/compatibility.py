@@ -121,7 +121,7 @@ def row_loss_of(
     if function is None and trained is not None and trained.name is not None:
         function = LOSSES_OF_NUMBERS[trained.name]
     counts_first = trained is not None and trained.counts_first
-    row_loss = RowLoss(reader.labels_per_row(with_first=counts_first), label_smoothing, function, scales[0])
+    row_loss = RowLoss(reader.labels_per_row(as_trained=counts_first), label_smoothing, function, scales[0])
     if not force:
         check_losses(trained, reader, row_loss)
     return row_loss

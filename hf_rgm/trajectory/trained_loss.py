@@ -16,7 +16,9 @@ class TrainedLoss:
     scale: float = 1.0  # ratio of an update's gradient to that of the mean over its labels, or rows of `row_loss`
     adds_micro_batches: bool = False  # whether `scale` grows with the number of micro-batches of an update
     shifts_labels: bool | None = None
-    counts_first: bool = False  # whether the mean also counts labels at the first position, which no token predicts
+    counts_first: bool = (
+        False  # whether it counts the first label of a text, which is not predicted (with a prompt, not)
+    )
     custom: bool = False  # whether it was `TrajectoryCallback(row_loss=...)`
     name: str | None = None  # a key of `LOSSES_OF_NUMBERS`; otherwise the cross entropy, or a `row_loss`
     cosine: float = 1.0  # least cosine of the two gradients

@@ -337,7 +337,15 @@ KINDS: dict[str, dict[str, Kind]] = {
         "prompt tuning, texts classified": Kind(
             adapted(lambda: peft.PromptTuningConfig(num_virtual_tokens=2, task_type="SEQ_CLS"))
         ),
-        "prompt tuning, language model": Kind(losses.prompt_tuning, texts, "one for each vector of logits"),
+        "prompt tuning, language model": Kind(losses.prompt_tuning, texts),
+        "P-tuning, language model": Kind(
+            adapted(
+                lambda: peft.PromptEncoderConfig(num_virtual_tokens=2, encoder_hidden_size=4, task_type="CAUSAL_LM"),
+                llama,
+            ),
+            tokens("text"),
+            arguments=FULL,
+        ),
         "prefix tuning": Kind(adapted(lambda: peft.PrefixTuningConfig(num_virtual_tokens=2, task_type="SEQ_CLS"))),
         "biases alone": Kind(
             lambda: frozen(bert(), lambda name: "bias" not in name),
