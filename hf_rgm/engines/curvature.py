@@ -11,14 +11,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.func import grad, jacrev, vmap
+from torch.func import jacrev, vmap
 
 from hf_rgm.engines.gradient_form import GradientForm, WholeGradients
 from hf_rgm.exceptions import DivergenceError
 from hf_rgm.model.functional_model import FunctionalModel
 from hf_rgm.model.losses import LossFunction
 from hf_rgm.model.padding import batches_by_length
-from hf_rgm.model.vectorize import map_rows
+from hf_rgm.model.vectorize import grad, map_rows
 
 # With more labels than this, random signs take the place of eigenvectors.
 MAX_EXACT_OUTPUTS = 64
@@ -167,7 +167,7 @@ def _terms(model: FunctionalModel, samples: WeightedInputs, named: dict[str, Ten
             if loss is None:
                 matrices = torch.diag_embed(p) - p[:, :, None] * p[:, None]
             else:
-                matrices = vmap(jacrev(grad(loss)))(logits.flatten(1), labels)
+                matrices = vmap(jacrev(torch.func.grad(loss)))(logits.flatten(1), labels)
             values, basis = torch.linalg.eigh(matrices)
             if exact is None:
                 exact = p.new_zeros(len(samples), num_outputs, num_outputs)
@@ -198,9 +198,9 @@ def _diagonal(loss: Callable[[Tensor, Tensor], Tensor], outputs: Tensor, labels:
 
     def along(direction: Tensor) -> Tensor:
         def slope(z: Tensor, label: Tensor, v: Tensor) -> Tensor:
-            return (grad(loss)(z, label) * v).sum()
+            return (torch.func.grad(loss)(z, label) * v).sum()
 
-        return vmap(grad(slope))(outputs, labels, direction)
+        return vmap(torch.func.grad(slope))(outputs, labels, direction)
 
     diagonal, alternating = along(torch.ones_like(outputs)), torch.ones_like(outputs)
     alternating[:, ::2] = -1

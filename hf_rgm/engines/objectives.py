@@ -7,11 +7,10 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from torch.func import grad, jacrev
 
 from hf_rgm.model.functional_model import FunctionalModel, ToVector
 from hf_rgm.model.losses import IGNORED_LABEL, LossFunction, check_labels, label_losses, squared_errors
-from hf_rgm.model.vectorize import map_rows
+from hf_rgm.model.vectorize import grad, jacobian, map_rows
 
 # A model at some parameters: maps the forward's keyword arguments to logits.
 Forward = Callable[[Mapping[str, Tensor]], Tensor]
@@ -131,7 +130,7 @@ class Objective:
             return self.function(lambda inputs: model.logits(p, inputs), some)
 
         if not self.per_query:
-            return make(jacrev(lambda p: self._checked(values(p, queries)))(named))
+            return make(jacobian(lambda p: self._checked(values(p, queries)), named))
 
         def gradient(inputs: dict[str, Tensor], label: Tensor) -> Tensor:
             query = replace(queries, inputs={name: value[None] for name, value in inputs.items()}, labels=label[None])

@@ -7,14 +7,14 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.func import grad, jvp
+from torch.func import jvp
 
 from hf_rgm.model.cost_estimates import PieceOfWork, measured
 from hf_rgm.model.functional_model import FunctionalModel, ToVector
 from hf_rgm.model.losses import CROSS_ENTROPY, RowLoss, check_labels
 from hf_rgm.model.padding import batches_by_length
 from hf_rgm.model.row_reader import CachedBatches
-from hf_rgm.model.vectorize import map_rows
+from hf_rgm.model.vectorize import OLD_FUNCTION, grad, map_rows
 from hf_rgm.model.warn_once import warn_once
 
 logger = logging.getLogger(__name__)
@@ -118,7 +118,9 @@ def row_derivatives(
         named = (model.space.unflatten(direction) for direction in directions)
         try:
             return torch.stack([jvp(losses, (parameters,), (direction,))[1] for direction in named])
-        except NotImplementedError as error:
+        except (NotImplementedError, RuntimeError) as error:
+            if not isinstance(error, NotImplementedError) and OLD_FUNCTION not in str(error):
+                raise
             told = "Rows are scored by their gradients, not in forward mode: %s"
             warn_once(logger, told, str(error).split(". ")[0])
     return directions @ row_gradients(model, parameters, inputs, labels, row_loss, form).T

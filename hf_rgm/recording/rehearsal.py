@@ -13,13 +13,13 @@ import torch
 from accelerate.utils.memory import should_reduce_batch_size
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.func import grad
 from transformers import Trainer
 
 from hf_rgm.model.functional_model import FunctionalModel
 from hf_rgm.model.losses import IGNORED_LABEL, LOSSES_OF_NUMBERS, LossFunction, RowLoss, check_labels
 from hf_rgm.model.row_reader import RowReader
 from hf_rgm.model.synthetic_inputs import TOKENS, check_distillable
+from hf_rgm.model.vectorize import grad
 from hf_rgm.recording.comparison import Comparison, compared
 from hf_rgm.recording.own_loss import OwnLoss
 from hf_rgm.trajectory.trained_loss import TrainedLoss

@@ -260,7 +260,7 @@ KINDS: dict[str, dict[str, Kind]] = {
             pictures,
         ),
         "a convolutional network of one's own": Kind(seeded(Convolutional), pictures),
-        "Bloom": Kind(losses.bloom, texts, "cannot be differentiated by `torch.func`"),
+        "Bloom": Kind(losses.bloom, texts),
         "BERT, multiple choice": Kind(
             lambda: bert(hf.BertForMultipleChoice),
             lambda: Dataset.from_list(
@@ -326,9 +326,7 @@ KINDS: dict[str, dict[str, Kind]] = {
         ),
         "rsLoRA": Kind(adapted(lambda: peft.LoraConfig(r=2, use_rslora=True, **TARGETS))),
         "DoRA": Kind(adapted(lambda: peft.LoraConfig(r=2, use_dora=True, **TARGETS))),
-        "LoHa": Kind(
-            adapted(lambda: peft.LoHaConfig(r=2, **TARGETS)), refused="cannot be differentiated by `torch.func`"
-        ),
+        "LoHa": Kind(adapted(lambda: peft.LoHaConfig(r=2, **TARGETS))),
         "VeRA": Kind(adapted(lambda: peft.VeraConfig(r=2, **TARGETS))),
         "OFT": Kind(adapted(lambda: peft.OFTConfig(r=2, oft_block_size=0, **TARGETS))),
         "LoKr": Kind(adapted(lambda: peft.LoKrConfig(r=2, **TARGETS))),
