@@ -130,6 +130,7 @@ class FunctionalModel:
         self.module.requires_grad_(False)
         self._host = TokenHost(self.module)
         self.ignores_padding: bool | None = None  # not known yet
+        self.has_forward_mode: bool | None = None
         # Virtual tokens before a causal text: the last of them predicts its first token, so that logits are taken from
         # there on and no label needs to be shifted.
         self.prompt_length = _prompt_length(self.module)

@@ -20,6 +20,8 @@ from hf_rgm.model.warn_once import warn_once
 logger = logging.getLogger(__name__)
 
 MAX_FORWARD_DIRECTIONS = 4
+PROBED_ROWS, FORWARD_TOLERANCE = 4, 1e-2
+"""Rows by which forward mode is tried, and the relative difference of derivatives that is rounding."""
 ROWS_AT_ONCE = 64
 """Rows of one backward pass; fewer rows of text have less padding."""
 
@@ -109,18 +111,31 @@ def row_derivatives(
 ) -> Tensor:
     """Derivatives of each row's loss along `directions` `(num_directions, length)`: `(num_directions, batch_size)`."""
     # Forward mode takes one pass per direction and keeps nothing per row. It does not pay for many directions, and
-    # some operators have no rule for it.
-    if form is None and len(directions) <= MAX_FORWARD_DIRECTIONS:
+    # some operators have no rule for it, or silently give zero.
+    if form is None and len(directions) <= MAX_FORWARD_DIRECTIONS and model.has_forward_mode is not False:
 
         def losses(p: dict[str, Tensor]) -> Tensor:
             return row_loss(model.logits(p, inputs), labels)
 
         named = (model.space.unflatten(direction) for direction in directions)
         try:
-            return torch.stack([jvp(losses, (parameters,), (direction,))[1] for direction in named])
+            found = torch.stack([jvp(losses, (parameters,), (direction,))[1] for direction in named])
+            if model.has_forward_mode is None:
+                some = {name: value[:PROBED_ROWS] for name, value in inputs.items()}
+                gradients = row_gradients(model, parameters, some, labels[:PROBED_ROWS], row_loss)
+                _compare(model, found[:, :PROBED_ROWS], directions @ gradients.T)
+            return found
         except (NotImplementedError, RuntimeError) as error:
             if not isinstance(error, NotImplementedError) and OLD_FUNCTION not in str(error):
                 raise
+            model.has_forward_mode = False
             told = "Rows are scored by their gradients, not in forward mode: %s"
             warn_once(logger, told, str(error).split(". ")[0])
     return directions @ row_gradients(model, parameters, inputs, labels, row_loss, form).T
+
+
+def _compare(model: FunctionalModel, found: Tensor, expected: Tensor) -> None:
+    """Notes whether forward mode gives the derivatives of reverse mode; a `NotImplementedError` if it does not."""
+    if bool((found - expected).norm() > FORWARD_TOLERANCE * expected.norm()):
+        raise NotImplementedError(f"an operator of {type(model.module).__name__} gives other derivatives in it")
+    model.has_forward_mode = True if bool(expected.any()) else None

@@ -21,7 +21,7 @@ from hf_rgm.model.row_reader import RowReader
 from hf_rgm.model.synthetic_inputs import TOKENS, check_distillable
 from hf_rgm.model.vectorize import grad
 from hf_rgm.recording.comparison import Comparison, compared
-from hf_rgm.recording.own_loss import OwnLoss
+from hf_rgm.recording.own_loss import OwnLoss, described_loss
 from hf_rgm.trajectory.trained_loss import TrainedLoss
 
 logger = logging.getLogger(__name__)
@@ -62,6 +62,7 @@ class Rehearsal:
             dataloader.dataset, self.model, data_collator=dataloader.collate_fn, remove_unused_columns=False
         )
         own = dict(model.named_parameters())
+        self.trained = described_loss(trainer, self.model.module)
         self.own = OwnLoss(trainer, model, {name: own[name] for name in names})
         self.parameters = self.model.parameters()
         self.longest_input: int | None = None
@@ -152,7 +153,7 @@ class Rehearsal:
         if now.cosine >= MIN_COSINE_LATER[self.is_short] and abs(ratio - 1) <= TOLERANCE_LATER[self.is_short]:
             return None
         return (
-            f"{self._trained()} is no longer what it was before the first step: on rows {now.rows.tolist()} its "
+            f"{self.trained} is no longer what it was before the first step: on rows {now.rows.tolist()} its "
             f"gradient has cosine {now.cosine:.4f} with that of the recorded loss, and {ratio:.3g} times the length."
         )
 
@@ -170,27 +171,10 @@ class Rehearsal:
             ours = "the cross entropy of the logits" if self.row_loss is None else "`row_loss`"
             ours = ours if self.name is None else f"the {self.name.replace('_', ' ')} of the logits"
             raise NotImplementedError(
-                f"{self._trained()} is not {ours}: on rows {rows.tolist()} the gradients have cosine "
+                f"{self.trained} is not {ours}: on rows {rows.tolist()} the gradients have cosine "
                 f"{found.cosine:.4f}. {WAY_OUT}"
             )
         return found
-
-    def _trained(self) -> str:
-        """What computes the loss, in words."""
-        trainer, kind = self.trainer, type(self.trainer)
-        if getattr(trainer, "compute_loss_func", None) is not None:
-            return "The loss of `compute_loss_func`"
-        for name in ("compute_loss", "training_step"):
-            if getattr(kind, name) is not getattr(Trainer, name) and not kind.__module__.startswith("trl."):
-                return f"The loss of {kind.__name__}.{name}"
-        loss_type = getattr(self.args, "loss_type", None)
-        config = self.model.config
-        own = f"The loss that {type(self.model.module).__name__} computes"
-        if loss_type is not None:
-            return f"{own} (`loss_type={loss_type!r}`)"
-        if getattr(config, "output_router_logits", False):
-            return f"{own} (`output_router_logits=True` adds a penalty of the router)"
-        return own
 
     def _batches(self) -> Iterator[NDArray[np.int64]]:
         """Some rows, of up to 32 classes, in batches as large as in training and one smaller."""
@@ -253,7 +237,7 @@ class Rehearsal:
         expected = 0.0 if both is None else both.count / (divisors[least] + divisors[most])
         if both is None or abs(both.ratio / expected - 1) > TOLERANCE[self.is_short]:
             raise NotImplementedError(
-                f"{self._trained()} is not a mean over rows or labels: its gradient is {ratios[least]:.3g} times that "
+                f"{self.trained} is not a mean over rows or labels: its gradient is {ratios[least]:.3g} times that "
                 f"of the mean on {len(batches[least])} rows, {ratios[most]:.3g} times on {len(batches[most])} others. "
                 "Divide the sum over a batch by the number of its rows or labels."
             )
@@ -282,7 +266,7 @@ class Rehearsal:
             if abs(times / expected - 1) <= TOLERANCE[self.is_short]:
                 return adds
         raise NotImplementedError(
-            f"{self._trained()} gives {times:.3g} times the gradient with `gradient_accumulation_steps="
+            f"{self.trained} gives {times:.3g} times the gradient with `gradient_accumulation_steps="
             f"{accumulated}`; it should be 1 or {accumulated} times. Divide it by `num_items_in_batch`, or by nothing."
         )
 
@@ -294,7 +278,7 @@ class Rehearsal:
         differs = abs(once - plain) > EXACT[self.is_short] * abs(plain)
         if differs and once == self.own.value(collated, training_seed=1):
             raise NotImplementedError(
-                f"{self._trained()} is {once:.4g} in training mode without dropout and {plain:.4g} in evaluation "
+                f"{self.trained} is {once:.4g} in training mode without dropout and {plain:.4g} in evaluation "
                 "mode: what is added in training mode cannot be attributed. Train without it."
             )
 

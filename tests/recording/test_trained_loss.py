@@ -320,7 +320,6 @@ REFUSED = {
     "compute_loss_func": (bert, rows, {"trainer": {"compute_loss_func": squared}}, "`compute_loss_func` is not"),
     "router": (mixtral, texts, {}, "output_router_logits=True"),
     "AdaLoRA": (adalora, texts, {}, "loss that PeftModelForCausalLM computes is not"),
-    "no setup_context": (bloom, texts, {}, "BloomForCausalLM cannot be differentiated by `torch.func`"),
     "inputs of one dtype": (
         FixedType,
         dataset,
