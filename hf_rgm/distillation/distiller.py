@@ -63,7 +63,8 @@ class ReverseGradientMatchingDistiller:
         train_dataset: The training dataset, same rows in the same order.
         clusters (`ClusterMap`): Which row belongs to which cluster.
         config (`DistillationConfig`, *optional*): Settings.
-        data_collator (`Callable`, *optional*): The Trainer's. Defaults to `default_data_collator`.
+        data_collator (`Callable`, *optional*): The Trainer's, or a tokenizer if it was the Trainer's
+            `processing_class`. Defaults to `default_data_collator`.
         row_loss (`Callable`, *optional*): Takes logits `(batch_size, *positions, num_labels)` and labels and returns
             the loss of each row, `(batch_size,)`. That of `TrajectoryCallback(row_loss=...)`. Defaults
             to the cross entropy, with the label smoothing of the recorded run.

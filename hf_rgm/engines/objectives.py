@@ -219,14 +219,15 @@ def _of_output(kind: str, index: int | None) -> Objective:
     return Objective(kind if index is None else f"{kind}:{index}", values, per_query=True)
 
 
-def resolve_objective(objective: str | Objective, names: Mapping[str, int] | None = None) -> Objective:
-    """Objective of a name, or the objective itself; `names` are those of the model's outputs."""
+def resolve_objective(objective: str | Objective, model: FunctionalModel | None = None) -> Objective:
+    """Objective of a name, or the objective itself; the model knows the names of its outputs."""
     if isinstance(objective, Objective):
         return objective
     if objective in OBJECTIVES:
         return OBJECTIVES[objective]
     kind, _, output = objective.partition(":")
-    index = (names or {}).get(output, int(output) if output.isdecimal() else None)
+    names = getattr(None if model is None else model.config, "label2id", None) or {}
+    index = names.get(output, int(output) if output.isdecimal() else None)
     if kind not in OF_OUTPUTS or (index is None and objective != "predicted_value"):
         known = [*OBJECTIVES, "predicted_value", *(f"{name}:OUTPUT" for name in OF_OUTPUTS)]
         raise ValueError(

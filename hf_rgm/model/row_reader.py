@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 import zlib
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow.compute as pc
 import torch
 from torch import Tensor
 from transformers import (
@@ -24,9 +25,10 @@ from hf_rgm.model.random_state import random_state_kept
 
 logger = logging.getLogger(__name__)
 
-TRIED_ROWS = 8
+TRIED_ROWS, READ_AT_ONCE = 8, 10_000
 
-DataCollator = Callable[[list[Any]], Mapping[str, Any]]
+DataCollator = Callable[[list[Any]], Mapping[str, Any]] | PreTrainedTokenizerBase
+"""Makes a batch of rows; a tokenizer stands for the collator of a `Trainer(processing_class=tokenizer)`."""
 
 
 def knows_words(tokenizer: Any) -> bool:
@@ -35,7 +37,25 @@ def knows_words(tokenizer: Any) -> bool:
     return bool({*tokenizer.get_vocab()} - {*tokenizer.all_special_tokens})
 
 
-def padding_collator(tokenizer: PreTrainedTokenizerBase) -> DataCollator:
+def as_rows(given: Any) -> Any:
+    """Rows of a dictionary of columns, such as `dataset[:3]`, or of a single row; anything else as it is."""
+    if not isinstance(given, Mapping):
+        return given
+    if isinstance(given, datasets.DatasetDict):
+        raise ValueError(f"Got a dataset with the splits {', '.join(map(str, given))}. Choose one of them.")
+    told = any(name in given for name in (*LABEL_NAMES, *SPAN_NAMES, "text", "input_ids"))
+    ids = given.get("input_ids", [[]])
+    are_columns = told and all(map(_is_several, [*given.values(), ids[0] if len(ids) else None]))
+    if not are_columns or len({*map(len, given.values())}) > 1:
+        return [given]
+    return [dict(zip(given, row, strict=True)) for row in zip(*given.values(), strict=True)]
+
+
+def _is_several(value: Any) -> bool:
+    return isinstance(value, list | tuple) or (isinstance(value, Tensor | np.ndarray) and value.ndim > 0)
+
+
+def padding_collator(tokenizer: PreTrainedTokenizerBase) -> Callable[[list[Any]], Mapping[str, Any]]:
     """The collator of a `Trainer` with this tokenizer; it also pads labels of tokens, with -100."""
     of_rows, of_tokens = DataCollatorWithPadding(tokenizer), DataCollatorForSeq2Seq(tokenizer)
 
@@ -61,6 +81,7 @@ class RowReader:
         predict_labels: bool = False,
         loss: str | None = None,
     ) -> None:
+        dataset = as_rows(dataset)
         if not hasattr(dataset, "__len__"):
             raise TypeError(
                 f"`{what}` must be a map-style dataset with a length, got {type(dataset).__name__}. "
@@ -81,6 +102,8 @@ class RowReader:
         self.dataset = dataset
         self.what = what
         self._keep = keep if remove_unused_columns else None
+        if isinstance(data_collator, PreTrainedTokenizerBase):
+            data_collator = padding_collator(data_collator)
         self._collate = data_collator or default_data_collator
         self.model = model
         self._predict_labels = predict_labels
@@ -200,6 +223,16 @@ class RowReader:
             return None
         return np.asarray(dataset.select_columns([name]).with_format("numpy")[:][name], np.int64)
 
+    def longest_input(self) -> int | None:
+        """Tokens of the longest row, where a column of the dataset holds them."""
+        dataset, name = self.dataset, "input_ids"
+        known = isinstance(dataset, datasets.Dataset) and dataset.format["type"] != "custom"
+        if not known or name not in dataset.column_names:
+            return None
+        tables: Iterable[Any] = dataset.select_columns([name]).with_format("arrow").iter(READ_AT_ONCE)
+        lengths = (pc.max(pc.list_value_length(table[name])).as_py() for table in tables)  # type: ignore
+        return max(filter(None, lengths), default=None)
+
     def _collate_items(self, items: list[Any]) -> Mapping[str, Any]:
         strange = next((item for item in items if not isinstance(item, Mapping)), None)
         if strange is not None:
@@ -215,7 +248,7 @@ class RowReader:
                 raise
             raise ValueError(
                 f"Rows of `{self.what}` do not collate by `default_data_collator` ({error}). Pass the `data_collator` "
-                "that the Trainer used, such as `DataCollatorWithPadding(tokenizer)` for texts of different lengths."
+                "that the Trainer used, or its tokenizer in place of one (`data_collator=tokenizer`)."
             ) from error
 
     def _own_labels(self, inputs: dict[str, Tensor]) -> Tensor:

@@ -136,7 +136,7 @@ class Rehearsal:
             cosine=min(found.cosine for found in known.values()),
             columns=sorted(getattr(self.reader.dataset, "column_names", None) or ()),
             remove_unused_columns=bool(self.args.remove_unused_columns),
-            longest_input=self.longest_input,
+            longest_input=self.reader.longest_input() or self.longest_input,
             data_collator=getattr(collator, "__qualname__", type(collator).__qualname__),
         )
         return trained, first
