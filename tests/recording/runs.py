@@ -360,7 +360,10 @@ KINDS: dict[str, dict[str, Kind]] = {
         "fused AdamW": Kind(arguments={"optim": "adamw_torch_fused"}),
         "groups of different rates": Kind(optimizer=groups({"lr": 1e-3}, {})),
         "groups of different decays": Kind(optimizer=groups({"weight_decay": 0.2}, {"weight_decay": 0.0})),
-        "groups of different betas": Kind(
+        "groups of different second betas and eps": Kind(
+            optimizer=groups({"betas": (0.9, 0.98), "eps": 1e-4}, {"betas": (0.9, 0.999)})
+        ),
+        "groups of different first betas": Kind(
             optimizer=groups({"betas": (0.8, 0.99)}, {}), refused="Parameter groups with different"
         ),
         "groups of different momentum": Kind(
