@@ -17,7 +17,7 @@ from transformers import Trainer
 
 from hf_rgm.model.functional_model import FunctionalModel
 from hf_rgm.model.losses import IGNORED_LABEL, LOSSES_OF_NUMBERS, LossFunction, RowLoss, check_labels
-from hf_rgm.model.row_reader import RowReader
+from hf_rgm.model.row_reader import RowReader, all_labels
 from hf_rgm.model.synthetic_inputs import TOKENS, check_distillable
 from hf_rgm.model.vectorize import grad
 from hf_rgm.recording.comparison import Comparison, compared
@@ -99,6 +99,13 @@ class Rehearsal:
     def run(self) -> tuple[TrainedLoss, Comparison]:
         """Compares the losses on some batches, and says how they are related; refuses what cannot be attributed."""
         batches = list(self._batches())
+        collated = self.reader.collated(batches[0])
+        if all_labels(collated) is None:
+            raise NotImplementedError(
+                f"{type(self.trainer).__name__} trains on rows without labels (they have: {', '.join(collated)}), as "
+                "preferences and rewards are learned (DPO). Their loss is no function of a row's logits and labels, "
+                "which attribution takes. Train with labels, such as by `SFTTrainer` on the chosen answers."
+            )
         labelled = next((rows for rows in batches if self._count(self.reader.batch(rows)[1])), None)
         if labelled is None:
             raise ValueError(
