@@ -20,6 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from hf_rgm.model.frozen_layers import kept_in_16_bits, to_float
 from hf_rgm.model.sharding import is_split, whole
 from hf_rgm.model.token_host import (
     PartialEmbeddings,
@@ -121,12 +122,15 @@ class FunctionalModel:
         self.space = ParameterSpace(tuple(n for n, _ in trainable), tuple(p.shape for _, p in trainable))
         self.main_input_name = main_input_name(model)
         self.forward_arguments = forward_arguments(model)
+        kept = kept_in_16_bits(model, self.space.names)
         shared = {  # with the original, to save memory
             id(parameter): nn.Parameter(parameter.detach(), requires_grad=False)
             for name, parameter in own.items()
-            if name not in self.space.names and parameter.dtype == torch.float32 and parameter.device == self.device
+            if id(parameter) in kept
+            or (name not in self.space.names and parameter.dtype == torch.float32 and parameter.device == self.device)
         }
-        self.module = _prepared(_copied(extract_model_from_parallel(model), shared)).to(self.device)
+        copied = _copied(extract_model_from_parallel(model), dict(shared))
+        self.module = to_float(_prepared(copied), {id(shared[key]) for key in kept}).to(self.device)
         self.module.requires_grad_(False)
         self._host = TokenHost(self.module)
         self.ignores_padding: bool | None = None  # not known yet
@@ -256,7 +260,7 @@ def _unwrapped(forward: Any) -> Any:
 
 
 def _prepared(module: nn.Module) -> nn.Module:
-    """The module in float32 with eager attention, without dropout and gradient checkpointing."""
+    """The module with eager attention, without dropout and gradient checkpointing."""
     if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in module.modules()):
         warn_once(
             logger,
@@ -267,7 +271,7 @@ def _prepared(module: nn.Module) -> nn.Module:
     inner = _base_model(module)
     if isinstance(inner, PreTrainedModel):
         inner.set_attn_implementation("eager")
-    return module.float().eval()
+    return module.eval()
 
 
 def main_input_name(model: nn.Module) -> str:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
+import peft
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
@@ -18,7 +21,7 @@ from hf_rgm import (
 )
 from hf_rgm.model.row_reader import as_rows
 from tests.recording.runs import KINDS
-from tests.text import classifier, word_tokenizer
+from tests.text import classifier, language_model, word_tokenizer
 from tests.training import recorded_model
 
 WORDS = "the a cat dog bird sat ran sang on under mat road tree where who why".split()
@@ -172,3 +175,20 @@ def test_adapters_go_the_whole_path(tmp_path, case):
     np.testing.assert_allclose(unlabelled.objective_values, result.objective_values, **CLOSE)  # of the text itself
     synset = ReverseGradientMatchingDistiller(*parts, config=CONFIG, disable_tqdm=True).distill()
     assert synset.matching_error < 0.1
+
+
+def test_a_frozen_base_in_bf16_goes_the_whole_path(tmp_path):
+    rows, clusters = KINDS["Models"]["Llama"].data(), ClusterMap.from_ids([i % 3 for i in range(24)])
+    config = peft.LoraConfig(r=2, task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"])
+    model = peft.get_peft_model(language_model("llama").to(torch.bfloat16), config)
+    model = recorded_model(model, rows, tmp_path, num_states=3, max_steps=6, learning_rate=0.05)
+    known = {"rows": rows, "clusters": clusters, "disable_tqdm": True, "force": True}
+    in_16, in_32 = (
+        Attributor(own, trajectory=tmp_path / "trajectory", **known).attribute(rows.select(range(3)))
+        for own in (model, copy.deepcopy(model).float())
+    )
+    np.testing.assert_allclose(in_16.row_scores, in_32.row_scores, rtol=1e-4, atol=1e-7)
+    assert np.abs(in_32.row_scores).max() > 1e-5
+    parts = model, tmp_path / "trajectory", rows, clusters
+    synset = ReverseGradientMatchingDistiller(*parts, config=CONFIG, disable_tqdm=True).distill()
+    assert synset.matching_error < 1
