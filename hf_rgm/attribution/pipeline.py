@@ -13,7 +13,10 @@ from transformers import (
     AutoModelForAudioClassification,
     AutoModelForCausalLM,
     AutoModelForImageClassification,
+    AutoModelForMultipleChoice,
+    AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     Pipeline,
 )
 from transformers.pipelines import PIPELINE_REGISTRY
@@ -43,6 +46,9 @@ MODEL_CLASSES: tuple[Any, ...] = (
     AutoModelForSequenceClassification,
     AutoModelForAudioClassification,
     AutoModelForCausalLM,
+    AutoModelForTokenClassification,
+    AutoModelForMultipleChoice,
+    AutoModelForQuestionAnswering,
 )
 
 
