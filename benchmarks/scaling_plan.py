@@ -155,7 +155,7 @@ def byte_table(task: Task) -> str:
     sample = 4 * config.num_tokens * (hidden + choices + choices * 2 + 1)
     rows = [
         ["recorded states: parameters and two moments", "disk", size(3 * vector * task.num_states)],
-        ["the frozen model in 32 bits", "each GPU", size(4 * task.num_base_parameters)],
+        ["the frozen model in 16 bits", "each GPU", size(2 * task.num_base_parameters)],
         ["states, and exact gradients of one cluster at each", "each GPU", size(2 * vector * task.num_states)],
         [
             "the same for all clusters at once, which is never held",

@@ -20,7 +20,7 @@ from hf_rgm.model.functional_model import FunctionalModel
 from hf_rgm.model.losses import label_losses
 from hf_rgm.model.row_gradients import cluster_gradients
 from hf_rgm.model.row_reader import RowReader
-from tests.text import language_model, word_tokenizer
+from tests.text import classifier, language_model, word_tokenizer
 
 trl = pytest.importorskip("trl")
 
@@ -253,3 +253,21 @@ def test_another_loss_has_to_be_passed(tokenizer, tmp_path):
     given = (trainer.model, tmp_path / "trajectory", dataset, ClusterMap.from_column(dataset, "source"))
     distiller = ReverseGradientMatchingDistiller(*given, data_collator=trainer.data_collator, row_loss=dynamic)
     torch.testing.assert_close(distilled_gradient(distiller), full_gradient(trainer, distiller.model), **CLOSE)
+
+
+@pytest.mark.parametrize("kind", ["DPO", "Reward"])
+def test_preferences_are_refused_before_training(tmp_path, tokenizer, kind):
+    generator = np.random.default_rng(0)
+    texts = [{name: sentence(generator, "zoo", 3) for name in ("chosen", "rejected")} for _ in range(8)]
+    data = Dataset.from_list([{"prompt": "the cat ", **row} for row in texts])
+    model = language_model("gpt2") if kind == "DPO" else classifier("gpt2", num_labels=1)
+    reference = {"ref_model": language_model("gpt2", seed=1)} if kind == "DPO" else {}
+    arguments = getattr(trl, f"{kind}Config")(
+        str(tmp_path / "out"), max_steps=2, report_to="none", use_cpu=True, bf16=False, save_strategy="no"
+    )
+    callbacks = [TrajectoryCallback(tmp_path / "trajectory")]
+    common = {"args": arguments, "train_dataset": data, "processing_class": tokenizer, "callbacks": callbacks}
+    trainer = getattr(trl, f"{kind}Trainer")(model, **common, **reference)
+    with pytest.raises(NotImplementedError, match=f"{kind}Trainer trains on rows without labels.*by `SFTTrainer`"):
+        trainer.train()
+    assert trainer.state.global_step == 0

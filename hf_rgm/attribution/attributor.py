@@ -22,7 +22,7 @@ from hf_rgm.engines.engine import Engine
 from hf_rgm.engines.memory_shares import DEFAULT_MEMORY, free_bytes
 from hf_rgm.engines.objectives import Objective, resolve_objective
 from hf_rgm.engines.registry import check_engine, default_engine
-from hf_rgm.engines.request import Evaluation, Request
+from hf_rgm.engines.request import Evaluation
 from hf_rgm.model.cost_estimates import CostEstimate
 from hf_rgm.model.losses import LossFunction
 from hf_rgm.model.out_of_memory import advice_on_memory
@@ -51,7 +51,8 @@ class Attributor(DetailedScores):
         rows (*optional*): The training dataset, same rows in the same order. With a synset it can be given at each
             call instead, or not at all.
         clusters (`ClusterMap`, *optional*): Without a synset: which row belongs to which cluster.
-        data_collator (`Callable`, *optional*): Collates `rows`. Defaults to `default_data_collator`.
+        data_collator (`Callable`, *optional*): Collates `rows`; a tokenizer does as a Trainer's `processing_class`
+            pads. Defaults to `default_data_collator`.
         device (`torch.device`, *optional*): Where to compute. Defaults to the model's device.
         row_loss (`Callable`, *optional*): Loss of each row by logits and labels, where the Trainer computed its own.
         max_memory (`str`, *optional*, defaults to `"4GB"`): Memory beside the model, the queries and the result.
@@ -140,15 +141,15 @@ class Attributor(DetailedScores):
         Scores of every cluster, and of every row where the training rows are given.
 
         Args:
-            queries: Rows to explain: a dataset, or a list of dictionaries. Without labels, the model's own predictions
-                are explained.
+            queries: Rows to explain: a dataset, a list of dictionaries, or a dictionary of columns (`dataset[:3]`).
+                Without labels, the model's own predictions are explained.
             engine (`str`, *optional*): What scores the clusters: `"linearized_replay"` (each left out, to first order
                 in the parameters), `"adjoint"` (derivatives; its cost does not depend on the number of clusters),
                 `"responses"` (what the synset's author computed with the rows), `"replay"` (anchored, by the synset),
                 `"plain_replay"` (the optimizer itself on the synset) or `"training_on"` (from a recorded state, on
                 the rows that are kept). Defaults to the synset's responses where it has them and neither rows nor
                 `rewind` nor `num_masks` are given, else to the first; see docs/choosing.md.
-            objective (`str` or `Objective`, *optional*, defaults to `"margin"`): What to explain.
+            objective (`str` or `Objective`, *optional*, defaults to `"margin"`): What to explain (docs/choosing.md).
             rows (*optional*): The training dataset, if the attributor has none. Gradients and curvature are then
                 theirs in place of the synset's, and every row is scored where the objective is differentiable.
             data_collator (`Callable`, *optional*): Collates queries and rows. Defaults to the attributor's.
@@ -181,10 +182,9 @@ class Attributor(DetailedScores):
             raise ValueError(
                 "`output_dir` is for the scores of rows. Pass the training dataset as `rows`, or leave it out."
             )
-        asked, what = self._queries(queries, data_collator), resolve_objective(objective)
+        request = self._request(queries, data_collator, objective, rewind, num_masks, seed)
         if per_token:
-            asked, query_ids = self._per_token(asked, what, query_ids)
-        request = Request(what, asked, rewind, num_masks, seed)
+            request, query_ids = self._per_token(request, query_ids)
         evaluations = [Evaluation(run, request) for run in self._runs(rows, data_collator)]
         with self.model.differentiable():
             by_run, _ = [], evaluations[0].values  # what does not fit fails before the work
@@ -217,7 +217,7 @@ class Attributor(DetailedScores):
             [`~hf_rgm.model.cost_estimates.CostEstimate`]: its disk is that of the saved result.
         """
         chosen = self.engine(engine, rows=rows, rewind=rewind, num_masks=num_masks)
-        request = Request(resolve_objective(objective), self._queries(queries, data_collator), rewind, num_masks)
+        request = self._request(queries, data_collator, objective, rewind, num_masks)
         runs = self._runs(rows, data_collator)
         with self.model.differentiable():
             return estimate(chosen, Evaluation(runs[0], request), num_queries=num_queries, num_runs=len(runs))
@@ -250,7 +250,7 @@ class Attributor(DetailedScores):
             engines add the mean change to the value of the model itself.
         """
         chosen = self.engine(engine, rows=rows, rewind=rewind, replays=True)
-        request = Request(resolve_objective(objective), self._queries(queries, data_collator), rewind)
+        request = self._request(queries, data_collator, objective, rewind)
         evaluations = [Evaluation(run, request) for run in self._runs(rows, data_collator)]
         with self.model.differentiable():
             by_run = [chosen(own.run).values(own, masks).values for own in evaluations]
@@ -345,7 +345,7 @@ class Attributor(DetailedScores):
             ValueError: If the objective is not differentiable, a number is out of range, there is one cluster only,
                 all score alike, or no replay agrees with the first-order prediction.
         """
-        objective = resolve_objective(objective)
+        objective = resolve_objective(objective, self.model)
         check_request(objective, self.subject.clusters.num_clusters, max_change, min_agreement)
         options: dict[str, Any] = {"objective": objective, "data_collator": data_collator, "rewind": rewind}
         result = self.attribute(queries, engine="adjoint", rows=rows, **options)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -55,7 +56,7 @@ class DetailedScores:
         Raises:
             ValueError: If there are no rows, or the objective is none of each query by itself.
         """
-        chosen = resolve_objective(objective)
+        chosen = resolve_objective(objective, self.model)
         if not (chosen.per_query and chosen.differentiable):
             raise ValueError(
                 f'Objective {chosen.name!r} is not one of each query by itself. Use "loss" or "margin", or declare '
@@ -148,16 +149,17 @@ class DetailedScores:
     ) -> list[Any]:
         """Answers of the adjoint along each run, from where it goes back to."""
         queries, objective, data_collator, rewind = question
-        request = Request(resolve_objective(objective), self._queries(queries, data_collator), rewind)
+        request = self._request(queries, data_collator, objective, rewind)
         with self.model.differentiable():
             engines = [AdjointEngine(run) for run in runs]
             return [answer(own, Evaluation(own.run, request), own.rewind_of(request)) for own in engines]
 
-    def _per_token(
-        self, queries: Queries, objective: Objective, query_ids: Sequence[Any] | None
-    ) -> tuple[Queries, list[str]]:
-        """A query for each label of some queries, and their names."""
-        if queries.labels.dim() != 2 or not objective.per_query:
+    def _per_token(self, request: Request, query_ids: Sequence[Any] | None) -> tuple[Request, list[str]]:
+        """A query for each label of those asked about, and their names."""
+        queries, objective = request.queries, request.objective
+        tokens = queries.inputs.get("input_ids")
+        of_tokens = queries.labels.dim() == 2 and (tokens is None or tokens.shape == queries.labels.shape)
+        if not of_tokens or queries.labels.is_floating_point() or not objective.per_query:
             raise ValueError(
                 "`per_token=True` needs queries with labels of tokens, and an objective of each query by itself: got "
                 f"labels of shape {tuple(queries.labels.shape)} and {objective.name!r}."
@@ -166,14 +168,20 @@ class DetailedScores:
         # Labels of causal language models stand where they are predicted.
         told = [(query, position + bool(self.model.shifts_labels)) for query, position in places.tolist()]
         names = [f"{name}, " for name in query_ids or range(len(queries))] if query_ids or len(queries) > 1 else [""]
-        tokenizer, ids, words = self.tokenizer, queries.inputs.get("input_ids"), [""] * len(told)
-        if tokenizer is not None and ids is not None:
-            words = [f" {tokenizer.decode(ids[place])!r}" for place in told]
-        return single, [f"{names[at]}token {position}{word}" for (at, position), word in zip(told, words, strict=True)]
+        tokenizer, words = self.tokenizer, [""] * len(told)
+        if tokenizer is not None and tokens is not None:
+            words = [f" {tokenizer.decode(tokens[place])!r}" for place in told]
+        ids = [f"{names[at]}token {position}{word}" for (at, position), word in zip(told, words, strict=True)]
+        return replace(request, queries=single), ids
+            f"{names[at]}token {position}{word}" for (at, position), word in zip(told, words, strict=True)
+        ]
 
-    def _queries(self, queries: Any, data_collator: DataCollator | None) -> Queries:
+    def _request(
+        self, queries: Any, data_collator: DataCollator | None, objective: str | Objective, *options: Any
+    ) -> Request:
         reader = self._reader(queries, data_collator, predict_labels=True)
-        return Queries(*reader.batch(range(len(reader))))
+        collated = Queries(*reader.batch(range(len(reader))), self.subject.row_loss.function)
+        return Request(resolve_objective(objective, self.model), collated, *options)
 
     def _reader(self, queries: Any, data_collator: DataCollator | None, **options: Any) -> RowReader:
         options |= {**self.subject.trajectory.reader_options, "data_collator": data_collator or self._collator}

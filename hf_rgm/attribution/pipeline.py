@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,10 @@ from transformers import (
     AutoModelForAudioClassification,
     AutoModelForCausalLM,
     AutoModelForImageClassification,
+    AutoModelForMultipleChoice,
+    AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     Pipeline,
 )
 from transformers.pipelines import PIPELINE_REGISTRY
@@ -23,14 +27,18 @@ from hf_rgm.clusters.cluster_map import ClusterMap
 from hf_rgm.engines.memory_shares import DEFAULT_MEMORY
 from hf_rgm.hub.artefact import CardOptions
 from hf_rgm.hub.repository import is_repo_id, link_model, web_address
-from hf_rgm.model.functional_model import main_input_name
+from hf_rgm.model.cost_estimates import CostEstimate
+from hf_rgm.model.functional_model import LABEL_NAMES, main_input_name
 from hf_rgm.model.losses import LossFunction
-from hf_rgm.model.row_reader import knows_words, padding_collator
+from hf_rgm.model.row_reader import as_rows, knows_words, padding_collator
+from hf_rgm.model.warn_once import warn_once
 from hf_rgm.results.mixture import MixtureSuggestion
 from hf_rgm.results.result import AttributionResult
 from hf_rgm.results.unlearned import UnlearnedModel
 from hf_rgm.synset.synset import Synset
 from hf_rgm.trajectory.trajectory import Trajectory
+
+logger = logging.getLogger(__name__)
 
 TASK = "data-attribution"
 MODEL_CLASSES: tuple[Any, ...] = (
@@ -38,6 +46,9 @@ MODEL_CLASSES: tuple[Any, ...] = (
     AutoModelForSequenceClassification,
     AutoModelForAudioClassification,
     AutoModelForCausalLM,
+    AutoModelForTokenClassification,
+    AutoModelForMultipleChoice,
+    AutoModelForQuestionAnswering,
 )
 
 
@@ -154,8 +165,9 @@ class AttributionPipeline(Pipeline):
         Attributes all queries together.
 
         Args:
-            queries: A dataset, a list of dictionaries, an iterable of them, or one dictionary. With a tokenizer also
-                one text or a list of texts, which get the labels that the model predicts, or rows with a `text`.
+            queries: A dataset, a list of dictionaries, an iterable of them, one dictionary, or a dictionary of columns
+                (`dataset[:3]`). With a tokenizer also one text or a list of texts, which get the labels that the model
+                predicts, or rows with a `text`; they are no longer than the longest training row.
             top_k (`int`, *optional*): Return lists of the clusters with the largest scores in place of the matrix.
             options: Those of [`Attributor.attribute`]. `batch_size` and `num_workers`, which other pipelines take, are
                 ignored.
@@ -174,6 +186,11 @@ class AttributionPipeline(Pipeline):
         result = self.attributor.attribute(self._as_rows(queries), **options)
         result.tokenizer = self.tokenizer  # type: ignore[assignment]
         return result if top_k is None else result.to_list(top_k)
+
+    @passes_options_to(Attributor.estimate)
+    def estimate(self, queries: Any, **options: Any) -> CostEstimate:
+        """What attributing such queries will need; see [`Attributor.estimate`]."""
+        return self.attributor.estimate(self._as_rows(queries), **options)
 
     @passes_options_to(Attributor.unlearn)
     def model_without(self, clusters: Iterable[str | int], **options: Any) -> nn.Module:
@@ -287,8 +304,10 @@ class AttributionPipeline(Pipeline):
         return name if "/" in name and not Path(name).exists() and is_repo_id(name) else None
 
     def _as_rows(self, queries: Any) -> Any:
-        if isinstance(queries, (dict, str)):
+        if isinstance(queries, str):
             queries = [queries]
+        elif isinstance(queries, Mapping):
+            queries = as_rows(queries)
         elif isinstance(queries, Iterator):
             queries = list(queries)
         names = getattr(queries, "column_names", None)
@@ -300,7 +319,14 @@ class AttributionPipeline(Pipeline):
             row = {"text": row}
         if self.tokenizer is None or not isinstance(row, Mapping) or "input_ids" in row or "text" not in row:
             return row
-        return {**row, **self.tokenizer(row["text"], truncation=True)}
+        longest = self.attributor.subject.trajectory.longest_input
+        tokens = self.tokenizer(row["text"], truncation=True)
+        if longest is not None and len(tokens["input_ids"]) > longest:
+            told = "Texts are cut to the %d tokens of the longest training row. Pass them tokenised to keep more."
+            warn_once(logger, told, longest)
+            tokens = self.tokenizer(row["text"], truncation=True, max_length=longest)
+        keep = {*self.attributor.model.forward_arguments, *LABEL_NAMES}
+        return {**{name: value for name, value in row.items() if name in keep}, **tokens}
 
     def _sanitize_parameters(self, **options: Any) -> tuple[dict, dict, dict]:
         # Called once, by the constructor of `Pipeline`, with the options it does not know.

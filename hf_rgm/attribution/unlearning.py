@@ -17,6 +17,7 @@ from hf_rgm.engines.objectives import Queries, resolve_objective
 from hf_rgm.engines.registry import default_engine
 from hf_rgm.engines.training_on import TrainingOnEngine
 from hf_rgm.model.functional_model import FunctionalModel
+from hf_rgm.model.losses import LossFunction
 from hf_rgm.model.row_reader import RowReader
 from hf_rgm.results.unlearned import UnlearnedModel, UnlearningCheck
 
@@ -74,7 +75,8 @@ def without_clusters(
         groups.append(("the other training rows", run.rows.reader, np.flatnonzero(~is_removed)))
     if queries is not None:
         groups.append(("queries", queries, np.arange(len(queries))))
-    checks = [_compared(run.model, run.final, vector, *group) for group in groups]
+    row_loss = subject.row_loss.function
+    checks = [_compared(run.model, run.final, vector, *group, row_loss) for group in groups]
     return UnlearnedModel(
         model=run.model.module_with(run.model.space.unflatten(vector), like=like).eval(),
         clusters=[run.clusters.names[k] for k in removed],
@@ -90,13 +92,19 @@ def without_clusters(
 
 
 def _compared(
-    model: FunctionalModel, before: Tensor, after: Tensor, what: str, reader: RowReader, rows: np.ndarray
+    model: FunctionalModel,
+    before: Tensor,
+    after: Tensor,
+    what: str,
+    reader: RowReader,
+    rows: np.ndarray,
+    row_loss: LossFunction | None,
 ) -> UnlearningCheck:
     """Mean losses of some rows under two vectors of parameters."""
     objective = resolve_objective("loss")
     totals = [0.0, 0.0]
     for start in range(0, len(rows), ROWS_AT_ONCE):
-        batch = Queries(*reader.batch(rows[start : start + ROWS_AT_ONCE]))
+        batch = Queries(*reader.batch(rows[start : start + ROWS_AT_ONCE]), row_loss)
         for index, vector in enumerate((before, after)):
             totals[index] += float(objective.values(model, vector, batch).sum())
     return UnlearningCheck(what, len(rows), *(total / len(rows) for total in totals))

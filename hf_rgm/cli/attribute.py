@@ -44,7 +44,11 @@ def attribute(
         typer.Option(help=f"One of {', '.join(ENGINE_NAMES)}; see docs/choosing.md.", show_default="what fits best"),
     ] = None,
     objective: Annotated[
-        str, typer.Option(help="margin, loss, log_probability, mean_loss, accuracy, or MODULE:OBJECT of your own.")
+        str,
+        typer.Option(
+            help="margin, loss, log_probability, mean_loss, accuracy, predicted_value, probability:LABEL, or "
+            "MODULE:OBJECT of your own."
+        ),
     ] = "margin",
     rewind: Annotated[float | None, typer.Option(help="Fraction of training to rewind to.")] = None,
     per_token: Annotated[

@@ -39,7 +39,9 @@ def load_object(reference: str) -> Any:
 
 def load_objective(name: str) -> Any:
     """Objective: the name of a built-in one, or the object that a reference names."""
-    return load_object(name) if ":" in name else name
+    from hf_rgm.engines.objectives import OF_OUTPUTS
+
+    return name if ":" not in name or name.startswith(OF_OUTPUTS) else load_object(name)
 
 
 @dataclass

@@ -63,7 +63,8 @@ class ReverseGradientMatchingDistiller:
         train_dataset: The training dataset, same rows in the same order.
         clusters (`ClusterMap`): Which row belongs to which cluster.
         config (`DistillationConfig`, *optional*): Settings.
-        data_collator (`Callable`, *optional*): The Trainer's. Defaults to `default_data_collator`.
+        data_collator (`Callable`, *optional*): The Trainer's, or a tokenizer if it was the Trainer's
+            `processing_class`. Defaults to `default_data_collator`.
         row_loss (`Callable`, *optional*): Takes logits `(batch_size, *positions, num_labels)` and labels and returns
             the loss of each row, `(batch_size,)`. That of `TrajectoryCallback(row_loss=...)`. Defaults
             to the cross entropy, with the label smoothing of the recorded run.
@@ -130,7 +131,7 @@ class ReverseGradientMatchingDistiller:
         self.reader.warn_of_draws()
         check_runs(self.model, self.trajectories, train_dataset)
         clusters.check_num_rows(len(self.reader))
-        check_distillable(self.model, self.reader.batch([0])[0])
+        check_distillable(self.model, *self.reader.batch([0]))
         self.row_loss = row_loss_of(self.trajectories, self.reader, row_loss)
         rows = [clusters.rows(k) for k in range(clusters.num_clusters)]
         self.batches = CachedBatches(self.reader, rows, batch_size=self.config.batch_size, max_bytes=CACHE_BYTES)

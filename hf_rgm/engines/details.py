@@ -33,7 +33,8 @@ def self_scores(engine: AdjointEngine, objective: Objective, rewind: float) -> T
     def of_rows(rows: range) -> Tensor:
         gradients = torch.zeros(len(rows), form.length, device=run.model.device)
         for part, inputs, labels in source.batches(rows, form, max_bytes):
-            gradients[part] = objective.gradients(run.model, run.final, Queries(inputs, labels), form=form)
+            asked = Queries(inputs, labels, source.row_loss.function)
+            gradients[part] = objective.gradients(run.model, run.final, asked, form=form)
         directions, scores = engine.directions(gradients, rewind), torch.zeros(len(rows), device=run.model.device)
         for part, inputs, labels in source.batches(rows, form, max_bytes):
             for state, direction in directions.items():

@@ -147,11 +147,16 @@ class RowSource:
         order = np.lexsort((np.random.default_rng(0).random(len(ids)), ids))
         rows = order[np.linspace(0, len(ids), min(MAX_CANDIDATES, len(ids)), endpoint=False).astype(int)]
         inputs, labels = self.reader.batch(rows)
-        weights = (labels != IGNORED_LABEL).float() * (self.row_loss.label_weight / len(rows))
+        weights, loss = (labels != IGNORED_LABEL).float() * (self.row_loss.label_weight / len(rows)), None
+        # A loss of one's own over several classes a row is taken to be curved as the cross entropy is.
+        if self.row_loss.function is not None and (labels.dim() == 1 or labels.is_floating_point()):
+            loss = self.row_loss.function
+            weights = torch.full((len(rows),), self.row_loss.scale / len(rows), device=labels.device)
         total = None if self.exposure is None else self.exposure.total_of_rows
         if total is not None:
             weights *= torch.from_numpy(total[rows]).to(weights).reshape(-1, *[1] * (weights.dim() - 1))
-        return WeightedInputs(inputs, weights, torch.from_numpy(ids[rows]).to(labels.device, torch.int64))
+        owners = torch.from_numpy(ids[rows]).to(labels.device, torch.int64)
+        return WeightedInputs(inputs, weights, owners, loss, None if loss is None else labels)
 
     def gradients(self, path: RecordedPath, form: GradientForm) -> ClusterGradients:
         """Gradients of the clusters, kept for shorter paths of the same run where they fit into memory."""

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from torch.func import grad, jacrev
 
 from hf_rgm.model.functional_model import FunctionalModel, ToVector
-from hf_rgm.model.losses import IGNORED_LABEL, check_labels, label_losses
-from hf_rgm.model.vectorize import map_rows
+from hf_rgm.model.losses import IGNORED_LABEL, LossFunction, check_labels, label_losses, squared_errors
+from hf_rgm.model.vectorize import grad, jacobian, map_rows
 
 # A model at some parameters: maps the forward's keyword arguments to logits.
 Forward = Callable[[Mapping[str, Tensor]], Tensor]
@@ -25,11 +24,14 @@ class Queries:
     Args:
         inputs (`dict[str, Tensor]`): The forward's keyword arguments, first dimension `num_queries`.
         labels (`Tensor`): `(num_queries,)`, or `(num_queries, length)` for labels of tokens, int64; -100 is ignored.
-            Those of a causal language model stand where they are predicted.
+            Those of a causal language model stand where they are predicted. Of regression and several labels a row
+            float32, one for each logit.
+        row_loss (`Callable`, *optional*): The loss of rows by logits and labels where labels are numbers.
     """
 
     inputs: dict[str, Tensor]
     labels: Tensor
+    row_loss: LossFunction | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -83,15 +85,15 @@ class Objective:
             `Tensor`: `(num_values,)`, float32.
 
         Raises:
-            NotImplementedError: If a named objective is asked for anything but single-label classification.
-            ValueError: If a label is out of range, or the values have another shape.
+            NotImplementedError: If a named objective is asked for labels that it is not for.
+            ValueError: If a label or output is out of range, or the values have another shape.
         """
         named = model.space.unflatten(parameters)
 
         def forward(inputs: Mapping[str, Tensor]) -> Tensor:
             logits = model.logits(named, inputs)
             if OBJECTIVES.get(self.name) is self:
-                check_labels(logits, queries.labels)
+                _check_labels(self.name, logits, queries)
             return logits
 
         with torch.no_grad():
@@ -128,10 +130,10 @@ class Objective:
             return self.function(lambda inputs: model.logits(p, inputs), some)
 
         if not self.per_query:
-            return make(jacrev(lambda p: self._checked(values(p, queries)))(named))
+            return make(jacobian(lambda p: self._checked(values(p, queries)), named))
 
         def gradient(inputs: dict[str, Tensor], label: Tensor) -> Tensor:
-            query = Queries({name: value[None] for name, value in inputs.items()}, label[None])
+            query = replace(queries, inputs={name: value[None] for name, value in inputs.items()}, labels=label[None])
             return make(grad(lambda p: values(p, query)[0])(named))
 
         return map_rows(gradient, queries.inputs, queries.labels)
@@ -166,7 +168,23 @@ def _per_query(function: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Forwar
     return values
 
 
-_loss = _per_query(label_losses)
+def _loss(forward: Forward, queries: Queries) -> Tensor:
+    if queries.row_loss is not None and queries.labels.is_floating_point():
+        return queries.row_loss(forward(queries.inputs), queries.labels)
+    return _per_query(label_losses)(forward, queries)
+
+
+def _check_labels(name: str, logits: Tensor, queries: Queries) -> None:
+    """Refuses labels that a named objective is not for."""
+    if not queries.labels.is_floating_point():
+        check_labels(logits, queries.labels)
+    elif name not in ("loss", "mean_loss") or queries.row_loss is None:
+        raise NotImplementedError(
+            f'Objective {name!r} is for classes, and the labels are numbers. Use `objective="predicted_value"` '
+            '(regression), "probability:0" (of label 0 of several), or "loss".'
+        )
+
+
 _accuracies = _per_query(lambda logits, labels: (logits.argmax(-1) == labels).float())
 
 OBJECTIVES = {
@@ -181,12 +199,39 @@ OBJECTIVES = {
 }
 
 
-def resolve_objective(objective: str | Objective) -> Objective:
-    """Objective of a name, or the objective itself."""
+OF_OUTPUTS = ("predicted_value", "probability")
+"""Objectives of one output of the model, named after a colon (`"probability:2"`), by label or number."""
+
+
+def _of_output(kind: str, index: int | None) -> Objective:
+    """The logit of an output, or the probability of a label."""
+
+    def values(forward: Forward, queries: Queries) -> Tensor:
+        logits, labels = forward(queries.inputs), queries.labels
+        if not (0 if index is None else index) < logits.shape[-1] or (index is None and logits.shape[-1] > 1):
+            raise ValueError(f'The model has {logits.shape[-1]} outputs. Say which, from `objective="{kind}:0"` on.')
+        if kind == "probability" and queries.row_loss is squared_errors:
+            raise NotImplementedError('Regression has no probabilities. Use `objective="predicted_value"`.')
+        if kind == "probability":
+            logits = logits.sigmoid() if labels.is_floating_point() else logits.softmax(-1)
+        return _per_query(lambda logits, _: logits[..., index or 0])(lambda _: logits, queries)
+
+    return Objective(kind if index is None else f"{kind}:{index}", values, per_query=True)
+
+
+def resolve_objective(objective: str | Objective, model: FunctionalModel | None = None) -> Objective:
+    """Objective of a name, or the objective itself; the model knows the names of its outputs."""
     if isinstance(objective, Objective):
         return objective
-    if objective not in OBJECTIVES:
+    if objective in OBJECTIVES:
+        return OBJECTIVES[objective]
+    kind, _, output = objective.partition(":")
+    names = getattr(None if model is None else model.config, "label2id", None) or {}
+    index = names.get(output, int(output) if output.isdecimal() else None)
+    if kind not in OF_OUTPUTS or (index is None and objective != "predicted_value"):
+        known = [*OBJECTIVES, "predicted_value", *(f"{name}:OUTPUT" for name in OF_OUTPUTS)]
         raise ValueError(
-            f"Unknown objective {objective!r}. Use one of {', '.join(OBJECTIVES)}, or `Objective(name, function)`."
+            f"Unknown objective {objective!r}. Use one of {', '.join(known)} (an output by its number, or its name in "
+            "the model's `label2id`), or `Objective(name, function)`."
         )
-    return OBJECTIVES[objective]
+    return _of_output(kind, index)

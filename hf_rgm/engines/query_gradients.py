@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -71,5 +71,5 @@ class QueryGradients:
         for part in ranges(len(values), self.form.at_once(self.max_bytes // 2)):
             chosen = slice(values.start + part.start, values.start + part.stop)
             inputs = {name: value[chosen] for name, value in self.queries.inputs.items()}
-            queries = Queries(inputs, self.queries.labels[chosen])
+            queries = replace(self.queries, inputs=inputs, labels=self.queries.labels[chosen])
             yield self.objective.gradients(self.model, self.parameters, queries, form=self.form)

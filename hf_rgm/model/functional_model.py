@@ -20,6 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from hf_rgm.model.frozen_layers import kept_in_16_bits, to_float
 from hf_rgm.model.sharding import is_split, whole
 from hf_rgm.model.token_host import (
     PartialEmbeddings,
@@ -34,6 +35,8 @@ from hf_rgm.model.warn_once import warn_once
 logger = logging.getLogger(__name__)
 
 LABEL_NAMES = ("labels", "label", "label_ids")
+SPAN_NAMES = ("start_positions", "end_positions")
+"""Labels of models that answer with a span of the text: the position of its first token, and of its last."""
 FROZEN_ELEMENTS = 1024
 
 ToVector = Callable[[Mapping[str, Tensor]], Tensor]
@@ -119,17 +122,25 @@ class FunctionalModel:
         self.space = ParameterSpace(tuple(n for n, _ in trainable), tuple(p.shape for _, p in trainable))
         self.main_input_name = main_input_name(model)
         self.forward_arguments = forward_arguments(model)
+        kept = kept_in_16_bits(model, self.space.names)
         shared = {  # with the original, to save memory
             id(parameter): nn.Parameter(parameter.detach(), requires_grad=False)
             for name, parameter in own.items()
-            if name not in self.space.names and parameter.dtype == torch.float32 and parameter.device == self.device
+            if id(parameter) in kept
+            or (name not in self.space.names and parameter.dtype == torch.float32 and parameter.device == self.device)
         }
-        self.module = _prepared(_copied(extract_model_from_parallel(model), shared)).to(self.device)
+        copied = _copied(extract_model_from_parallel(model), dict(shared))
+        self.module = to_float(_prepared(copied), {id(shared[key]) for key in kept}).to(self.device)
         self.module.requires_grad_(False)
         self._host = TokenHost(self.module)
         self.ignores_padding: bool | None = None  # not known yet
+        self.has_forward_mode: bool | None = None
+        # Virtual tokens before a causal text: the last of them predicts its first token, so that logits are taken from
+        # there on and no label needs to be shifted.
+        self.prompt_length = _prompt_length(self.module)
         # Whether each token predicts the label of the next one, as in causal language models.
-        self.shifts_labels = _is_causal(self.module) if shifts_labels is None else shifts_labels
+        shifts = _is_causal(self.module) and not self.prompt_length
+        self.shifts_labels = shifts if shifts_labels is None else shifts_labels
         self._known_rows: dict[str, Tensor] = {}
         self._constants = {"use_cache": False} if "use_cache" in self.forward_arguments else {}
 
@@ -147,6 +158,11 @@ class FunctionalModel:
         return getattr(self.module, "config", None)
 
     @property
+    def predicts_spans(self) -> bool:
+        """Whether the model answers with a span of the text."""
+        return {*SPAN_NAMES} <= {*self.forward_arguments}
+
+    @property
     def vocabulary_size(self) -> int:
         return len(next(token_embedding(self.module).parameters()))
 
@@ -162,7 +178,11 @@ class FunctionalModel:
         return {name: own[name].detach() for name in self.space.names}
 
     def logits(self, parameters: Mapping[str, Tensor], inputs: Mapping[str, Tensor]) -> Tensor:
-        """Logits `(batch_size, ..., num_labels)` of the forward's inputs, float32; soft tokens are embedded first."""
+        """
+        Logits `(batch_size, ..., num_labels)` of the forward's inputs, float32; soft tokens are embedded first.
+
+        Of spans `(batch_size, 2, length)`: each end of a span is one of the positions.
+        """
         partial = {
             id(parameters[name]): (known, self.module.get_parameter(name))
             for name, known in self._known_rows.items()
@@ -172,12 +192,19 @@ class FunctionalModel:
             output = functional_call(self._host, hosted(parameters), (), {**self._constants, **inputs})
         if isinstance(output, Tensor):
             return output
-        logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
+        names = ("start_logits", "end_logits", "logits")
+        start, end, logits = (
+            output.get(name) if isinstance(output, Mapping) else getattr(output, name, None) for name in names
+        )
+        if start is not None and end is not None:
+            return torch.stack([start, end], dim=1)
         if logits is None:
             raise TypeError(
                 f"The forward of {type(self.module).__name__} returned {type(output).__name__}. It must return a "
                 "tensor of logits, or an output or dictionary with `logits`."
             )
+        if self.prompt_length:
+            return logits[:, self.prompt_length - 1 : -1]
         return logits
 
     def give_rows(self, name: str, rows: Tensor) -> bool:
@@ -233,7 +260,7 @@ def _unwrapped(forward: Any) -> Any:
 
 
 def _prepared(module: nn.Module) -> nn.Module:
-    """The module in float32 with eager attention, without dropout and gradient checkpointing."""
+    """The module with eager attention, without dropout and gradient checkpointing."""
     if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in module.modules()):
         warn_once(
             logger,
@@ -244,7 +271,7 @@ def _prepared(module: nn.Module) -> nn.Module:
     inner = _base_model(module)
     if isinstance(inner, PreTrainedModel):
         inner.set_attn_implementation("eager")
-    return module.float().eval()
+    return module.eval()
 
 
 def main_input_name(model: nn.Module) -> str:
@@ -276,6 +303,13 @@ def frozen_sha256(frozen: Mapping[str, Tensor]) -> str:
     return parameters_sha256(
         {name: whole(p.detach()).flatten()[:: max(1, p.numel() // FROZEN_ELEMENTS)] for name, p in frozen.items()}
     )
+
+
+def _prompt_length(model: nn.Module) -> int:
+    """Virtual tokens that PEFT puts before every text of a causal language model, each with logits of its own."""
+    config: Any = getattr(model, "active_peft_config", None)
+    of_prompt = getattr(config, "peft_type", None) in ("PROMPT_TUNING", "P_TUNING") and _is_causal(model)
+    return int(config.num_virtual_tokens) if of_prompt else 0
 
 
 def _is_causal(model: nn.Module) -> bool:

@@ -6,12 +6,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor
+from torch.nn import functional as F
 
 IGNORED_LABEL = -100
 
 LossFunction = Callable[[Tensor, Tensor], Tensor]
 """Takes logits `(batch_size, *positions, num_labels)` and labels `(batch_size, *positions)` and returns the loss of
-each row, `(batch_size,)`; called under `torch.func.vmap` and `grad`."""
+each row, `(batch_size,)`; called under `torch.func.vmap`, `grad` and `hessian`."""
 
 
 @dataclass(frozen=True)
@@ -51,14 +52,33 @@ def label_losses(logits: Tensor, labels: Tensor, *, label_smoothing: float = 0.0
     return losses.masked_fill(labels == IGNORED_LABEL, 0.0)
 
 
+def squared_errors(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean squared error of each row's numbers, `(batch_size,)`: the loss of regression in Transformers."""
+    return (logits.reshape(labels.shape) - labels).square().reshape(len(labels), -1).mean(1)
+
+
+def binary_cross_entropies(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean binary cross entropy of each row's labels, `(batch_size,)`: the loss of multi-label classification."""
+    losses = F.binary_cross_entropy_with_logits(logits.reshape(labels.shape), labels, reduction="none")
+    return losses.reshape(len(labels), -1).mean(1)
+
+
+LOSSES_OF_NUMBERS: dict[str, LossFunction] = {
+    "squared_error": squared_errors,
+    "binary_cross_entropy": binary_cross_entropies,
+}
+"""Losses of rows whose labels are numbers, by the name that a recorded run keeps."""
+
+
 def check_labels(logits: Tensor, labels: Tensor) -> None:
     """Checks that labels are class indices, one for each vector of logits."""
     num_labels = logits.shape[-1]
     if logits.dim() < 2 or logits.shape[:-1] != labels.shape or labels.is_floating_point() or num_labels < 2:
         raise NotImplementedError(
             f"Logits of shape {tuple(logits.shape)} with {labels.dtype} labels of shape {tuple(labels.shape)} are not "
-            "supported. Integer labels, one for each vector of logits, are: classification of rows or of tokens, and "
-            "language models. Regression and multi-label models are not."
+            "supported. Labels are integers, one for each vector of logits (classification, language models), or "
+            "floats, one for each logit (regression, several labels a row). Pass any other loss of each row as "
+            "`row_loss`."
         )
     outside = labels[((labels < 0) & (labels != IGNORED_LABEL)) | (labels >= num_labels)]
     if outside.numel():

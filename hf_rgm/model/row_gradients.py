@@ -7,19 +7,21 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.func import grad, jvp
+from torch.func import jvp
 
 from hf_rgm.model.cost_estimates import PieceOfWork, measured
 from hf_rgm.model.functional_model import FunctionalModel, ToVector
 from hf_rgm.model.losses import CROSS_ENTROPY, RowLoss, check_labels
 from hf_rgm.model.padding import batches_by_length
 from hf_rgm.model.row_reader import CachedBatches
-from hf_rgm.model.vectorize import map_rows
+from hf_rgm.model.vectorize import OLD_FUNCTION, grad, map_rows
 from hf_rgm.model.warn_once import warn_once
 
 logger = logging.getLogger(__name__)
 
 MAX_FORWARD_DIRECTIONS = 4
+PROBED_ROWS, FORWARD_TOLERANCE = 4, 1e-2
+"""Rows by which forward mode is tried, and the relative difference of derivatives that is rounding."""
 ROWS_AT_ONCE = 64
 """Rows of one backward pass; fewer rows of text have less padding."""
 
@@ -47,7 +49,8 @@ def cluster_gradients(
         named = model.space.unflatten(state)
         parameters = {name: value.detach().requires_grad_() for name, value in named.items()}
         logits = model.logits(parameters, inputs)
-        check_labels(logits, labels)
+        if row_loss.function is None:
+            check_labels(logits, labels)
         loss = (row_loss(logits, labels) * weights).sum() / num_rows
         gradients = torch.autograd.grad(loss, list(parameters.values()), materialize_grads=True)
         return make(dict(zip(parameters, gradients, strict=True)))
@@ -108,16 +111,31 @@ def row_derivatives(
 ) -> Tensor:
     """Derivatives of each row's loss along `directions` `(num_directions, length)`: `(num_directions, batch_size)`."""
     # Forward mode takes one pass per direction and keeps nothing per row. It does not pay for many directions, and
-    # some operators have no rule for it.
-    if form is None and len(directions) <= MAX_FORWARD_DIRECTIONS:
+    # some operators have no rule for it, or silently give zero.
+    if form is None and len(directions) <= MAX_FORWARD_DIRECTIONS and model.has_forward_mode is not False:
 
         def losses(p: dict[str, Tensor]) -> Tensor:
             return row_loss(model.logits(p, inputs), labels)
 
         named = (model.space.unflatten(direction) for direction in directions)
         try:
-            return torch.stack([jvp(losses, (parameters,), (direction,))[1] for direction in named])
-        except NotImplementedError as error:
+            found = torch.stack([jvp(losses, (parameters,), (direction,))[1] for direction in named])
+            if model.has_forward_mode is None:
+                some = {name: value[:PROBED_ROWS] for name, value in inputs.items()}
+                gradients = row_gradients(model, parameters, some, labels[:PROBED_ROWS], row_loss)
+                _compare(model, found[:, :PROBED_ROWS], directions @ gradients.T)
+            return found
+        except (NotImplementedError, RuntimeError) as error:
+            if not isinstance(error, NotImplementedError) and OLD_FUNCTION not in str(error):
+                raise
+            model.has_forward_mode = False
             told = "Rows are scored by their gradients, not in forward mode: %s"
             warn_once(logger, told, str(error).split(". ")[0])
     return directions @ row_gradients(model, parameters, inputs, labels, row_loss, form).T
+
+
+def _compare(model: FunctionalModel, found: Tensor, expected: Tensor) -> None:
+    """Notes whether forward mode gives the derivatives of reverse mode; a `NotImplementedError` if it does not."""
+    if bool((found - expected).norm() > FORWARD_TOLERANCE * expected.norm()):
+        raise NotImplementedError(f"an operator of {type(model.module).__name__} gives other derivatives in it")
+    model.has_forward_mode = True if bool(expected.any()) else None

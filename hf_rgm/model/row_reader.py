@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 import zlib
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow.compute as pc
 import torch
 from torch import Tensor
 from transformers import (
@@ -18,15 +19,16 @@ from transformers import (
     default_data_collator,
 )
 
-from hf_rgm.model.functional_model import LABEL_NAMES, FunctionalModel
+from hf_rgm.model.functional_model import LABEL_NAMES, SPAN_NAMES, FunctionalModel
 from hf_rgm.model.losses import IGNORED_LABEL
 from hf_rgm.model.random_state import random_state_kept
 
 logger = logging.getLogger(__name__)
 
-TRIED_ROWS = 8
+TRIED_ROWS, READ_AT_ONCE = 8, 10_000
 
-DataCollator = Callable[[list[Any]], Mapping[str, Any]]
+DataCollator = Callable[[list[Any]], Mapping[str, Any]] | PreTrainedTokenizerBase
+"""Makes a batch of rows; a tokenizer stands for the collator of a `Trainer(processing_class=tokenizer)`."""
 
 
 def knows_words(tokenizer: Any) -> bool:
@@ -35,13 +37,31 @@ def knows_words(tokenizer: Any) -> bool:
     return bool({*tokenizer.get_vocab()} - {*tokenizer.all_special_tokens})
 
 
-def padding_collator(tokenizer: PreTrainedTokenizerBase) -> DataCollator:
+def as_rows(given: Any) -> Any:
+    """Rows of a dictionary of columns, such as `dataset[:3]`, or of a single row; anything else as it is."""
+    if not isinstance(given, Mapping):
+        return given
+    if isinstance(given, datasets.DatasetDict):
+        raise ValueError(f"Got a dataset with the splits {', '.join(map(str, given))}. Choose one of them.")
+    told = any(name in given for name in (*LABEL_NAMES, *SPAN_NAMES, "text", "input_ids"))
+    ids = given.get("input_ids", [[]])
+    are_columns = told and all(map(_is_several, [*given.values(), ids[0] if len(ids) else None]))
+    if not are_columns or len({*map(len, given.values())}) > 1:
+        return [given]
+    return [dict(zip(given, row, strict=True)) for row in zip(*given.values(), strict=True)]
+
+
+def _is_several(value: Any) -> bool:
+    return isinstance(value, list | tuple) or (isinstance(value, Tensor | np.ndarray) and value.ndim > 0)
+
+
+def padding_collator(tokenizer: PreTrainedTokenizerBase) -> Callable[[list[Any]], Mapping[str, Any]]:
     """The collator of a `Trainer` with this tokenizer; it also pads labels of tokens, with -100."""
     of_rows, of_tokens = DataCollatorWithPadding(tokenizer), DataCollatorForSeq2Seq(tokenizer)
 
     def collate(items: list[Any]) -> Mapping[str, Any]:
         labels = next((items[0][name] for name in LABEL_NAMES if name in items[0]), 0)
-        return (of_tokens if np.ndim(labels) else of_rows)(items)
+        return (of_tokens if np.asarray(labels).dtype.kind == "i" and np.ndim(labels) else of_rows)(items)
 
     return collate
 
@@ -59,7 +79,9 @@ class RowReader:
         columns: Collection[str] = (),
         what: str = "train_dataset",
         predict_labels: bool = False,
+        loss: str | None = None,
     ) -> None:
+        dataset = as_rows(dataset)
         if not hasattr(dataset, "__len__"):
             raise TypeError(
                 f"`{what}` must be a map-style dataset with a length, got {type(dataset).__name__}. "
@@ -80,9 +102,12 @@ class RowReader:
         self.dataset = dataset
         self.what = what
         self._keep = keep if remove_unused_columns else None
+        if isinstance(data_collator, PreTrainedTokenizerBase):
+            data_collator = padding_collator(data_collator)
         self._collate = data_collator or default_data_collator
         self.model = model
         self._predict_labels = predict_labels
+        self._loss = loss  # a key of `LOSSES_OF_NUMBERS`: what a predicted label is
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -108,7 +133,9 @@ class RowReader:
     ) -> tuple[dict[str, Tensor], Tensor]:
         """Inputs and labels of a collated batch, as `batch` gives them."""
         batch = dict(collated)
-        labels = next((batch.pop(name) for name in LABEL_NAMES if name in batch), None)
+        labels = all_labels(batch)
+        for name in (*LABEL_NAMES, *SPAN_NAMES):
+            batch.pop(name, None)
         if labels is None and not self._predict_labels:
             raise ValueError(
                 f"Rows of `{self.what}` have no {' / '.join(LABEL_NAMES)} after collating (they have: "
@@ -136,7 +163,7 @@ class RowReader:
             inputs[name] = value.to(self.model.device)
         if labels is None:
             labels = self._own_labels(inputs)
-        labels = labels.to(self.model.device)
+        labels = (labels.float() if labels.is_floating_point() else labels).to(self.model.device)
         if self.model.shifts_labels:  # to where they are predicted, one position to the left
             labels = torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], IGNORED_LABEL)], dim=1)
         return inputs, labels
@@ -159,13 +186,13 @@ class RowReader:
                 self.what,
             )
 
-    def labels_per_row(self, batch_size: int = 256, *, with_first: bool = False) -> float:
-        """Mean number of labels of a row, without those of -100, or that of the first position unless `with_first`."""
+    def labels_per_row(self, batch_size: int = 256, *, as_trained: bool = False) -> float:
+        """Mean number of labels of a row that are not -100; `as_trained`: counted by the Trainer otherwise."""
         count, known = 0, self.classes()
         for start in range(0, len(self), batch_size):
             rows = range(start, min(start + batch_size, len(self)))
             collated = self.collated(rows)
-            labels = all_labels(collated) if with_first else self.tensors(collated, rows)[1]
+            labels = self.counted_labels(collated) if as_trained else self.tensors(collated, rows)[1]
             if known is not None and np.array_equal(labels.cpu().numpy(), known[:batch_size]):
                 count = int((known != IGNORED_LABEL).sum())
                 break
@@ -175,6 +202,13 @@ class RowReader:
                 f"No row of `{self.what}` has a label other than {IGNORED_LABEL}: nothing is learned from it."
             )
         return count / len(self)
+
+    def counted_labels(self, collated: Mapping[str, Any]) -> Tensor:
+        """Labels that a Trainer may count: those given, or without a prompt's first one, whatever is predicted."""
+        labels = all_labels(collated)
+        if labels is None:
+            return torch.empty(0)
+        return labels[:, 1:] if self.model.prompt_length and labels.dim() == 2 else labels
 
     def classes(self) -> np.ndarray | None:
         """Labels of all rows, `(num_rows,)`, int64, where a column of the dataset holds them."""
@@ -188,6 +222,16 @@ class RowReader:
         if not isinstance(kind, datasets.Value | datasets.ClassLabel) or not kind.dtype.startswith(("int", "uint")):
             return None
         return np.asarray(dataset.select_columns([name]).with_format("numpy")[:][name], np.int64)
+
+    def longest_input(self) -> int | None:
+        """Tokens of the longest row, where a column of the dataset holds them."""
+        dataset, name = self.dataset, "input_ids"
+        known = isinstance(dataset, datasets.Dataset) and dataset.format["type"] != "custom"
+        if not known or name not in dataset.column_names:
+            return None
+        tables: Iterable[Any] = dataset.select_columns([name]).with_format("arrow").iter(READ_AT_ONCE)
+        lengths = (pc.max(pc.list_value_length(table[name])).as_py() for table in tables)  # type: ignore
+        return max(filter(None, lengths), default=None)
 
     def _collate_items(self, items: list[Any]) -> Mapping[str, Any]:
         strange = next((item for item in items if not isinstance(item, Mapping)), None)
@@ -204,18 +248,21 @@ class RowReader:
                 raise
             raise ValueError(
                 f"Rows of `{self.what}` do not collate by `default_data_collator` ({error}). Pass the `data_collator` "
-                "that the Trainer used, such as `DataCollatorWithPadding(tokenizer)` for texts of different lengths."
+                "that the Trainer used, or its tokenizer in place of one (`data_collator=tokenizer`)."
             ) from error
 
     def _own_labels(self, inputs: dict[str, Tensor]) -> Tensor:
         """The text itself for causal language models, else what the model predicts."""
         mask = inputs.get("attention_mask")
-        if self.model.shifts_labels and "input_ids" in inputs:
+        if (self.model.shifts_labels or self.model.prompt_length) and "input_ids" in inputs:
             labels = inputs["input_ids"]
         else:
             with torch.no_grad():
-                labels = self.model.logits(self.model.parameters(), inputs).argmax(-1)
-        return labels if mask is None or labels.dim() == 1 else labels.masked_fill(mask == 0, IGNORED_LABEL)
+                logits = self.model.logits(self.model.parameters(), inputs)
+            if self._loss is not None:
+                return (logits > 0).float() if self._loss == "binary_cross_entropy" else logits
+            labels = logits.argmax(-1)
+        return labels if mask is None or labels.shape != mask.shape else labels.masked_fill(mask == 0, IGNORED_LABEL)
 
 
 def _same(batch: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
@@ -227,9 +274,11 @@ def _same(batch: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     )
 
 
-def all_labels(collated: Mapping[str, Any]) -> Tensor:
-    """Labels of a collated batch as they are given, also those that no token predicts."""
-    return next(collated[name] for name in LABEL_NAMES if name in collated)
+def all_labels(collated: Mapping[str, Any]) -> Tensor | None:
+    """Labels of a collated batch as they are given, also those that no token predicts; `(num_rows, 2)` of spans."""
+    if all(name in collated for name in SPAN_NAMES):
+        return torch.stack([collated[name] for name in SPAN_NAMES], dim=1)
+    return next((collated[name] for name in LABEL_NAMES if name in collated), None)
 
 
 class CachedBatches:

@@ -42,7 +42,7 @@ def _check_tokens(inputs: Mapping[str, Tensor]) -> None:
     if ids.dim() != 2:
         raise NotImplementedError(
             f"Rows of `{TOKENS}` have shape {tuple(ids.shape[1:])}: multiple choice, or several texts a row. "
-            "Synthetic texts are single ones. Train a classifier of single texts."
+            "Synthetic texts are single ones. Attribute from the trajectory and the rows."
         )
     others = sorted(set(inputs) - {TOKENS, *COMPANIONS})
     if others:
@@ -73,9 +73,20 @@ def _check_continuous(name: str, inputs: Mapping[str, Tensor]) -> None:
         )
 
 
-def check_distillable(model: FunctionalModel, inputs: Mapping[str, Tensor]) -> None:
+def _check_labels(model: FunctionalModel, labels: Tensor) -> None:
+    """Refuses labels that synthetic samples have no targets for."""
+    if labels.is_floating_point() or model.predicts_spans:
+        what = "positions in the text" if model.predicts_spans else "numbers, not classes"
+        raise NotImplementedError(
+            f"The labels are {what}, and synthetic samples stand for classes. Attribute from the trajectory and the "
+            "rows: `Attributor(model, trajectory=..., rows=..., clusters=...)`."
+        )
+
+
+def check_distillable(model: FunctionalModel, inputs: Mapping[str, Tensor], labels: Tensor) -> None:
     """Refuses rows and models that cannot be distilled, by the second derivative that distilling takes, on one row."""
     check_kind(model)
+    _check_labels(model, labels)
     check_inputs(model.main_input_name, inputs)
     name, parameters = model.main_input_name, model.parameters()
     one = inputs[name][:1]

@@ -18,7 +18,7 @@ class Comparison:
     cosine: float
     ratio: float
     count: int  # labels, or rows
-    all_labels: int  # with those at the first position of a text, which no token predicts
+    counted: int  # as a Trainer may count them, with or without the first of a text, whatever is predicted
     norm: float  # of the mean's gradient
     rows: NDArray[np.int64]
 

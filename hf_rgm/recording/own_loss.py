@@ -40,6 +40,22 @@ def calling_trainer() -> Trainer | None:
         del frame
 
 
+def described_loss(trainer: Trainer, model: nn.Module) -> str:
+    """What computes the loss that a Trainer trains, in words."""
+    kind = type(trainer)
+    if getattr(trainer, "compute_loss_func", None) is not None:
+        return "The loss of `compute_loss_func`"
+    for name in ("compute_loss", "training_step"):
+        if getattr(kind, name) is not getattr(Trainer, name) and not kind.__module__.startswith("trl."):
+            return f"The loss of {kind.__name__}.{name}"
+    own, loss_type = f"The loss that {type(model).__name__} computes", getattr(trainer.args, "loss_type", None)
+    if loss_type is not None:
+        return f"{own} (`loss_type={loss_type!r}`)"
+    if getattr(getattr(model, "config", None), "output_router_logits", False):
+        return f"{own} (`output_router_logits=True` adds a penalty of the router)"
+    return own
+
+
 class OwnLoss:
     """The loss that the Trainer's training step hands to `backward`, without dropout; training is not disturbed."""
 

@@ -195,10 +195,10 @@ class TrajectoryRecorder:
         """The loss as the first part of the run had it; refuses to resume with another."""
         before, now = existing.get("trained_loss"), self._description.get("trained_loss")
         if before is not None and now is not None:
-            for key in ("adds_micro_batches", "shifts_labels", "custom"):
-                if before[key] != now[key]:
+            for key in ("adds_micro_batches", "shifts_labels", "custom", "name"):
+                if before.get(key) != now[key]:
                     raise ValueError(
-                        f"Training resumes with another loss: `{key}` was {before[key]} and is {now[key]}. Resume "
+                        f"Training resumes with another loss: `{key}` was {before.get(key)} and is {now[key]}. Resume "
                         "with the same model, arguments and `row_loss`, or train from the beginning."
                     )
         return now if before is None else before

@@ -13,15 +13,15 @@ import torch
 from accelerate.utils.memory import should_reduce_batch_size
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.func import grad
 from transformers import Trainer
 
 from hf_rgm.model.functional_model import FunctionalModel
-from hf_rgm.model.losses import IGNORED_LABEL, LossFunction, RowLoss, check_labels
+from hf_rgm.model.losses import IGNORED_LABEL, LOSSES_OF_NUMBERS, LossFunction, RowLoss, check_labels
 from hf_rgm.model.row_reader import RowReader, all_labels
-from hf_rgm.model.synthetic_inputs import TOKENS, check_distillable, check_inputs
+from hf_rgm.model.synthetic_inputs import TOKENS, check_distillable
+from hf_rgm.model.vectorize import grad
 from hf_rgm.recording.comparison import Comparison, compared
-from hf_rgm.recording.own_loss import OwnLoss
+from hf_rgm.recording.own_loss import OwnLoss, described_loss
 from hf_rgm.trajectory.trained_loss import TrainedLoss
 
 logger = logging.getLogger(__name__)
@@ -55,17 +55,29 @@ class Rehearsal:
         args = self.args = trainer.args
         self.trainer = trainer
         self.row_loss = row_loss
+        self.name: str | None = None  # of a loss of numbers
         self.model = FunctionalModel(model, trainable_names=names)
         # The Trainer has removed unused columns already.
         self.reader = RowReader(
             dataloader.dataset, self.model, data_collator=dataloader.collate_fn, remove_unused_columns=False
         )
         own = dict(model.named_parameters())
+        self.trained = described_loss(trainer, self.model.module)
         self.own = OwnLoss(trainer, model, {name: own[name] for name in names})
         self.parameters = self.model.parameters()
         self.longest_input: int | None = None
         self.is_short = args.bf16 or args.fp16 or any(p.dtype.itemsize < 4 for p in own.values())
         self.batch_size = min(args.per_device_train_batch_size, ROWS_AT_ONCE)
+
+    def follow(self, trained: TrainedLoss) -> None:
+        """Takes the loss that an earlier rehearsal found."""
+        self.model.shifts_labels = bool(trained.shifts_labels)
+        if trained.name is not None:
+            self._use(trained.name)
+
+    def _use(self, name: str) -> None:
+        """Takes a loss of numbers, a key of `LOSSES_OF_NUMBERS`."""
+        self.name, self.row_loss = name, LOSSES_OF_NUMBERS[name]
 
     def compare(self, rows: NDArray[np.int64], *, times: int = 1) -> Comparison | None:
         """Compares gradients of some rows, in an update that has them so many times; `None` if none has a label."""
@@ -73,13 +85,13 @@ class Rehearsal:
         inputs, labels = self.reader.tensors(collated, rows)
         count = self._count(labels)
         if self.model.main_input_name == TOKENS and TOKENS in inputs:
-            self.longest_input = max(self.longest_input or 0, inputs[TOKENS].shape[1])
+            self.longest_input = max(self.longest_input or 0, inputs[TOKENS].shape[-1])
         if count == 0:
             return None
         ours = self._gradient(lambda p: self._mean_loss(p, inputs, labels))
         theirs = self.own.gradient(collated, times=times)
-        unshifted = int((all_labels(collated) != IGNORED_LABEL).sum())
-        return compared(ours, theirs, (count, unshifted), rows)
+        as_trained = int((self.reader.counted_labels(collated) != IGNORED_LABEL).sum())
+        return compared(ours, theirs, (count, as_trained), rows)
 
     def agrees(self, comparison: Comparison | None) -> bool:
         return comparison is None or comparison.cosine >= MIN_COSINE[self.is_short]
@@ -87,17 +99,24 @@ class Rehearsal:
     def run(self) -> tuple[TrainedLoss, Comparison]:
         """Compares the losses on some batches, and says how they are related; refuses what cannot be attributed."""
         batches = list(self._batches())
+        collated = self.reader.collated(batches[0])
+        if all_labels(collated) is None:
+            raise NotImplementedError(
+                f"{type(self.trainer).__name__} trains on rows without labels (they have: {', '.join(collated)}), as "
+                "preferences and rewards are learned (DPO). Their loss is no function of a row's logits and labels, "
+                "which attribution takes. Train with labels, such as by `SFTTrainer` on the chosen answers."
+            )
         labelled = next((rows for rows in batches if self._count(self.reader.batch(rows)[1])), None)
         if labelled is None:
             raise ValueError(
                 f"None of {sum(map(len, batches))} rows tried has a label other than {IGNORED_LABEL}: nothing is "
                 "learned from them. Fix the labels."
             )
-        inputs = self._check_derivative(labelled)
+        inputs, labels = self._check_derivative(labelled)
         with self._told_apart(labelled):
             trained = self._compared(batches)
         try:
-            check_distillable(self.model, inputs)
+            check_distillable(self.model, inputs, labels)
         except (NotImplementedError, ValueError) as error:
             logger.warning(
                 "This run can be attributed by its rows, but no synset can be distilled from it: %s", str(error)
@@ -119,11 +138,12 @@ class Rehearsal:
             adds_micro_batches=adds,
             shifts_labels=self.model.shifts_labels,
             counts_first=counts_first,
-            custom=self.row_loss is not None,
+            custom=self.row_loss is not None and self.name is None,
+            name=self.name,
             cosine=min(found.cosine for found in known.values()),
             columns=sorted(getattr(self.reader.dataset, "column_names", None) or ()),
             remove_unused_columns=bool(self.args.remove_unused_columns),
-            longest_input=self.longest_input,
+            longest_input=self.reader.longest_input() or self.longest_input,
             data_collator=getattr(collator, "__qualname__", type(collator).__qualname__),
         )
         return trained, first
@@ -140,14 +160,14 @@ class Rehearsal:
         if now.cosine >= MIN_COSINE_LATER[self.is_short] and abs(ratio - 1) <= TOLERANCE_LATER[self.is_short]:
             return None
         return (
-            f"{self._trained()} is no longer what it was before the first step: on rows {now.rows.tolist()} its "
+            f"{self.trained} is no longer what it was before the first step: on rows {now.rows.tolist()} its "
             f"gradient has cosine {now.cosine:.4f} with that of the recorded loss, and {ratio:.3g} times the length."
         )
 
     def _checked(self, rows: NDArray[np.int64]) -> Comparison | None:
         """The comparison of some rows; refuses them if the gradients differ in direction."""
         found = self.compare(rows)
-        if not self.agrees(found) and self.reader.batch(rows)[1].dim() == 2:
+        if not self.agrees(found) and self.name is None and self.reader.batch(rows)[1].dim() == 2:
             # A language model of one's own may shift its labels, or not, whatever its class is called.
             self.model.shifts_labels = not self.model.shifts_labels
             other = self.compare(rows)
@@ -155,29 +175,13 @@ class Rehearsal:
                 return other
             self.model.shifts_labels = not self.model.shifts_labels
         if found is not None and not self.agrees(found):
-            ours = "`row_loss`" if self.row_loss is not None else "the cross entropy of the logits"
+            ours = "the cross entropy of the logits" if self.row_loss is None else "`row_loss`"
+            ours = ours if self.name is None else f"the {self.name.replace('_', ' ')} of the logits"
             raise NotImplementedError(
-                f"{self._trained()} is not {ours}: on rows {rows.tolist()} the gradients have cosine "
+                f"{self.trained} is not {ours}: on rows {rows.tolist()} the gradients have cosine "
                 f"{found.cosine:.4f}. {WAY_OUT}"
             )
         return found
-
-    def _trained(self) -> str:
-        """What computes the loss, in words."""
-        trainer, kind = self.trainer, type(self.trainer)
-        if getattr(trainer, "compute_loss_func", None) is not None:
-            return "The loss of `compute_loss_func`"
-        for name in ("compute_loss", "training_step"):
-            if getattr(kind, name) is not getattr(Trainer, name) and not kind.__module__.startswith("trl."):
-                return f"The loss of {kind.__name__}.{name}"
-        loss_type = getattr(self.args, "loss_type", None)
-        config = self.model.config
-        own = f"The loss that {type(self.model.module).__name__} computes"
-        if loss_type is not None:
-            return f"{own} (`loss_type={loss_type!r}`)"
-        if getattr(config, "output_router_logits", False):
-            return f"{own} (`output_router_logits=True` adds a penalty of the router)"
-        return own
 
     def _batches(self) -> Iterator[NDArray[np.int64]]:
         """Some rows, of up to 32 classes, in batches as large as in training and one smaller."""
@@ -217,11 +221,11 @@ class Rehearsal:
         return dict(zip(parameters, gradients, strict=True))
 
     def _counts_first(self, compared: Sequence[Comparison]) -> bool:
-        """Whether the sum over labels is divided by a count that includes those at the first position."""
-        if self.row_loss is not None or not self.model.shifts_labels:
+        """Whether the sum over labels is divided by a count that differs in those at the first position."""
+        if self.row_loss is not None or not (self.model.shifts_labels or self.model.prompt_length):
             return False
         exact = EXACT[self.is_short]
-        given = [found.ratio * found.all_labels / found.count for found in compared]
+        given = [found.ratio * found.counted / found.count for found in compared]
         return all(abs(each - 1) <= exact for each in given) and any(
             abs(found.ratio - 1) > exact for found in compared
         )
@@ -240,7 +244,7 @@ class Rehearsal:
         expected = 0.0 if both is None else both.count / (divisors[least] + divisors[most])
         if both is None or abs(both.ratio / expected - 1) > TOLERANCE[self.is_short]:
             raise NotImplementedError(
-                f"{self._trained()} is not a mean over rows or labels: its gradient is {ratios[least]:.3g} times that "
+                f"{self.trained} is not a mean over rows or labels: its gradient is {ratios[least]:.3g} times that "
                 f"of the mean on {len(batches[least])} rows, {ratios[most]:.3g} times on {len(batches[most])} others. "
                 "Divide the sum over a batch by the number of its rows or labels."
             )
@@ -269,7 +273,7 @@ class Rehearsal:
             if abs(times / expected - 1) <= TOLERANCE[self.is_short]:
                 return adds
         raise NotImplementedError(
-            f"{self._trained()} gives {times:.3g} times the gradient with `gradient_accumulation_steps="
+            f"{self.trained} gives {times:.3g} times the gradient with `gradient_accumulation_steps="
             f"{accumulated}`; it should be 1 or {accumulated} times. Divide it by `num_items_in_batch`, or by nothing."
         )
 
@@ -281,7 +285,7 @@ class Rehearsal:
         differs = abs(once - plain) > EXACT[self.is_short] * abs(plain)
         if differs and once == self.own.value(collated, training_seed=1):
             raise NotImplementedError(
-                f"{self._trained()} is {once:.4g} in training mode without dropout and {plain:.4g} in evaluation "
+                f"{self.trained} is {once:.4g} in training mode without dropout and {plain:.4g} in evaluation "
                 "mode: what is added in training mode cannot be attributed. Train without it."
             )
 
@@ -317,7 +321,14 @@ class Rehearsal:
     def _check_rows_apart(self, rows: NDArray[np.int64]) -> None:
         """Refuses models in which the rows of a batch change each other's gradients."""
         inputs, labels = self.reader.batch(rows[:2])
-        row_loss = self._row_loss(labels)
+        row_loss, name = self._row_loss(labels), self.model.main_input_name
+        lengths = {self.reader.batch(some)[0][name].shape[1] for some in (rows, *rows[:, None])}
+        if self.model.predicts_spans and len(lengths) > 1:
+            raise NotImplementedError(
+                f"{type(self.model.module).__name__} chooses among the positions of a text, and texts are padded to "
+                f"the longest of their batch ({min(lengths)} to {max(lengths)} tokens): rows of a batch change each "
+                'other\'s losses. Pad all to one length, `tokenizer(..., padding="max_length")`.'
+            )
 
         def loss(parameters: dict[str, Tensor], some: slice) -> Tensor:
             own = {name: value[some] for name, value in inputs.items()}
@@ -345,21 +356,29 @@ class Rehearsal:
             losses = row_loss(self.model.logits(self.parameters, inputs), labels).tolist()
         return (rows.tolist(), losses) if np.isfinite(losses).all() else ([], [])
 
-    def _check_derivative(self, rows: NDArray[np.int64]) -> dict[str, Tensor]:
-        """Refuses labels that are not classes and models that `torch.func` cannot differentiate; gives the inputs."""
+    def _check_derivative(self, rows: NDArray[np.int64]) -> tuple[dict[str, Tensor], Tensor]:
+        """Refuses labels without a loss and models that `torch.func` cannot differentiate; gives inputs and labels."""
         inputs, labels = self.reader.batch(rows)
-        if self.model.main_input_name == TOKENS and TOKENS in inputs and inputs[TOKENS].dim() != 2:
-            check_inputs(TOKENS, inputs)
         computation = self._refused("computed without labels and in float32", "float32 that needs no labels")
         with torch.no_grad(), computation:
             logits = self.model.logits(self.parameters, inputs)
+        if self.row_loss is None and labels.is_floating_point() and logits.numel() == labels.numel():
+            self._choose_loss(rows, first="squared_error" if logits.shape[-1] == 1 else "binary_cross_entropy")
         if self.row_loss is None:
             check_labels(logits, labels)
         row_loss, one = self._row_loss(labels), {name: value[:1] for name, value in inputs.items()}
         derivative = self._refused("differentiated by `torch.func`", "PyTorch's own operators")
         with torch.enable_grad(), self.model.differentiable(), derivative:
             grad(lambda p: row_loss(self.model.logits(p, one), labels[:1]).sum())(self.parameters)
-        return inputs
+        return inputs, labels
+
+    def _choose_loss(self, rows: NDArray[np.int64], *, first: str) -> None:
+        """Takes the loss of numbers whose gradient is the trained one, or the first to be refused for what it is."""
+        for name in sorted(LOSSES_OF_NUMBERS, key=lambda name: name != first):
+            self._use(name)
+            if self.agrees(self.compare(rows)):
+                return
+        self._use(first)
 
     @contextlib.contextmanager
     def _refused(self, what: str, way_out: str) -> Iterator[None]:

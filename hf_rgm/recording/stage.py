@@ -53,14 +53,14 @@ class Stage:
         with self._open(f"at step {step}") as rehearsal:
             if rehearsal is None:
                 return None
-            rehearsal.model.shifts_labels = bool(trained.shifts_labels)
+            rehearsal.follow(trained)
             return rehearsal.again(before)
 
     def with_losses(self, trained: TrainedLoss) -> TrainedLoss:
         """The trained loss with those of some rows now, at the end of training."""
         with self._open("after the last step") as rehearsal:
             if rehearsal is not None:
-                rehearsal.model.shifts_labels = bool(trained.shifts_labels)
+                rehearsal.follow(trained)
                 rows, losses = rehearsal.losses()
                 return replace(trained, rows=rows, losses=losses)
         return trained

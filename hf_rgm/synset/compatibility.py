@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from hf_rgm.files.reading import printable
 from hf_rgm.model.architecture import difference
 from hf_rgm.model.functional_model import FunctionalModel, parameters_sha256
-from hf_rgm.model.losses import LossFunction, RowLoss
+from hf_rgm.model.losses import LOSSES_OF_NUMBERS, LossFunction, RowLoss
 from hf_rgm.model.row_reader import DataCollator, RowReader
 from hf_rgm.model.warn_once import warn_once
 from hf_rgm.synset.inputs import ContinuousInputs
@@ -132,8 +132,10 @@ def row_loss_of(
             "one synset stands for one loss. Distil a synset for each, or train all with the same settings but the "
             "seed."
         )
+    if function is None and trained is not None and trained.name is not None:
+        function = LOSSES_OF_NUMBERS[trained.name]
     counts_first = trained is not None and trained.counts_first
-    row_loss = RowLoss(reader.labels_per_row(with_first=counts_first), label_smoothing, function, scales[0])
+    row_loss = RowLoss(reader.labels_per_row(as_trained=counts_first), label_smoothing, function, scales[0])
     if not force:
         check_losses(trained, reader, row_loss)
     return row_loss

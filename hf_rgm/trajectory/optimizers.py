@@ -75,11 +75,11 @@ class OptimizerRule:
             raise ValueError(f"Parameters {twice[:5]} are in more than one group. Keep each in one.")
 
     def check_alike(self) -> None:
-        """Refuses parameter groups that differ in more than learning rate and weight decay."""
-        constants = [(g.betas, g.eps, g.momentum, g.dampening, g.nesterov) for g in self.groups]
+        """Refuses parameter groups whose momentum differs; all share one recursion in time."""
+        constants = [(g.betas[0], g.momentum, g.dampening, g.nesterov) for g in self.groups]
         if len(set(constants)) > 1:
             raise NotImplementedError(
-                "Parameter groups with different (betas, eps, momentum, dampening, nesterov) are not supported, got "
+                "Parameter groups with different (first beta, momentum, dampening, nesterov) are not supported, got "
                 f"{constants[0]} and {next(c for c in constants if c != constants[0])}. Train all alike."
             )
 

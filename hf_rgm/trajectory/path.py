@@ -192,7 +192,9 @@ class RecordedPath:
         # Before the first update, which loss scaling may have skipped, there is no second moment.
         recorded = [s for s in self.trajectory.state_steps if s > 0 and made[s - 1] > 0]
         moment = self._interpolate(step, recorded, self.second_moment)
-        return (1 / (moment.sqrt() + self.trajectory.optimizer.groups[0].eps)).where(moment > 0, 0.0)
+        rule = self.trajectory.optimizer
+        eps = self.space.expand_groups([group.eps for group in rule.groups], rule.group_of, self.device)
+        return (1 / (moment.sqrt() + eps)).where(moment > 0, 0.0)
 
     def _momentum(self, updates: np.ndarray, weights: np.ndarray) -> tuple[float, float, float, float]:
         """Momentum, gain and the two shares of several updates, whose directions count by `weights`."""
@@ -225,15 +227,16 @@ class RecordedPath:
     def second_moment(self, step: int) -> Tensor:
         """Bias-corrected second moment of Adam at a recorded state, `(num_parameters,)`, float32."""
         if step not in self._second_moments:
-            second = self.trajectory.optimizer.groups[0].betas[1]
-            state = self.trajectory.state(step)
+            rule, state = self.trajectory.optimizer, self.trajectory.state(step)
+            updates = max(1, int(self.trajectory.update_numbers[step - 1]))
+            corrections = [1 - group.betas[1] ** updates for group in rule.groups]
             moments = state.moments.get("exp_avg_sq", {})
             # A parameter that never received a gradient has no moments, and no effect.
-            raw = self.space.flatten(
-                {name: moments.get(name, torch.zeros_like(value)) for name, value in state.parameters.items()}
-            )
-            updates = max(1, int(self.trajectory.update_numbers[step - 1]))
-            self._second_moments[step] = (raw / (1 - second**updates)).to(self.device)
+            corrected = {
+                name: moments.get(name, torch.zeros_like(value)) / corrections[rule.group_of(name)]
+                for name, value in state.parameters.items()
+            }
+            self._second_moments[step] = self.space.flatten(corrected).to(self.device)
         return self._second_moments[step]
 
 

@@ -211,7 +211,9 @@ class Trajectory:
     def reader_options(self) -> dict[str, Any]:
         """Options of a `RowReader` by which rows are read as in training."""
         told = self.trained_loss
-        return {} if told is None else {"remove_unused_columns": told.remove_unused_columns, "columns": told.columns}
+        if told is None:
+            return {}
+        return {"remove_unused_columns": told.remove_unused_columns, "columns": told.columns, "loss": told.name}
 
     @property
     def gradient_scales(self) -> np.ndarray:

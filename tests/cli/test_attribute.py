@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from datasets import DatasetDict
 
 from hf_rgm import AttributionPipeline, AttributionResult
@@ -42,6 +43,17 @@ def test_what_raises_a_loss_harms(told, files, tmp_path):
     assert all(entry["score"] < 0 for entry in content["helped_most"])
     assert all(entry["score"] > 0 for entry in content["harmed_most"])
     assert content["helped_most"] + content["harmed_most"]
+
+
+def test_the_probability_of_a_label_is_explained(told, files, tmp_path):
+    content = told(
+        "attribute", files.model, files.synset, files.queries, "-o", tmp_path / "scores", "--num-queries", 3,
+        "--objective", "probability:2",
+    )  # fmt: skip
+    run = vit_run()
+    pixels = torch.stack([row["pixel_values"] for row in run.queries.select(range(3))])
+    expected = run.model(pixels).logits.softmax(-1)[:, 2].tolist()
+    assert [query["objective"] for query in content["queries"]] == pytest.approx(expected, rel=1e-4)
 
 
 @pytest.mark.parametrize("options", [(), ("--engine", "adjoint")], ids=["default", "adjoint"])

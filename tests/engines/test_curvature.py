@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
 from unittest import mock
 
 import numpy as np
@@ -16,7 +18,7 @@ from hf_rgm.engines.curvature import choose_terms, curvature_rows
 from hf_rgm.engines.gradient_sources import RowSource
 from hf_rgm.exceptions import DivergenceError
 from hf_rgm.model.functional_model import FunctionalModel
-from hf_rgm.model.losses import RowLoss
+from hf_rgm.model.losses import RowLoss, binary_cross_entropies, squared_errors
 from hf_rgm.model.processes import Processes
 from hf_rgm.model.row_reader import RowReader
 from tests.engines.parts import flat, row_run, sample_run
@@ -50,8 +52,10 @@ def language():
 
 
 def gauss_newton(parts, mask=None):
-    """`sum_o w_o J_o' (diag p_o - p_o p_o') J_o`, dense, in float32 with float64 sums."""
+    """`sum_o w_o J_o' (diag p_o - p_o p_o') J_o`, dense, in float32 with float64 sums; of another loss its own."""
     model, samples, vector = parts
+    if samples.loss is not None:
+        return hessian_of_outputs(parts)
     weights = samples.weights.double().flatten()
     if mask is not None:
         weights = weights * mask[samples.clusters].double().repeat_interleave(weights.numel() // len(samples))
@@ -65,6 +69,61 @@ def gauss_newton(parts, mask=None):
     half = torch.einsum("oc,ocp->ocp", p.sqrt(), jacobian - torch.einsum("oc,ocp->op", p, jacobian)[:, None])
     half = (weights.sqrt()[:, None, None] * half).flatten(0, 1)
     return half.T @ half
+
+
+def hessian_of_outputs(parts):
+    """`sum_r w_r J_r' H_r J_r` with the second derivative H of each row's loss in its outputs."""
+    model, samples, vector = parts
+    with model.differentiable():
+        outputs = model.logits(model.space.unflatten(vector), samples.inputs).detach()
+        jacobian = torch.func.jacrev(lambda v: model.logits(model.space.unflatten(v), samples.inputs))(vector)
+    total = 0.0
+    for row, weight in enumerate(samples.weights):
+        loss = partial(lambda z, y: samples.loss(z[None], y[None]).sum(), y=samples.labels[row])
+        own, middle = jacobian[row].detach().double(), torch.autograd.functional.hessian(loss, outputs[row]).double()
+        total = total + weight * own.T @ middle @ own
+    return total
+
+
+def weighted(logits, labels):
+    return torch.nn.functional.cross_entropy(logits, labels, weight=torch.tensor([1.0, 5.0, 0.2]), reduction="none")
+
+
+@pytest.fixture(params=["squared", "binary", "weighted"])
+def of_other_losses(request):
+    """A model with three outputs, and rows that have a loss other than the cross entropy."""
+    run = record("sgd", model_class=TinyNet)
+    classes = request.param == "weighted"
+    loss = {"squared": squared_errors, "binary": binary_cross_entropies, "weighted": weighted}[request.param]
+    labels = run.labels if classes else torch.rand(12, 3, generator=torch.Generator().manual_seed(0))
+    rows = [{"features": run.features[i].float(), "labels": labels[i]} for i in range(12)]
+    model = FunctionalModel(run.model.float())
+    clusters = ClusterMap.from_ids([i // 3 for i in range(12)])
+    row_loss = RowLoss(function=loss, scale=2.0)
+    source = RowSource(model, RowReader(rows, model), clusters, row_loss, max_bytes=2**30, processes=Processes())
+    return model, source.weighted_inputs, model.space.flatten(run.trajectory.state(10).parameters)
+
+
+def test_the_curvature_of_another_loss_is_its_second_derivative_in_the_outputs(of_other_losses):
+    assert float(of_other_losses[1].weights.sum()) == pytest.approx(2)
+    found = rows_of(of_other_losses, NUM_TERMS).rows.double()
+    torch.testing.assert_close(found.T @ found, gauss_newton(of_other_losses), atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("of_other_losses", ["squared", "binary"], indirect=True)
+@pytest.mark.parametrize("rank", [5, 30])
+def test_of_many_numbers_random_signs_are_it_in_expectation(of_other_losses, rank, monkeypatch):
+    monkeypatch.setattr(module, "MAX_EXACT_OUTPUTS", 2)
+    assert_unbiased(of_other_losses, rank, width=0.1)
+
+
+@pytest.mark.parametrize("of_other_losses", ["weighted"], indirect=True)
+def test_a_loss_of_many_classes_is_taken_to_be_curved_as_the_cross_entropy(of_other_losses, monkeypatch):
+    monkeypatch.setattr(module, "MAX_EXACT_OUTPUTS", 2)
+    model, samples, vector = of_other_losses
+    assert_unbiased((model, replace(samples, loss=None, labels=None), vector), 12, width=0.1)
+    plain = rows_of((model, replace(samples, loss=None, labels=None), vector), 12)
+    assert torch.equal(rows_of(of_other_losses, 12).rows, plain.rows)
 
 
 def rows_of(parts, rank, seed=0):

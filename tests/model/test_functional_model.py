@@ -7,14 +7,16 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from torch.func import grad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel
 
 from hf_rgm.attribution.attributor import Attributor
 from hf_rgm.model.functional_model import FunctionalModel, ParameterSpace, main_input_name, parameters_sha256
+from hf_rgm.model.row_gradients import row_derivatives, row_gradients
 from hf_rgm.testing import TinyConfig, TinyModel, tiny_dataset
 from tests.recorded import TinyNet
-from tests.text import classifier
+from tests.text import classifier, language_model, texts
 from tests.vision import distilled_run, train, vit, vit_run
 
 FLOAT_TOLERANCE = 1e-6
@@ -167,7 +169,9 @@ def test_frozen_bfloat16_parameters_stay_bfloat16_in_the_users_model():
     model.vit.requires_grad_(False)
     functional = FunctionalModel(model)
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
-    assert {p.dtype for p in functional.module.parameters()} == {torch.float32}
+    plain = FunctionalModel(copy.deepcopy(model).float(), trainable_names=functional.space.names)
+    ours, expected = (own.logits(own.parameters(), {"pixel_values": pixels()}) for own in (functional, plain))
+    torch.testing.assert_close(ours, expected, atol=FLOAT_TOLERANCE, rtol=0)
 
 
 def test_names_bring_back_what_requires_grad_lost():
@@ -295,3 +299,36 @@ def test_hash_depends_on_names_shapes_and_values_but_not_on_order_or_dtype():
     assert parameters_sha256({"b": torch.arange(6.0).reshape(2, 3).T}) == parameters_sha256(
         {"b": torch.arange(6.0).reshape(2, 3).T.contiguous()}
     )
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_frozen_weights_in_16_bits_stay_so_and_compute_as_in_float32(kind):
+    targets = {"llama": ["q_proj"], "gpt2": ["c_attn"]}[kind]
+    config = LoraConfig(r=2, task_type="CAUSAL_LM", target_modules=targets, init_lora_weights=False)
+    original = get_peft_model(language_model(kind).to(torch.bfloat16), config)
+    ours, plain = FunctionalModel(original), FunctionalModel(copy.deepcopy(original).float())
+    own = {parameter.data_ptr() for parameter in original.parameters()}
+    in_16 = [parameter for parameter in ours.module.parameters() if parameter.dtype == torch.bfloat16]
+    assert in_16 and all(parameter.data_ptr() in own for parameter in in_16)
+    assert all(parameter.dtype == torch.float32 for parameter in ours.parameters().values())
+    assert ours.frozen_sha256() == plain.frozen_sha256() == FunctionalModel(original).frozen_sha256()
+    inputs = {"input_ids": torch.stack(list(texts(4, labels="text")["input_ids"]))}
+    labels, directions = inputs["input_ids"], torch.randn(2, ours.num_parameters)
+
+    def derivatives(model):
+        parameters = model.parameters()
+        embedded = model.embed(parameters, labels[:1]).detach().requires_grad_()
+        with model.differentiable():
+            gradients = grad(lambda p: model.logits(p, {"inputs_embeds": embedded}).square().sum())(parameters)
+            energy = sum(gradient.square().sum() for gradient in gradients.values())
+            return (
+                model.logits(parameters, inputs),
+                row_gradients(model, parameters, inputs, labels),
+                row_derivatives(model, parameters, directions, inputs, labels),
+                torch.autograd.grad(energy, embedded)[0],
+            )
+
+    for found, expected in zip(derivatives(ours), derivatives(plain), strict=True):
+        assert found.dtype == torch.float32 and expected.abs().max() > 0
+        torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
+    assert ours.has_forward_mode

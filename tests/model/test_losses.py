@@ -85,5 +85,5 @@ def test_a_label_out_of_range_is_named(label):
     ids=["multi-label", "regression", "one label", "one label for many"],
 )
 def test_other_problems_are_refused(logits, labels):
-    with pytest.raises(NotImplementedError, match="Regression and multi-label models are not"):
+    with pytest.raises(NotImplementedError, match="Labels are integers, one for each vector of logits"):
         check_labels(logits, labels)

@@ -24,7 +24,7 @@ from tests.recording import test_trained_loss as losses
 from tests.recording.helpers import MeanModel, UpdateModel, dataset
 from tests.recording.test_trained_loss import bert, gpt2, rows, texts
 from tests.recording.test_training_watch import At, average, clamp, freeze, reverse, scale_by_hook
-from tests.text import VOCABULARY, classifier, language_model
+from tests.text import VOCABULARY, classifier, language_model, word_tokenizer
 from tests.text import texts as padded
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "runs.md"
@@ -90,7 +90,11 @@ def transformed() -> Dataset:
 
 
 def questions() -> Dataset:
-    return rows().remove_columns("labels").map(lambda row: {"start_positions": 0, "end_positions": 1})
+    return (
+        rows()
+        .remove_columns("labels")
+        .map(lambda row, i: {"start_positions": i % 2, "end_positions": 1 + i % 2}, with_indices=True)
+    )
 
 
 def relabelled(make: Callable[[int], Any]) -> Build:
@@ -163,6 +167,15 @@ class SignUpdate(torch.optim.Optimizer):
         for group in self.param_groups:
             for parameter in group["params"]:
                 parameter -= group["lr"] * parameter.grad.sign()
+
+
+def huber(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    return F.huber_loss(logits[:, 0], labels, reduction="none")
+
+
+class Huber(losses.Own):
+    def own_loss(self, logits, labels):
+        return huber(logits, labels).mean()
 
 
 def focal(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -247,14 +260,19 @@ KINDS: dict[str, dict[str, Kind]] = {
             pictures,
         ),
         "a convolutional network of one's own": Kind(seeded(Convolutional), pictures),
-        "Bloom": Kind(losses.bloom, texts, "cannot be differentiated by `torch.func`"),
+        "Bloom": Kind(losses.bloom, texts),
         "BERT, multiple choice": Kind(
             lambda: bert(hf.BertForMultipleChoice),
-            lambda: Dataset.from_list([{"input_ids": [[3, 6, 7], [4, 8, 9]], "labels": i % 2} for i in range(12)]),
-            "multiple choice",
+            lambda: Dataset.from_list(
+                [{"input_ids": [[3, 6 + i % 5, 7], [4, 8, 9 + i % 3]], "labels": i % 2} for i in range(24)]
+            ),
         ),
-        "BERT, spans": Kind(
-            lambda: bert(hf.BertForQuestionAnswering, num_labels=2), questions, "every row needs its label"
+        "BERT, spans": Kind(lambda: bert(hf.BertForQuestionAnswering, num_labels=2), questions),
+        "BERT, spans of texts that are padded by batch": Kind(
+            lambda: bert(hf.BertForQuestionAnswering, num_labels=2),
+            lambda: questions().map(lambda row, i: {"input_ids": row["input_ids"][: 2 + i % 2]}, with_indices=True),
+            trainer={"data_collator": hf.DataCollatorWithPadding(word_tokenizer(["word"]))},
+            refused="chooses among the positions of a text",
         ),
         "rows that are centred on their batch": Kind(
             lambda: bert(losses.Centred), refused="rows of a batch change each other's losses"
@@ -288,11 +306,16 @@ KINDS: dict[str, dict[str, Kind]] = {
             lambda: bert(losses.TrainingPenalty), refused="in training mode cannot be attributed"
         ),
         "sum over the batch": Kind(lambda: bert(losses.Summed), refused="is not a mean over rows or labels"),
-        "regression": Kind(lambda: bert(num_labels=1), relabelled(float), "Regression and multi-label models are not"),
-        "several labels a row": Kind(
-            lambda: bert(problem_type="multi_label_classification"),
-            relabelled(lambda i: [float(k == i % 3) for k in range(3)]),
-            "Regression and multi-label models are not",
+        "regression": Kind(lambda: bert(num_labels=1), relabelled(float)),
+        "regression, several numbers a row": Kind(
+            lambda: bert(problem_type="regression"), relabelled(lambda i: [float(i), 1.0, i / 2])
+        ),
+        "several labels a row": Kind(lambda: bert(), relabelled(lambda i: [float(k in (i % 3, 1)) for k in range(3)])),
+        "numbers, Huber's loss": Kind(
+            lambda: bert(Huber, num_labels=1), relabelled(float), "is not the squared error of the logits"
+        ),
+        "numbers, Huber's loss, with `row_loss`": Kind(
+            lambda: bert(Huber, num_labels=1), relabelled(float), row_loss=huber
         ),
         "no label but -100": Kind(data=relabelled(lambda i: -100), refused="has a label other than -100"),
     },
@@ -303,9 +326,7 @@ KINDS: dict[str, dict[str, Kind]] = {
         ),
         "rsLoRA": Kind(adapted(lambda: peft.LoraConfig(r=2, use_rslora=True, **TARGETS))),
         "DoRA": Kind(adapted(lambda: peft.LoraConfig(r=2, use_dora=True, **TARGETS))),
-        "LoHa": Kind(
-            adapted(lambda: peft.LoHaConfig(r=2, **TARGETS)), refused="cannot be differentiated by `torch.func`"
-        ),
+        "LoHa": Kind(adapted(lambda: peft.LoHaConfig(r=2, **TARGETS))),
         "VeRA": Kind(adapted(lambda: peft.VeraConfig(r=2, **TARGETS))),
         "OFT": Kind(adapted(lambda: peft.OFTConfig(r=2, oft_block_size=0, **TARGETS))),
         "LoKr": Kind(adapted(lambda: peft.LoKrConfig(r=2, **TARGETS))),
@@ -314,7 +335,15 @@ KINDS: dict[str, dict[str, Kind]] = {
         "prompt tuning, texts classified": Kind(
             adapted(lambda: peft.PromptTuningConfig(num_virtual_tokens=2, task_type="SEQ_CLS"))
         ),
-        "prompt tuning, language model": Kind(losses.prompt_tuning, texts, "one for each vector of logits"),
+        "prompt tuning, language model": Kind(losses.prompt_tuning, texts),
+        "P-tuning, language model": Kind(
+            adapted(
+                lambda: peft.PromptEncoderConfig(num_virtual_tokens=2, encoder_hidden_size=4, task_type="CAUSAL_LM"),
+                llama,
+            ),
+            tokens("text"),
+            arguments=FULL,
+        ),
         "prefix tuning": Kind(adapted(lambda: peft.PrefixTuningConfig(num_virtual_tokens=2, task_type="SEQ_CLS"))),
         "biases alone": Kind(
             lambda: frozen(bert(), lambda name: "bias" not in name),
@@ -331,7 +360,10 @@ KINDS: dict[str, dict[str, Kind]] = {
         "fused AdamW": Kind(arguments={"optim": "adamw_torch_fused"}),
         "groups of different rates": Kind(optimizer=groups({"lr": 1e-3}, {})),
         "groups of different decays": Kind(optimizer=groups({"weight_decay": 0.2}, {"weight_decay": 0.0})),
-        "groups of different betas": Kind(
+        "groups of different second betas and eps": Kind(
+            optimizer=groups({"betas": (0.9, 0.98), "eps": 1e-4}, {"betas": (0.9, 0.999)})
+        ),
+        "groups of different first betas": Kind(
             optimizer=groups({"betas": (0.8, 0.99)}, {}), refused="Parameter groups with different"
         ),
         "groups of different momentum": Kind(

@@ -10,8 +10,6 @@ from datasets import Dataset
 from torch import nn
 from torch.nn import functional as F
 from transformers import (
-    BertForMultipleChoice,
-    BertForQuestionAnswering,
     BertForSequenceClassification,
     BloomConfig,
     BloomForCausalLM,
@@ -322,37 +320,11 @@ REFUSED = {
     "compute_loss_func": (bert, rows, {"trainer": {"compute_loss_func": squared}}, "`compute_loss_func` is not"),
     "router": (mixtral, texts, {}, "output_router_logits=True"),
     "AdaLoRA": (adalora, texts, {}, "loss that PeftModelForCausalLM computes is not"),
-    "prompt tuning": (prompt_tuning, texts, {}, "Integer labels, one for each vector of logits"),
-    "no setup_context": (bloom, texts, {}, "BloomForCausalLM cannot be differentiated by `torch.func`"),
     "inputs of one dtype": (
         FixedType,
         dataset,
         {},
         "in float32, as attribution does: mat1",
-    ),
-    "regression": (
-        lambda: bert(num_labels=1),
-        other_labels(lambda row, i: {"labels": float(i)}),
-        {},
-        "Regression and multi-label",
-    ),
-    "several labels": (
-        lambda: bert(problem_type="multi_label_classification"),
-        other_labels(lambda row, i: {"labels": [float(k == i % 3) for k in range(3)]}),
-        {},
-        "Regression and multi-label",
-    ),
-    "multiple choice": (
-        lambda: bert(BertForMultipleChoice),
-        lambda: Dataset.from_list([{"input_ids": [[3, 6, 7], [4, 8, 9]], "labels": i % 2} for i in range(12)]),
-        {},
-        "multiple choice",
-    ),
-    "questions": (
-        lambda: bert(BertForQuestionAnswering, num_labels=2),
-        other_labels(lambda row, i: {"start_positions": 0, "end_positions": 1}),
-        {},
-        "every row needs its label",
     ),
     "no label": (bert, lambda: rows().map(lambda row: {"labels": -100}), {}, "has a label other than -100"),
     "row_loss": (lambda: bert(Own), rows, {"row_loss": lambda z, y: z.square().sum(-1)}, "computes is not `row_loss`"),

@@ -181,6 +181,20 @@ def test_skipped_first_steps_stay_finite(name):
         assert math.isfinite(step.gradient_scale)
 
 
+def test_groups_may_have_their_own_second_beta_and_eps():
+    recorded = trajectory()
+    first, second = recorded.optimizer.groups
+    second = dataclasses.replace(second, betas=(0.9, 0.9), eps=0.5)
+    recorded.optimizer = OptimizerRule("adamw", (first, second))
+    path = RecordedPath(recorded, SPACE, torch.device("cpu"), rewind=0.0, stride=1)
+    of_second = 3 * math.sqrt((1 - 0.99**3) / (1 - 0.9**3))
+    expected = torch.tensor([1 / 3.001, 1 / 3.001, 1 / (of_second + 0.5)])
+    torch.testing.assert_close(path.inverse_root_moment(3), expected)
+    recorded.optimizer = OptimizerRule("adamw", (first, dataclasses.replace(second, betas=(0.8, 0.9))))
+    with pytest.raises(NotImplementedError, match="Parameter groups with different .first beta"):
+        RecordedPath(recorded, SPACE, torch.device("cpu"), rewind=0.0, stride=1)
+
+
 def test_a_state_before_the_first_update_lends_no_second_moment():
     with_it, without = (path(trajectory(skipped=(0, 1), states=states)) for states in ((0, 1, 3, 6), (0, 3, 6)))
     for ours, expected in zip(with_it.steps(), without.steps(), strict=True):
