@@ -15,7 +15,7 @@ from hf_rgm.cli.loading import ClusterOptions, Loading, find_tokenizer, load_obj
 if TYPE_CHECKING:
     from hf_rgm import AttributionResult
 
-ENGINE_NAMES = ("linearized_replay", "adjoint", "responses", "training_on", "replay", "plain_replay")
+ENGINE_NAMES = ("linearized_replay", "adjoint", "responses", "training_on", "replay")
 
 
 @common.with_options
