@@ -113,7 +113,10 @@ def checked_partition(ids: Any, names: Sequence[str], what: str) -> np.ndarray:
         raise ValueError(f"The {what} names must differ, but these repeat: {', '.join(repeated[:5])}. Rename them.")
     if ids.min() < 0 or ids.max() >= len(names):
         row = int(np.flatnonzero((ids < 0) | (ids >= len(names)))[0])
-        raise ValueError(f"Row {row} has {what} id {ids[row]}, which must be from 0 to {len(names) - 1}.")
+        raise ValueError(
+            f"Row {row} has {what} id {ids[row]}, which must be from 0 to {len(names) - 1}. Number them without gaps, "
+            "for example with `np.unique(ids, return_inverse=True)`."
+        )
     empty = np.flatnonzero(np.bincount(ids, minlength=len(names)) == 0)
     if len(empty):
         shown = ", ".join(f"'{names[k]}'" for k in empty[:5])
