@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 from huggingface_hub import CommitInfo
 from typing_extensions import Self
 
-from hf_rgm.files.reading import ArtefactFolder, files_in, printable
+from hf_rgm.files.reading import WAY_OUT, ArtefactFolder, files_in, printable
 from hf_rgm.hub.repository import CARD, open_artefact, push_folder
 
 LOCAL = "path/to/this/folder"  # stands on cards for a repository that is not known yet
@@ -107,9 +107,8 @@ class HubArtefact(ABC):
 class DatasetArtefact(HubArtefact):
     """An artefact that can be read again from a folder or from a dataset repository."""
 
-    @classmethod
-    @abstractmethod
-    def _from_folder(cls, folder: ArtefactFolder) -> Self: ...
+    _read: ClassVar[Callable[[ArtefactFolder], dict[str, Any]]]
+    """Arguments of the class from a folder that `save_pretrained` wrote."""
 
     @classmethod
     def write_anew(
@@ -171,7 +170,12 @@ class DatasetArtefact(HubArtefact):
             ValueError: If a file is damaged or has another format version.
         """
         access = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
-        return cls._from_folder(open_artefact(name_or_path, cls.marker, revision=revision, **access))
+        folder = open_artefact(name_or_path, cls.marker, revision=revision, **access)
+        arguments = cls._read(folder)
+        try:
+            return cls(**arguments)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{folder} is damaged: {error} {WAY_OUT}") from error
 
 
 def _license(folder: ArtefactFolder) -> str | None:

@@ -41,9 +41,6 @@ class MixtureSuggestion:
         replayed_change (`float`, *optional*): Change of the objective when the weights are replayed on the synset, in
             units of the objective.
 
-    Raises:
-        ValueError: If the weights are not positive, not one a cluster, or change the amount of data.
-
     Example:
 
     ```python
@@ -68,15 +65,6 @@ class MixtureSuggestion:
     maximize: bool
     max_change: float
     replayed_change: float | None = None
-
-    def __post_init__(self) -> None:
-        sizes = self.clusters.sizes
-        if self.weights.shape != sizes.shape or not ((self.weights > 0) & np.isfinite(self.weights)).all():
-            raise ValueError(f"`weights` must be {len(sizes)} positive numbers, one a cluster, got {self.weights}.")
-        if not np.isclose(self.weights @ sizes, sizes.sum(), rtol=1e-6):
-            raise ValueError(
-                f"`weights` make {self.weights @ sizes:.6g} rows of {sizes.sum()}. Scale them to keep the total."
-            )
 
     @property
     def linear_change(self) -> float:

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from hf_rgm.clusters.cluster_map import ClusterMap
 from hf_rgm.exceptions import ParameterMismatchError
-from hf_rgm.files.reading import ArtefactFolder, printable
+from hf_rgm.files.reading import printable
 from hf_rgm.files.writing import staged_folder
 from hf_rgm.hub.artefact import CardOptions, DatasetArtefact
 from hf_rgm.model.functional_model import FunctionalModel, parameters_sha256
@@ -72,6 +72,7 @@ class Synset(DatasetArtefact):
     marker: ClassVar = CONFIG_FILE
     files: ClassVar = FILES
     kind: ClassVar = "synset"
+    _read: ClassVar = staticmethod(read_synset)
 
     samples: SyntheticSamples
     clusters: ClusterMap
@@ -252,14 +253,6 @@ class Synset(DatasetArtefact):
         with staged_folder(save_directory, CONFIG_FILE) as folder:
             write_synset(kept, folder, text, samples=samples, state_precision=state_precision)
         return Path(save_directory)
-
-    @classmethod
-    def _from_folder(cls, folder: ArtefactFolder) -> Synset:
-        arguments = read_synset(folder)
-        try:
-            return cls(**arguments)
-        except ValueError as error:
-            raise ValueError(f"The synset in {folder} is damaged: {error}") from error
 
     def texts(self, tokenizer: PreTrainedTokenizerBase) -> list[str]:
         """
