@@ -83,7 +83,10 @@ def other_function(model: FunctionalModel, trajectory: Trajectory) -> str | None
     if changed is not None:
         return f"The model is configured otherwise than the recorded one: {printable(changed)[:300]}."
     if frozen not in (None, model.frozen_sha256()):
-        return "The model's parameters that were not trained are not those of the recorded run."
+        return (
+            "The model's parameters that were not trained are not those of the recorded run (another base model, "
+            "revision or dtype)."
+        )
     return None
 
 

@@ -192,18 +192,11 @@ class Synset(DatasetArtefact):
                 f"the model's has {shapes[other]}. Load the model that was recorded."
             )
         found = parameters_sha256(parameters)
-        frozen = self.metadata.get("frozen_sha256")
         if found != self.parameters_sha256:
             message = (
                 f"The synset belongs to trained parameters {self.parameters_sha256[:12]}, but the model's are "
                 f"{found[:12]}. Load the model that was recorded (the weights after training, in the dtype they were "
                 "trained in), distil a synset for this one, or pass `force=True` to use them together anyway."
-            )
-        elif frozen is not None and frozen != model.frozen_sha256():
-            message = (
-                "The synset's trained parameters are the model's, but the parameters that were not trained differ. "
-                "Load the same base model (same revision, same dtype) under the trained part, or pass `force=True` to "
-                "use them together anyway."
             )
         else:
             other = other_function(model, self.trajectory)

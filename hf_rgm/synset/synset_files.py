@@ -92,7 +92,6 @@ class _Metadata:
     label_smoothing_factor: float = 0.0
     loss_scale: float = 1.0
     custom_row_loss: bool | None = None
-    frozen_sha256: str | None = None
     tokens: list[list[int]] | None = None
     privacy: dict[str, Any] | None = None
 
