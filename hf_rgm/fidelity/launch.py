@@ -7,11 +7,9 @@ import os
 import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from accelerate.utils import parse_flag_from_env, patch_environment
-from filelock import FileLock, Timeout
 
 SPLITTING_MODES = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_MEGATRON_LM")
 
@@ -69,25 +67,6 @@ class Launch:
         }
         with patch_environment(**environment):
             yield
-
-
-@contextlib.contextmanager
-def claimed(path: Path) -> Iterator[bool]:
-    """Whether this process may write a missing file: `False` while another is writing it."""
-    # A lock of the operating system ends with its process, however that ends. Where the file system has no locks, a
-    # file takes its place, which a killed process leaves behind.
-    lock = FileLock(path.with_suffix(".lock"))
-    try:
-        lock.acquire(blocking=False)
-    except Timeout:
-        yield False
-        return
-    try:
-        yield True
-    finally:
-        with contextlib.suppress(PermissionError):  # Windows keeps open files
-            os.unlink(lock.lock_file)
-        lock.release()
 
 
 def _free_port() -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import time
 from collections.abc import Callable, Sequence
@@ -10,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from filelock import Timeout
 from numpy.typing import NDArray
 from tqdm.auto import tqdm
 from transformers import Trainer
 
 from hf_rgm.engines.objectives import Objective, Queries, resolve_objective
-from hf_rgm.fidelity.launch import Launch, claimed
-from hf_rgm.files.writing import make_folder, read_sealed, replacing, seal
+from hf_rgm.fidelity.launch import Launch
+from hf_rgm.files.writing import locked, make_folder, read_sealed, replacing, seal
 from hf_rgm.model.functional_model import FunctionalModel
 from hf_rgm.model.row_reader import DataCollator, RowReader
 
@@ -108,8 +110,10 @@ class _Worker:
         if path is None:
             return self._train(rows, seed)
         if not path.is_file():
-            with claimed(path) as mine:
-                if not mine:
+            with contextlib.ExitStack() as stack:
+                try:
+                    stack.enter_context(locked(path, blocking=False))
+                except Timeout:
                     return None
                 if not path.is_file():  # else another process has finished it
                     values = self._train(rows, seed)
