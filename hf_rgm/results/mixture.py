@@ -181,7 +181,7 @@ def trusted_mixture(
             return suggestion
         tried.append(f"{bound:.3g}: {agreement:.2f}")
     raise ValueError(
-        f"Replay does not bear out the first-order prediction for {objective!r}: the replayed change is less than "
+        f"Replay does not confirm the first-order prediction for {objective!r}: the replayed change is less than "
         f"`min_agreement` = {min_agreement} of it within every bound tried ({', '.join(tried)}). Use more queries, "
         "distil with more samples per cluster, or pass `min_agreement=None` for the unchecked weights."
     )
@@ -204,5 +204,5 @@ def check_request(objective: Objective, num_clusters: int, max_change: Any, min_
     if min_agreement is not None and not 0 < min_agreement <= 1:
         raise ValueError(
             f"`min_agreement` must lie in (0, 1], got {min_agreement}. It is the share of the first-order change that "
-            "replay has to reach; None does without replay."
+            "replay has to reach; None skips the replay."
         )

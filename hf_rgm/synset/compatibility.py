@@ -81,7 +81,7 @@ def other_function(model: FunctionalModel, trajectory: Trajectory) -> str | None
     settings, frozen = trajectory.metadata.get("architecture"), trajectory.metadata.get("frozen_sha256")
     changed = difference(settings, model.module) if settings else None
     if changed is not None:
-        return f"The model is configured otherwise than the recorded one: {printable(changed)[:300]}."
+        return f"The model's configuration is not that of the recorded one: {printable(changed)[:300]}."
     if frozen not in (None, model.frozen_sha256()):
         return (
             "The model's parameters that were not trained are not those of the recorded run (another base model, "
