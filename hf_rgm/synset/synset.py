@@ -90,10 +90,10 @@ class Synset(DatasetArtefact):
         inputs, targets, log_weights = self.samples.tensors()
         matched = (len(self.matched_states), self.clusters.num_clusters)
         for name, tensor in self.samples.named_tensors().items():
-            if tensor.shape[0] != self.clusters.num_clusters:
+            if tensor.dim() < 2 or not tensor.numel() or len(tensor) != self.clusters.num_clusters:
                 raise ValueError(
-                    f"Synset {name} hold {tensor.shape[0]} clusters, but the cluster map has "
-                    f"{self.clusters.num_clusters}. The files do not belong together."
+                    f"Synset {name} have shape {tuple(tensor.shape)}, but the cluster map has "
+                    f"{self.clusters.num_clusters} clusters. The files do not belong together."
                 )
             if not torch.isfinite(tensor).all():
                 bad = torch.nonzero(~torch.isfinite(tensor).flatten(1).all(1)).flatten().tolist()
@@ -120,7 +120,7 @@ class Synset(DatasetArtefact):
             )
         if not self.input_name.isidentifier():
             raise ValueError(f"`input_name` must be a forward argument, got {printable(self.input_name)[:60]!r}.")
-        if self.residuals.shape != matched:
+        if self.residuals.shape != matched or not matched[0]:
             raise ValueError(
                 f"Synset residuals have shape {tuple(self.residuals.shape)} for {matched[0]} matched states and "
                 f"{matched[1]} clusters. The files do not belong together."
