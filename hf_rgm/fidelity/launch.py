@@ -16,7 +16,7 @@ SPLITTING_MODES = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "ACCELERAT
 
 @dataclass(frozen=True)
 class Launch:
-    """Which of the processes of `torchrun` or `accelerate launch` this is, among all and on this machine."""
+    """Position of this process among those of `torchrun` or `accelerate launch`, in all and on this machine."""
 
     index: int
     count: int

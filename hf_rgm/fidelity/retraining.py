@@ -49,9 +49,9 @@ def retrain(
 
     The same script under `torchrun --nproc_per_node N` or `accelerate launch` shares the retrainings among the
     processes through `output_dir`, which all must see. Each `Trainer` trains alone on its process's own device; every
-    process returns everything. A process that has finished its share takes over what nobody is training, also from
-    processes that died (`torchrun` ends them all when one fails; started again, they continue). Accelerate knows a
-    single process afterwards, so give retraining a script of its own.
+    process returns everything. A process that has finished its share takes over retrainings that no process is working
+    on, also of processes that died (`torchrun` ends them all when one fails; started again, they continue). Accelerate
+    knows a single process afterwards, so give retraining a script of its own.
     """
     for name, values in (("subsets", subsets), ("seeds", seeds)):
         if len(values) == 0:

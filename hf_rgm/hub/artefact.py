@@ -24,7 +24,7 @@ TABLE = "data/train.parquet"  # for the Hub's viewer and never read here; may ha
 @dataclass(frozen=True)
 class CardOptions:
     """
-    What a card says that the artefact itself does not know.
+    Details for a card that the artefact itself does not know.
 
     Args:
         repo_id (`str`, *optional*): Repository of the artefact.
@@ -114,7 +114,7 @@ class DatasetArtefact(HubArtefact):
     def write_anew(
         cls, source: ArtefactFolder, target: Path, *, repo_id: str | None = None, license: str | None = None
     ) -> list[str]:
-        """Writes what a folder holds, checked and with a new card, to another; names of files that are left out."""
+        """Writes the checked content of a folder to another, with a new card; returns names of files left out."""
         card = CardOptions(repo_id=repo_id, license=license or _license(source))
         cls.from_pretrained(source).save_pretrained(target, card=card)
         if source.is_remote:
@@ -129,10 +129,9 @@ class DatasetArtefact(HubArtefact):
         cls, folder: Path, repo_id: str, *, license: str | None, tell: Callable[[str], object], **options: Any
     ) -> CommitInfo:
         """
-        Uploads what a saved folder holds, with a card that is written anew; other files in it stay here.
+        Uploads a saved artefact with a new card, and tells which files of its folder are uploaded and left out.
 
-        `tell` gets the names of the files before they are uploaded, and of those left out; `license` defaults to that
-        of the folder's card; `options` are those of [`HubArtefact.push_to_hub`].
+        `license` defaults to that of the folder's card; `options` are those of [`HubArtefact.push_to_hub`].
         """
         with tempfile.TemporaryDirectory() as parent:
             copy = Path(parent) / "artefact"

@@ -77,7 +77,7 @@ def check_runs(
 
 
 def other_function(model: FunctionalModel, trajectory: Trajectory) -> str | None:
-    """Why a model with the recorded parameters is not the one that was recorded, if so."""
+    """How a model differs from the recorded one in configuration or frozen parameters; `None` if it does not."""
     settings, frozen = trajectory.metadata.get("architecture"), trajectory.metadata.get("frozen_sha256")
     changed = difference(settings, model.module) if settings else None
     if changed is not None:
