@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import os
-import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from accelerate.utils import parse_flag_from_env, patch_environment
+from accelerate.utils.other import get_free_port
 
 SPLITTING_MODES = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_MEGATRON_LM")
 
@@ -62,14 +62,8 @@ class Launch:
             "LOCAL_RANK": self.local_index % num_devices if num_devices > 1 else -1,
             "LOCAL_WORLD_SIZE": 1,
             "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": _free_port(),
+            "MASTER_PORT": get_free_port(),
             "TORCHELASTIC_USE_AGENT_STORE": False,
         }
         with patch_environment(**environment):
             yield
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
