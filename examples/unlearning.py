@@ -20,9 +20,9 @@ from hf_rgm.demo import DemoSettings, build_trainer, load_data
 from hf_rgm.engines.objectives import log_odds_margin
 
 TINY = bool(os.environ.get("HF_RGM_TINY"))  # for the tests, which look at what happens, not at how well
-settings = DemoSettings(num_queries=500, flipped_share=0.0, num_iterations=200)
+settings = DemoSettings(num_queries=500, wrong_share=0.0, num_iterations=200)
 if TINY:
-    settings = DemoSettings(num_rows=120, num_queries=40, flipped_share=0.0, num_epochs=2, num_iterations=3)
+    settings = DemoSettings(num_rows=120, num_queries=40, wrong_share=0.0, num_epochs=2, num_iterations=3)
 forgotten = 3
 output = Path("unlearning-example")
 

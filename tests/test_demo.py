@@ -5,14 +5,20 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from datasets import load_from_disk
 
 from hf_rgm.attribution.attributor import Attributor
 from hf_rgm.demo import (
+    CULPRIT,
+    GIVEN_LABEL,
+    TRUE_LABEL,
+    VENDORS,
     DemoSettings,
     build_trainer,
     inspection_order,
     load_data,
     loss_order,
+    right_answers,
     run_demo,
     share_found,
 )
@@ -40,13 +46,15 @@ def test_everything_is_written_and_can_be_used(finished):
     }
     assert all(path.stat().st_size > 0 for path in folder.rglob("*") if path.is_file())
     result = AttributionResult.from_pretrained(folder / "attributions")
-    assert result.scores.shape == (8, 30)
-    assert result.row_scores is not None
-    assert result.row_scores.shape == (8, 120)
-    model = build_trainer(TINY)(load_data(TINY).train, 0).model
+    data = load_data(TINY)
+    model = build_trainer(TINY)(data.train, 0).model
     loaded = type(model).from_pretrained(folder / "model")
+    misread = np.flatnonzero(~right_answers(loaded, data.queries))
+    assert result.scores.shape == (len(misread), 8)
+    assert result.row_scores is not None
+    assert result.row_scores.shape == (len(misread), 120)
     again = Attributor(loaded, folder / "synset", disable_tqdm=True).attribute(
-        load_data(TINY).queries, rows=load_data(TINY).train
+        data.queries.select(misread), rows=data.train
     )
     np.testing.assert_allclose(again.scores, result.scores, rtol=1e-4, atol=1e-6)
 
@@ -55,13 +63,20 @@ def test_it_tells_what_it_does(finished):
     folder, lines = finished
     text = "\n".join(lines)
     for part in (
-        "on 120 digits, 6 of them with a flipped label",
-        "60 synthetic digits stand in for 120 real ones",
+        "on 120 digits from 8 vendors",
+        "test digits are read rightly",
         AttributionResult.SIGN_CONVENTION,
-        "first 5% inspected",
-        "first 10% inspected",
-        "random 10% of them found",
-        "10 retrainings, each on a random half of the clusters",
+        "on average; the others:",
+        "Retraining without each vendor takes 8",
+        "vendor C labels its 4s as 9s: 6 of 120 labels are wrong",
+        "first 5%: row scores",
+        "first 10%: row scores",
+        "random 10% of the wrong labels found",
+        "without retraining. Retrained, it reads",
+        "80 synthetic digits stand in for 120 real ones",
+        "10 retrainings, each on a random half of the vendors",
+        "(LDS), by the digits",
+        "(LDS), by the synset alone",
         "times the sums of scores",
         str(folder.resolve()),
     ):
@@ -80,25 +95,38 @@ def test_the_explorer_opens_the_folder(finished):
     exhibit = open_exhibit(finished[0])
     assert exhibit.can_replay
     assert "(LDS)" in fidelity_line(exhibit.result)
-    assert exhibit.query(7).label == str(int(load_data(TINY).queries[7]["labels"]))
+    assert exhibit.query(1).label == str(int(load_from_disk(finished[0] / "queries")[1]["labels"]))
     assert len(exhibit.cluster_rows(0, None)) and len(exhibit.cluster_samples(0))
 
 
-def test_labels_are_flipped_where_it_says_so():
-    clean, noisy = load_data(DemoSettings(flipped_share=0.0)), load_data(DemoSettings())
-    assert noisy.flipped.sum() == 60
-    assert clean.flipped.sum() == 0
-    different = np.asarray(clean.train["labels"]) != np.asarray(noisy.train["labels"])
-    np.testing.assert_array_equal(different, noisy.flipped)
-    assert torch.equal(clean.queries[:]["labels"], noisy.queries[:]["labels"])
-    assert torch.equal(clean.train[:]["pixel_values"], noisy.train[:]["pixel_values"])
+def test_one_vendor_labels_one_digit_wrongly():
+    clean, data = load_data(DemoSettings(wrong_share=0.0)), load_data(DemoSettings())
+    right, labels = (np.asarray(each.train["labels"]) for each in (clean, data))
+    vendors = np.asarray(data.train["vendor"])
+    assert data.mislabelled.sum() == 77
+    assert clean.mislabelled.sum() == 0
+    np.testing.assert_array_equal(right != labels, data.mislabelled)
+    np.testing.assert_array_equal((vendors == CULPRIT) & (right == TRUE_LABEL), data.mislabelled)
+    assert (labels[data.mislabelled] == GIVEN_LABEL).all()
+    assert sorted(set(vendors)) == list(VENDORS)
+    assert torch.equal(clean.queries[:]["labels"], data.queries[:]["labels"])
+    assert torch.equal(clean.train[:]["pixel_values"], data.train[:]["pixel_values"])
+
+
+def test_right_answers():
+    data = load_data(TINY)
+    model = build_trainer(TINY)(data.train, 0).model
+    expected = [
+        int(model(pixel_values=row["pixel_values"][None]).logits.argmax()) == row["labels"] for row in data.queries
+    ]
+    assert right_answers(model, data.queries).tolist() == expected
 
 
 def test_training_rows_and_queries_do_not_overlap_and_follow_the_seed():
     data, same, other = (load_data(DemoSettings(seed=seed)) for seed in (1, 1, 2))
     train, queries = ({tuple(x.flatten().tolist()) for x in d[:]["pixel_values"]} for d in (data.train, data.queries))
     assert len(data.train) == 1200
-    assert len(data.queries) == 120
+    assert len(data.queries) == 400
     assert not train & queries
     assert torch.equal(data.train[:]["pixel_values"], same.train[:]["pixel_values"])
     assert not torch.equal(data.train[:]["pixel_values"], other.train[:]["pixel_values"])
@@ -158,7 +186,7 @@ def test_a_finished_demo_is_replaced_only_if_so_asked(finished, tmp_path):
     assert [line[:2] for line in told] == ["1.", told[1][:2], "1."] and "cut short, which begins again" in told[1]
 
 
-def test_a_demo_without_flipped_labels_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="flips no label of 1200"):
-        run_demo(tmp_path / "out", say=str, settings=DemoSettings(flipped_share=0.0), disable_tqdm=True)
+def test_a_demo_without_wrong_labels_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="`wrong_share` = 0.0 makes no label wrong"):
+        run_demo(tmp_path / "out", say=str, settings=DemoSettings(wrong_share=0.0), disable_tqdm=True)
     assert not (tmp_path / "out").exists()

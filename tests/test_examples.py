@@ -71,7 +71,7 @@ def test_notebook(name, tmp_path, monkeypatch, capsys):
         removed, others = names["unlearned"].checks
         assert (removed.num_rows, others.num_rows) == (120 - len(names["kept"]), len(names["kept"]))
     if name == "data_cleaning":
-        assert len(names["subsets"]["all flipped labels dropped"]) == 108
+        assert len(names["subsets"]["all wrong labels dropped"]) == 114
     if name == "sources_and_mixture":
         assert names["mixture"].weights @ names["clusters"].sizes == pytest.approx(80)
 

@@ -19,7 +19,7 @@ def demo(
     quiet: common.Quiet = False,
 ) -> None:
     """
-    Train, record, distil, attribute and check on real handwritten digits; needs no network.
+    Find the vendor that mislabels handwritten digits, see the model without it, and check; needs no network.
 
     Example: hf-rgm demo -o my-demo
     """
