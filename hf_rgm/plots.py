@@ -16,7 +16,7 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from scipy.cluster.hierarchy import leaves_list, linkage
 
-from hf_rgm.agreement.correlations import MIN_POINTS, linear_datamodeling_score
+from hf_rgm.agreement.correlations import linear_datamodeling_score
 from hf_rgm.agreement.fidelity_figures import NOT_CALIBRATED
 from hf_rgm.clusters.grouping import as_numpy
 from hf_rgm.files.reading import printable
@@ -198,24 +198,13 @@ def plot_matching_error(
 
 
 def plot_predicted_against_actual(
-    predicted: np.ndarray,
-    actual: np.ndarray,
-    *,
-    ax: Axes | None = None,
-    title: str | None = None,
-    unit: str = "change of the objective",
+    predicted: np.ndarray, actual: np.ndarray, *, ax: Axes | None = None, title: str | None = None
 ) -> Axes:
-    """
-    Predicted changes against those of retraining, with their rank correlation and its 95% interval.
-
-    Shape `(num_queries, num_subsets)` gives the LDS; any other, the correlation of all points.
-    """
+    """Predicted changes against those of retraining, both `(num_queries, num_subsets)`, with their LDS."""
     x, y = _finite(actual, "actual"), _finite(predicted, "predicted")
-    if x.shape != y.shape or x.size < MIN_POINTS:
-        raise ValueError(
-            f"`predicted` {y.shape} and `actual` {x.shape} must have the same shape and at least {MIN_POINTS} points."
-        )
-    agreement = _agreement(y, x)
+    agreement = (
+        f"rank correlation {linear_datamodeling_score(y, x)}\nmean over {len(x)} queries, {x.shape[1]} points each"
+    )
     x, y = x.ravel(), y.ravel()
     ax = ax or _new_axes(4.8, 4.6)
     lowest, highest = min(x.min(), y.min()), max(x.max(), y.max())
@@ -228,24 +217,12 @@ def plot_predicted_against_actual(
     ax.set_xlim(limits)
     ax.set_ylim(limits)
     ax.set_aspect("equal")
-    ax.set_xlabel(_one_line(f"actual {unit} (retrained)", 60))
-    ax.set_ylabel(_one_line(f"predicted {unit}", 60))
+    ax.set_xlabel("actual change of the objective (retrained)")
+    ax.set_ylabel("predicted change of the objective")
     behind = {"facecolor": "white", "alpha": 0.85, "edgecolor": "none", "pad": 2.0}
     ax.text(0.03, 0.97, agreement, transform=ax.transAxes, va="top", fontsize=9, bbox=behind)
     ax.legend(loc="lower right", frameon=False, fontsize=8)
     return _titled(_bare(ax, keep=("bottom", "left")), title)
-
-
-def _agreement(predicted: np.ndarray, actual: np.ndarray) -> str:
-    by_query = predicted.ndim == 2 and len(predicted) > 1 and predicted.shape[1] >= MIN_POINTS
-    if not by_query:
-        predicted, actual = predicted.reshape(1, -1), actual.reshape(1, -1)
-    points = f"{predicted.shape[1]} points"
-    if by_query:
-        points = f"mean over {len(predicted)} queries, {points} each"
-    if not np.any((np.ptp(predicted, axis=1) > 0) & (np.ptp(actual, axis=1) > 0)):
-        return f"rank correlation undefined (constant)\n{points}"
-    return f"rank correlation {linear_datamodeling_score(predicted, actual)}\n{points}"
 
 
 def plot_inspection_curve(
