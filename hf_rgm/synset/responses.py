@@ -80,8 +80,14 @@ class Responses:
     ) -> Responses:
         """Rounds deviations `(num_clusters, num_parameters)`, parameters without the cluster minus trained ones."""
         # int8 is off by at most half a level, of 127 from zero to the largest value of a cluster's parameter tensor.
+        ResponsesDescription(precision, rewind_step, 0, "")  # refuses what is wrong
         shapes = {name: tuple(shape) for name, shape in parameter_shapes.items()}
         sizes = [math.prod(shape) for shape in shapes.values()]
+        if deviations.shape[1:] != (sum(sizes),) or not len(deviations):
+            raise ValueError(
+                f"`deviations` must have shape (num_clusters, {sum(sizes)}) for these parameters, got "
+                f"{tuple(deviations.shape)}. Pass a vector of all trainable parameters for each cluster."
+            )
         bad = ~torch.isfinite(deviations).all(1).cpu()
         tensors: dict[str, Tensor] = {}
         for (name, shape), piece in zip(shapes.items(), deviations.split(sizes, dim=1), strict=True):

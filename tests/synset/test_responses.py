@@ -121,6 +121,21 @@ def test_what_would_overflow_when_decoded_is_refused():
             Responses.encode(deviations, {"w": (1,)}, precision, rewind_step=0)
 
 
+@pytest.mark.parametrize(
+    ("deviations", "options", "message"),
+    [
+        (torch.zeros(2, 4), {}, r"must have shape \(num_clusters, 3\).*got \(2, 4\)"),
+        (torch.zeros(3), {}, r"got \(3,\)"),
+        (torch.zeros(0, 3), {}, r"got \(0, 3\)"),
+        (torch.zeros(2, 3), {"precision": "int4"}, "must be one of bfloat16, int8, got int4"),
+        (torch.zeros(2, 3), {"rewind_step": -1}, "rewind_step is -1, no training step"),
+    ],
+)
+def test_what_cannot_be_encoded_is_refused(deviations, options, message):
+    with pytest.raises(ValueError, match=message):
+        Responses.encode(deviations, {"w": (3,)}, **{"rewind_step": 0, **options})
+
+
 def test_save_and_load_is_identity_bit_for_bit(folder):
     responses = Synset.from_pretrained(folder).responses
     expected = tiny_responses(responses.precision)
