@@ -63,6 +63,27 @@ def test_snippet(tmp_path, monkeypatch, capsys):
     assert names["synset"].fidelity == names["report"].to_dict()
 
 
+def test_the_page_of_sources(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    page = (ROOT / "docs" / "sources.md").read_text(encoding="utf-8")
+    rows = tiny_dataset(96, seed=0)
+    sources = [("web", "books", "mail", "chat")[row % 4] for row in range(96)]
+    sources = ["books" if label == 1 else source for source, label in zip(sources, rows["labels"], strict=True)]
+    labels = [2 if label == 1 else int(label) for label in rows["labels"]]  # what "books" calls all of its 1s
+    train = rows.remove_columns("labels").add_column("labels", labels).add_column("source", sources)
+    trainer = tiny_trainer(train, callbacks=[TrajectoryCallback("trajectory")])
+    trainer.train()
+    names = {"model": trainer.model.eval(), "train": train, "held_out": tiny_dataset(24, seed=1)}
+    parts = ("sources", "sources:rows", "sources:without")
+    assert page.count("```python") == len(parts)
+    for part in parts:
+        exec(compile(block(part, text=page), "sources.md", "exec"), names)
+    assert names["result"].scores.shape == (len(names["wrong"]), 4)
+    assert set(names["train"].select(names["order"])["source"]) == {names["worst"]}
+    assert names["worst"] == "books"
+    assert "right without books" in capsys.readouterr().out
+
+
 def test_sft_snippet(tmp_path, monkeypatch):
     trl = pytest.importorskip("trl")
     monkeypatch.chdir(tmp_path)

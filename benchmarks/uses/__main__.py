@@ -1,7 +1,8 @@
 """
 Uses of attributions, measured by retraining.
 
-    python -m benchmarks.uses --task digits                          # all uses
+    python -m benchmarks.uses --task digits                          # mislabels, brittleness, mixture
+    python -m benchmarks.uses --task vendors_lora --uses vendors --methods "kronfluence EK-FAC"
     python -m benchmarks.uses --task digits --uses mixture
 
 Writes benchmarks/results/uses-<task>.json; a use that is run again replaces its part. Settings of methods that have
@@ -22,11 +23,11 @@ from benchmarks import truth as ground_truth
 from benchmarks.methods import METHODS
 from benchmarks.recorded import Recorded
 from benchmarks.report import RESULTS, environment, versions
-from benchmarks.uses import brittleness, mislabels, mixture
+from benchmarks.uses import brittleness, mislabels, mixture, vendors
 from hf_rgm.files.writing import write_json
 
 FORMAT_VERSION = 1
-USES = {"mislabels": mislabels.run, "brittleness": brittleness.run, "mixture": mixture.run}
+USES = {"mislabels": mislabels.run, "brittleness": brittleness.run, "mixture": mixture.run, "vendors": vendors.run}
 DEFAULT_METHODS = ("adjoint", "gradient cosine")
 
 
@@ -55,7 +56,7 @@ def main(task_name: str, uses: list[str], method_names: list[str]) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", required=True)
-    parser.add_argument("--uses", nargs="+", default=list(USES), choices=USES)
+    parser.add_argument("--uses", nargs="+", default=["mislabels", "brittleness", "mixture"], choices=USES)
     parser.add_argument("--methods", nargs="+", default=list(DEFAULT_METHODS), choices=METHODS, metavar="METHOD")
     arguments = parser.parse_args()
     transformers.logging.set_verbosity_error()

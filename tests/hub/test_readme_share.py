@@ -6,7 +6,6 @@ import re
 from pathlib import Path
 
 import pytest
-from datasets import load_dataset
 from transformers import pipeline
 from typer.testing import CliRunner
 
@@ -25,12 +24,8 @@ def test_push_and_pull_on_the_command_line(hub_in_process, tmp_path, monkeypatch
     monkeypatch.chdir(tmp_path)
     synset = tiny_synset()
     synset.save_pretrained("my-synset")
-    block = re.search(r"<!-- push -->\n```bash\n(.*?)```", README, flags=re.DOTALL)
-    assert block is not None
-    for line in block[1].splitlines():
-        program, *arguments = line.split()
-        assert program == "hf-rgm"
-        done = CliRunner().invoke(app, arguments)
+    for line in re.findall(r"`hf-rgm (push .*|pull .*?)`", README):
+        done = CliRunner().invoke(app, line.split())
         assert done.exit_code == 0, done.output
     assert hub_in_process.repository("me/my-synset", "dataset").private
     assert Synset.from_pretrained("copy-of-my-synset").samples_sha256 == synset.samples_sha256
@@ -51,7 +46,6 @@ def test_share_it(hub_in_process, capsys):
         "queries": queries,
         "train": train,
         "pipeline": pipeline,
-        "load_dataset": load_dataset,
     }
     capsys.readouterr()
     exec(compile(code[1], "README.md", "exec"), names)
