@@ -1,8 +1,8 @@
 """
 The vendor that mislabels: who made the model get queries wrong, which rows did, and what it would say without them.
 
-Asked about the held-out queries that the recorded model gets wrong, as a user would. Sizes are calibrated on the wrong
-ones among the tuning queries, and measured on those among the reported ones.
+Asked about the held-out queries that the recorded model gets wrong, as a user would. Rankings are by the reported ones;
+sizes are calibrated on the tuning queries, and measured on the reported ones. The cost is that of asking about both.
 """
 
 from __future__ import annotations
@@ -55,15 +55,17 @@ def run(recorded: Recorded, method_names: Sequence[str]) -> dict[str, Any]:
             max_memory=task.max_memory,
             disable_tqdm=True,
         )
-        result = attributor.attribute(asked["reported"], objective=task.objective)
-    rows = {OURS: result.row_scores}
+        both = concatenate_datasets(list(asked.values())).with_format("torch")
+        result = attributor.attribute(both, objective=task.objective)
+    count = len(asked["reported"])
+    scores = {"reported": result.scores[:count], "tuning": result.scores[count:]}
+    rows = {OURS: None if result.row_scores is None else result.row_scores[:count]}
     for name in method_names:
         method = next(iter(METHODS[name].grid.values()))
         rows[name] = method(recorded, asked["reported"]).row_scores
     suspicions = {name: -np.minimum(scores, 0).mean(0) for name, scores in rows.items() if scores is not None}
     suspicions |= without_queries(recorded)
     rankings = {name: _ranking(task, values) for name, values in suspicions.items()}
-    tuning = attributor.attribute(asked["tuning"], objective=task.objective)
     truth = _leave_out(task)
     with Meter() as removal:
         without = attributor.model_without([task.culprit])
@@ -75,10 +77,10 @@ def run(recorded: Recorded, method_names: Sequence[str]) -> dict[str, Any]:
     figures = {
         "num_wrong": {part: int(found.sum()) for part, found in wrong.items()},
         "culprit": task.culprit,
-        "mean_scores": dict(zip(task.clusters.names, result.scores.mean(0).tolist(), strict=True)),
+        "mean_scores": dict(zip(task.clusters.names, scores["reported"].mean(0).tolist(), strict=True)),
         "rankings": rankings,
         "sizes": _sizes(
-            {"reported": result.scores, "tuning": tuning.scores},
+            scores,
             {part: truth[part][:, found] for part, found in wrong.items()},
         ),
         "accuracy": {name: float(value) for name, value in accuracy.items()},
