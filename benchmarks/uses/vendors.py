@@ -1,7 +1,7 @@
 """
 The vendor that mislabels: who made the model get queries wrong, which rows did, and what it would say without them.
 
-Asked about the held-out queries that the recorded model gets wrong, as a user would. Rankings are by the reported ones;
+Asked about the held-out queries that the recorded model gets wrong, as users do. Rankings are by the reported ones;
 sizes are calibrated on the tuning queries, and measured on the reported ones. The cost is that of asking about both.
 """
 
