@@ -45,7 +45,7 @@ README_METHODS = {
 
 DOCUMENTS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "stopping": ("method.md", stopping.table),
-    "token_inputs": ("language_models.md", token_inputs.table),
+    "token_inputs": ("choosing.md", token_inputs.table),
     "estimates": ("scaling.md", estimates.table),
 }
 """Pages under docs/ that have a table of a result."""

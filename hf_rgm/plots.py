@@ -1,6 +1,6 @@
 """
-All plots. Every function draws on the `ax` it is given, or on a figure of its own that is not registered with pyplot,
-and returns the axes: `ax.figure` shows it in a notebook, `ax.figure.savefig(path)` writes it.
+All plots. Every function draws on the `ax` it is given, or on a new figure that pyplot does not know, and returns the
+axes: `ax.figure` shows it in a notebook, `ax.figure.savefig(path)` writes it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from scipy.cluster.hierarchy import leaves_list, linkage
 
-from hf_rgm.agreement.correlations import MIN_POINTS, linear_datamodeling_score
+from hf_rgm.agreement.correlations import linear_datamodeling_score
 from hf_rgm.agreement.fidelity_figures import NOT_CALIBRATED
 from hf_rgm.clusters.grouping import as_numpy
 from hf_rgm.files.reading import printable
@@ -51,12 +51,7 @@ def plot_heatmap(
     Hierarchical clustering puts similar queries and clusters beside each other. Of more than `max_queries` or
     `max_clusters`, those with the largest scores are shown.
     """
-    scores = _finite(scores, "scores", num_dimensions=2)
-    if scores.shape != (len(query_names), len(cluster_names)):
-        raise ValueError(
-            f"`scores` have shape {scores.shape} for {len(query_names)} queries and {len(cluster_names)} clusters. "
-            "Pass one name for each."
-        )
+    scores = _finite(scores, "scores")
     strength = -np.abs(scores)
     queries = np.sort(np.argsort(strength.mean(axis=1), kind="stable")[:max_queries])
     clusters = np.sort(np.argsort(strength.mean(axis=0), kind="stable")[:max_clusters])
@@ -96,12 +91,9 @@ def plot_bars(
     sizes: str = NOT_CALIBRATED,
 ) -> Axes:
     """The `k` highest and `k` lowest scores, `(len(names),)`, as bars: blue helps, whether more is better or not."""
-    scores = _finite(scores, "scores", num_dimensions=1)
-    if len(scores) != len(names) or k < 1:
-        raise ValueError(
-            f"Cannot show {k} bars of {len(scores)} scores and {len(names)} names. Pass one name for each score and "
-            "`k` of at least 1."
-        )
+    if k < 1:
+        raise ValueError(f"`k` must be at least 1, got {k}. It is the number of bars at each end.")
+    scores = _finite(scores, "scores")
     order = np.argsort(-scores, kind="stable")
     left_out = max(0, len(order) - 2 * k)
     # `None` is the line that counts what is left out between both ends.
@@ -139,11 +131,6 @@ def plot_synset_gallery(
     `images` is `(num_images, 1 or 3, height, width)` or `(num_images, height, width)`, with one title each.
     """
     pictures = _pictures(images)
-    if len(titles) != len(pictures) or columns < 1:
-        raise ValueError(
-            f"Cannot show {len(pictures)} images with {len(titles)} titles in {columns} columns. Pass one title for "
-            "each image and at least 1 column."
-        )
     columns = min(columns, len(pictures))
     rows = math.ceil(len(pictures) / columns)
     height = pictures.shape[1] / pictures.shape[2]
@@ -200,12 +187,7 @@ def plot_matching_error(
 
     Clusters with the largest mean error come first; of more than `max_clusters`, only these are shown.
     """
-    errors = _finite(residuals, "residuals", num_dimensions=2)
-    if errors.shape != (len(states), len(cluster_names)):
-        raise ValueError(
-            f"`residuals` have shape {errors.shape} for {len(states)} states and {len(cluster_names)} clusters. Pass "
-            "one name for each."
-        )
+    errors = _finite(residuals, "residuals")
     order = np.argsort(-errors.mean(axis=0), kind="stable")[:max_clusters]
     if ax is None:
         ax = _new_axes(4.2 + 0.2 * len(order), 2.4 + 0.24 * len(states))
@@ -216,24 +198,13 @@ def plot_matching_error(
 
 
 def plot_predicted_against_actual(
-    predicted: np.ndarray,
-    actual: np.ndarray,
-    *,
-    ax: Axes | None = None,
-    title: str | None = None,
-    unit: str = "change of the objective",
+    predicted: np.ndarray, actual: np.ndarray, *, ax: Axes | None = None, title: str | None = None
 ) -> Axes:
-    """
-    Predicted changes against those of retraining, with their rank correlation and its 95% interval.
-
-    Shape `(num_queries, num_subsets)` gives the LDS; any other, the correlation of all points.
-    """
+    """Predicted changes against those of retraining, both `(num_queries, num_subsets)`, with their LDS."""
     x, y = _finite(actual, "actual"), _finite(predicted, "predicted")
-    if x.shape != y.shape or x.size < MIN_POINTS:
-        raise ValueError(
-            f"`predicted` {y.shape} and `actual` {x.shape} must have the same shape and at least {MIN_POINTS} points."
-        )
-    agreement = _agreement(y, x)
+    agreement = (
+        f"rank correlation {linear_datamodeling_score(y, x)}\nmean over {len(x)} queries, {x.shape[1]} points each"
+    )
     x, y = x.ravel(), y.ravel()
     ax = ax or _new_axes(4.8, 4.6)
     lowest, highest = min(x.min(), y.min()), max(x.max(), y.max())
@@ -246,24 +217,12 @@ def plot_predicted_against_actual(
     ax.set_xlim(limits)
     ax.set_ylim(limits)
     ax.set_aspect("equal")
-    ax.set_xlabel(_one_line(f"actual {unit} (retrained)", 60))
-    ax.set_ylabel(_one_line(f"predicted {unit}", 60))
+    ax.set_xlabel("actual change of the objective (retrained)")
+    ax.set_ylabel("predicted change of the objective")
     behind = {"facecolor": "white", "alpha": 0.85, "edgecolor": "none", "pad": 2.0}
     ax.text(0.03, 0.97, agreement, transform=ax.transAxes, va="top", fontsize=9, bbox=behind)
     ax.legend(loc="lower right", frameon=False, fontsize=8)
     return _titled(_bare(ax, keep=("bottom", "left")), title)
-
-
-def _agreement(predicted: np.ndarray, actual: np.ndarray) -> str:
-    by_query = predicted.ndim == 2 and len(predicted) > 1 and predicted.shape[1] >= MIN_POINTS
-    if not by_query:
-        predicted, actual = predicted.reshape(1, -1), actual.reshape(1, -1)
-    points = f"{predicted.shape[1]} points"
-    if by_query:
-        points = f"mean over {len(predicted)} queries, {points} each"
-    if not np.any((np.ptp(predicted, axis=1) > 0) & (np.ptp(actual, axis=1) > 0)):
-        return f"rank correlation undefined (constant)\n{points}"
-    return f"rank correlation {linear_datamodeling_score(predicted, actual)}\n{points}"
 
 
 def plot_inspection_curve(
@@ -279,14 +238,10 @@ def plot_inspection_curve(
 
     `fractions` of the rows inspected and, by method, fractions found: `(num_points,)`, in [0, 1].
     """
-    fractions = _finite(fractions, "fractions", num_dimensions=1)
-    if not found_by_method:
-        raise ValueError("`found_by_method` is empty. Pass at least one curve.")
+    fractions = _finite(fractions, "fractions")
     ax = ax or _new_axes(6.0, 4.0)
     for number, (method, found) in enumerate(found_by_method.items()):
-        found = _finite(found, f"found_by_method['{method}']", num_dimensions=1)
-        if len(found) != len(fractions):
-            raise ValueError(f"'{method}' has {len(found)} points for {len(fractions)} fractions. Pass one for each.")
+        found = _finite(found, f"found_by_method['{method}']")
         style, color = ("-", "--", "-.", ":")[number % 4], LINES[number % len(LINES)]
         ax.plot(100 * fractions, 100 * found, style, color=color, linewidth=2, label=_one_line(method))
     reach, dotted = 100 * float(fractions.max()), (0, (1, 3))
@@ -350,13 +305,11 @@ def _count(what: str, shown: int, total: int, measure: str) -> str:
     return what if shown == total else f"{what} (the {shown} of {total} with the largest {measure})"
 
 
-def _finite(values: Any, name: str, num_dimensions: int | None = None) -> np.ndarray:
+def _finite(values: Any, name: str) -> np.ndarray:
     """Values as a finite float64 array with at least one element."""
     array = as_numpy(values).astype(np.float64)
-    if array.size == 0 or (num_dimensions is not None and array.ndim != num_dimensions):
-        raise ValueError(
-            f"`{name}` must have values in {num_dimensions or 'some'} dimensions, got shape {array.shape}."
-        )
+    if array.size == 0:
+        raise ValueError(f"`{name}` has no values, but shape {array.shape}.")
     if bad := int((~np.isfinite(array)).sum()):
         raise ValueError(f"`{name}` has {bad} NaN or infinite values of {array.size}. Find out why before plotting.")
     return array

@@ -9,26 +9,30 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import stopping
+from benchmarks import stopping, token_inputs
 from benchmarks.report import RESULTS
 from hf_rgm import Attributor
 from hf_rgm.testing import tiny_dataset, tiny_recorded_run, tiny_synset
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted((ROOT / "docs").glob("*.md"))
-GENERATED = {"benchmarks.md", "hostile.md", "runs.md", "scaling.md"}
+GENERATED = {"benchmarks.md", "runs.md", "scaling.md"}
 WRITTEN = [path for path in DOCUMENTS if path.name not in GENERATED]
-WITH_TRL = "language_models.md"
-"""tests/test_readme.py runs its snippet."""
+FENCE = re.compile(r"^(?:<!-- (\w+).*? -->\n)?```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+ELSEWHERE = ("sft", "sources")
+"""Snippets under comments of these names are run by tests/test_readme.py."""
 
-FENCE = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+
+def snippets(path: Path) -> list[str]:
+    found = FENCE.findall(path.read_text(encoding="utf-8"))
+    return [code for name, code in found if name not in ELSEWHERE]
 
 
 def named(paths):
     return pytest.mark.parametrize("path", paths, ids=lambda path: path.name)
 
 
-@named([path for path in WRITTEN if path.name != WITH_TRL and FENCE.search(path.read_text(encoding="utf-8"))])
+@named([path for path in WRITTEN if snippets(path)])
 def test_snippets_run(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run = tiny_recorded_run()
@@ -41,7 +45,7 @@ def test_snippets_run(path, tmp_path, monkeypatch):
         "train": tiny_dataset(48, seed=0).add_column("source", ["web", "books", "mail", "chat"] * 12),
         "queries": run.queries,
     }
-    for code in FENCE.findall(path.read_text(encoding="utf-8")):
+    for code in snippets(path):
         exec(compile(code, path.name, "exec"), names)
 
 
@@ -85,8 +89,8 @@ def test_quoted_messages_are_in_the_source():
 @named([path for path in WRITTEN if path.name in ("method.md", "choosing.md")])
 def test_figures_are_those_of_the_benchmarks(path):
     known = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
-    file = RESULTS / "stopping.json"
-    known += stopping.table(json.loads(file.read_text(encoding="utf-8"))["methods"])
+    for name, module in (("stopping", stopping), ("token_inputs", token_inputs)):
+        known += module.table(json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))["methods"])
     told = re.findall(r"(?<![\w.])[+-]?\d\.\d{3}(?![\d])", path.read_text(encoding="utf-8"))
     assert told
     assert not [figure for figure in told if figure not in known]

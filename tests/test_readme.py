@@ -87,8 +87,7 @@ def test_the_page_of_sources(tmp_path, monkeypatch, capsys):
 def test_sft_snippet(tmp_path, monkeypatch):
     trl = pytest.importorskip("trl")
     monkeypatch.chdir(tmp_path)
-    document = (ROOT / "docs" / "language_models.md").read_text(encoding="utf-8")
-    assert document.count("```python") == 1
+    document = (ROOT / "docs" / "choosing.md").read_text(encoding="utf-8")
     texts = [f"the {word} sat on the {other}" for word in WORDS for other in WORDS]
     names = {
         "model": language_model("gpt2", bos_token_id=1, eos_token_id=1),
@@ -102,7 +101,7 @@ def test_sft_snippet(tmp_path, monkeypatch):
         "ReverseGradientMatchingDistiller": ReverseGradientMatchingDistiller,
         "pipeline": pipeline,
     }
-    exec(compile(block("sft", text=document), "language_models.md", "exec"), names)
+    exec(compile(block("sft", text=document), "choosing.md", "exec"), names)
     assert names["result"].scores.shape == (2, 2)
     assert names["result"].row_scores.shape == (2, 16)
     assert type(names["without"]) is type(names["trainer"].model)

@@ -77,3 +77,17 @@ def test_no_import_from_the_right(path):
     own = ROOMS.index(room_of(path))
     wrong = [f"{path}:{line} imports {room}" for line, room in imports(path) if room in ROOMS[own + 1 :]]
     assert not wrong
+
+
+STARTED_BY_NAME = {"hf_rgm.cli.__main__", "hf_rgm.testing"}
+"""Modules that users start or import, and the library does not."""
+
+
+def test_every_module_is_used():
+    used = {f"hf_rgm.{module}" for module in hf_rgm._MODULES.values()} | STARTED_BY_NAME
+    for path in LIBRARY.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.module:
+                used |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    names = {".".join(path.relative_to(LIBRARY.parent).with_suffix("").parts) for path in modules()}
+    assert not {name for name in names - used if not name.endswith("__init__")}

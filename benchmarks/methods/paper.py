@@ -9,6 +9,7 @@ our distiller: every state counts by its own gradient energy, targets and weight
 from __future__ import annotations
 
 import time
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -16,11 +17,13 @@ from datasets import Dataset
 from torch import Tensor
 
 from benchmarks.methods.ours import replay
+from benchmarks.methods.plain_replay import PlainReplayEngine
 from benchmarks.recorded import Method, Prediction, Recorded
 from benchmarks.truth import LOGITS
 from hf_rgm import DistillationConfig, Synset
 from hf_rgm.engines.objectives import Objective, Queries, resolve_objective
 from hf_rgm.engines.perturbations import leave_one_out
+from hf_rgm.engines.registry import ENGINES
 from hf_rgm.model.functional_model import FunctionalModel
 from hf_rgm.model.row_reader import RowReader
 from hf_rgm.synset.inputs import SPACES, input_space
@@ -111,11 +114,14 @@ def matched(samples_per_cluster: int, **distillation) -> Method:
     iterations on are all states matched alike. The paper starts from random parameters; these are the recorded run's
     own, which favours the method.
     """
-    return replay(
-        engine="plain_replay",
-        distillation={"samples_per_cluster": samples_per_cluster, **distillation},
-        rewind=0.0,
-    )
+    settings = {"samples_per_cluster": samples_per_cluster, **distillation}
+    method = replay(engine=PlainReplayEngine.name, distillation=settings, rewind=0.0)
+
+    def run(recorded: Recorded, queries: Dataset) -> Prediction:
+        with patch.dict(ENGINES, {PlainReplayEngine.name: PlainReplayEngine}):
+            return method(recorded, queries)
+
+    return run
 
 
 METHODS: dict[str, dict[str, Method]] = {

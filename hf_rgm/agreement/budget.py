@@ -3,21 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
 
 from hf_rgm.agreement.correlations import MIN_POINTS_FOR_INTERVAL
 from hf_rgm.agreement.subsets import count_masks
 
 LDS_CLUSTERS, LEAVE_CLUSTER_OUT, LDS_ROWS = MEASURES = ("lds_clusters", "leave_cluster_out", "lds_rows")
 GOOD_NUM_POINTS = 12
-
-
-@dataclass(frozen=True)
-class RetrainingPlan:
-    """Retrainings: for each measure its number of subsets, each retrained once per seed."""
-
-    num_points: dict[str, int]
-    seeds: tuple[int, ...]
 
 
 def plan_retrainings(
@@ -29,20 +20,17 @@ def plan_retrainings(
     measures: Sequence[str] | None = None,
     seeds: Sequence[int] | None = None,
     recorded_seeds: Collection[int | None] = (),
-) -> RetrainingPlan:
+) -> tuple[dict[str, int], tuple[int, ...]]:
     """
-    Splits a budget of retrainings over measures, subsets and seeds; default seeds avoid those of the recorded runs.
+    Splits a budget of retrainings: the number of subsets for each measure, and the seeds that each is retrained with.
 
-    - Every subset of a measure is retrained with the same seeds. Otherwise differences between seeds would count as
-      differences between subsets.
-    - A second seed is worth its price from 24 retrainings on: 12 subsets with two seeds give as good an estimate as 24
-      with one (within 0.01 of LDS on the benchmark's digits, better for rows and single clusters, where seeds differ
-      most), and also a noise ceiling, without which a low score cannot be told from a noisy truth. With fewer
-      retrainings a second seed costs precision.
-    - Half-subsets of clusters come first: they say most per retraining, because half of the data moves the model far
-      more than its seed does. Single clusters left out (what a cluster's score is about, but mostly hidden by the
-      noise of seeds) and half-subsets of rows (if rows are scored) follow where each measure still gets 12 subsets;
-      clusters to leave out are drawn at random if there are more.
+    - A second seed pays from 24 retrainings on: 12 subsets with two seeds give as good an estimate as 24 with one
+      (within 0.01 of LDS on the benchmark's digits, better for rows and single clusters, where seeds differ most), and
+      also a noise ceiling, without which a low score cannot be told from a noisy truth.
+    - Half-subsets of clusters come first: half of the data moves the model far more than its seed does. Single
+      clusters left out, whose effects seeds mostly hide, and half-subsets of rows follow where each measure still gets
+      12 subsets. Clusters to leave out are drawn at random if there are more.
+    - Default seeds are not those of the recorded runs.
     """
     enough = max(budget, MIN_POINTS_FOR_INTERVAL)
     possible = {
@@ -74,7 +62,7 @@ def plan_retrainings(
     for position, name in enumerate(sorted(chosen, key=lambda name: possible[name])):
         num_points[name] = min(left // (len(chosen) - position), possible[name])
         left -= num_points[name]
-    return RetrainingPlan({name: num_points[name] for name in chosen}, tuple(seeds))
+    return {name: num_points[name] for name in chosen}, tuple(seeds)
 
 
 def _chosen(measures: Sequence[str] | None, possible: dict[str, int]) -> list[str]:

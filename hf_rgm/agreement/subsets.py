@@ -38,10 +38,4 @@ def count_masks(num_items: int, num_kept: int, *, at_most: int) -> int:
 
 def kept_rows(masks: NDArray[np.bool_], clusters: ClusterMap | None = None) -> list[NDArray[np.int64]]:
     """Row indices that each mask keeps: `(num_masks, num_rows)` or, with `clusters`, `(num_masks, num_clusters)`."""
-    masks = np.asarray(masks)
-    if masks.dtype != bool or masks.ndim != 2 or (clusters is not None and masks.shape[1] != clusters.num_clusters):
-        expected = "num_rows" if clusters is None else f"{clusters.num_clusters} clusters"
-        raise ValueError(
-            f"`masks` must be boolean of shape (num_masks, {expected}), got {masks.dtype} of shape {masks.shape}."
-        )
     return [np.flatnonzero(mask if clusters is None else mask[clusters.cluster_ids]) for mask in masks]

@@ -145,10 +145,10 @@ class Attributor(DetailedScores):
                 Without labels, the model's own predictions are explained.
             engine (`str`, *optional*): What scores the clusters: `"linearized_replay"` (each left out, to first order
                 in the parameters), `"adjoint"` (derivatives; its cost does not depend on the number of clusters),
-                `"responses"` (what the synset's author computed with the rows), `"replay"` (anchored, by the synset),
-                `"plain_replay"` (the optimizer itself on the synset) or `"training_on"` (from a recorded state, on
-                the rows that are kept). Defaults to the synset's responses where it has them and neither rows nor
-                `rewind` nor `num_masks` are given, else to the first; see docs/choosing.md.
+                `"responses"` (what the synset's author computed with the rows), `"replay"` (anchored, by the synset)
+                or `"training_on"` (from a recorded state, on the rows that are kept). Defaults to the synset's
+                responses where it has them and neither rows nor `rewind` nor `num_masks` are given, else to the first;
+                see docs/choosing.md.
             objective (`str` or `Objective`, *optional*, defaults to `"margin"`): What to explain (docs/choosing.md).
             rows (*optional*): The training dataset, if the attributor has none. Gradients and curvature are then
                 theirs in place of the synset's, and every row is scored where the objective is differentiable.

@@ -173,8 +173,6 @@ class DetailedScores:
             words = [f" {tokenizer.decode(tokens[place])!r}" for place in told]
         ids = [f"{names[at]}token {position}{word}" for (at, position), word in zip(told, words, strict=True)]
         return replace(request, queries=single), ids
-            f"{names[at]}token {position}{word}" for (at, position), word in zip(told, words, strict=True)
-        ]
 
     def _request(
         self, queries: Any, data_collator: DataCollator | None, objective: str | Objective, *options: Any

@@ -15,7 +15,7 @@ from hf_rgm.cli.loading import ClusterOptions, Loading, find_tokenizer, load_obj
 if TYPE_CHECKING:
     from hf_rgm import AttributionResult
 
-ENGINE_NAMES = ("linearized_replay", "adjoint", "responses", "training_on", "replay", "plain_replay")
+ENGINE_NAMES = ("linearized_replay", "adjoint", "responses", "training_on", "replay")
 
 
 @common.with_options
@@ -75,7 +75,7 @@ def attribute(
     from hf_rgm.results.result_files import CONFIG_FILE
 
     disable_tqdm = hide_bars(quiet)
-    with clear_errors("Nothing was written; the same command starts again."):
+    with clear_errors("Nothing was written; run the same command again to start over."):
         check_output_folder(output_dir, CONFIG_FILE, overwrite=overwrite)
         if html is not None and html.exists() and not overwrite:
             raise FileExistsError(f"{html} exists already. Choose another file, or replace it by `--overwrite`.")

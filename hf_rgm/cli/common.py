@@ -66,18 +66,14 @@ def hide_bars(quiet: bool = False) -> bool:
 
 @contextlib.contextmanager
 def clear_errors(after_interrupt: str | None = None) -> Iterator[None]:
-    """
-    Shows errors as one line and exits with 1; HF_RGM_DEBUG=1 in the environment shows the traceback.
-
-    After Ctrl-C it prints what is kept, if that is given, and exits with 130 (128 and the number of the signal).
-    """
+    """Shows an error as one line and exits with 1; after Ctrl-C prints what is kept and exits with 130."""
     from huggingface_hub.errors import HfHubHTTPError
 
     from hf_rgm.files.reading import printable
 
-    broken_connection: type[Exception] = HfHubHTTPError.__mro__[
-        1
-    ]  # the `HTTPError` of whichever client `huggingface_hub` uses
+    # The base of this error is the `HTTPError` of whichever client `huggingface_hub` uses.
+    broken_connection: type[Exception] = HfHubHTTPError.__mro__[1]
+    expected = (ImportError, LookupError, MemoryError, OSError, RuntimeError, TypeError, ValueError, broken_connection)
     try:
         yield
     except KeyboardInterrupt as error:
@@ -85,9 +81,7 @@ def clear_errors(after_interrupt: str | None = None) -> Iterator[None]:
             raise
         typer.echo(f"\nInterrupted. {after_interrupt}", err=True)
         raise typer.Exit(130) from error
-    except (
-        *(ImportError, LookupError, MemoryError, OSError, RuntimeError, TypeError, ValueError, broken_connection),
-    ) as error:
+    except expected as error:
         if os.environ.get("HF_RGM_DEBUG"):
             raise
         # The text of a KeyError is its argument in quotes.

@@ -33,7 +33,7 @@ def demo(
     torch.set_num_threads(1)  # where cores are shared, more made distilling many times slower
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    again = f"{output_dir} holds an unfinished demo; the same command starts it again."
+    again = f"{output_dir} holds an unfinished demo; run the same command again to start over."
     with clear_errors(again):
         try:
             run_demo(

@@ -60,7 +60,7 @@ def distill(
     as_json: common.AsJson = False,
 ) -> None:
     """
-    Distil a recorded training run into a synset. After Ctrl-C the same command goes on.
+    Distil a recorded training run into a synset. Run the same command again to continue after Ctrl-C.
 
     Example: hf-rgm distill trajectory my-model train.parquet -o my-synset --cluster-column source --preset quick
     """
@@ -71,7 +71,7 @@ def distill(
 
     disable_tqdm = hide_bars(quiet)
     blocks = work_dir or output_dir.with_name(f"{output_dir.name}-unfinished")
-    go_on = f"Finished blocks of clusters are kept in {blocks}; the same command goes on from there."
+    go_on = f"Finished blocks of clusters are kept in {blocks}; run the same command again to continue."
     with clear_errors(go_on):
         chosen = {name: value for name, value in vars(settings).items() if value is not None}
         config = DistillationConfig.from_preset(preset, **chosen)

@@ -20,7 +20,7 @@ def explore(
     loading: Loading,
     synset: Annotated[str | None, typer.Option(help="Their synset: shows synthetic samples.")] = None,
     model: Annotated[
-        str | None, typer.Option(help="The trained model: with synset and queries, asks what if.")
+        str | None, typer.Option(help="The trained model: with synset and queries, predicts without clusters.")
     ] = None,
     queries: Annotated[str | None, typer.Option(help=f"What was attributed: {common.ROWS}")] = None,
     split: common.QueriesSplit = None,
@@ -42,7 +42,7 @@ def explore(
     quiet: common.Quiet = False,
 ) -> None:
     """
-    Look at attributions in the browser: queries, clusters, rows, and what the model would say without some of them.
+    Look at attributions in the browser: queries, clusters, rows, and predictions without some clusters.
 
     Needs the extra: pip install "hf-rgm\\[explorer]". Everybody who can see a Space can see the rows written into it.
 

@@ -78,7 +78,7 @@ def pull(
     from hf_rgm.hub.repository import HubFolder, open_artefact
 
     hide_bars(quiet)
-    with clear_errors("What was downloaded is in the Hub's cache; the same command goes on."):
+    with clear_errors("What was downloaded is in the Hub's cache; run the same command again to continue."):
         kind = _kind(repo_id, revision)
         check_output_folder(output_dir, kind.marker, overwrite=overwrite)
         folder = open_artefact(repo_id, kind.marker, revision=revision)

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 def validate(
     model: common.Model,
     synset: Annotated[Path, typer.Argument(help="Folder of its synset, which keeps the result.", exists=True)],
-    queries: Annotated[str, typer.Argument(help=f"Labelled rows that no setting was chosen on: {common.ROWS}")],
-    dataset: Annotated[str, typer.Argument(help="The training rows, named likewise.")],
+    queries: Annotated[str, typer.Argument(help=f"Labelled rows not used to choose settings: {common.ROWS}")],
+    dataset: Annotated[str, typer.Argument(help="The training rows, named in the same way.")],
     build_trainer: Annotated[
         str, typer.Option(help="FILE.py:FUNCTION or MODULE:FUNCTION; function(dataset, seed) returns a fresh Trainer.")
     ],
@@ -47,9 +47,9 @@ def validate(
     as_json: common.AsJson = False,
 ) -> None:
     """
-    Retrain without parts of the data and measure how well the synset predicts it; the synset keeps the figures.
+    Retrain without parts of the data, and measure how well the synset predicts it. The synset keeps the figures.
 
-    After Ctrl-C the same command goes on. Retrainings are shared among the processes of torchrun.
+    Run the same command again to continue after Ctrl-C. The processes of torchrun share the retrainings.
 
     Example: hf-rgm validate my-model my-synset test.parquet train.parquet --build-trainer train.py:build_trainer
     """
@@ -57,7 +57,7 @@ def validate(
     from hf_rgm.fidelity.launch import Launch
 
     folder = Path(f"{synset.resolve()}-retrainings") if work_dir is None else work_dir
-    go_on = f"Finished retrainings are kept in {folder}; the same command goes on from there."
+    go_on = f"Finished retrainings are kept in {folder}; run the same command again to continue."
     disable_tqdm = hide_bars(quiet)
     with clear_errors(go_on):
         measured = Synset.from_pretrained(synset)

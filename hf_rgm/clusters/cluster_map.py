@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -110,12 +110,7 @@ class ClusterMap:
         ids = as_numpy(ids)
         if names is None:
             countable = ids.ndim == 1 and ids.size and np.issubdtype(ids.dtype, np.integer)
-            count = int(ids.max()) + 1 if countable else 0
-            if count > len(ids):
-                raise ValueError(
-                    f"The largest id is {count - 1}, which makes {count} clusters for {len(ids)} rows. Number them "
-                    "from 0 without gaps, for example with `np.unique(ids, return_inverse=True)`."
-                )
+            count = min(int(ids.max()) + 1, len(ids)) if countable else 0
             names = [f"cluster {k}" for k in range(count)]
         return cls(ids, tuple(names))
 
@@ -230,38 +225,8 @@ class ClusterMap:
     def coarsen(self) -> ClusterMap:
         """The map that [`ClusterMap.refine`] split; raises a `ValueError` if this map was made otherwise."""
         if self.parents is None or self.parent_names is None:
-            raise ValueError("This map refines no other. Use `merge` to say which clusters belong together.")
+            raise ValueError("This map refines no other. Make the coarser map with `from_ids` or `from_column`.")
         return ClusterMap(self.parents[self.cluster_ids], self.parent_names)
-
-    def merge(self, groups: Mapping[str, Sequence[str | int]]) -> ClusterMap:
-        """
-        Joins clusters under new names; clusters that are not mentioned stay.
-
-        Args:
-            groups (`Mapping[str, Sequence[str | int]]`): New name to its clusters, such as
-                `{"reviews": ["imdb", "yelp"]}`. A merged cluster takes the place of its first member.
-
-        Raises:
-            KeyError: If there is no such cluster.
-            ValueError: If a group is empty, a cluster is in two groups, or a new name is already taken.
-        """
-        labels = list(self.names)
-        taken: set[int] = set()
-        for name, members in groups.items():
-            indices = {self.index(member) for member in members}
-            if isinstance(members, str) or not indices:
-                raise ValueError(f"Group '{name}' must be a list of at least one cluster, got {members!r}.")
-            if indices & taken:
-                raise ValueError(f"Cluster '{self.names[min(indices & taken)]}' is in two groups. Name it once.")
-            taken |= indices
-            for k in indices:
-                labels[k] = name
-        kept = {self.names[k] for k in range(self.num_clusters) if k not in taken}
-        if clash := sorted(kept & set(groups)):
-            raise ValueError(f"Cluster '{clash[0]}' exists and is not part of the group of that name. Choose another.")
-        names = list(dict.fromkeys(labels))
-        position = {name: k for k, name in enumerate(names)}
-        return ClusterMap(np.array([position[label] for label in labels])[self.cluster_ids], tuple(names))
 
     @property
     def num_rows(self) -> int:

@@ -97,6 +97,13 @@ def as_numpy(values: Any) -> np.ndarray:
     return np.asarray(values)
 
 
+def check_distinct(values: Sequence[object], what: str) -> None:
+    """Refuses values that repeat."""
+    repeated = [str(value) for value, count in Counter(values).items() if count > 1]
+    if repeated:
+        raise ValueError(f"The {what} must differ, but these repeat: {', '.join(repeated[:5])}. Rename them.")
+
+
 def checked_partition(ids: Any, names: Sequence[str], what: str) -> np.ndarray:
     """Read-only ids `(num_rows,)` int64 after a check that every name occurs; `what` names a group in errors."""
     ids = as_numpy(ids)
@@ -108,12 +115,13 @@ def checked_partition(ids: Any, names: Sequence[str], what: str) -> np.ndarray:
         )
     if len(names) > len(ids):
         raise ValueError(f"There are {len(names)} {what}s for {len(ids)} rows. Make at most one for each row.")
-    repeated = [name for name, count in Counter(names).items() if count > 1]
-    if repeated:
-        raise ValueError(f"The {what} names must differ, but these repeat: {', '.join(repeated[:5])}. Rename them.")
+    check_distinct(names, f"{what} names")
     if ids.min() < 0 or ids.max() >= len(names):
         row = int(np.flatnonzero((ids < 0) | (ids >= len(names)))[0])
-        raise ValueError(f"Row {row} has {what} id {ids[row]}, which must be from 0 to {len(names) - 1}.")
+        raise ValueError(
+            f"Row {row} has {what} id {ids[row]}, which must be from 0 to {len(names) - 1}. Number them without gaps, "
+            "for example with `np.unique(ids, return_inverse=True)`."
+        )
     empty = np.flatnonzero(np.bincount(ids, minlength=len(names)) == 0)
     if len(empty):
         shown = ", ".join(f"'{names[k]}'" for k in empty[:5])

@@ -21,7 +21,7 @@ def memory_bytes(max_memory: str) -> int:
     except ValueError as error:
         raise ValueError(f"`max_memory` must be a size such as '4GB' or '500MB', got {max_memory!r}.") from error
     if size < 1:
-        raise ValueError(f"`max_memory` must be more than nothing, got {max_memory!r}.")
+        raise ValueError(f"`max_memory` must be at least one byte, got {max_memory!r}.")
     return size
 
 

@@ -266,7 +266,6 @@ class ReverseGradientMatchingDistiller:
                 "label_smoothing_factor": self.row_loss.label_smoothing,
                 "loss_scale": self.row_loss.scale,
                 "tokens": None if tokens is None else tokens.tolist(),
-                "frozen_sha256": self.model.frozen_sha256(),
                 "privacy": measure_privacy(self.inputs, samples, self.batches),
                 "custom_row_loss": self.row_loss.function is not None,
                 "iterations": iterations,

@@ -7,21 +7,16 @@ from hf_rgm.engines.anchored_replay import AnchoredReplayEngine
 from hf_rgm.engines.engine import Engine
 from hf_rgm.engines.kept_responses import ResponsesEngine
 from hf_rgm.engines.linear import LinearEngine
-from hf_rgm.engines.plain_replay import PlainReplayEngine
 from hf_rgm.engines.training_on import TrainingOnEngine
 
 _CLASSES: tuple[type[Engine], ...] = (
     LinearEngine,
     AdjointEngine,
     AnchoredReplayEngine,
-    PlainReplayEngine,
     TrainingOnEngine,
     ResponsesEngine,
 )
 ENGINES = {engine.name: engine for engine in _CLASSES}
-
-# Engines that give models under any cluster weights.
-REPLAYS = tuple(name for name, engine in ENGINES.items() if engine.replays)
 
 MISSING = {
     "rows": "the training dataset: pass it as `rows`",
@@ -47,7 +42,7 @@ def check_engine(
     replays: bool = False,
 ) -> type[Engine]:
     """Engine of a name; raises a `ValueError` that says what can be done, if it cannot do what is asked."""
-    known = REPLAYS if replays else tuple(ENGINES)
+    known = [other for other, kind in ENGINES.items() if kind.replays or not replays]
     if name not in known:
         raise ValueError(f"Unknown engine {name!r}. Use one of {', '.join(known)}.")
     engine = ENGINES[name]

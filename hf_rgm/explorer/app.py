@@ -202,7 +202,7 @@ def open_exhibit(
 
 
 def with_neighbours(attributions: str | Path, given: dict[str, Any]) -> tuple[str | Path, dict[str, Any]]:
-    """Attributions and what is given, completed by what lies beside them in a folder such as the demo's."""
+    """Attributions and their parts; parts that are not given are taken from a folder such as the demo's."""
     folder = Path(attributions)
     if not (folder / ATTRIBUTIONS / CONFIG_FILE).is_file():
         return attributions, given

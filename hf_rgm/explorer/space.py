@@ -76,8 +76,8 @@ def write_space(
     """
     Writes a folder to push as a Gradio Space, or to run with `python app.py`.
 
-    What local folders hold is written into it, for everybody who can see the Space; a warning names other files in
-    them, which are left out.
+    The content of local folders is copied into it, and everybody who can see the Space can see it. Files that are no
+    part of an artefact, model or dataset are left out, with a warning.
     """
     if len(title.splitlines()) != 1:
         raise ValueError(f"`title` must be one line, got {title!r}.")

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import os
-import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from accelerate.utils import parse_flag_from_env, patch_environment
-from filelock import FileLock, Timeout
+from accelerate.utils.other import get_free_port
 
 SPLITTING_MODES = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_MEGATRON_LM")
 
 
 @dataclass(frozen=True)
 class Launch:
-    """Which of the processes of `torchrun` or `accelerate launch` this is, among all and on this machine."""
+    """Position of this process among those of `torchrun` or `accelerate launch`, in all and on this machine."""
 
     index: int
     count: int
@@ -64,33 +62,8 @@ class Launch:
             "LOCAL_RANK": self.local_index % num_devices if num_devices > 1 else -1,
             "LOCAL_WORLD_SIZE": 1,
             "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": _free_port(),
+            "MASTER_PORT": get_free_port(),
             "TORCHELASTIC_USE_AGENT_STORE": False,
         }
         with patch_environment(**environment):
             yield
-
-
-@contextlib.contextmanager
-def claimed(path: Path) -> Iterator[bool]:
-    """Whether this process may write a missing file: `False` while another is writing it."""
-    # A lock of the operating system ends with its process, however that ends. Where the file system has no locks, a
-    # file takes its place, which a killed process leaves behind.
-    lock = FileLock(path.with_suffix(".lock"))
-    try:
-        lock.acquire(blocking=False)
-    except Timeout:
-        yield False
-        return
-    try:
-        yield True
-    finally:
-        with contextlib.suppress(PermissionError):  # Windows keeps open files
-            os.unlink(lock.lock_file)
-        lock.release()
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]

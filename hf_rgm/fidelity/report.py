@@ -144,7 +144,7 @@ class FidelityReport(FidelityFigures):
         subject, objective = attributor.subject, resolve_objective(objective)
         clusters = subject.clusters
         recorded_seeds = {run.metadata.get("seeds", {}).get("seed") for run in subject.trajectories}
-        plan = plan_retrainings(
+        num_points, seeds = plan_retrainings(
             budget,
             num_clusters=clusters.num_clusters,
             num_rows=clusters.num_rows,
@@ -153,14 +153,14 @@ class FidelityReport(FidelityFigures):
             seeds=seeds,
             recorded_seeds=recorded_seeds,
         )
-        for repeated in recorded_seeds.intersection(plan.seeds):
+        for repeated in recorded_seeds.intersection(seeds):
             logger.warning(
                 "Retraining with seed %s, that of a recorded run, agrees better than with others. Choose other "
                 "`seeds` to learn about retraining in general.",
                 repeated,
             )
         subject.trajectory.check_dataset(train_dataset)
-        masks = {name: _subset_masks(name, count, clusters, seed) for name, count in plan.num_points.items()}
+        masks = {name: _subset_masks(name, count, clusters, seed) for name, count in num_points.items()}
         settings = {} if rewind is None else {"rewind": rewind}
         folder = None
         if output_dir is not None:
@@ -183,20 +183,20 @@ class FidelityReport(FidelityFigures):
             train_dataset,
             sum(subsets, []),
             queries,
-            seeds=plan.seeds,
+            seeds=seeds,
             objective=objective,
             data_collator=data_collator,
             output_dir=folder,
             disable_tqdm=disable_tqdm,
         )
-        ends = np.cumsum(list(plan.num_points.values()))[:-1]
+        ends = np.cumsum(list(num_points.values()))[:-1]
         parts = dict(zip(masks, np.split(values.transpose(1, 2, 0), ends, axis=2), strict=True))
         return cls(
             agreements={name: _agreement(name, predicted, scored, part, seed) for name, part in parts.items()},
             engine=chosen.name,
             objective=objective.name,
             num_queries=values.shape[2],
-            seeds=plan.seeds,
+            seeds=seeds,
             rows=with_rows,
             samples_sha256=subject.samples_sha256,
             parameters_sha256=subject.parameters_sha256,

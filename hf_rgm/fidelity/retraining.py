@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import time
 from collections.abc import Callable, Sequence
@@ -10,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from filelock import Timeout
 from numpy.typing import NDArray
 from tqdm.auto import tqdm
 from transformers import Trainer
 
 from hf_rgm.engines.objectives import Objective, Queries, resolve_objective
-from hf_rgm.fidelity.launch import Launch, claimed
-from hf_rgm.files.writing import make_folder, read_sealed, replacing, seal
+from hf_rgm.fidelity.launch import Launch
+from hf_rgm.files.writing import locked, make_folder, read_sealed, replacing, seal
 from hf_rgm.model.functional_model import FunctionalModel
 from hf_rgm.model.row_reader import DataCollator, RowReader
 
@@ -47,9 +49,9 @@ def retrain(
 
     The same script under `torchrun --nproc_per_node N` or `accelerate launch` shares the retrainings among the
     processes through `output_dir`, which all must see. Each `Trainer` trains alone on its process's own device; every
-    process returns everything. A process that has finished its share takes over what nobody is training, also from
-    processes that died (`torchrun` ends them all when one fails; started again, they continue). Accelerate knows a
-    single process afterwards, so give retraining a script of its own.
+    process returns everything. A process that has finished its share takes over retrainings that no process is working
+    on, also of processes that died (`torchrun` ends them all when one fails; started again, they continue). Accelerate
+    knows a single process afterwards, so give retraining a script of its own.
     """
     for name, values in (("subsets", subsets), ("seeds", seeds)):
         if len(values) == 0:
@@ -108,8 +110,10 @@ class _Worker:
         if path is None:
             return self._train(rows, seed)
         if not path.is_file():
-            with claimed(path) as mine:
-                if not mine:
+            with contextlib.ExitStack() as stack:
+                try:
+                    stack.enter_context(locked(path, blocking=False))
+                except Timeout:
                     return None
                 if not path.is_file():  # else another process has finished it
                     values = self._train(rows, seed)

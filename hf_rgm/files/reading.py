@@ -39,7 +39,7 @@ Content = TypeVar("Content")
 
 
 class ArtefactFolder:
-    """The folder of an artefact, through which its files are reached; links may lead to what is in `boundary`."""
+    """The folder of an artefact, and access to its files; links may lead to files in `boundary`."""
 
     is_remote = False  # whether files are downloaded when they are read
 
@@ -120,7 +120,7 @@ class ArtefactFolder:
 
 
 def files_in(folder: Path) -> tuple[set[str], set[str]]:
-    """Names of all regular files in a folder, and of the links, which are not followed; hidden ones are in neither."""
+    """Names of all regular files in a folder, and of links, which are not followed; hidden files are left out."""
     regular, links = set(), set()
     for path in folder.rglob("*"):
         name = path.relative_to(folder)
@@ -175,7 +175,7 @@ class TensorFile:
         return self._file.get_tensor(name)
 
     def check(self, name: str, *, shape: Sequence[int | None], dtypes: Sequence[str]) -> tuple[int, ...]:
-        """Refuses a tensor that `read` would refuse, by its header; its shape otherwise."""
+        """Checks shape and dtype of a tensor by the header, and returns its shape."""
         if name not in self.names:
             raise ValueError(f"{self.path} has no tensor {name!r}. {self._way_out}")
         found, dtype = self.shape(name), self.dtype(name)
@@ -192,7 +192,7 @@ class TensorFile:
 
 
 def json_memory(text: str) -> int:
-    """Memory that JSON takes in Python at most, by its signs, wherever they are."""
+    """Upper bound of the memory that JSON takes in Python, by counting its punctuation."""
     counts = {pattern: sum(1 for _ in re.finditer(pattern, text)) for pattern in JSON_COSTS}
     return 2 * sys.getsizeof(text) + sum(cost * counts[pattern] for pattern, cost in JSON_COSTS.items())
 

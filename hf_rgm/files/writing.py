@@ -178,7 +178,7 @@ def remove_unfinished(folder: Path) -> None:
     """Removes what killed processes left half-written in a folder, but nothing that a live one is writing."""
     for name in sorted({path.name.removesuffix(_LOCK) for path in folder.glob(f".*{_WORKSPACE}*")}):
         finish_replacement(folder / name.removeprefix(".").removesuffix(_WORKSPACE))
-        with contextlib.suppress(Timeout), _locked(folder / name, blocking=False):
+        with contextlib.suppress(Timeout), locked(folder / name, blocking=False):
             if (folder / name).exists():
                 shutil.rmtree(folder / name)
 
@@ -188,7 +188,7 @@ def finish_replacement(target: Path) -> None:
     new, old = (_workspace_of(target) / name for name in ("new", "old"))
     if target.exists() or not (new.is_dir() and old.is_dir()):
         return
-    with _locked(_workspace_of(target)):
+    with locked(_workspace_of(target)):
         if not target.exists() and new.is_dir() and old.is_dir():
             os.rename(new, target)
             _flush(target.parent)
@@ -246,7 +246,7 @@ def _workspace(target: Path) -> Iterator[Path]:
     """An empty hidden folder beside the target, for this process alone."""
     target.parent.mkdir(parents=True, exist_ok=True)
     workspace = _workspace_of(target)
-    with _locked(workspace):
+    with locked(workspace):
         if workspace.exists():
             shutil.rmtree(workspace)
         workspace.mkdir()
@@ -260,14 +260,16 @@ def _workspace(target: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def _locked(workspace: Path, *, blocking: bool = True) -> Iterator[None]:
-    lock = FileLock(f"{workspace}{_LOCK}")
+def locked(path: Path, *, blocking: bool = True) -> Iterator[None]:
+    """Holds the lock of a path, which ends with its process; a `Timeout` if another has it and this must not wait."""
+    # Where the file system has no locks, a file takes the lock's place, which a killed process leaves behind.
+    lock = FileLock(f"{path}{_LOCK}")
     try:
         lock.acquire(blocking=False)
     except Timeout:
         if not blocking:
             raise
-        logger.info("Waiting for another process that writes beside %s.", workspace)
+        logger.info("Waiting for another process that writes beside %s.", path)
         lock.acquire()
     try:
         yield

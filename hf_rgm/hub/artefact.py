@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 from huggingface_hub import CommitInfo
 from typing_extensions import Self
 
-from hf_rgm.files.reading import ArtefactFolder, files_in, printable
+from hf_rgm.files.reading import WAY_OUT, ArtefactFolder, files_in, printable
 from hf_rgm.hub.repository import CARD, open_artefact, push_folder
 
 LOCAL = "path/to/this/folder"  # stands on cards for a repository that is not known yet
@@ -25,7 +25,7 @@ TABLE = "data/train.parquet"  # for the Hub's viewer and never read here; may ha
 @dataclass(frozen=True)
 class CardOptions:
     """
-    What a card says that the artefact itself does not know.
+    Details for a card that the artefact itself does not know.
 
     Args:
         repo_id (`str`, *optional*): Repository of the artefact.
@@ -108,15 +108,14 @@ class HubArtefact(ABC):
 class DatasetArtefact(HubArtefact):
     """An artefact that can be read again from a folder or from a dataset repository."""
 
-    @classmethod
-    @abstractmethod
-    def _from_folder(cls, folder: ArtefactFolder) -> Self: ...
+    _read: ClassVar[Callable[[ArtefactFolder], dict[str, Any]]]
+    """Arguments of the class from a folder that `save_pretrained` wrote."""
 
     @classmethod
     def write_anew(
         cls, source: ArtefactFolder, target: Path, *, repo_id: str | None = None, license: str | None = None
     ) -> list[str]:
-        """Writes what a folder holds, checked and with a new card, to another; names of files that are left out."""
+        """Writes the checked content of a folder to another, with a new card; returns names of files left out."""
         card = CardOptions(repo_id=repo_id, license=license or _license(source))
         cls.from_pretrained(source).save_pretrained(target, card=card)
         if source.is_remote:
@@ -131,10 +130,9 @@ class DatasetArtefact(HubArtefact):
         cls, folder: Path, repo_id: str, *, license: str | None, tell: Callable[[str], object], **options: Any
     ) -> CommitInfo:
         """
-        Uploads what a saved folder holds, with a card that is written anew; other files in it stay here.
+        Uploads a saved artefact with a new card, and tells which files of its folder are uploaded and left out.
 
-        `tell` gets the names of the files before they are uploaded, and of those left out; `license` defaults to that
-        of the folder's card; `options` are those of [`HubArtefact.push_to_hub`].
+        `license` defaults to that of the folder's card; `options` are those of [`HubArtefact.push_to_hub`].
         """
         with tempfile.TemporaryDirectory() as parent:
             copy = Path(parent) / "artefact"
@@ -173,7 +171,12 @@ class DatasetArtefact(HubArtefact):
             ValueError: If a file is damaged, too large for its kind, or has another format version.
         """
         access = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
-        return cls._from_folder(open_artefact(name_or_path, cls.marker, revision=revision, **access))
+        folder = open_artefact(name_or_path, cls.marker, revision=revision, **access)
+        arguments = cls._read(folder)
+        try:
+            return cls(**arguments)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{folder} is damaged: {error} {WAY_OUT}") from error
 
 
 def _license(folder: ArtefactFolder) -> str | None:

@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 
 def is_repo_id(name: str) -> bool:
-    """Whether a name can be that of a repository on the Hub."""
+    """Whether a name could be that of a repository on the Hub."""
     try:
         validate_repo_id(name)
     except HFValidationError:
@@ -44,7 +44,7 @@ def is_repo_id(name: str) -> bool:
 
 @contextlib.contextmanager
 def folder_or_repository(name: str | Path) -> Iterator[None]:
-    """Context that adds to errors of loading a model that there is no such folder."""
+    """Context for loading a model or tokenizer: its errors say that there is no such folder."""
     if not Path(name).is_dir() and not is_repo_id(str(name)):
         raise FileNotFoundError(
             f"There is no folder {name} here. Check the path; a repository on the Hub is named `namespace/name`."

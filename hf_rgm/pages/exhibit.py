@@ -85,11 +85,9 @@ class Exhibit:
 
     def query(self, position: int) -> Card | None:
         """Card of the query at a position; `None` if unknown."""
-        return (
-            None
-            if self.queries is None or self.values_are_of_sets
-            else self._card(shown_row(self.queries, position), "query")
-        )
+        if self.queries is None or self.values_are_of_sets:
+            return None
+        return self._card(shown_row(self.queries, position), "query")
 
     def row_card(self, row: int, score: float | None = None) -> Card:
         """Card of a training row: its number and score, and what it looks like if rows are given."""

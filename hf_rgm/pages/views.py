@@ -88,7 +88,7 @@ def query_section(exhibit: Exhibit, position: int | None) -> Section:
         section.cards({"": [card]})
     section.text(f"The trained model's {result.objective}: {result.objective_values[position]:.4g}.")
     if card is None:
-        section.text("To see what it looks like, start with the queries.")
+        section.text("Pass the queries to see what it looks like.")
     return section
 
 
@@ -120,9 +120,9 @@ def cluster_section(exhibit: Exhibit, cluster: int, position: int | None) -> Sec
     if groups:
         section.cards(groups)
     for known, what in (
-        (result.cluster_ids is not None, "These attributions do not say which rows it has."),
-        (exhibit.rows is not None, "To see what rows look like, start with the training rows."),
-        (exhibit.synset is not None, "To see synthetic samples, start with the synset."),
+        (result.cluster_ids is not None, "These attributions do not say which rows belong to it."),
+        (exhibit.rows is not None, "Pass the training rows to see them."),
+        (exhibit.synset is not None, "Pass the synset to see synthetic samples."),
     ):
         if not known:
             section.text(what)

@@ -41,9 +41,6 @@ class MixtureSuggestion:
         replayed_change (`float`, *optional*): Change of the objective when the weights are replayed on the synset, in
             units of the objective.
 
-    Raises:
-        ValueError: If the weights are not positive, not one a cluster, or change the amount of data.
-
     Example:
 
     ```python
@@ -68,15 +65,6 @@ class MixtureSuggestion:
     maximize: bool
     max_change: float
     replayed_change: float | None = None
-
-    def __post_init__(self) -> None:
-        sizes = self.clusters.sizes
-        if self.weights.shape != sizes.shape or not ((self.weights > 0) & np.isfinite(self.weights)).all():
-            raise ValueError(f"`weights` must be {len(sizes)} positive numbers, one a cluster, got {self.weights}.")
-        if not np.isclose(self.weights @ sizes, sizes.sum(), rtol=1e-6):
-            raise ValueError(
-                f"`weights` make {self.weights @ sizes:.6g} rows of {sizes.sum()}. Scale them to keep the total."
-            )
 
     @property
     def linear_change(self) -> float:
@@ -193,7 +181,7 @@ def trusted_mixture(
             return suggestion
         tried.append(f"{bound:.3g}: {agreement:.2f}")
     raise ValueError(
-        f"Replay does not bear out the first-order prediction for {objective!r}: the replayed change is less than "
+        f"Replay does not confirm the first-order prediction for {objective!r}: the replayed change is less than "
         f"`min_agreement` = {min_agreement} of it within every bound tried ({', '.join(tried)}). Use more queries, "
         "distil with more samples per cluster, or pass `min_agreement=None` for the unchecked weights."
     )
@@ -216,5 +204,5 @@ def check_request(objective: Objective, num_clusters: int, max_change: Any, min_
     if min_agreement is not None and not 0 < min_agreement <= 1:
         raise ValueError(
             f"`min_agreement` must lie in (0, 1], got {min_agreement}. It is the share of the first-order change that "
-            "replay has to reach; None does without replay."
+            "replay has to reach; None skips the replay."
         )

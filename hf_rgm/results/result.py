@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -13,14 +13,13 @@ import numpy as np
 import pandas as pd
 
 from hf_rgm.agreement.fidelity_figures import Factors, FidelityFigures, sizes_in_short
-from hf_rgm.clusters.grouping import as_numpy
+from hf_rgm.clusters.grouping import as_numpy, check_distinct
 from hf_rgm.engines.objectives import OBJECTIVES
-from hf_rgm.files.names import checked_names, warn_of_names
-from hf_rgm.files.reading import ArtefactFolder, printable
+from hf_rgm.files.names import checked_names
+from hf_rgm.files.reading import printable
 from hf_rgm.files.writing import staged_folder
 from hf_rgm.hub.artefact import CardOptions, DatasetArtefact
 from hf_rgm.hub.cards import SIGN_CONVENTION
-from hf_rgm.results.calibration import calibrated
 from hf_rgm.results.result_files import CONFIG_FILE, FILES, attribution_card, long_form, read_result, write_result
 
 if TYPE_CHECKING:
@@ -47,6 +46,7 @@ class AttributionResult(DatasetArtefact):
         row_scores (`np.ndarray`, *optional*): `(num_queries, num_rows)`, float32; may be mapped from a file.
         cluster_ids (`np.ndarray`, *optional*): The cluster of each row, `(num_rows,)`, int64.
         metadata (`dict`, *optional*): Anything else to keep; must fit into JSON.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): Reads tokens when the result is shown; not saved.
 
     Raises:
         TypeError: If the metadata does not fit into JSON.
@@ -76,6 +76,7 @@ class AttributionResult(DatasetArtefact):
     marker: ClassVar = CONFIG_FILE
     files: ClassVar = FILES
     kind: ClassVar = "attributions"
+    _read: ClassVar = staticmethod(read_result)
 
     SIGN_CONVENTION: ClassVar[str] = SIGN_CONVENTION
 
@@ -89,32 +90,33 @@ class AttributionResult(DatasetArtefact):
     row_scores: np.ndarray | None = None
     cluster_ids: np.ndarray | None = None
     metadata: dict[str, Any] = field(default_factory=dict)
-    tokenizer: PreTrainedTokenizerBase | None = field(default=None, init=False, repr=False, compare=False)
-    """The pipeline's, for reading tokens when the result is shown; not saved."""
+    tokenizer: PreTrainedTokenizerBase | None = None
 
     def __post_init__(self) -> None:
-        self.cluster_names = _distinct(checked_names(self.cluster_names, "a cluster"), "cluster_names")
+        self.cluster_names = checked_names(self.cluster_names, "a cluster")
         ids = [query.item() if isinstance(query, np.generic) else query for query in self.query_ids]
         numbered = all(isinstance(query, int) for query in ids)
-        self.query_ids = _distinct(ids if numbered else checked_names(ids, "a query"), "query_ids")
+        self.query_ids = ids if numbered else checked_names(ids, "a query")
+        check_distinct(self.cluster_names, "cluster names")
+        check_distinct(self.query_ids, "query ids")
         shape = (len(self.query_ids), len(self.cluster_names))
+        if not all(shape):
+            raise ValueError(f"A result needs at least one query and one cluster, got {shape[0]} and {shape[1]}.")
         self.scores = self._checked(self.scores, shape, "scores")
         self.objective_values = self._checked(self.objective_values, shape[:1], "objective_values")
         self.cluster_sizes = as_numpy(self.cluster_sizes).astype(np.int64)
-        if self.cluster_sizes.shape != shape[1:]:
-            raise ValueError(
-                f"`cluster_sizes` has shape {self.cluster_sizes.shape} for {shape[1]} clusters. Pass one each."
-            )
+        sizes = self.cluster_sizes.tolist()
+        if self.cluster_sizes.shape != shape[1:] or min(sizes) < 0 or sum(sizes) >= 2**63:
+            raise ValueError(f"`cluster_sizes` must be {shape[1]} numbers of rows, got {self.cluster_sizes}.")
         if self.cluster_ids is not None:
-            self.cluster_ids = as_numpy(self.cluster_ids).astype(np.int64)
-            counts = np.bincount(self.cluster_ids[self.cluster_ids >= 0], minlength=shape[1])
-            if not np.array_equal(counts, self.cluster_sizes):
+            self.cluster_ids = ids = as_numpy(self.cluster_ids).astype(np.int64)
+            inside = ids[(ids >= 0) & (ids < shape[1])]
+            if len(inside) < len(ids) or np.bincount(inside, minlength=shape[1]).tolist() != sizes:
                 raise ValueError(
                     "`cluster_ids` do not give the `cluster_sizes`. Pass both from the `ClusterMap` of the synset."
                 )
         if self.row_scores is not None:
-            num_rows = int(self.cluster_sizes.sum())
-            self.row_scores = self._checked(self.row_scores, (shape[0], num_rows), "row_scores")
+            self.row_scores = self._checked(self.row_scores, (shape[0], sum(sizes)), "row_scores")
         try:
             self.metadata = json.loads(json.dumps(self.metadata))
         except (TypeError, ValueError) as error:
@@ -175,7 +177,27 @@ class AttributionResult(DatasetArtefact):
             ValueError: If there is no report, it is about other scores, a slope is not known to be positive, or scores
                 are calibrated already.
         """
-        return calibrated(self, report)
+        kept = self.metadata
+        if self.factors is not None:
+            raise ValueError("These scores are calibrated already. Calibrate the result that they were computed from.")
+        if report is None and kept.get("fidelity") is None:
+            raise ValueError("No fidelity was measured with these scores. Pass the `FidelityReport` of their engine.")
+        report = FidelityFigures.from_dict(kept["fidelity"]) if report is None else report
+        clusters, rows = report.factors(
+            engine=self.engine,
+            objective=self.objective,
+            rows=kept.get("used_rows"),
+            settings={name: kept[name] for name in ("rewind", "num_masks") if kept.get(name) is not None},
+            samples_sha256=None if kept.get("used_rows") else kept.get("samples_sha256"),
+            parameters_sha256=kept.get("parameters_sha256"),
+        )
+        row_scores = self.row_scores
+        return replace(
+            self,
+            scores=self.scores * np.float32(clusters.value),
+            row_scores=row_scores if row_scores is None or rows is None else row_scores * np.float32(rows.value),
+            metadata={**kept, "calibrated": True, "fidelity": report.to_dict()},
+        )
 
     def query_index(self, query: str | int) -> int:
         """Position of the query with an id; raises a `KeyError` if there is none."""
@@ -285,10 +307,9 @@ class AttributionResult(DatasetArtefact):
 
         Args:
             kind (`str`, *optional*, defaults to `"heatmap"`): `"heatmap"` (queries by clusters) or `"bars"`.
-            query (`str` or `int`, *optional*): For bars, id of a query. Defaults to the mean over queries.
-            rows (`bool`, *optional*, defaults to `False`): For bars, rows in place of clusters.
+            query, rows (*optional*): For bars, as in [`AttributionResult.top`].
             k (`int`, *optional*, defaults to `8`): For bars, how many of each end.
-            ax (`Axes`, *optional*): Where to draw.
+            ax (`Axes`, *optional*): Where to draw. Defaults to a new figure.
             title (`str`, *optional*): Title.
 
         Returns:
@@ -332,8 +353,8 @@ class AttributionResult(DatasetArtefact):
             path (`str` or `Path`): The file to write.
             title (`str`, *optional*): Title of the page.
             query_ids (`Sequence`, *optional*): Queries to show one by one. Defaults to the first four.
-            queries (*optional*): The dataset of the queries, in the order of the result: shows what they look like.
-            rows (*optional*): The training dataset: shows what rows look like.
+            queries, rows (*optional*): The dataset of the queries, in the order of the result, and the training
+                dataset: shows what they look like.
             synset (`Synset`, *optional*): Shows synthetic samples beside real rows.
             tokenizer (`PreTrainedTokenizerBase`, *optional*): Reads synthetic texts, and tokens where a dataset has no
                 texts. Defaults to that of the pipeline that computed the result.
@@ -353,10 +374,7 @@ class AttributionResult(DatasetArtefact):
 
     def save_pretrained(self, save_directory: str | Path, *, card: CardOptions | None = None) -> Path:
         """
-        Writes the result to a folder (replaces a result already there).
-
-        The folders `top`, `scores`, `clusters` and `queries` hold parquet tables; `attribution.safetensors` holds the
-        exact matrices, `attribution.json` the rest, `README.md` is the card.
+        Writes the result to a folder: exact matrices, tables for viewers and a card. Replaces a result already there.
 
         Args:
             save_directory (`str` or `Path`): The folder.
@@ -373,28 +391,9 @@ class AttributionResult(DatasetArtefact):
             write_result(self, folder, text)
         return Path(save_directory)
 
-    @classmethod
-    def _from_folder(cls, folder: ArtefactFolder) -> AttributionResult:
-        arguments = read_result(folder)
-        try:
-            result = cls(**arguments)
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"The result in {folder} is damaged ({error}). Copy or compute it again.") from error
-        warn_of_names(result.cluster_names, folder)
-        return result
-
     def __repr__(self) -> str:
         rows = "" if self.row_scores is None else f", num_rows={self.row_scores.shape[1]}"
         return (
             f"AttributionResult(num_queries={self.num_queries}, num_clusters={self.num_clusters}{rows}, "
             f"objective={self.objective!r}, engine={self.engine!r}, {sizes_in_short(self.factors)})"
         )
-
-
-def _distinct(values: list[Any], name: str) -> list[Any]:
-    if not values:
-        raise ValueError(f"`{name}` is empty. A result needs at least one query and one cluster.")
-    repeated = [value for value, count in pd.Series(values, dtype=object).value_counts().items() if count > 1]
-    if repeated:
-        raise ValueError(f"`{name}` must all differ, but {repeated[0]!r} repeats. Rename one of them.")
-    return values

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from hf_rgm.agreement.fidelity_figures import check_kept_report, describe_sizes
-from hf_rgm.files.names import checked_names
+from hf_rgm.files.names import checked_names, warn_of_names
 from hf_rgm.files.reading import WAY_OUT, ArtefactFolder, parsed
 from hf_rgm.files.writing import write_json
 from hf_rgm.hub.artefact import LOCAL, CardOptions
@@ -101,7 +101,9 @@ def read_result(folder: ArtefactFolder) -> dict[str, Any]:
     source = f"{folder}/{CONFIG_FILE}"
     content = folder.read_json(CONFIG_FILE, format_version=FORMAT_VERSION, again="attribute again")
     description = parsed(ResultDescription, content, source)
-    _check_description(description, source)
+    if any(isinstance(query, int) and query >= 2**63 for query in description.query_ids):
+        raise ValueError(f"{source} has query ids that are no 64-bit integers. {WAY_OUT}")
+    check_kept_report(description.metadata.get("fidelity"), f"`metadata` of {source}")
     num_queries, num_clusters = len(description.query_ids), len(description.cluster_names)
     with folder.open_tensors(TENSORS_FILE) as file:
         file.check_no_others(("scores", "cluster_sizes", "objective_values", "row_scores", "cluster_ids"))
@@ -113,20 +115,10 @@ def read_result(folder: ArtefactFolder) -> dict[str, Any]:
         if description.num_rows is not None:
             shape = (num_queries, description.num_rows)
             arguments["row_scores"] = file.read("row_scores", shape=shape, dtypes=("F32",))
-        sizes = arguments["cluster_sizes"].tolist()
-        if min(sizes) < 0 or sum(sizes) >= 2**63:
-            raise ValueError(
-                f"{file.path} has cluster sizes from {min(sizes)} to {max(sizes)}; they must be numbers of rows. "
-                f"{WAY_OUT}"
-            )
         if description.has_cluster_ids:
-            ids = file.read("cluster_ids", shape=(sum(sizes),), dtypes=("I64",))
-            if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < num_clusters:
-                raise ValueError(
-                    f"{file.path} has cluster ids from {int(ids.min())} to {int(ids.max())} for {num_clusters} "
-                    f"clusters. {WAY_OUT}"
-                )
-            arguments["cluster_ids"] = ids
+            num_rows = sum(arguments["cluster_sizes"].tolist())
+            arguments["cluster_ids"] = file.read("cluster_ids", shape=(num_rows,), dtypes=("I64",))
+    warn_of_names(description.cluster_names, folder)
     return {
         **{name: tensor.numpy() for name, tensor in arguments.items()},
         "cluster_names": description.cluster_names,
@@ -135,17 +127,6 @@ def read_result(folder: ArtefactFolder) -> dict[str, Any]:
         "engine": checked_names([description.engine], "an engine")[0],
         "metadata": description.metadata,
     }
-
-
-def _check_description(description: ResultDescription, source: str) -> None:
-    if not description.query_ids or not description.cluster_names:
-        raise ValueError(
-            f"{source} names {len(description.query_ids)} queries and {len(description.cluster_names)} clusters; "
-            f"there must be at least one of each. {WAY_OUT}"
-        )
-    if any(isinstance(query, int) and query >= 2**63 for query in description.query_ids):
-        raise ValueError(f"{source} has query ids that are no 64-bit integers. {WAY_OUT}")
-    check_kept_report(description.metadata.get("fidelity"), f"`metadata` of {source}")
 
 
 def long_form(result: AttributionResult, k: int | None = None) -> pd.DataFrame:

@@ -91,13 +91,16 @@ def check_runs(
 
 
 def other_function(model: FunctionalModel, trajectory: Trajectory) -> str | None:
-    """Why a model with the recorded parameters is not the one that was recorded, if so."""
+    """How a model differs from the recorded one in configuration or frozen parameters; `None` if it does not."""
     settings, frozen = trajectory.metadata.get("architecture"), trajectory.metadata.get("frozen_sha256")
     changed = difference(settings, model.module) if settings else None
     if changed is not None:
-        return f"The model is configured otherwise than the recorded one: {printable(changed)[:300]}."
+        return f"The model's configuration is not that of the recorded one: {printable(changed)[:300]}."
     if frozen not in (None, model.frozen_sha256()):
-        return "The model's parameters that were not trained are not those of the recorded run."
+        return (
+            "The model's parameters that were not trained are not those of the recorded run (another base model, "
+            "revision or dtype)."
+        )
     return None
 
 

@@ -47,11 +47,11 @@ class ContinuousInputs:
         return {self.name: samples.inputs}
 
     def vectors(self, real: Tensor) -> Tensor:
-        """Rows where distances mean something: `(num_rows, ...)`, float32."""
+        """Rows as vectors whose distances are meaningful: `(num_rows, ...)`, float32."""
         return real
 
     def sample_vectors(self, samples: SyntheticSamples) -> Tensor:
-        """Samples with one leading dimension where distances mean something."""
+        """Samples with one leading dimension, as vectors whose distances are meaningful."""
         return samples.inputs
 
     def tokens(self, samples: SyntheticSamples) -> Tensor | None:

@@ -7,7 +7,8 @@ import hashlib
 import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +32,9 @@ LARGEST_INT8 = 128
 Layout = Mapping[str, tuple[tuple[int, ...], str]]
 """Shape and dtype of each stored tensor, by name."""
 
+Read = Callable[[str], Tensor]
+"""A function that reads a stored tensor by name."""
+
 
 @dataclass
 class ResponsesDescription:
@@ -42,7 +46,10 @@ class ResponsesDescription:
     sha256: str
 
     def __post_init__(self) -> None:
-        _check_precision(self.precision)
+        if self.precision not in PRECISIONS:
+            raise ValueError(
+                f"The precision of responses must be one of {', '.join(PRECISIONS)}, got {shortened(self.precision)}."
+            )
         if self.rewind_step < 0:
             raise ValueError(f"rewind_step is {self.rewind_step}, no training step")
 
@@ -56,8 +63,9 @@ class Responses:
     num_clusters: int
     parameter_shapes: Mapping[str, tuple[int, ...]]  # in the recorded run's order, which is that of flat vectors
     sha256: str  # identity of the stored form
-    source: Mapping[str, Tensor] | ResponsesFile = field(repr=False)
+    source: Mapping[str, Tensor] | ArtefactFolder = field(repr=False)  # stored tensors, or the folder of their file
     parameters_sha256: str | None = None  # identity of the trained parameters that they change
+    _whole: set[tuple[int, ...]] = field(default_factory=set, init=False, repr=False)  # files that were read whole
 
     @classmethod
     def encode(
@@ -72,16 +80,14 @@ class Responses:
     ) -> Responses:
         """Rounds deviations `(num_clusters, num_parameters)`, parameters without the cluster minus trained ones."""
         # int8 is off by at most half a level, of 127 from zero to the largest value of a cluster's parameter tensor.
-        _check_precision(precision)
+        ResponsesDescription(precision, rewind_step, 0, "")  # refuses what is wrong
         shapes = {name: tuple(shape) for name, shape in parameter_shapes.items()}
         sizes = [math.prod(shape) for shape in shapes.values()]
-        if deviations.dim() != 2 or not len(deviations) or deviations.shape[1] != sum(sizes):
+        if deviations.shape[1:] != (sum(sizes),) or not len(deviations):
             raise ValueError(
                 f"`deviations` must have shape (num_clusters, {sum(sizes)}) for these parameters, got "
                 f"{tuple(deviations.shape)}. Pass a vector of all trainable parameters for each cluster."
             )
-        if rewind_step < 0:
-            raise ValueError(f"`rewind_step` must be a training step, got {rewind_step}. The first is 0.")
         bad = ~torch.isfinite(deviations).all(1).cpu()
         tensors: dict[str, Tensor] = {}
         for (name, shape), piece in zip(shapes.items(), deviations.split(sizes, dim=1), strict=True):
@@ -98,8 +104,8 @@ class Responses:
                 f"The deviations of clusters {clusters} are NaN, infinite or too large for {precision}. Follow them "
                 "from a later training step, or keep the synset without responses."
             )
-        sha256 = _stored_sha256(_layout(precision, len(bad), shapes), tensors.__getitem__, rewind_step)
-        return cls(precision, rewind_step, len(bad), shapes, sha256, tensors, parameters_sha256)
+        responses = cls(precision, rewind_step, len(bad), shapes, "", tensors, parameters_sha256)
+        return replace(responses, sha256=responses._stored_sha256(tensors.__getitem__))
 
     @classmethod
     def open(
@@ -113,9 +119,8 @@ class Responses:
         source: str,
     ) -> Responses:
         """Responses of a saved synset; their values are read, or downloaded from the Hub, at first use."""
-        file = ResponsesFile(folder, _layout(told.precision, num_clusters, parameter_shapes), told, parameters_sha256)
         responses = cls(
-            told.precision, told.rewind_step, num_clusters, parameter_shapes, told.sha256, file, parameters_sha256
+            told.precision, told.rewind_step, num_clusters, parameter_shapes, told.sha256, folder, parameters_sha256
         )
         if told.num_bytes != responses.num_bytes:
             raise ValueError(
@@ -123,10 +128,20 @@ class Responses:
                 f"parameters take {responses.num_bytes} in {told.precision}. The files do not belong together. "
                 f"{WAY_OUT}"
             )
-        if file.at_hand or not folder.is_remote:
-            with folder.open_tensors(RESPONSES_FILE, num_bytes=told.num_bytes) as tensors:
-                file.check_header(tensors)
+        if responses.at_hand or not folder.is_remote:
+            with folder.open_tensors(RESPONSES_FILE, num_bytes=told.num_bytes) as file:
+                responses._check_header(file)
         return responses
+
+    @cached_property
+    def layout(self) -> Layout:
+        """Stored tensors: `values.NAME` `(num_clusters, *shape)`, and for int8 `scales.NAME` `(num_clusters,)`."""
+        layout: dict[str, tuple[tuple[int, ...], str]] = {}
+        for name, shape in self.parameter_shapes.items():
+            layout[f"{VALUES}.{name}"] = ((self.num_clusters, *shape), PRECISIONS[self.precision])
+            if self.precision == "int8":
+                layout[f"{SCALES}.{name}"] = ((self.num_clusters,), "F32")
+        return layout
 
     @property
     def num_parameters(self) -> int:
@@ -135,18 +150,15 @@ class Responses:
     @property
     def num_bytes(self) -> int:
         """Size of the stored tensors, without reading them."""
-        layout = _layout(self.precision, self.num_clusters, self.parameter_shapes)
-        return sum(math.prod(shape) * DTYPE_BYTES[dtype] for shape, dtype in layout.values())
+        return sum(math.prod(shape) * DTYPE_BYTES[dtype] for shape, dtype in self.layout.values())
 
     @property
     def at_hand(self) -> bool:
         """Whether they can be read without a download."""
-        return not isinstance(self.source, ResponsesFile) or self.source.at_hand
+        return not isinstance(self.source, ArtefactFolder) or self.source.at_hand(RESPONSES_FILE)
 
     def decode(self, clusters: slice = slice(None)) -> Tensor:
         """Deviations `(num_chosen, num_parameters)` of some clusters or all, float32, on the CPU."""
-        if not isinstance(clusters, slice):
-            raise TypeError(f"`clusters` must be a slice, got {clusters!r}. For cluster k pass slice(k, k + 1).")
         num_chosen = len(range(self.num_clusters)[clusters])
         check_memory(4 * num_chosen * self.num_parameters, "Decoding responses")
         decoded = torch.empty(num_chosen, self.num_parameters)
@@ -187,64 +199,44 @@ class Responses:
 
     def write(self, path: Path, parameters_sha256: str) -> None:
         """Writes their file; an existing one is checked and copied."""
-        if isinstance(self.source, ResponsesFile):
+        if isinstance(self.source, ArtefactFolder):
             self.check()
-            shutil.copyfile(self.source.path(), path)
+            shutil.copyfile(self.source.file(RESPONSES_FILE), path)
         else:
-            metadata = _header_metadata(self.precision, self.rewind_step, parameters_sha256)
-            save_file(dict(self.source), path, metadata=metadata)
+            save_file(dict(self.source), path, metadata=self._metadata(parameters_sha256))
             order_metadata(path)
 
-    def _opened(self) -> contextlib.AbstractContextManager[Callable[[str], Tensor]]:
-        """A function that reads stored tensors by name."""
-        if isinstance(self.source, ResponsesFile):
-            return self.source.opened()
-        return contextlib.nullcontext(self.source.__getitem__)
-
-
-class ResponsesFile:
-    """A file of responses that stays on disk, or on the Hub, until it is used."""
-
-    def __init__(
-        self, folder: ArtefactFolder, layout: Layout, told: ResponsesDescription, parameters_sha256: str
-    ) -> None:
-        self._folder = folder
-        self._layout = layout
-        self._told = told
-        self._metadata = _header_metadata(told.precision, told.rewind_step, parameters_sha256)
-        self._read_whole: tuple[int, ...] | None = None
-
-    @property
-    def at_hand(self) -> bool:
-        """Whether it can be read without a download."""
-        return self._folder.at_hand(RESPONSES_FILE)
-
-    def path(self) -> Path:
-        return self._folder.file(RESPONSES_FILE)
-
     @contextlib.contextmanager
-    def opened(self) -> Iterator[Callable[[str], Tensor]]:
-        """A function that reads a tensor by name."""
-        with self._folder.open_tensors(RESPONSES_FILE, num_bytes=self._told.num_bytes) as file:
-            self.check_header(file)
-            # All of a new or changed file is compared with the synset's description.
+    def _opened(self) -> Iterator[Read]:
+        """A function that reads stored tensors by name; all of a new or changed file is checked before."""
+        if not isinstance(self.source, ArtefactFolder):
+            yield self.source.__getitem__
+            return
+        with self.source.open_tensors(RESPONSES_FILE, num_bytes=self.num_bytes) as file:
+
+            def read(key: str) -> Tensor:
+                shape, dtype = self.layout[key]
+                return file.read(key, shape=shape, dtypes=(dtype,))
+
+            self._check_header(file)
             state = file.path.stat()
             signature = (state.st_ino, state.st_mtime_ns, state.st_size)
-            if signature != self._read_whole:
-                self._check_content(file)
-                self._read_whole = signature
-            yield lambda key: self._tensor(file, key)
+            if signature not in self._whole:
+                self._check_content(file.path, read)
+                self._whole.add(signature)
+            yield read
 
-    def _tensor(self, file: TensorFile, key: str) -> Tensor:
-        shape, dtype = self._layout[key]
-        return file.read(key, shape=shape, dtypes=(dtype,))
+    def _metadata(self, parameters_sha256: str | None) -> dict[str, str]:
+        """Header of the file."""
+        told = {"precision": self.precision, "rewind_step": self.rewind_step, "parameters_sha256": parameters_sha256}
+        return {name: str(value) for name, value in told.items()}
 
-    def check_header(self, file: TensorFile) -> None:
+    def _check_header(self, file: TensorFile) -> None:
         """Checks tensor names, shapes and the model by the file's header alone."""
-        file.check_no_others(self._layout)
-        for key, (shape, dtype) in self._layout.items():
+        file.check_no_others(self.layout)
+        for key, (shape, dtype) in self.layout.items():
             file.check(key, shape=shape, dtypes=(dtype,))
-        for name, value in self._metadata.items():
+        for name, value in self._metadata(self.parameters_sha256).items():
             found = file.metadata.get(name)
             if found != value:
                 raise ValueError(
@@ -252,54 +244,30 @@ class ResponsesFile:
                     f"other responses, or those of another model. {WAY_OUT}"
                 )
 
-    def _check_content(self, file: TensorFile) -> None:
-        for key in self._layout:
-            kind, _, name = key.partition(".")
-            if kind == VALUES:
-                scale = f"{SCALES}.{name}"
-                scales = self._tensor(file, scale) if scale in self._layout else None
-                bad = torch.nonzero(_unusable_clusters(self._tensor(file, key), scales)).flatten().tolist()
-                if bad:
-                    raise ValueError(
-                        f"{file.path} has NaN or infinite responses of {printable(name)!r}, or impossible scales, in "
-                        f"clusters {bad[:5]}. {WAY_OUT}"
-                    )
-        found = _stored_sha256(self._layout, lambda key: self._tensor(file, key), self._told.rewind_step)
-        if found != self._told.sha256:
+    def _check_content(self, path: Path, read: Read) -> None:
+        """Checks all values, and the file's identity."""
+        for name in self.parameter_shapes:
+            scales = read(f"{SCALES}.{name}") if self.precision == "int8" else None
+            bad = torch.nonzero(_unusable_clusters(read(f"{VALUES}.{name}"), scales)).flatten().tolist()
+            if bad:
+                raise ValueError(
+                    f"{path} has NaN or infinite responses of {printable(name)!r}, or impossible scales, in clusters "
+                    f"{bad[:5]}. {WAY_OUT}"
+                )
+        found = self._stored_sha256(read)
+        if found != self.sha256:
             raise ValueError(
-                f"{file.path} has SHA-256 {found[:12]} over its responses, the synset announces "
-                f"{shortened(self._told.sha256)}: the file was changed, or is another synset's. {WAY_OUT}"
+                f"{path} has SHA-256 {found[:12]} over its responses, the synset announces "
+                f"{shortened(self.sha256)}: the file was changed, or is another synset's. {WAY_OUT}"
             )
 
-
-def _check_precision(precision: str) -> None:
-    if precision not in PRECISIONS:
-        raise ValueError(
-            f"The precision of responses must be one of {', '.join(PRECISIONS)}, got {shortened(precision)}."
-        )
-
-
-def _layout(precision: str, num_clusters: int, shapes: Mapping[str, tuple[int, ...]]) -> Layout:
-    """Tensors of a file: `values.NAME` `(num_clusters, *shape)`, and for int8 `scales.NAME` `(num_clusters,)`."""
-    layout: dict[str, tuple[tuple[int, ...], str]] = {}
-    for name, shape in shapes.items():
-        layout[f"{VALUES}.{name}"] = ((num_clusters, *shape), PRECISIONS[precision])
-        if precision == "int8":
-            layout[f"{SCALES}.{name}"] = ((num_clusters,), "F32")
-    return layout
-
-
-def _header_metadata(precision: str, rewind_step: int, parameters_sha256: str) -> dict[str, str]:
-    return {"precision": precision, "rewind_step": str(rewind_step), "parameters_sha256": parameters_sha256}
-
-
-def _stored_sha256(layout: Layout, read: Callable[[str], Tensor], rewind_step: int) -> str:
-    """SHA-256 over names, shapes, dtypes and bytes of the stored tensors, and the step."""
-    digest = hashlib.sha256(str(rewind_step).encode())
-    for key, (shape, dtype) in layout.items():
-        digest.update(f"{key}{shape}{dtype}".encode())
-        digest.update(read(key).contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+    def _stored_sha256(self, read: Read) -> str:
+        """SHA-256 over names, shapes, dtypes and bytes of the stored tensors, and the step."""
+        digest = hashlib.sha256(str(self.rewind_step).encode())
+        for key, (shape, dtype) in self.layout.items():
+            digest.update(f"{key}{shape}{dtype}".encode())
+            digest.update(read(key).contiguous().flatten().view(torch.uint8).numpy().data)
+        return digest.hexdigest()
 
 
 def _unusable_clusters(values: Tensor, scales: Tensor | None) -> Tensor:

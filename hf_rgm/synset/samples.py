@@ -23,7 +23,7 @@ VECTORIZED_TOLERANCE = 1e-3
 
 @dataclass
 class SyntheticSamples:
-    """Synthetic samples of some clusters: learned inputs, targets and log-weights, and what these are logits of."""
+    """Synthetic samples of some clusters: learned inputs, targets and log-weights, and ids that these choose from."""
 
     # A sample has a weighted target at each of its positions: one position for classification, one per token for
     # language models.

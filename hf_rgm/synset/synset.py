@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from hf_rgm.clusters.cluster_map import ClusterMap
 from hf_rgm.exceptions import ParameterMismatchError
-from hf_rgm.files.reading import ArtefactFolder, shortened
+from hf_rgm.files.reading import shortened
 from hf_rgm.files.writing import staged_folder
 from hf_rgm.hub.artefact import CardOptions, DatasetArtefact
 from hf_rgm.model.functional_model import FunctionalModel, parameters_sha256
@@ -72,6 +72,7 @@ class Synset(DatasetArtefact):
     marker: ClassVar = CONFIG_FILE
     files: ClassVar = FILES
     kind: ClassVar = "synset"
+    _read: ClassVar = staticmethod(read_synset)
 
     samples: SyntheticSamples
     clusters: ClusterMap
@@ -89,10 +90,10 @@ class Synset(DatasetArtefact):
         inputs, targets, log_weights = self.samples.tensors()
         matched = (len(self.matched_states), self.clusters.num_clusters)
         for name, tensor in self.samples.named_tensors().items():
-            if tensor.shape[0] != self.clusters.num_clusters:
+            if tensor.dim() < 2 or not tensor.numel() or len(tensor) != self.clusters.num_clusters:
                 raise ValueError(
-                    f"Synset {name} hold {tensor.shape[0]} clusters, but the cluster map has "
-                    f"{self.clusters.num_clusters}. The files do not belong together."
+                    f"Synset {name} have shape {tuple(tensor.shape)}, but the cluster map has "
+                    f"{self.clusters.num_clusters} clusters. The files do not belong together."
                 )
             if not torch.isfinite(tensor).all():
                 bad = torch.nonzero(~torch.isfinite(tensor).flatten(1).all(1)).flatten().tolist()
@@ -119,7 +120,7 @@ class Synset(DatasetArtefact):
             )
         if not self.input_name.isidentifier():
             raise ValueError(f"`input_name` must be a forward argument, got {shortened(self.input_name)!r}.")
-        if self.residuals.shape != matched:
+        if self.residuals.shape != matched or not matched[0]:
             raise ValueError(
                 f"Synset residuals have shape {tuple(self.residuals.shape)} for {matched[0]} matched states and "
                 f"{matched[1]} clusters. The files do not belong together."
@@ -191,18 +192,11 @@ class Synset(DatasetArtefact):
                 f"the model's has {shapes[other]}. Load the model that was recorded."
             )
         found = parameters_sha256(parameters)
-        frozen = self.metadata.get("frozen_sha256")
         if found != self.parameters_sha256:
             message = (
                 f"The synset belongs to trained parameters {self.parameters_sha256[:12]}, but the model's are "
                 f"{found[:12]}. Load the model that was recorded (the weights after training, in the dtype they were "
                 "trained in), distil a synset for this one, or pass `force=True` to use them together anyway."
-            )
-        elif frozen is not None and frozen != model.frozen_sha256():
-            message = (
-                "The synset's trained parameters are the model's, but the parameters that were not trained differ. "
-                "Load the same base model (same revision, same dtype) under the trained part, or pass `force=True` to "
-                "use them together anyway."
             )
         else:
             other = other_function(model, self.trajectory)
@@ -252,14 +246,6 @@ class Synset(DatasetArtefact):
         with staged_folder(save_directory, CONFIG_FILE) as folder:
             write_synset(kept, folder, text, samples=samples, state_precision=state_precision)
         return Path(save_directory)
-
-    @classmethod
-    def _from_folder(cls, folder: ArtefactFolder) -> Synset:
-        arguments = read_synset(folder)
-        try:
-            return cls(**arguments)
-        except ValueError as error:
-            raise ValueError(f"The synset in {folder} is damaged: {error}") from error
 
     def texts(self, tokenizer: PreTrainedTokenizerBase) -> list[str]:
         """

@@ -94,7 +94,6 @@ class _Metadata:
     label_smoothing_factor: float = 0.0
     loss_scale: float = 1.0
     custom_row_loss: bool | None = None
-    frozen_sha256: str | None = None
     tokens: list[list[int]] | None = None
     privacy: dict[str, Any] | None = None
 
@@ -158,7 +157,7 @@ def read_synset(folder: ArtefactFolder) -> dict[str, Any]:
             f"{str(description.matched_states)[:80]}; each must be a run and a step. {WAY_OUT}"
         )
     clusters = ClusterMap.load(folder.subfolder(CLUSTERS_FOLDER))
-    tensors = _read_tensors(folder, description, clusters.num_clusters)
+    tensors = _read_tensors(folder, description.tensors)
     residuals = tensors.pop("residuals")
     num_samples = tensors["log_weights"].shape[:2].numel()
     if told.tokens is not None and len(told.tokens) != num_samples:
@@ -198,19 +197,12 @@ def read_synset(folder: ArtefactFolder) -> dict[str, Any]:
     }
 
 
-def _read_tensors(folder: ArtefactFolder, description: SynsetDescription, num_clusters: int) -> dict[str, Tensor]:
-    """Reads all tensors, after every announced shape has been checked."""
-    announced, num_states = description.tensors, len(description.matched_states)
-    source = f"{folder}/{CONFIG_FILE}"
+def _read_tensors(folder: ArtefactFolder, announced: dict[str, list[int]]) -> dict[str, Tensor]:
+    """Reads all tensors in the announced shapes, which [`Synset`] checks."""
     if not REQUIRED <= set(announced) <= REQUIRED | INTEGERS:
-        raise ValueError(f"{source} announces the tensors {sorted(announced)[:10]}, not those of a synset. {WAY_OUT}")
-    for name, shape in announced.items():
-        fits = shape == [num_states, num_clusters] if name == "residuals" else shape[:1] == [num_clusters]
-        if not fits or len(shape) < 2 or min(shape) < 1:
-            raise ValueError(
-                f"{source} announces {name} of shape {shape[:8]} for {num_states} matched states and {num_clusters} "
-                f"clusters. The files do not belong together. {WAY_OUT}"
-            )
+        raise ValueError(
+            f"{folder}/{CONFIG_FILE} announces the tensors {sorted(announced)[:10]}, not those of a synset. {WAY_OUT}"
+        )
     with folder.open_tensors(TENSORS_FILE, num_bytes=8 * sum(map(math.prod, announced.values()))) as file:
         file.check_no_others(announced)
         tensors = {

@@ -62,9 +62,3 @@ def test_masks_are_counted_no_further_than_needed():
 def test_impossible_masks_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         random_masks(**arguments)
-
-
-@pytest.mark.parametrize("masks", [np.ones((2, 3)), np.ones((2, 4), dtype=bool), np.ones(3, dtype=bool)])
-def test_masks_that_are_none_are_refused(masks):
-    with pytest.raises(ValueError, match=r"boolean of shape \(num_masks, 3 clusters\)"):
-        kept_rows(masks, CLUSTERS)

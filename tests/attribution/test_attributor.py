@@ -48,11 +48,11 @@ def test_scores_from_the_synset_are_close_to_those_from_rows(by_rows, by_synset)
 
 
 def test_leaving_out_agrees_with_the_adjoint(attributor, by_synset):
-    for engine in ("linearized_replay", "replay", "plain_replay"):
+    for engine in ("linearized_replay", "replay"):
         replayed = attributor.attribute(RUN.queries, engine=engine)
         assert replayed.engine == engine
         assert mean_spearman(replayed.scores, by_synset.scores) > 0.8
-    assert replayed.metadata["rewind_step"] == 10
+    assert replayed.metadata["rewind_step"] == 7
 
 
 @pytest.mark.parametrize("engine", ["linearized_replay", "replay"])
@@ -139,9 +139,9 @@ def test_query_ids_are_kept(attributor):
     [
         ({"engine": "magic"}, ValueError, "Unknown engine 'magic'. Use one of linearized_replay, adjoint, replay"),
         (
-            {"engine": "plain_replay", "rows": RUN.train_dataset},
+            {"engine": "responses", "rows": RUN.train_dataset},
             ValueError,
-            "`rows` are for engines linearized_replay, adjoint, replay and training_on, got 'plain_replay'",
+            "`rows` are for engines linearized_replay, adjoint, replay and training_on, got 'responses'",
         ),
         ({"engine": "adjoint", "num_masks": 5}, ValueError, "`num_masks` = 5 is for replay engines"),
         ({"engine": "replay", "num_masks": 1}, ValueError, "`num_masks` must be at least 2, got 1"),
@@ -169,7 +169,7 @@ def test_bad_requests_are_refused(attributor, options, error, message):
         attributor.attribute(queries, **options)
 
 
-@pytest.mark.parametrize("engine", ["adjoint", "linearized_replay", "replay", "plain_replay"])
+@pytest.mark.parametrize("engine", ["adjoint", "linearized_replay", "replay"])
 def test_works_where_gradients_are_switched_off(attributor, engine):
     expected = attributor.attribute(RUN.queries, engine=engine).scores
     with torch.no_grad():
@@ -199,7 +199,7 @@ def test_nothing_is_told_of_samples_that_nothing_depends_on(caplog):
 
 
 def test_a_late_rewind_still_gives_scores(attributor):
-    for engine in ("adjoint", "linearized_replay", "replay", "plain_replay"):
+    for engine in ("adjoint", "linearized_replay", "replay"):
         assert attributor.attribute(RUN.queries, engine=engine, rewind=0.999).scores.any()
 
 
@@ -232,14 +232,15 @@ def test_model_without_is_a_usable_model_of_the_same_class(tmp_path):
     assert torch.equal(loaded(pixels).logits, changed(pixels).logits)
 
 
-@pytest.mark.parametrize("engine", ["replay", "plain_replay"])
+@pytest.mark.parametrize("engine", ["replay", "training_on"])
 def test_model_without_is_what_replay_scores(attributor, engine):
-    result = attributor.attribute(RUN.queries, engine=engine, objective="loss")
+    options = {"engine": engine, "rows": RUN.train_dataset}
+    result = attributor.attribute(RUN.queries, objective="loss", **options)
     everything = result.objective_values
-    if engine == "plain_replay":
-        everything = attributor.replayed_values(RUN.queries, torch.ones(1, 6), engine=engine, objective="loss")[0]
+    if engine == "training_on":
+        everything = attributor.replayed_values(RUN.queries, torch.ones(1, 6), objective="loss", **options)[0]
     with torch.no_grad():
-        model = attributor.model_without("class 1, first half", engine=engine)
+        model = attributor.model_without("class 1, first half", **options)
         logits = model(RUN.queries[:]["pixel_values"]).logits
     without = torch.nn.functional.cross_entropy(logits, RUN.queries[:]["labels"], reduction="none")
     np.testing.assert_allclose(result.scores[:, 2], everything - without.numpy(), rtol=1e-3, atol=1e-5)

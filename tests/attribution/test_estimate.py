@@ -20,7 +20,7 @@ SETTINGS = [
     {"engine": "adjoint"},
     {"engine": "adjoint", "rows": RUN.train_dataset, "rewind": 0.5},
     {"engine": "replay", "objective": "loss"},
-    {"engine": "plain_replay", "objective": HITS},
+    {"engine": "replay", "objective": HITS},
     {"engine": "training_on", "objective": HITS, "rows": RUN.train_dataset},
     {"objective": "mean_loss"},
 ]
@@ -58,7 +58,7 @@ class TestTime:
             "adjoint",
             "linear",
             "anchored_replay",
-            "plain_replay",
+            "training_on",
             "row_scores",
             "gradient_sources",
         )
@@ -106,4 +106,4 @@ def test_bad_requests_are_refused(attributor):
     with pytest.raises(ValueError, match="Unknown engine 'magic'"):
         attributor.estimate(RUN.queries, engine="magic")
     with pytest.raises(ValueError, match="`rows` are for engines"):
-        attributor.estimate(RUN.queries, engine="plain_replay", rows=RUN.train_dataset)
+        attributor.estimate(RUN.queries, engine="responses", rows=RUN.train_dataset)

@@ -104,7 +104,7 @@ def test_after_ctrl_c_it_goes_on(invoke, files, tmp_path, monkeypatch):
         patch.setattr(ReverseGradientMatchingDistiller, "_distill_block", interrupted)
         result = distil(invoke, files, tmp_path / "synset", *options)
     assert result.exit_code == 130
-    assert f"kept in {tmp_path / 'synset-unfinished'}; the same command goes on" in result.stderr
+    assert f"kept in {tmp_path / 'synset-unfinished'}; run the same command again" in result.stderr
     assert not (tmp_path / "synset").exists()
 
     def counted(self, block, *arguments):

@@ -67,7 +67,7 @@ def test_after_ctrl_c_it_goes_on(invoke, arguments, tmp_path, monkeypatch):
         patch.setattr(Trainer, "train", counted)
         result = invoke(*arguments)
     assert result.exit_code == 130
-    assert f"kept in {tmp_path / 'synset-retrainings'}; the same command goes on" in result.stderr
+    assert f"kept in {tmp_path / 'synset-retrainings'}; run the same command again" in result.stderr
     assert Synset.from_pretrained(tmp_path / "synset").fidelity is None
     kept = list(Path(tmp_path / "synset-retrainings").rglob("*.npy"))
     assert len(kept) == 2

@@ -97,7 +97,7 @@ def test_from_ids():
     [
         ([0, 2, 2, 2], None, ValueError, "1 of 3 clusters have no rows: 'cluster 1'"),
         ([0, 0], ["a", "b"], ValueError, "no rows: 'b'"),
-        ([0, 5], None, ValueError, "makes 6 clusters for 2 rows"),
+        ([0, 5], None, ValueError, "Row 1 has cluster id 5, which must be from 0 to 1. Number them without gaps"),
         ([0, 1], ["a", "b", "c"], ValueError, "3 clusters for 2 rows"),
         ([0, -1], None, ValueError, "Row 1 has cluster id -1"),
         ([0, 1], ["a"], ValueError, "Row 1 has cluster id 1, which must be from 0 to 0"),
@@ -243,42 +243,13 @@ def test_refine_refuses():
         coarse.coarsen()
 
 
-def test_merge_joins_clusters_where_the_first_member_stood():
-    clusters = ClusterMap.from_ids([0, 1, 2, 3], ["a", "b", "c", "d"])
-    merged = clusters.merge({"bd": ["d", 1]})
-    assert merged.names == ("a", "bd", "c")
-    assert merged.cluster_ids.tolist() == [0, 1, 2, 1]
-    assert clusters.merge({"a": ["a", "b"]}).names == ("a", "c", "d")
-
-
-@pytest.mark.parametrize(
-    ("groups", "error", "message"),
-    [
-        ({"x": ["a", "b"], "y": ["b"]}, ValueError, "'b' is in two groups"),
-        ({"x": []}, ValueError, "'x' must be a list"),
-        ({"x": "a"}, ValueError, "'x' must be a list"),
-        ({"c": ["a", "b"]}, ValueError, "'c' exists"),
-        ({"x": ["q"]}, KeyError, "No cluster is named 'q'"),
-    ],
-)
-def test_merge_refuses(groups, error, message):
-    with pytest.raises(error, match=message):
-        ClusterMap.from_ids([0, 1, 2], ["a", "b", "c"]).merge(groups)
-
-
-def test_a_merge_into_the_name_of_another_group_member_keeps_the_rows():
-    clusters = ClusterMap.from_ids([0, 1, 2], ["a", "b", "c"])
-    assert clusters.merge({"b": ["a"], "a": ["b"]}).names == ("b", "a", "c")
-
-
 @given(st.lists(st.integers(0, 4), min_size=1, max_size=30))
-def test_rows_partition_the_dataset_and_merging_all_gives_one_cluster(values):
+def test_rows_partition_the_dataset(values):
     clusters = ClusterMap.from_column([{"value": value} for value in values], "value")
     rows = [clusters.rows(k).tolist() for k in range(clusters.num_clusters)]
     assert sorted(sum(rows, [])) == list(range(len(values)))
     for name, members in zip(clusters.names, rows, strict=True):
         assert {f"value={values[row]}" for row in members} == {name}
-    assert clusters.merge({"all": clusters.names}).sizes.tolist() == [len(values)]
 
 
 def test_save_and_load_is_identity(tmp_path):

@@ -111,7 +111,7 @@ def test_of_many_models_some_decide_where_anchored_replays_begin(too_strong):
     assert found.drift == pytest.approx(again.drift)
 
 
-@pytest.mark.parametrize("engine", ["linearized_replay", "replay", "plain_replay"])
+@pytest.mark.parametrize("engine", ["linearized_replay", "replay"])
 def test_a_rewind_that_is_asked_for_is_taken(too_strong, engine):
     assert too_strong.attribute(RUN.queries, engine=engine, rewind=0.25).metadata["rewind_step"] <= 12
     assert too_strong.unlearn([0], engine=engine, rewind=0.25).rewind_step <= 12
@@ -121,8 +121,9 @@ def test_the_model_without_begins_later_too(too_strong, attributor):
     assert attributor.unlearn([0]).rewind_step < too_strong.unlearn([0]).rewind_step
 
 
-def test_plain_replay_drifts_by_itself_and_is_left_alone(too_strong):
-    assert too_strong.attribute(RUN.queries, engine="plain_replay").metadata["rewind_step"] < 24
+def test_training_on_drifts_by_itself_and_is_left_alone(too_strong):
+    found = too_strong.attribute(RUN.queries, engine="training_on", rows=RUN.train_dataset)
+    assert found.metadata["rewind_step"] < 24
 
 
 def test_replays_that_cannot_be_trusted_from_anywhere_are_told(caplog):

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from hf_rgm.engines.registry import ENGINES, REPLAYS, check_engine, default_engine
+from hf_rgm.engines.registry import ENGINES, check_engine, default_engine
 
 EVERYTHING = {"rows": True, "samples": True, "responses": True}
 ROWS = {"rows": True, "samples": False, "responses": False}
@@ -11,9 +11,9 @@ KEPT = {"rows": False, "samples": True, "responses": True}
 
 
 def test_names_are_those_of_the_engines():
-    assert list(ENGINES) == ["linearized_replay", "adjoint", "replay", "plain_replay", "training_on", "responses"]
+    assert list(ENGINES) == ["linearized_replay", "adjoint", "replay", "training_on", "responses"]
     assert all(name == engine.name for name, engine in ENGINES.items())
-    assert set(ENGINES) - set(REPLAYS) == {"adjoint"}
+    assert [name for name, engine in ENGINES.items() if not engine.replays] == ["adjoint"]
 
 
 @pytest.mark.parametrize(
@@ -37,7 +37,7 @@ def test_with_everything_at_hand_every_engine_can(name):
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("magic", {}, "Unknown engine 'magic'. Use one of linearized_replay, adjoint, replay, plain_replay"),
+        ("magic", {}, "Unknown engine 'magic'. Use one of linearized_replay, adjoint, replay, training_on"),
         ("adjoint", {"replays": True}, "Unknown engine 'adjoint'. Use one of linearized_replay, replay"),
         (
             "training_on",
@@ -45,10 +45,8 @@ def test_with_everything_at_hand_every_engine_can(name):
             "`engine='training_on'` needs the training dataset: pass it as `rows`",
         ),
         ("replay", {"available": ROWS}, "`engine='replay'` needs a synset: distil one, or use `engine=\"linear"),
-        ("plain_replay", {"available": ROWS}, "`engine='plain_replay'` needs a synset"),
         ("responses", {"available": SAMPLES}, "needs a synset that keeps responses"),
-        ("plain_replay", {"rows_given": True}, "`rows` are for engines linearized_replay, .* and training_on, got"),
-        ("responses", {"rows_given": True}, "`rows` are for engines .* got 'responses'"),
+        ("responses", {"rows_given": True}, "`rows` are for engines linearized_replay, .* and training_on, got 'resp"),
         ("adjoint", {"num_masks": 4}, '`num_masks` = 4 is for replay engines; `engine="adjoint"` needs no masks'),
         ("replay", {"num_masks": 1}, "`num_masks` must be at least 2, got 1"),
     ],

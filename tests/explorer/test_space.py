@@ -42,7 +42,7 @@ def test_the_folder_serves_what_was_copied_into_it(saved, tmp_path, monkeypatch)
     assert demo.title == TITLE
     shown = "\n".join(str(block.value) for block in demo.blocks.values() if block.get_block_name() == "html")
     assert "Synthetic samples" in shown and 'alt="query, label 0"' in shown
-    assert "start with the training rows" in shown
+    assert "Pass the training rows" in shown
 
 
 def test_header_and_requirements(saved, tmp_path):

@@ -53,7 +53,7 @@ def test_the_panel_tells_before_and_after(replayed):
     [
         ("adjoint", "linearized_replay"),
         ("replay", "replay"),
-        ("plain_replay", "plain_replay"),
+        ("training_on", "linearized_replay"),
         ("x", "linearized_replay"),
     ],
 )

@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import TrainingArguments
 
-from hf_rgm.fidelity.launch import Launch, claimed
+from hf_rgm.fidelity.launch import Launch
 from hf_rgm.fidelity.retraining import retrain
 from hf_rgm.testing import tiny_dataset, tiny_trainer
 
@@ -134,7 +134,7 @@ def test_what_another_process_trains_is_waited_for_until_it_dies(tmp_path):
     first = retrain(build, DATASET, SUBSETS[:2], QUERIES, output_dir=tmp_path, disable_tqdm=True)
     lost = sorted(tmp_path.iterdir())[0]
     lost.unlink()
-    process = subprocess.Popen([sys.executable, "-c", HOLDER, lost.with_suffix(".lock")], stdout=subprocess.PIPE)
+    process = subprocess.Popen([sys.executable, "-c", HOLDER, f"{lost}.lock"], stdout=subprocess.PIPE)
     process.stdout.readline()
     killed = threading.Event()
 
@@ -152,15 +152,6 @@ def test_what_another_process_trains_is_waited_for_until_it_dies(tmp_path):
     process.wait()
     assert lost.is_file()
     np.testing.assert_array_equal(again, first)
-
-
-def test_a_claim_is_held_by_one_and_leaves_nothing_behind(tmp_path):
-    path = tmp_path / "result.npy"
-    with claimed(path) as mine, claimed(path) as other:
-        assert (mine, other) == (True, False)
-    with claimed(path) as mine:
-        assert mine
-    assert not list(tmp_path.iterdir())
 
 
 @pytest.fixture

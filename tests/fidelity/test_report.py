@@ -170,7 +170,7 @@ def test_a_real_measurement_is_resumed_and_other_queries_are_kept_apart(attribut
         ({"budget": 4}, "`budget` = 4 is too small"),
         ({"engine": "magic"}, "Unknown engine 'magic'"),
         (
-            {"engine": "plain_replay", "rows": True},
+            {"engine": "responses", "rows": True},
             "`rows` are for engines linearized_replay, adjoint, replay and training_on",
         ),
         ({"measures": ["lds_rows"]}, "rows are not scored"),

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from filelock import Timeout
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -20,6 +21,7 @@ from hf_rgm.files.writing import (
     FolderLock,
     exchange,
     finish_replacement,
+    locked,
     make_folder,
     order_metadata,
     read_sealed,
@@ -288,6 +290,15 @@ def test_a_locked_folder_is_free_again_when_its_process_is_killed(tmp_path):
     lock.acquire()
     lock.release()
     assert names(tmp_path) == []
+
+
+def test_the_lock_of_a_path_is_held_by_one_and_leaves_nothing_behind(tmp_path):
+    with locked(tmp_path / "file", blocking=False):
+        with pytest.raises(Timeout), locked(tmp_path / "file", blocking=False):
+            raise AssertionError("two hold it")
+    with locked(tmp_path / "file", blocking=False):
+        pass
+    assert not names(tmp_path)
 
 
 def test_within_a_process_the_last_one_has_the_lock(tmp_path):

@@ -59,8 +59,8 @@ def misconfigured():
 
 
 def test_a_model_that_is_configured_otherwise_is_refused():
-    with pytest.raises(ValueError, match="configured otherwise than the recorded one: `hidden` is"):
+    with pytest.raises(ValueError, match="model's configuration is not that of the recorded one: `hidden` is"):
         ReverseGradientMatchingDistiller(misconfigured(), RUN.trajectory, RUN.train_dataset, RUN.clusters)
-    with pytest.raises(ValueError, match="configured otherwise than the recorded one: `hidden` is"):
+    with pytest.raises(ValueError, match="model's configuration is not that of the recorded one: `hidden` is"):
         Attributor(misconfigured(), tiny_synset())
     Attributor(misconfigured(), tiny_synset(), force=True)

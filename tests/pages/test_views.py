@@ -107,7 +107,7 @@ def test_what_raises_a_loss_harms():
 def test_the_query_is_shown_as_a_picture(exhibit, alone):
     html = query_section(exhibit, 4).to_html()
     assert html.count("<img") == 1 and f"label {exhibit.queries[4]['labels']}" in html
-    assert "start with the queries" in query_section(alone, 4).to_html()
+    assert "Pass the queries" in query_section(alone, 4).to_html()
     assert "mean margin over 12 queries" in query_section(exhibit, None).to_html().replace("trained model&#x27;s ", "")
 
 
@@ -148,7 +148,7 @@ def test_rows_are_those_with_the_highest_and_lowest_scores(exhibit, alone):
 def test_attributions_alone_are_shown_as_far_as_they_go(alone):
     html = cluster_section(alone, 0, 1).to_html()
     assert len(cards(html)) == 4 and "<img" not in html
-    for way_out in ("start with the training rows", "start with the synset"):
+    for way_out in ("Pass the training rows", "Pass the synset"):
         assert way_out in html
     unknown = Exhibit(dataclasses.replace(alone.result, cluster_ids=None))
     assert cards(cluster_section(unknown, 0, 1).to_html()) == []

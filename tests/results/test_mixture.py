@@ -170,15 +170,6 @@ def test_resampling_is_seeded_and_sorted_and_nothing_without_a_change():
     np.testing.assert_array_equal(suggestion([1.0, 1.0], [3, 4]).resample(), np.arange(7))
 
 
-@pytest.mark.parametrize(
-    ("weights", "message"),
-    [([1.0, 2.0], "make 10 rows of 7"), ([1.0], "must be 2 positive numbers"), ([0.0, 7 / 3], "positive numbers")],
-)
-def test_weights_that_change_the_amount_of_data_are_refused(weights, message):
-    with pytest.raises(ValueError, match=message):
-        suggestion(weights, [4, 3])
-
-
 def trusted(replayed_change, **overrides):
     clusters = ClusterMap.from_ids([0, 0, 1, 1])
     options = {"maximize": True, "max_change": 16.0, "min_agreement": 0.5, "replayed_change": replayed_change}

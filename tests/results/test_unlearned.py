@@ -51,7 +51,7 @@ def test_little_is_removed_by_linearised_replay_and_much_by_anchored_or_training
         assert attributor.unlearn(range(count)).engine == engine
         assert attributor.unlearn(range(count), rows=RUN.train_dataset).engine == with_rows
     for rows in (None, RUN.train_dataset):
-        assert attributor.unlearn([0], engine="plain_replay", rows=rows).engine == "plain_replay"
+        assert attributor.unlearn([0], engine="replay", rows=rows).engine == "replay"
     with pytest.raises(ValueError, match="Unknown engine 'adjoint'"):
         attributor.unlearn([0], engine="adjoint")
 

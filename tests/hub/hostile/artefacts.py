@@ -22,7 +22,7 @@ from hf_rgm.testing import tiny_recorded_run, tiny_synset
 REFUSALS = (ValueError, FileNotFoundError, MemoryError)
 """What loading may raise, and no subclasses of other meaning; see `is_refusal`."""
 
-ENGINES = ("linearized_replay", "adjoint", "replay", "plain_replay")
+ENGINES = ("linearized_replay", "adjoint", "replay")
 
 
 def is_refusal(error: BaseException) -> bool:

@@ -1,6 +1,6 @@
 """
 The record of hostile cases: `python -m tests.hub.hostile.table` runs them and writes `outcomes.json` and its summary,
-`docs/hostile.md`.
+a table in `docs/formats.md`.
 
 Tests add an outcome with the fixture `outcome_of`, which also compares it with the record as committed.
 """
@@ -19,21 +19,10 @@ import pytest
 PATH = Path(__file__).with_name("outcomes.json")
 """Outcomes by artefact and what was done."""
 
-SUMMARY = Path(__file__).resolve().parents[3] / "docs" / "hostile.md"
+PAGE = Path(__file__).resolve().parents[3] / "docs" / "formats.md"
 PROPERTY = "hostile"
-INTRODUCTION = """# Hostile repositories
-
-A repository on the Hub may be damaged, contradict itself, or be made to do harm. Here is what was done to whole
-artefacts, and what came of loading and using them. What loads was also looked at (repr, tables, card) and saved again,
-and a synset was asked for scores by every engine. In none of these cases was anything executed, or written outside the
-target.
-
-Every outcome is recorded in [`outcomes.json`](../tests/hub/hostile/outcomes.json), which the tests compare with what
-happens. `python -m tests.hub.hostile.table` writes it and this page. `python -m tests.hub.hostile.bounds` loads each
-folder and tells which took the most time and memory. Beside these cases, every loader is fuzzed with mutated folders:
-`python -m tests.hub.hostile.fuzz`.
-
-| what was done | for example | artefacts | outcomes |
+START, END = "<!-- hostile -->\n", "<!-- end -->"
+HEADER = """| what was done | for example | artefacts | outcomes |
 |---|---|---|---|
 """
 FAMILIES = {
@@ -100,7 +89,7 @@ def counts(outcome: str) -> Counter[str]:
 
 
 def summary(outcomes: Outcomes) -> str:
-    """The content of `docs/hostile.md`: a line for each family of cases."""
+    """The table in `docs/formats.md`: a line for each family of cases."""
     totals: dict[str, Counter[str]] = {family: Counter() for family in FAMILIES}
     artefacts: dict[str, set[str]] = {family: set() for family in FAMILIES}
     for (artefact, done), outcome in sorted(outcomes.items()):
@@ -111,7 +100,14 @@ def summary(outcomes: Outcomes) -> str:
         (family, example, ", ".join(sorted(artefacts[family])), ", ".join(f"{n} {k}" for k, n in found.most_common()))
         for (family, (_, example)), found in zip(FAMILIES.items(), totals.values(), strict=True)
     ]
-    return INTRODUCTION + "".join("| " + " | ".join(line).replace("*", "\\*") + " |\n" for line in lines)
+    return HEADER + "".join("| " + " | ".join(line).replace("*", "\\*") + " |\n" for line in lines)
+
+
+def page(outcomes: Outcomes) -> str:
+    """The content of `docs/formats.md` with this table."""
+    before, start, rest = PAGE.read_text(encoding="utf-8").partition(START)
+    _, end, after = rest.partition(END)
+    return before + start + summary(outcomes) + end + after
 
 
 class Collector:
@@ -129,13 +125,13 @@ class Collector:
 
 
 def main(run: Callable[..., int] = pytest.main) -> int:
-    """Runs the cases, writes both files, and returns the exit code of the tests without the comparisons."""
+    """Runs the cases, writes record and summary, and returns the exit code of the tests without the comparisons."""
     collector = Collector()
     fuzzing = f"--ignore={Path(__file__).with_name('test_fuzz.py')}"
     code = run([str(Path(__file__).parent), fuzzing, "-q", "--write-hostile-table"], plugins=[collector])
     if code == 0:
         PATH.write_text(render(collector.outcomes), encoding="utf-8")
-        SUMMARY.write_text(summary(collector.outcomes), encoding="utf-8")
+        PAGE.write_text(page(collector.outcomes), encoding="utf-8")
     return int(code)
 
 

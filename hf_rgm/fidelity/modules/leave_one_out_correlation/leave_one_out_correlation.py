@@ -2,15 +2,7 @@
 
 from hf_rgm.agreement.correlations import leave_cluster_out_correlation
 from hf_rgm.fidelity.modules import frame
-
-CITATION = """
-@inproceedings{ye2024distilled,
-    title={Distilled Datamodel with Reverse Gradient Matching},
-    author={Jingwen Ye and Ruonan Yu and Songhua Liu and Xinchao Wang},
-    booktitle={Proceedings of the IEEE/CVF Conference on Computer Vision and Pattern Recognition},
-    year={2024},
-}
-"""
+from hf_rgm.hub.cards import CITATION
 
 
 class LeaveOneOutCorrelation(frame.CorrelationMetric):

@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from benchmarks.methods.plain_replay import PlainReplayEngine
 from hf_rgm import Attributor
-from hf_rgm.engines.plain_replay import PlainReplayEngine
 from hf_rgm.testing import tiny_recorded_run, tiny_synset
 from tests.engines.parts import FLOAT_TOLERANCE, flat, retrained, sample_run
 from tests.recorded import Linear, TinyNet, record
