@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from hf_rgm.files.reading import DTYPE_BYTES, WAY_OUT, ArtefactFolder, TensorFile, check_memory, printable
+from hf_rgm.files.reading import DTYPE_BYTES, WAY_OUT, ArtefactFolder, TensorFile, check_memory, printable, shortened
 from hf_rgm.files.writing import order_metadata
 from hf_rgm.trajectory.precision import quantize_rows
 
@@ -48,7 +48,7 @@ class ResponsesDescription:
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
             raise ValueError(
-                f"The precision of responses must be one of {', '.join(PRECISIONS)}, got {_shortened(self.precision)}."
+                f"The precision of responses must be one of {', '.join(PRECISIONS)}, got {shortened(self.precision)}."
             )
         if self.rewind_step < 0:
             raise ValueError(f"rewind_step is {self.rewind_step}, no training step")
@@ -129,7 +129,7 @@ class Responses:
                 f"{WAY_OUT}"
             )
         if responses.at_hand or not folder.is_remote:
-            with folder.open_tensors(RESPONSES_FILE) as file:
+            with folder.open_tensors(RESPONSES_FILE, num_bytes=told.num_bytes) as file:
                 responses._check_header(file)
         return responses
 
@@ -181,7 +181,7 @@ class Responses:
         if self.num_clusters != synset.num_clusters or list(self.parameter_shapes.items()) != list(shapes.items()):
             what = f"{self.num_clusters} clusters and {self.num_parameters} parameters, or of other tensors or order"
         elif self.parameters_sha256 not in (None, synset.parameters_sha256):
-            what = f"a model with trained parameters {_shortened(self.parameters_sha256)}"
+            what = f"a model with trained parameters {shortened(self.parameters_sha256)}"
         elif self.rewind_step > num_steps:
             what = f"a run that has a step {self.rewind_step}"
         else:
@@ -212,7 +212,7 @@ class Responses:
         if not isinstance(self.source, ArtefactFolder):
             yield self.source.__getitem__
             return
-        with self.source.open_tensors(RESPONSES_FILE) as file:
+        with self.source.open_tensors(RESPONSES_FILE, num_bytes=self.num_bytes) as file:
 
             def read(key: str) -> Tensor:
                 shape, dtype = self.layout[key]
@@ -240,7 +240,7 @@ class Responses:
             found = file.metadata.get(name)
             if found != value:
                 raise ValueError(
-                    f"{file.path} has {name} {_shortened(found)}, the synset's is {_shortened(value)}: these are "
+                    f"{file.path} has {name} {shortened(found)}, the synset's is {shortened(value)}: these are "
                     f"other responses, or those of another model. {WAY_OUT}"
                 )
 
@@ -258,7 +258,7 @@ class Responses:
         if found != self.sha256:
             raise ValueError(
                 f"{path} has SHA-256 {found[:12]} over its responses, the synset announces "
-                f"{_shortened(self.sha256)}: the file was changed, or is another synset's. {WAY_OUT}"
+                f"{shortened(self.sha256)}: the file was changed, or is another synset's. {WAY_OUT}"
             )
 
     def _stored_sha256(self, read: Read) -> str:
@@ -279,9 +279,3 @@ def _unusable_clusters(values: Tensor, scales: Tensor | None) -> Tensor:
     zero = torch.nonzero(scales == 0).flatten()
     bad[zero] |= (values[zero] != 0).any(1)
     return bad
-
-
-def _shortened(value: Any) -> str:
-    """Text from a file, for errors."""
-    text = printable(str(value))
-    return text if len(text) <= 80 else f"{text[:80]}..."
