@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from transformers import pipeline
 
 from hf_rgm import (
@@ -23,18 +23,11 @@ from hf_rgm.model.functional_model import FunctionalModel
 from hf_rgm.model.losses import RowLoss
 from hf_rgm.model.row_gradients import cluster_gradients
 from hf_rgm.model.row_reader import CachedBatches, RowReader
-from tests.text import VOCABULARY, classifier, language_model, texts, word_tokenizer
+from tests.text import VOCABULARY, classifier, language_model, lora, texts, word_tokenizer
 from tests.training import recorded_model
 
 CLOSE = {"atol": 1e-6, "rtol": 1e-4}
 """Float32 by another order of operations."""
-
-
-def lora(model):
-    config = LoraConfig(
-        r=2, lora_alpha=4, target_modules=["query", "value"], modules_to_save=["classifier"], task_type="SEQ_CLS"
-    )
-    return get_peft_model(model, config)
 
 
 MODELS = {

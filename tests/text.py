@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 import torch
 from datasets import Dataset
+from peft import LoraConfig, PeftModel, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoConfig,
@@ -56,6 +57,14 @@ def text_config(kind: str, **changes):
 def classifier(kind: str, *, num_labels: int = 3, seed: int = 0, **changes) -> PreTrainedModel:
     set_seed(seed)
     return AutoModelForSequenceClassification.from_config(text_config(kind, num_labels=num_labels, **changes)).eval()
+
+
+def lora(model: PreTrainedModel) -> PeftModel:
+    """Low-rank adapters of queries and values of a classifier, whose head is trained too."""
+    config = LoraConfig(
+        r=2, lora_alpha=4, target_modules=["query", "value"], modules_to_save=["classifier"], task_type="SEQ_CLS"
+    )
+    return get_peft_model(model, config)
 
 
 def tagger(kind: str, *, num_labels: int = 3, seed: int = 0) -> PreTrainedModel:

@@ -14,7 +14,7 @@ from typing_extensions import Self
 from hf_rgm.agreement.budget import LDS_CLUSTERS, LDS_ROWS, LEAVE_CLUSTER_OUT, MEASURES
 from hf_rgm.agreement.correlations import Estimate
 from hf_rgm.files.names import checked_names
-from hf_rgm.files.reading import printable
+from hf_rgm.files.reading import shortened
 
 FORMAT_VERSION = 1
 DESCRIPTIONS = {
@@ -154,7 +154,7 @@ class FidelityFigures:
                 rows=bool(content["rows"]),
                 samples_sha256=str(content["samples_sha256"]),
                 parameters_sha256=str(content.get("parameters_sha256", "")),
-                settings={printable(name): _number(value) for name, value in content["settings"].items()},
+                settings={shortened(name): _number(value) for name, value in content["settings"].items()},
             )
         except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
             raise ValueError(f"The fidelity report is damaged ({error!r}). Measure again.") from error

@@ -19,6 +19,7 @@ from hf_rgm.engines.request import Evaluation
 from hf_rgm.engines.row_scores import RowScorer, ScoreFolder, cluster_sums, cost_of_row_scores, scores_identity
 from hf_rgm.model.cost_estimates import CostEstimate, PieceOfWork, measured
 from hf_rgm.results.result import AttributionResult
+from hf_rgm.trajectory.description import FROM_CHECKPOINTS
 
 EMPTY_RESULT_BYTES = 16_000
 
@@ -84,6 +85,7 @@ def completed(
             "maximize": request.objective.maximize,
             "model": subject.model_description,
             "fidelity": subject.fidelity,
+            FROM_CHECKPOINTS: subject.trajectory.metadata.get(FROM_CHECKPOINTS),
             "parameters_sha256": subject.parameters_sha256,
             "samples_sha256": subject.samples_sha256,
         },

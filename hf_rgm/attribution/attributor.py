@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_rgm.attribution.answers import completed, estimate, rows_first
+from hf_rgm.attribution.details import DetailedScores
 from hf_rgm.attribution.options import passes_options_to
 from hf_rgm.attribution.subject import KnownRuns, subject_of_runs, subject_of_synset
 from hf_rgm.attribution.unlearning import chosen_clusters, engine_without, without_clusters
@@ -19,15 +20,14 @@ from hf_rgm.distillation.config import memory_bytes
 from hf_rgm.engines.adjoint import AdjointEngine
 from hf_rgm.engines.engine import Engine
 from hf_rgm.engines.memory_shares import DEFAULT_MEMORY, free_bytes
-from hf_rgm.engines.objectives import Objective, Queries, resolve_objective
-from hf_rgm.engines.recorded_run import RecordedRun
+from hf_rgm.engines.objectives import Objective, resolve_objective
 from hf_rgm.engines.registry import check_engine, default_engine
-from hf_rgm.engines.request import Evaluation, Request
+from hf_rgm.engines.request import Evaluation
 from hf_rgm.model.cost_estimates import CostEstimate
 from hf_rgm.model.losses import LossFunction
 from hf_rgm.model.out_of_memory import advice_on_memory
 from hf_rgm.model.processes import Processes
-from hf_rgm.model.row_reader import DataCollator, RowReader
+from hf_rgm.model.row_reader import DataCollator
 from hf_rgm.results.mixture import MixtureSuggestion, check_request, trusted_mixture
 from hf_rgm.results.result import AttributionResult
 from hf_rgm.results.unlearned import UnlearnedModel
@@ -36,7 +36,7 @@ from hf_rgm.synset.synset import Synset
 from hf_rgm.trajectory.trajectory import Trajectory
 
 
-class Attributor:
+class Attributor(DetailedScores):
     """
     Answers attribution questions about one trained model, without retraining.
 
@@ -46,8 +46,8 @@ class Attributor:
         model (`nn.Module`): The trained model.
         synset (`Synset`, `str` or `Path`, *optional*): A synset that was distilled for it, or its folder.
         trajectory (`str`, `Path`, `Trajectory` or a list of them, *optional*): Without a synset: what
-            `TrajectoryCallback` recorded. Of several runs that differ in their seed only, the first is the model's;
-            scores are means over the runs.
+            `TrajectoryCallback` recorded, or the `output_dir` of a Trainer with checkpoints. Of several runs that
+            differ in their seed only, the first is the model's; scores are means over the runs.
         rows (*optional*): The training dataset, same rows in the same order. With a synset it can be given at each
             call instead, or not at all.
         clusters (`ClusterMap`, *optional*): Without a synset: which row belongs to which cluster.
@@ -116,6 +116,11 @@ class Attributor:
         if rows is not None:
             self._runs(None, None)  # rows that do not fit are seen now
 
+    # Members of its own, which the reference shows.
+    self_influence = DetailedScores.self_influence
+    token_scores = DetailedScores.token_scores
+    module_scores = DetailedScores.module_scores
+
     @advice_on_memory("Attributing", "Lower `Attributor(max_memory=...)`, or pass fewer queries at once.")
     def attribute(
         self,
@@ -130,6 +135,7 @@ class Attributor:
         seed: int = 0,
         query_ids: Sequence[Any] | None = None,
         output_dir: str | Path | None = None,
+        per_token: bool = False,
     ) -> AttributionResult:
         """
         Scores of every cluster, and of every row where the training rows are given.
@@ -156,6 +162,8 @@ class Attributor:
             query_ids (`Sequence`, *optional*): Names of the queries. Defaults to their positions.
             output_dir (`str` or `Path`, *optional*): Folder for scores of rows, written block by block; a killed run
                 continues there. The result's `row_scores` are then mapped from a file in it, which has to stay.
+            per_token (`bool`, *optional*, defaults to `False`): Explain each token that has a label by itself; each is
+                a query of the result, named by its position in the text. Their mean is what explains the text.
 
         Under `torchrun` or `accelerate launch` all processes must call this and see one `output_dir`; they share the
         work, and each gets the whole result.
@@ -175,6 +183,8 @@ class Attributor:
                 "`output_dir` is for the scores of rows. Pass the training dataset as `rows`, or leave it out."
             )
         request = self._request(queries, data_collator, objective, rewind, num_masks, seed)
+        if per_token:
+            request, query_ids = self._per_token(request, query_ids)
         evaluations = [Evaluation(run, request) for run in self._runs(rows, data_collator)]
         with self.model.differentiable():
             by_run, _ = [], evaluations[0].values  # what does not fit fails before the work
@@ -380,21 +390,7 @@ class Attributor:
             warn_unless_matched(self.synset.matched_states, self.synset.residuals)
         return chosen
 
-    def _request(
-        self, queries: Any, data_collator: DataCollator | None, objective: str | Objective, *options: Any
-    ) -> Request:
-        reader = self._reader(queries, data_collator, predict_labels=True)
-        collated = Queries(*reader.batch(range(len(reader))), self.subject.row_loss.function)
-        return Request(resolve_objective(objective, self.model), collated, *options)
-
-    def _reader(self, queries: Any, data_collator: DataCollator | None, **options: Any) -> RowReader:
-        options |= {**self.subject.trajectory.reader_options, "data_collator": data_collator or self._collator}
-        return RowReader(queries, self.model, what="queries", **options)
-
     def _available(self, rows: Any) -> dict[str, bool]:
         synset, has_rows = self.synset, rows is not None or self.rows is not None
         responses = synset is not None and synset.responses is not None and len(synset.trajectories) == 1
         return {"rows": has_rows, "samples": synset is not None, "responses": responses}
-
-    def _runs(self, rows: Any, data_collator: DataCollator | None) -> list[RecordedRun]:
-        return self._known_runs.of(self.rows if rows is None else rows, data_collator or self._collator)

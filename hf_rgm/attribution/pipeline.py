@@ -139,6 +139,7 @@ class AttributionPipeline(Pipeline):
             disable_tqdm=disable_tqdm,
             data_collator=collator,
         )
+        self.attributor.tokenizer = self.tokenizer
 
     @property
     def synset(self) -> Synset:

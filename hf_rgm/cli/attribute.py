@@ -25,7 +25,7 @@ def attribute(
         str,
         typer.Argument(
             help="Its synset, a folder or a dataset repository on the Hub; or the folder that TrajectoryCallback "
-            "recorded, with --rows and their clusters."
+            "recorded, or a Trainer's output folder with checkpoints, with --rows and their clusters."
         ),
     ],
     queries: Annotated[str, typer.Argument(help=f"Rows to explain: {common.ROWS}")],
@@ -51,6 +51,9 @@ def attribute(
         ),
     ] = "margin",
     rewind: Annotated[float | None, typer.Option(help="Fraction of training to rewind to.")] = None,
+    per_token: Annotated[
+        bool, typer.Option("--per-token", help="Explain each token of the queries by itself.")
+    ] = False,
     top: Annotated[int, typer.Option(min=1, help="Clusters to print.")] = 5,
     html: Annotated[Path | None, typer.Option(help="Also write a report, one HTML file.")] = None,
     revision: common.ModelRevision = None,
@@ -92,11 +95,14 @@ def attribute(
             engine=engine,
             objective=load_objective(objective),
             rewind=rewind,
+            per_token=per_token,
         )
         result.save_pretrained(output_dir)
         if html is not None:
             tokenizer = find_tokenizer(pipeline.model, model, revision)
-            result.to_html(html, queries=asked, rows=training, synset=synset, tokenizer=tokenizer)
+            result.to_html(
+                html, queries=None if per_token else asked, rows=training, synset=synset, tokenizer=tokenizer
+            )
         content = _content(result, top, output_dir)
         typer.echo(json.dumps(content, indent=2) if as_json else _text(result, content))
 
@@ -104,9 +110,9 @@ def attribute(
 def _known(source: str, revision: str | None, rows: Any, clusters: ClusterOptions) -> dict[str, Any]:
     """Arguments of the pipeline: the synset; or a recorded run, its rows, and their clusters by the given options."""
     from hf_rgm import Synset
-    from hf_rgm.trajectory.trajectory import METADATA_FILE
+    from hf_rgm.trajectory.description import METADATA_FILE, has_checkpoints
 
-    if not (Path(source) / METADATA_FILE).is_file():
+    if not (Path(source) / METADATA_FILE).is_file() and not has_checkpoints(source):
         synset = Synset.from_pretrained(source, revision=revision)
         if clusters.given:
             raise ValueError(f"{source} is a synset, which knows its clusters. Leave the options of clusters out.")

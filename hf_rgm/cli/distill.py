@@ -30,7 +30,9 @@ Settings: Any = dataclasses.make_dataclass(
 
 @common.with_options
 def distill(
-    trajectory: Annotated[Path, typer.Argument(help="Folder that TrajectoryCallback recorded.", exists=True)],
+    trajectory: Annotated[
+        Path, typer.Argument(help="Folder that TrajectoryCallback recorded, or of checkpoints.", exists=True)
+    ],
     model: common.Model,
     dataset: Annotated[str, typer.Argument(help=f"The training rows: {common.ROWS}")],
     output_dir: Annotated[Path, typer.Option("--output-dir", "-o", help="Folder of the synset.")],

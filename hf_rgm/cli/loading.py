@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 import sys
+from collections.abc import Iterator
 from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -80,13 +82,9 @@ class Loading:
                 "object whose `from_pretrained(name, revision=...)` returns the adapter on its base."
             )
         with folder_or_repository(name):
-            try:
+            unknown = "If its class is your own, name it: `--model-class MODULE:CLASS`."
+            with _explained(f"The config of {name} names no model that transformers knows, or is damaged. {unknown}"):
                 config = transformers.AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
-            except ValueError as error:
-                raise ValueError(
-                    f"transformers knows no model of the type that the config of {name} names. If the class is your "
-                    f"own, name it: `--model-class MODULE:CLASS`. transformers says: {str(error).splitlines()[0]}"
-                ) from error
         named = config.architectures if isinstance(config.architectures, list) else []
         known = [getattr(transformers, entry, None) for entry in named if isinstance(entry, str)]
         classes: list[Any] = [c for c in known if isinstance(c, type) and issubclass(c, transformers.PreTrainedModel)]
@@ -95,7 +93,8 @@ class Loading:
                 f"The config of {name} names {config.architectures}, no class of transformers. Name it: "
                 "`--model-class MODULE:CLASS`."
             )
-        return classes[0].from_pretrained(name, revision=revision, trust_remote_code=False).eval()
+        with _explained(f"The model in {name} does not load. Copy or save it again."):
+            return classes[0].from_pretrained(name, revision=revision, trust_remote_code=False).eval()
 
     def queries(self, name: str | None, split: str | None, limit: int | None = None) -> Any:
         """Dataset of queries as `rows` reads it, by default of the split `test`; at most the first `limit`."""
@@ -163,6 +162,18 @@ class Loading:
                 f"Rows have input_ids, but {model_name} has no tokenizer to pad them. Save the tokenizer with the "
                 "model, or pass `--data-collator MODULE:OBJECT`."
             ) from error
+
+
+@contextlib.contextmanager
+def _explained(problem: str) -> Iterator[None]:
+    """Context that puts a problem before errors of transformers, which may be of any class for damaged files."""
+    try:
+        yield
+    except (MemoryError, OSError):
+        raise
+    except Exception as error:
+        said = " ".join(str(error).split())[:300]
+        raise ValueError(f"{problem} transformers says: {type(error).__name__}: {said}") from error
 
 
 def _option(about: str) -> Any:

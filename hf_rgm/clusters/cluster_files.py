@@ -58,7 +58,7 @@ def read_clusters(folder: ArtefactFolder) -> dict[str, Any]:
     """The arguments of [`ClusterMap`] from a folder that `write_clusters` wrote."""
     content = folder.read_json(CONFIG_FILE, format_version=FORMAT_VERSION, again="make and save the map again")
     header = parsed(ClustersHeader, content, f"{folder}/{CONFIG_FILE}")
-    with folder.open_tensors(TENSORS_FILE) as file:
+    with folder.open_tensors(TENSORS_FILE, num_bytes=8 * header.num_rows) as file:
         file.check_no_others(("cluster_ids",))
         cluster_ids = file.read("cluster_ids", shape=(header.num_rows,), dtypes=("I64",))
     parents = {"parents": header.parents, "parent_names": header.parent_names}

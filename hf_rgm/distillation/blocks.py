@@ -6,10 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from hf_rgm.files.reading import ArtefactFolder
 from hf_rgm.files.writing import make_folder, remove_unfinished, replacing
 from hf_rgm.model.functional_model import parameters_sha256
 
@@ -24,33 +24,31 @@ class BlockStore:
         self._identity = json.dumps(identity, sort_keys=True)
         make_folder(self.folder)
         for path in self.folder.glob("block-*.safetensors"):
-            self._check(path)
+            self._digest(path)
         remove_unfinished(self.folder)
 
     def _path(self, block: range) -> Path:
         return self.folder / f"block-{block.start:06d}-{block.stop:06d}.safetensors"
 
-    def _check(self, path: Path) -> None:
-        try:
-            with safe_open(path, framework="pt") as file:
-                identity = (file.metadata() or {}).get("identity", "").partition("\n")[0]
-        except SafetensorError as error:
-            raise ValueError(f"{path} is damaged ({error}). Delete it; {_AGAIN}") from error
+    def _digest(self, path: Path) -> str:
+        """What a block says that its tensors' SHA-256 is; refuses one of another distillation."""
+        with ArtefactFolder(self.folder).open_tensors(path.name, way_out=f"Delete it; {_AGAIN}") as file:
+            identity, _, digest = file.metadata.get("identity", "").partition("\n")
         if identity != self._identity:
             raise FileExistsError(
                 f"{path} belongs to another distillation (other settings, model, data or clusters). Choose another "
                 "`output_dir`, or delete this one."
             )
+        return digest
 
     def read(self, block: range) -> dict[str, Tensor] | None:
         """The tensors of a finished block, or `None`."""
         path = self._path(block)
         if not path.is_file():
             return None
-        tensors = load_file(path)
-        with safe_open(path, framework="pt") as file:
-            if file.metadata()["identity"].partition("\n")[2] != parameters_sha256(tensors):
-                raise ValueError(f"{path} is damaged: its content changed. Delete it; {_AGAIN}")
+        digest, tensors = self._digest(path), load_file(path)
+        if digest != parameters_sha256(tensors):
+            raise ValueError(f"{path} is damaged: its content changed. Delete it; {_AGAIN}")
         return tensors
 
     def write(self, block: range, tensors: dict[str, Tensor]) -> None:

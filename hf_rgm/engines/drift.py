@@ -26,12 +26,23 @@ class DriftMeter:
     derivative is that along the way; it is not 0, since training seldom runs to the end.
     """
 
-    def __init__(self, losses: Callable[[Tensor], Tensor], sizes: Tensor, *, initial: Tensor, final: Tensor) -> None:
+    def __init__(
+        self,
+        losses: Callable[[Tensor], Tensor],
+        sizes: Tensor,
+        *,
+        initial: Tensor,
+        final: Tensor,
+        initial_loss: float | None = None,
+    ) -> None:
         self._losses = losses  # (num_parameters,) -> (num_clusters,), float64: summands of the training loss
         self._shares = sizes.double() / sizes.sum()
         self._final = final
         self._trained = self._losses(final)
-        self._progress = self._losses(initial) - self._trained
+        before = self._losses(initial)
+        self._progress = before - self._trained
+        if initial_loss is not None:  # `initial` is a later state: what clusters lost before it is not known of each
+            self._progress = self._shares * (max(initial_loss, float(before.sum())) - self._trained.sum())
 
     def drifts(self, parameters: Tensor, masks: Tensor) -> Tensor:
         """Drift of models `(num_masks, num_parameters)` under their masks: `(num_masks,)`, see `relative`."""

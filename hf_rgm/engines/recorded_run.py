@@ -85,9 +85,11 @@ class RecordedRun:
 
     @functools.cached_property
     def drift_meter(self) -> DriftMeter:
-        initial = self._flat(self.trajectory.state(self.trajectory.state_steps[0]))
-        sizes = torch.from_numpy(self.clusters.sizes)
-        return DriftMeter(self.source.losses, sizes, initial=initial, final=self.final)
+        first, loss = self.trajectory.state_steps[0], self.trajectory.metadata.get("initial_loss")
+        initial, sizes = self._flat(self.trajectory.state(first)), torch.from_numpy(self.clusters.sizes)
+        if first > 0 and loss is None:  # then drift is not known, and nothing drifts
+            loss = torch.finfo(torch.float32).max
+        return DriftMeter(self.source.losses, sizes, initial=initial, final=self.final, initial_loss=loss)
 
     @functools.cached_property
     def shares(self) -> MemoryShares:

@@ -6,7 +6,7 @@ import logging
 import unicodedata
 from collections.abc import Iterable, Sequence
 
-from hf_rgm.files.reading import printable
+from hf_rgm.files.reading import printable, shortened
 
 logger = logging.getLogger(__name__)
 
@@ -24,13 +24,14 @@ LOOK_ALIKE = str.maketrans(
 
 def checked_names(names: Iterable[object], what: str) -> list[str]:
     """Names without control characters; refuses those that are longer than any page can show."""
-    checked = [printable(str(name)) for name in names]
-    for name in checked:
+    texts = list(map(str, names))
+    for name in texts:
         if len(name) > MAX_NAME:
             raise ValueError(
-                f"A name of {what} has {len(name)} characters, {name[:40]!r}...; it may have {MAX_NAME}. Shorten it."
+                f"A name of {what} has {len(name)} characters, {shortened(name, 40)!r}; it may have {MAX_NAME}. "
+                "Shorten it."
             )
-    return checked
+    return list(map(printable, texts))
 
 
 def warn_of_names(names: Sequence[str], source: object) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import math
 import re
+import shutil
 import sys
 import unicodedata
 from collections import Counter
@@ -25,6 +27,7 @@ MAX_DEPTH = 50
 # The most memory that JSON takes in Python, beside its text twice: for each value, each list or object, and each key.
 JSON_COSTS = {r",": 64, r"[\[{]": 130, r'"\s*:': 220}
 JSON_BUDGET = 250_000_000  # bytes of memory for all JSON files of an artefact together
+DISK_SHARE = 0.9  # of the free disk that one download may take
 MAX_HEADER_BYTES, MAX_TENSORS = 8_000_000, 50_000  # of a safetensors file
 DTYPE_BYTES = {
     "BOOL": 1, "U8": 1, "I8": 1, "F16": 2, "BF16": 2, "I16": 2, "U16": 2, "F32": 4, "I32": 4, "F64": 8, "I64": 8
@@ -62,28 +65,22 @@ class ArtefactFolder:
         """Whether a file can be read without downloading it."""
         return (self.root / name).is_file()
 
-    def file(self, name: str) -> Path:
-        """The path of a file that is there; a `ValueError` if its name, or a link, leads out of the folder."""
+    def file(self, name: str, *, max_bytes: int | None = None) -> Path:
+        """The path of a file that is there; refuses names and links that lead out of the folder, and sizes."""
         check_name(name)
         path = self.root / name
         if not path.is_file():
             raise FileNotFoundError(f"{self} has no {name}: not an artefact folder, or not a whole one. {WAY_OUT}")
         if not path.resolve().is_relative_to(self.boundary):
             raise ValueError(f"{path} is a link that leads out of {self.boundary}. Put the file itself there.")
+        check_size(path.stat().st_size, str(path), max_bytes)
         return path
 
     def read_json(
         self, name: str, *, format_version: int, again: str = "write it again", max_bytes: int = MAX_JSON_BYTES
     ) -> dict[str, Any]:
         """Reads a JSON object of a `format_version`; `again` says how to replace an older one."""
-        path = self.file(name)
-        size = path.stat().st_size
-        if size > max_bytes:
-            raise ValueError(
-                f"{path} has {format_size(size)}, more than the {format_size(max_bytes)} such a file may have. "
-                f"{WAY_OUT}"
-            )
-        check_memory(size, str(path))
+        path = self.file(name, max_bytes=min(max_bytes, JSON_BUDGET - sum(self._json_bytes.values())))
         try:
             text = path.read_text(encoding="utf-8")
             self._json_bytes[path] = json_memory(text)
@@ -95,20 +92,19 @@ class ArtefactFolder:
             check_memory(self._json_bytes[path], str(path))
             content = parse_json(text)
         except ValueError as error:
-            raise ValueError(f"{path} is not valid JSON ({_short(error, 300)}). {WAY_OUT}") from error
+            raise ValueError(f"{path} is not valid JSON ({shortened(error, 300)}). {WAY_OUT}") from error
         found = content.get("format_version") if isinstance(content, dict) else type(content).__name__
         if found != format_version or isinstance(found, bool):
             raise ValueError(
-                f"{path} has format version {_short(found)}, this release of hf_rgm reads {format_version}. Install "
-                f"the release that wrote it, or {again} with this release."
+                f"{path} has format version {shortened(found)}, this release of hf_rgm reads {format_version}. "
+                f"Install the release that wrote it, or {again} with this release."
             )
         return content
 
     @contextlib.contextmanager
-    def open_tensors(self, name: str, *, way_out: str = WAY_OUT) -> Iterator[TensorFile]:
-        """Opens a safetensors file, whose header must announce exactly the bytes that follow it."""
-        path = self.file(name)
-        check_memory(path.stat().st_size, str(path))
+    def open_tensors(self, name: str, *, num_bytes: int | None = None, way_out: str = WAY_OUT) -> Iterator[TensorFile]:
+        """Opens a safetensors file whose header must announce what follows it, tensors of at most `num_bytes`."""
+        path = self.file(name, max_bytes=None if num_bytes is None else num_bytes + MAX_HEADER_BYTES)
         with open(path, "rb") as start:
             length = int.from_bytes(start.read(8), "little")
         if MAX_HEADER_BYTES < length < path.stat().st_size:
@@ -120,7 +116,7 @@ class ArtefactFolder:
             with safe_open(path, framework="pt") as file:
                 yield TensorFile(path, file, way_out)
         except SafetensorError as error:
-            raise ValueError(f"{path} is damaged ({_short(error, 300)}). {way_out}") from error
+            raise ValueError(f"{path} is damaged ({shortened(error, 300)}). {way_out}") from error
 
 
 def files_in(folder: Path) -> tuple[set[str], set[str]]:
@@ -167,9 +163,10 @@ class TensorFile:
 
     def check_no_others(self, names: Collection[str]) -> None:
         """Refuses a file with other tensors than these."""
-        extra = sorted(printable(name) for name in set(self.names) - set(names))
+        extra = sorted(set(self.names) - set(names))
         if extra:
-            raise ValueError(f"{self.path} has the tensors {extra[:5]} too many. {self._way_out}")
+            named = [shortened(name) for name in extra[:5]]
+            raise ValueError(f"{self.path} has the tensors {named} too many. {self._way_out}")
 
     def read(self, name: str, *, shape: Sequence[int | None], dtypes: Sequence[str]) -> Tensor:
         """Reads a tensor of this shape, in which `None` is any size, and one of these dtypes."""
@@ -248,6 +245,16 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return content
 
 
+def check_size(num_bytes: int, what: str, max_bytes: int | None = None) -> None:
+    """Refuses a file that has more bytes than are free in memory, or than such a file may have."""
+    check_memory(num_bytes, what)
+    if max_bytes is not None and num_bytes > max_bytes:
+        raise ValueError(
+            f"{what} has {format_size(num_bytes)}, more than the {format_size(max_bytes)} such a file may have. "
+            f"{WAY_OUT}"
+        )
+
+
 def check_memory(num_bytes: int, what: str) -> None:
     """Raises a `MemoryError` if something would not fit into the memory that is free."""
     free = psutil.virtual_memory().available
@@ -255,6 +262,17 @@ def check_memory(num_bytes: int, what: str) -> None:
         raise MemoryError(
             f"{what} needs {format_size(num_bytes)}, but only {format_size(free)} of memory are free. Use a machine "
             "with more memory, or something smaller."
+        )
+
+
+def check_disk(num_bytes: int, what: str, folder: Path) -> None:
+    """Raises an `OSError` if something would fill the disk that a folder, which may not be there yet, is on."""
+    free = shutil.disk_usage(next(parent for parent in (folder, *folder.absolute().parents) if parent.is_dir())).free
+    if num_bytes > DISK_SHARE * free:
+        raise OSError(
+            errno.ENOSPC,
+            f"{what} has {format_size(num_bytes)}, but only {format_size(free)} are free in {folder}. Make room, or "
+            "pass another `cache_dir`.",
         )
 
 
@@ -267,13 +285,12 @@ def parsed(content_class: type[Content], content: Mapping[str, Any], source: str
         raise ValueError(f"{source} lacks {', '.join(missing)}. {WAY_OUT}")
     for item in fields(content_class):  # type: ignore[arg-type]
         if not _is_a(content[item.name], types[item.name]):
-            raise ValueError(
-                f"{source} is damaged: `{item.name}` is {_short(repr(content[item.name]))}, not {item.type}. {WAY_OUT}"
-            )
+            found = shortened(repr(content[item.name]))
+            raise ValueError(f"{source} is damaged: `{item.name}` is {found}, not {item.type}. {WAY_OUT}")
     try:
         return content_class(**{name: content[name] for name in types})
     except ValueError as error:
-        raise ValueError(f"{source} is damaged: {_short(error, 300)}. {WAY_OUT}") from error
+        raise ValueError(f"{source} is damaged: {shortened(error, 300)}. {WAY_OUT}") from error
 
 
 def _is_a(value: Any, kind: Any) -> bool:
@@ -289,20 +306,23 @@ def _is_a(value: Any, kind: Any) -> bool:
 
 def printable(text: str) -> str:
     """The text with control characters, line breaks and marks of direction spelled out: terminals obey them."""
+    if text.isprintable():
+        return text
     return "".join(
         character.encode("unicode_escape").decode("ascii") if _is_control(character) else character
         for character in text
     )
 
 
+def shortened(value: Any, length: int = 64) -> str:
+    """The first characters of a text from a file, printable: for errors."""
+    text = str(value)
+    return printable(text) if len(text) <= length else f"{printable(text[:length])}..."
+
+
 def _is_control(character: str) -> bool:
     # Scripts and emoji are written with joiners.
     return unicodedata.category(character) in ("Cc", "Cf", "Cs", "Zl", "Zp") and character not in "\u200c\u200d"
-
-
-def _short(value: Any, length: int = 60) -> str:
-    text = printable(str(value))
-    return text if len(text) <= length else f"{text[:length]}..."
 
 
 def _part_of_cache(root: Path) -> Path | None:

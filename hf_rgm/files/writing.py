@@ -19,6 +19,7 @@ import os
 import re
 import shutil
 import sys
+import tokenize
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -149,7 +150,7 @@ def read_sealed(path: Path, *, mmap_mode: Any = None) -> np.ndarray:
         end, told = array.offset + array.nbytes, path.stat()
         if told.st_size > end:  # earlier releases did not seal
             _check_seal(path, end, told.st_mtime_ns)
-    except (ValueError, EOFError) as error:
+    except (ValueError, EOFError, SyntaxError, tokenize.TokenError) as error:  # NumPy reads headers as Python
         raise ValueError(f"{path} is damaged ({error}). Delete it; it will be computed again.") from error
     return array if mmap_mode else np.array(array)
 

@@ -18,6 +18,7 @@ from hf_rgm.files.reading import ArtefactFolder, files_in, printable
 from hf_rgm.hub.repository import CARD, open_artefact, push_folder
 
 LOCAL = "path/to/this/folder"  # stands on cards for a repository that is not known yet
+MAX_CARD_BYTES = 5_000_000
 TABLE = "data/train.parquet"  # for the Hub's viewer and never read here; may have texts that only a tokenizer makes
 
 
@@ -168,7 +169,8 @@ class DatasetArtefact(HubArtefact):
             MemoryError: If it is larger than the free memory.
             RepositoryNotFoundError, RevisionNotFoundError: If the Hub has no such repository or revision, or it is
                 private and the token gives no access.
-            ValueError: If a file is damaged or has another format version.
+            OSError: If a file is larger than the free disk.
+            ValueError: If a file is damaged, too large for its kind, or has another format version.
         """
         access = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
         return cls._from_folder(open_artefact(name_or_path, cls.marker, revision=revision, **access))
@@ -177,7 +179,7 @@ class DatasetArtefact(HubArtefact):
 def _license(folder: ArtefactFolder) -> str | None:
     """Licence in the header of a folder's card, if it is one by its name."""
     try:
-        with open(folder.file(CARD), encoding="utf-8", errors="replace") as file:
+        with open(folder.file(CARD, max_bytes=MAX_CARD_BYTES), encoding="utf-8", errors="replace") as file:
             header = file.read(10_000).split("---\n")[1:2]
     except FileNotFoundError:
         return None

@@ -71,7 +71,7 @@ def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
 
 def escaped(text: Any) -> str:
     """Untrusted text as Markdown that shows it literally: no markup, HTML, line breaks, links or mentions."""
-    text = printable(str(text))
+    text = printable(str(text)[: MAX_NAME + 1])
     text = text if len(text) <= MAX_NAME else f"{text[:MAX_NAME]}…"
     if re.search(r"://|www\.|@", text, re.IGNORECASE):
         # What the Hub makes into links and mentions stays as it is in code alone.

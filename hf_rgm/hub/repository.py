@@ -22,8 +22,8 @@ from huggingface_hub import (
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
-from hf_rgm.files.reading import ArtefactFolder, check_name, files_in, leads_out
-from hf_rgm.files.writing import finish_replacement
+from hf_rgm.files.reading import ArtefactFolder, check_disk, check_name, check_size, files_in, leads_out
+from hf_rgm.files.writing import MAX_JSON_BYTES, finish_replacement
 
 ATTEMPTS = 5  # of a push that other commits overtake
 CARD = "README.md"
@@ -109,11 +109,12 @@ class HubFolder(ArtefactFolder):
             self.repo_id, self.commit, self.root / name, boundary=self.boundary, prefix=prefix, **self._access
         )
 
-    def file(self, name: str) -> Path:
+    def file(self, name: str, *, max_bytes: int | None = None) -> Path:
         check_name(name)
         if not self.at_hand(name):
-            download(self.repo_id, f"{self._prefix}{name}", revision=self.commit, **self._access)
-        return super().file(name)
+            path = f"{self._prefix}{name}"
+            download(self.repo_id, path, revision=self.commit, max_bytes=max_bytes, **self._access)
+        return super().file(name, max_bytes=max_bytes)
 
 
 def in_cache(repo_id: str | Path, name: str, revision: str | None = None) -> bool:
@@ -123,10 +124,19 @@ def in_cache(repo_id: str | Path, name: str, revision: str | None = None) -> boo
     return isinstance(try_to_load_from_cache(repo_id, name, repo_type="dataset", revision=revision), str)
 
 
-def download(repo_id: str, name: str, *, revision: str | None, **access: Any) -> Path:
-    """Path of a file of a dataset repository in the cache, downloaded if it is not there."""
+def download(repo_id: str, name: str, *, revision: str | None, max_bytes: int | None = None, **access: Any) -> Path:
+    """Path of a file of a dataset repository in the cache, downloaded if it is not there, and not too large."""
+    where = {"repo_id": repo_id, "filename": name, "repo_type": "dataset", "revision": revision}
+    cache = access.get("cache_dir")
     try:
-        return Path(hf_hub_download(repo_id, name, repo_type="dataset", revision=revision, **access))
+        told = hf_hub_download(**where, **access, dry_run=True)
+        if told.will_download:
+            source = f"{name} of the dataset repository {repo_id}"
+            check_size(told.file_size or 0, source, max_bytes)
+            check_disk(told.file_size or 0, source, Path(cache or constants.HF_HUB_CACHE))
+        elif told.local_path == try_to_load_from_cache(**where, cache_dir=cache):
+            return Path(told.local_path)
+        return Path(hf_hub_download(**where, **access))
     except LocalEntryNotFoundError as error:
         raise FileNotFoundError(
             f"There is no folder {repo_id} here. {name} of the dataset repository {repo_id} is not in the local "
@@ -155,7 +165,8 @@ def open_artefact(
         raise FileNotFoundError(
             f"{name_or_path!r} is no folder that exists, and is not the id of a repository either (`namespace/name`)."
         )
-    root = download(name_or_path, marker, revision=revision, **access).parents[len(Path(marker).parts) - 1]
+    path = download(name_or_path, marker, revision=revision, max_bytes=MAX_JSON_BYTES, **access)
+    root = path.parents[len(Path(marker).parts) - 1]
     return HubFolder(name_or_path, root.name, root, boundary=root.parents[1], **access)
 
 

@@ -161,8 +161,9 @@ class TrajectoryRecorder:
         if differing:
             raise ValueError(
                 f"Training resumes at step {step} with other `{'` and `'.join(differing)}` than it stopped with: the "
-                "checkpoint was saved without its optimizer (`save_only_model=True`), or was not "
-                "loaded whole. Such a jump is not recorded. Train from the beginning, with `save_only_model=False`."
+                "checkpoint was saved without its optimizer (`save_only_model=True`), or was not loaded whole, as "
+                "transformers 5 does with a ViT (docs/troubleshooting.md). Such a jump is not recorded. Train from "
+                "the beginning, with `save_only_model=False`."
             )
         done = 0
         for start in recorded_parts(self.folder):

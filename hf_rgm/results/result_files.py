@@ -17,6 +17,7 @@ from hf_rgm.files.reading import WAY_OUT, ArtefactFolder, parsed
 from hf_rgm.files.writing import write_json
 from hf_rgm.hub.artefact import LOCAL, CardOptions
 from hf_rgm.hub.cards import TAGS, escaped, fidelity_section, model_name, recorded_model, render, table
+from hf_rgm.trajectory.description import FROM_CHECKPOINTS
 
 if TYPE_CHECKING:
     from hf_rgm.results.result import AttributionResult
@@ -187,6 +188,7 @@ def attribution_card(result: AttributionResult, options: CardOptions | None = No
     options = options or CardOptions()
     described = result.metadata.get("model")
     repo_id = options.repo_id or LOCAL
+    by_checkpoints = result.metadata.get(FROM_CHECKPOINTS)
     return render(
         "attribution_card.md",
         options,
@@ -198,7 +200,7 @@ def attribution_card(result: AttributionResult, options: CardOptions | None = No
         ],
         model=model_name(options, described),
         objective=escaped(result.objective),
-        engine=escaped(result.engine),
+        engine=escaped(result.engine) + (" (training known by its checkpoints)" if by_checkpoints else ""),
         num_queries=result.num_queries,
         num_clusters=result.num_clusters,
         num_rows=0 if result.row_scores is None else result.row_scores.shape[1],

@@ -10,17 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hf_rgm.files.reading import printable
 from hf_rgm.model.architecture import difference
 from hf_rgm.model.functional_model import FunctionalModel, parameters_sha256
 from hf_rgm.model.losses import LOSSES_OF_NUMBERS, LossFunction, RowLoss
-from hf_rgm.model.row_reader import RowReader
+from hf_rgm.model.row_reader import DataCollator, RowReader
 from hf_rgm.model.warn_once import warn_once
 from hf_rgm.synset.inputs import ContinuousInputs
 from hf_rgm.synset.matched_states import MatchedState
 from hf_rgm.synset.samples import SyntheticSamples
+from hf_rgm.trajectory.description import has_checkpoints
 from hf_rgm.trajectory.trained_loss import TrainedLoss
 from hf_rgm.trajectory.trajectory import Trajectory
 
@@ -33,12 +34,25 @@ SAME_SCALE, SAME_LOSS = 0.02, 1e-3
 """Relative differences of scales (to 16 bits) and losses (float32) that rounding explains."""
 
 
-def open_runs(trajectory: str | Path | Trajectory | Sequence[str | Path | Trajectory]) -> tuple[Trajectory, ...]:
-    """Recorded runs, read from their folders where these are given."""
+def open_runs(
+    trajectory: str | Path | Trajectory | Sequence[str | Path | Trajectory],
+    model: nn.Module,
+    train_dataset: Any,
+    data_collator: DataCollator | None,
+) -> tuple[Trajectory, ...]:
+    """Recorded runs, read from their folders or checkpoints where these are given."""
     runs = [trajectory] if isinstance(trajectory, str | Path | Trajectory) else list(trajectory)
     if not runs:
         raise ValueError("`trajectory` is an empty list. Name at least the run that trained the model.")
-    return tuple(run if isinstance(run, Trajectory) else Trajectory.load(run) for run in runs)
+
+    def opened(run: str | Path | Trajectory) -> Trajectory:
+        if isinstance(run, Trajectory):
+            return run
+        if not has_checkpoints(run):
+            return Trajectory.load(run)
+        return Trajectory.from_checkpoints(run, model, train_dataset, data_collator=data_collator)
+
+    return tuple(map(opened, runs))
 
 
 def check_runs(

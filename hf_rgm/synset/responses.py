@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from hf_rgm.files.reading import DTYPE_BYTES, WAY_OUT, ArtefactFolder, TensorFile, check_memory, printable
+from hf_rgm.files.reading import DTYPE_BYTES, WAY_OUT, ArtefactFolder, TensorFile, check_memory, printable, shortened
 from hf_rgm.files.writing import order_metadata
 from hf_rgm.trajectory.precision import quantize_rows
 
@@ -124,7 +124,7 @@ class Responses:
                 f"{WAY_OUT}"
             )
         if file.at_hand or not folder.is_remote:
-            with folder.open_tensors(RESPONSES_FILE) as tensors:
+            with folder.open_tensors(RESPONSES_FILE, num_bytes=told.num_bytes) as tensors:
                 file.check_header(tensors)
         return responses
 
@@ -169,7 +169,7 @@ class Responses:
         if self.num_clusters != synset.num_clusters or list(self.parameter_shapes.items()) != list(shapes.items()):
             what = f"{self.num_clusters} clusters and {self.num_parameters} parameters, or of other tensors or order"
         elif self.parameters_sha256 not in (None, synset.parameters_sha256):
-            what = f"a model with trained parameters {_shortened(self.parameters_sha256)}"
+            what = f"a model with trained parameters {shortened(self.parameters_sha256)}"
         elif self.rewind_step > num_steps:
             what = f"a run that has a step {self.rewind_step}"
         else:
@@ -225,7 +225,7 @@ class ResponsesFile:
     @contextlib.contextmanager
     def opened(self) -> Iterator[Callable[[str], Tensor]]:
         """A function that reads a tensor by name."""
-        with self._folder.open_tensors(RESPONSES_FILE) as file:
+        with self._folder.open_tensors(RESPONSES_FILE, num_bytes=self._told.num_bytes) as file:
             self.check_header(file)
             # All of a new or changed file is compared with the synset's description.
             state = file.path.stat()
@@ -248,7 +248,7 @@ class ResponsesFile:
             found = file.metadata.get(name)
             if found != value:
                 raise ValueError(
-                    f"{file.path} has {name} {_shortened(found)}, the synset's is {_shortened(value)}: these are "
+                    f"{file.path} has {name} {shortened(found)}, the synset's is {shortened(value)}: these are "
                     f"other responses, or those of another model. {WAY_OUT}"
                 )
 
@@ -268,14 +268,14 @@ class ResponsesFile:
         if found != self._told.sha256:
             raise ValueError(
                 f"{file.path} has SHA-256 {found[:12]} over its responses, the synset announces "
-                f"{_shortened(self._told.sha256)}: the file was changed, or is another synset's. {WAY_OUT}"
+                f"{shortened(self._told.sha256)}: the file was changed, or is another synset's. {WAY_OUT}"
             )
 
 
 def _check_precision(precision: str) -> None:
     if precision not in PRECISIONS:
         raise ValueError(
-            f"The precision of responses must be one of {', '.join(PRECISIONS)}, got {_shortened(precision)}."
+            f"The precision of responses must be one of {', '.join(PRECISIONS)}, got {shortened(precision)}."
         )
 
 
@@ -311,9 +311,3 @@ def _unusable_clusters(values: Tensor, scales: Tensor | None) -> Tensor:
     zero = torch.nonzero(scales == 0).flatten()
     bad[zero] |= (values[zero] != 0).any(1)
     return bad
-
-
-def _shortened(value: Any) -> str:
-    """Text from a file, for errors."""
-    text = printable(str(value))
-    return text if len(text) <= 80 else f"{text[:80]}..."

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from hf_rgm.clusters.cluster_map import ClusterMap
 from hf_rgm.exceptions import ParameterMismatchError
-from hf_rgm.files.reading import ArtefactFolder, printable
+from hf_rgm.files.reading import ArtefactFolder, shortened
 from hf_rgm.files.writing import staged_folder
 from hf_rgm.hub.artefact import CardOptions, DatasetArtefact
 from hf_rgm.model.functional_model import FunctionalModel, parameters_sha256
@@ -118,7 +118,7 @@ class Synset(DatasetArtefact):
                 f"{'no' if self.samples.input_ids is None else 'its own'} input_ids. Copy or distil it again."
             )
         if not self.input_name.isidentifier():
-            raise ValueError(f"`input_name` must be a forward argument, got {printable(self.input_name)[:60]!r}.")
+            raise ValueError(f"`input_name` must be a forward argument, got {shortened(self.input_name)!r}.")
         if self.residuals.shape != matched:
             raise ValueError(
                 f"Synset residuals have shape {tuple(self.residuals.shape)} for {matched[0]} matched states and "
@@ -136,7 +136,7 @@ class Synset(DatasetArtefact):
             raise ValueError(
                 f"`fidelity` must be a dictionary, got {type(self.fidelity).__name__}. Use `FidelityReport.to_dict()`."
             )
-        measured = printable(str(self.fidelity.get("samples_sha256")))
+        measured = shortened(self.fidelity.get("samples_sha256"), 64)
         if measured != self.samples_sha256:
             raise ValueError(
                 f"`fidelity` was measured for the samples {measured[:12]}, the synset's are "

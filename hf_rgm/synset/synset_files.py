@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,7 @@ from hf_rgm.model.functional_model import parameters_sha256
 from hf_rgm.synset.matched_states import MatchedState
 from hf_rgm.synset.responses import RESPONSES_FILE, Responses, ResponsesDescription
 from hf_rgm.synset.samples import SyntheticSamples
+from hf_rgm.trajectory.description import FROM_CHECKPOINTS
 from hf_rgm.trajectory.exposure import Exposure
 from hf_rgm.trajectory.optimizers import MAX_CONSTANT
 from hf_rgm.trajectory.trajectory import Trajectory
@@ -209,7 +211,7 @@ def _read_tensors(folder: ArtefactFolder, description: SynsetDescription, num_cl
                 f"{source} announces {name} of shape {shape[:8]} for {num_states} matched states and {num_clusters} "
                 f"clusters. The files do not belong together. {WAY_OUT}"
             )
-    with folder.open_tensors(TENSORS_FILE) as file:
+    with folder.open_tensors(TENSORS_FILE, num_bytes=8 * sum(map(math.prod, announced.values()))) as file:
         file.check_no_others(announced)
         tensors = {
             name: file.read(name, shape=shape, dtypes=("I64",) if name in INTEGERS else ("F32",))
@@ -259,6 +261,7 @@ def synset_card(synset: Synset, options: CardOptions | None = None) -> str:
     """The `README.md` of a synset."""
     options = options or CardOptions()
     described = synset.model_description
+    by_checkpoints = any(FROM_CHECKPOINTS in trajectory.metadata for trajectory in synset.trajectories)
     return render(
         "synset_card.md",
         options,
@@ -273,7 +276,7 @@ def synset_card(synset: Synset, options: CardOptions | None = None) -> str:
         input_name=synset.input_name,
         num_clusters=synset.num_clusters,
         num_rows=synset.clusters.num_rows,
-        num_runs=len(synset.trajectories),
+        num_runs=f"{len(synset.trajectories)}{' (known by checkpoints)' if by_checkpoints else ''}",
         matching_error=synset.matching_error,
         parameters_sha256=synset.parameters_sha256,
         sign_convention=SIGN_CONVENTION,

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import hashlib
 import json
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from hf_rgm.files.reading import ArtefactFolder, TensorFile, printable
+from hf_rgm.files.reading import MAX_HEADER_BYTES, ArtefactFolder, TensorFile, printable
 from hf_rgm.files.writing import order_metadata, replacing
 from hf_rgm.trajectory.optimizers import Moments
 from hf_rgm.trajectory.precision import (
@@ -33,6 +34,7 @@ _PRECISION = "precision"
 MAX_VALUE = 1e20
 """Larger parameters and moments are none of a training that went on."""
 
+_VALUE_BYTES = 16  # at most, with the scales of a tensor whose rows have one value
 _FLOATS = ("F32", "BF16", "F16")
 _WAY_OUT = "Copy the folder again, or record the training run again."
 
@@ -143,8 +145,9 @@ class StateFile:
 
     def path(self) -> Path:
         """Path of the file, downloaded if necessary."""
+        num_values = sum(map(math.prod, self.shapes.values())) * (1 + len(self.moment_names))
         try:
-            return self.folder.file(self.name)
+            return self.folder.file(self.name, max_bytes=MAX_HEADER_BYTES + _VALUE_BYTES * num_values)
         except FileNotFoundError as error:
             raise FileNotFoundError(
                 f"{self.folder}/{self.name} is missing. Copy the whole folder again, or record the training run again."

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
-from hf_rgm.files.reading import ArtefactFolder, check_memory, printable
+from hf_rgm.files.reading import ArtefactFolder, check_memory, shortened
 from hf_rgm.files.writing import order_metadata, replacing
 from hf_rgm.trajectory.optimizers import MAX_CONSTANT
 
@@ -122,9 +122,7 @@ def read_part(folder: ArtefactFolder, first_step: int) -> StepTable:
         file.check_no_others((*_SCALARS, "learning_rates", *_LISTS, *(name + _OFFSETS for name in _LISTS)))
         found = file.metadata.get(_FIRST_STEP)
         if found != str(first_step):
-            raise ValueError(
-                f"{file.path} begins at step {printable(str(found))[:20]}, not at {first_step}. {_WAY_OUT}"
-            )
+            raise ValueError(f"{file.path} begins at step {shortened(found, 20)}, not at {first_step}. {_WAY_OUT}")
 
         read: dict[str, np.ndarray] = {}
 

@@ -6,14 +6,24 @@ import copy
 import logging
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from torch import nn
 
 from hf_rgm.files.reading import WAY_OUT, ArtefactFolder, parsed
 from hf_rgm.files.writing import staged_folder, write_json
+from hf_rgm.trajectory.description import (
+    FORMAT_VERSION,
+    MAX_UPDATES,
+    METADATA_FILE,
+    OWN_KEYS,
+    Description,
+    Metadata,
+    read_metadata,
+)
 from hf_rgm.trajectory.fingerprint import dataset_fingerprint
 from hf_rgm.trajectory.optimizers import OptimizerRule
 from hf_rgm.trajectory.precision import PRECISIONS, check_precision
@@ -22,58 +32,19 @@ from hf_rgm.trajectory.states import StateFile, TrajectoryState, file_sha256, st
 from hf_rgm.trajectory.steps import StepTable, check_rows, read_steps, write_part
 from hf_rgm.trajectory.trained_loss import TrainedLoss
 
+if TYPE_CHECKING:
+    from hf_rgm.model.row_reader import DataCollator
+    from hf_rgm.trajectory.checkpoints import CheckpointState
+
 logger = logging.getLogger(__name__)
-
-FORMAT_VERSION = 2
-METADATA_FILE = "trajectory.json"
-MAX_METADATA_BYTES = 8_000_000
-MAX_UPDATES = 2**53
-"""Larger numbers are not exact in the float64 of bias corrections."""
-
-
-@dataclass
-class _Description:
-    """Required keys of a finished trajectory's JSON file."""
-
-    format_version: int
-    complete: bool
-    optimizer: dict[str, Any]
-    parameters: dict[str, list[int]]
-    num_rows: int
-    dataset_fingerprint: str
-    num_steps: int
-    state_steps: list[int]
-
-
-@dataclass
-class _Metadata:
-    """Optional keys that are used in computations."""
-
-    updates_before: int = 0
-    fingerprint_columns: list[str] | None = None
-    seeds: dict[str, int | None] | None = None
-    num_digested_rows: int = 0
-    rows_sha256: str | None = None
-    states_sha256: dict[str, str] | None = None
-    architecture: dict[str, str] | None = None
-    frozen_sha256: str | None = None
-    trained_loss: dict[str, Any] | None = None
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.updates_before <= MAX_UPDATES:
-            raise ValueError(f"updates_before must be from 0 to {MAX_UPDATES}, got {self.updates_before}")
-        if self.num_digested_rows < 0:
-            raise ValueError(f"num_digested_rows must not be negative, got {self.num_digested_rows}")
-
-
-_OWN_KEYS = tuple(item.name for item in fields(_Description))
 
 
 class Trajectory:
     """
     A recorded training run: its states, and the steps between them.
 
-    [`TrajectoryCallback`] records one; [`~Trajectory.load`] opens it. States stay on disk until they are used.
+    [`TrajectoryCallback`] records one; [`~Trajectory.load`] opens it. [`~Trajectory.from_checkpoints`] makes one of a
+    run that was not recorded. States stay on disk until they are used.
 
     Args:
         optimizer (`OptimizerRule`): The update rule.
@@ -112,7 +83,7 @@ class Trajectory:
         optimizer: OptimizerRule,
         parameter_shapes: Mapping[str, tuple[int, ...]],
         steps: StepTable,
-        states: Mapping[int, TrajectoryState | StateFile],
+        states: Mapping[int, TrajectoryState | StateFile | CheckpointState],
         num_rows: int,
         dataset_fingerprint: str,
         metadata: Mapping[str, Any] | None = None,
@@ -286,9 +257,9 @@ class Trajectory:
                     target.parent.mkdir(exist_ok=True)
                     shutil.copyfile(state.checked_path(), target)
                 else:
-                    write_state(target, state)
+                    write_state(target, self.state(step))
             write_part(staging, 0, self.steps)
-            description = _Description(
+            description = Description(
                 format_version=FORMAT_VERSION,
                 complete=True,
                 optimizer=self.optimizer.to_dict(),
@@ -300,6 +271,47 @@ class Trajectory:
             )
             digests = {str(step): file_sha256(state_path(staging, step)) for step in self._states}
             write_json(staging / METADATA_FILE, self.metadata | {"states_sha256": digests} | vars(description))
+
+    @classmethod
+    def from_checkpoints(
+        cls,
+        output_dir: str | Path,
+        model: nn.Module,
+        train_dataset: Any,
+        *,
+        max_grad_norm: float = 1.0,
+        label_smoothing_factor: float = 0.0,
+        data_collator: DataCollator | None = None,
+    ) -> Trajectory:
+        """
+        The trajectory of a finished `Trainer` run that no callback recorded, by its checkpoints.
+
+        States are the checkpoints', and stay there until they are used; [`~Trajectory.save`] copies them. Constants of
+        the optimizer and its moments are read from `optimizer.pt`, without executing pickles; `training_args.bin` is
+        not read. Learning rates and gradient norms are interpolated between those in `trainer_state.json`; training
+        with `logging_steps=10` tells enough of them. What is assumed is warned of, and kept in
+        `metadata["from_checkpoints"]`.
+
+        Args:
+            output_dir (`str` or `Path`): The `output_dir` of the run, with two or more folders `checkpoint-*`.
+            model (`nn.Module`): The trained model: that of one of the checkpoints, at which the trajectory ends.
+            train_dataset: The training set, exactly as it was given to the Trainer.
+            max_grad_norm (`float`, *optional*, defaults to `1.0`): As in the run's `TrainingArguments`; 0 for no
+                clipping.
+            label_smoothing_factor (`float`, *optional*, defaults to `0.0`): As in the run's `TrainingArguments`.
+            data_collator (`Callable`, *optional*): The Trainer's, to measure gradient norms if none was logged.
+                Defaults to `default_data_collator`.
+
+        Raises:
+            OSError: If a checkpoint has no `optimizer.pt`, or no safetensors file.
+            NotImplementedError: If the optimizer was another than SGD, Adam or AdamW.
+            ValueError: If there are fewer than two checkpoints, they are not of one run, none holds the model, or what
+                they hold cannot be assigned to its parameters.
+        """
+        from hf_rgm.trajectory.checkpoints import trajectory_parts  # imports the Trainer
+
+        settings = {"max_grad_norm": max_grad_norm, "label_smoothing_factor": label_smoothing_factor}
+        return cls(**trajectory_parts(output_dir, model, train_dataset, data_collator=data_collator, **settings))
 
     @classmethod
     def load(cls, folder: str | Path | ArtefactFolder) -> Trajectory:
@@ -318,9 +330,9 @@ class Trajectory:
                 "finish, or resume it with `trainer.train(resume_from_checkpoint=True)` and the same callback."
             )
         source = f"{folder}/{METADATA_FILE}"
-        description = parsed(_Description, content, source)
-        metadata = {key: value for key, value in content.items() if key not in (*_OWN_KEYS, "checkpoints")}
-        told = parsed(_Metadata, metadata, f"What {source} says of the run")
+        description = parsed(Description, content, source)
+        metadata = {key: value for key, value in content.items() if key not in (*OWN_KEYS, "checkpoints")}
+        told = parsed(Metadata, metadata, f"What {source} says of the run")
         if told.states_sha256 is None or told.rows_sha256 is None:
             logger.warning(
                 "%s was recorded by an earlier release: changes of its states, of the model's configuration, and of "
@@ -380,20 +392,3 @@ class Trajectory:
             return trajectory
         except ValueError as error:
             raise ValueError(f"The trajectory in {folder} is damaged: {error} {WAY_OUT}") from error
-
-
-def read_metadata(folder: ArtefactFolder) -> dict[str, Any]:
-    """Reads the description of a trajectory, complete or not."""
-    if not folder.root.is_dir() and not folder.is_remote:
-        raise FileNotFoundError(
-            f"There is no folder {folder}. Record a training run with `TrajectoryCallback({str(folder)!r})` first."
-        )
-    options: dict[str, Any] = {"format_version": FORMAT_VERSION, "max_bytes": MAX_METADATA_BYTES}
-    content = folder.read_json(METADATA_FILE, **options, again="record the training run again")
-    missing = [key for key in _OWN_KEYS if key not in content]
-    if missing:
-        raise ValueError(
-            f"{folder}/{METADATA_FILE} lacks {', '.join(missing)}. Copy the folder again, or record the training run "
-            "again."
-        )
-    return content

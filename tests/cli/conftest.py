@@ -11,6 +11,7 @@ import transformers
 from typer.testing import CliRunner
 
 from hf_rgm.cli import app
+from tests.hub.conftest import hub, hub_in_process  # noqa: F401 (fixtures)
 from tests.vision import vit_run
 
 

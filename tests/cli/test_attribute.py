@@ -9,7 +9,7 @@ from hf_rgm import AttributionPipeline, AttributionResult
 from hf_rgm.cli.attribute import ENGINE_NAMES
 from hf_rgm.cli.loading import Loading
 from hf_rgm.engines.registry import ENGINES
-from tests.vision import vit_run
+from tests.vision import train, vit, vit_run
 
 SCORE_TOLERANCE = 1e-6
 """Of the same computation on a model that was saved and loaded."""
@@ -72,6 +72,21 @@ def test_without_a_synset_the_recorded_run_and_its_rows_are_enough(told, files, 
     np.testing.assert_allclose(result.row_scores, expected.row_scores, atol=SCORE_TOLERANCE)
     assert content["engine"] == (options[-1] if options else "linearized_replay")
     assert "<html" in (tmp_path / "report.html").read_text()
+
+
+def test_checkpoints_of_a_run_that_was_not_recorded_are_enough(told, files, tmp_path):
+    run = vit_run()
+    out = {"output_dir": str(tmp_path / "out"), "save_strategy": "epoch"}
+    model = train(vit(), run.train_dataset, tmp_path / "trajectory", **out).model.eval()
+    told(
+        "attribute", tmp_path / "out" / "checkpoint-6", tmp_path / "out", files.queries, "-o", tmp_path / "scores",
+        "--rows", files.train, "--cluster-column", "labels",
+    )  # fmt: skip
+    known = {"rows": run.train_dataset, "clusters": run.synset.clusters, "disable_tqdm": True}
+    recorded = AttributionPipeline(model, trajectory=tmp_path / "trajectory", **known)(run.queries)
+    result = AttributionResult.from_pretrained(tmp_path / "scores")
+    assert np.corrcoef(result.scores.ravel(), recorded.scores.ravel())[0, 1] > 0.9
+    assert result.metadata["from_checkpoints"] and not recorded.metadata["from_checkpoints"]
 
 
 def test_what_attribution_without_a_synset_lacks_is_told(invoke, files, tmp_path):

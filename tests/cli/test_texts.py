@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, pipeline
 from hf_rgm import AttributionResult, ClusterMap, DistillationConfig, ReverseGradientMatchingDistiller
 from hf_rgm.explorer.app import open_exhibit
 from hf_rgm.pages.exhibit import Exhibit
-from tests.text import VOCABULARY, classifier, texts, word_tokenizer
+from tests.text import VOCABULARY, classifier, language_model, texts, word_tokenizer
 from tests.training import recorded_model
 
 EVIL = "<img/src=x>{}"
@@ -74,6 +74,30 @@ def test_a_report_of_a_pipeline_s_result_needs_no_tokenizer(run, tmp_path):
     attribute.save_pretrained(tmp_path / "both")
     table = samples_table(tmp_path / "both" / "synset")
     assert table["text"][:] == samples
+
+
+def test_each_token_of_a_text_is_explained(invoke, tmp_path):
+    rows, tokenizer = texts(labels="text"), word_tokenizer(f"word{number}" for number in range(3, VOCABULARY))
+    model = recorded_model(language_model("llama"), rows, tmp_path / "run", num_states=3)
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path / "model")
+    rows.add_column("source", np.arange(24) % 3).to_parquet(tmp_path / "train.parquet")
+    rows.select([1]).remove_columns("labels").to_parquet(tmp_path / "queries.parquet")
+    trajectory, scores = tmp_path / "run" / "trajectory", tmp_path / "scores"
+    told = invoke(
+        "attribute", tmp_path / "model", trajectory, tmp_path / "queries.parquet", "-o", scores, "--rows",
+        tmp_path / "train.parquet", "--cluster-column", "source", "--per-token", "--html", tmp_path / "page.html",
+    )  # fmt: skip
+    assert told.exit_code == 0, told.output
+    names = [f"token {position}" for position in range(1, 5)]  # of five tokens, the first is not predicted
+    assert list(AttributionResult.from_pretrained(scores).query_ids) == names
+    assert all(name in (tmp_path / "page.html").read_text() for name in names)
+    known = {"trajectory": trajectory, "rows": rows, "clusters": ClusterMap.from_ids(np.arange(24) % 3)}
+    attribute = pipeline("data-attribution", model=model, tokenizer=tokenizer, **known, disable_tqdm=True)
+    text = tokenizer.decode(rows[1]["input_ids"][:5])
+    found = attribute(text, per_token=True)
+    assert list(found.query_ids) == [f"{name} {word!r}" for name, word in zip(names, text.split()[1:], strict=True)]
+    np.testing.assert_allclose(found.scores.mean(0), attribute(text).scores[0], rtol=2e-4, atol=2e-6)
 
 
 def test_commands_find_the_tokenizer_beside_the_model(invoke, run, tmp_path, monkeypatch):

@@ -13,6 +13,7 @@ from hf_rgm.cli.loading import Loading
 from hf_rgm.explorer.app import open_exhibit
 from hf_rgm.testing import tiny_recorded_run
 from tests.pages.tiny import tiny_exhibit
+from tests.vision import vit
 
 CODE = """
 import pathlib
@@ -54,6 +55,23 @@ def test_odd_architectures_are_said_to_be_no_class(named, tmp_path):
     with pytest.raises((TypeError, ValueError)) as caught:
         Loading().model(str(tmp_path))
     assert "no class of transformers" in str(caught.value) or "architectures" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "message"),
+    [
+        ("model.safetensors", lambda content: content[:99], "does not load. Copy or save it again. transformers says"),
+        ("config.json", lambda content: content.replace(b'"hidden_size": 8', b'"hidden_size": []'), "or is damaged"),
+        ("config.json", lambda content: content.replace(b'"hidden_size": 8', b'"hidden_size": 9'), "does not load"),
+    ],
+)
+def test_a_damaged_model_is_one_line_that_names_it(name, damage, message, tmp_path, capsys):
+    vit().save_pretrained(tmp_path)
+    (tmp_path / name).write_bytes(damage((tmp_path / name).read_bytes()))
+    with pytest.raises(typer.Exit), clear_errors():
+        Loading().model(str(tmp_path))
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert told.startswith("Error: ") and str(tmp_path) in told and message in told
 
 
 @pytest.mark.parametrize("error", [ValueError, HfHubHTTPError.__mro__[1]])

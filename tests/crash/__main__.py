@@ -1,7 +1,7 @@
 """
 Kills processes many times, and checks after each kill that nothing is lost or half-written:
 
-    python -m tests.crash --kills 200 [--seed 0] [--only recording]
+    python -m tests.crash --kills 200 [--model vit] [--seed 0] [--only recording]
 
 Every line it prints is a campaign of `tests/crash/campaigns.py` with this many kills. A violation ends the program
 with its `AssertionError`. The test suite runs the same campaigns with a few kills each.
@@ -26,6 +26,7 @@ from tests.crash.campaigns import (
     recording,
     saving,
 )
+from tests.crash.models import MODELS
 from tests.crash.tasks import KINDS
 from tests.crash.workers import Workers
 from tests.hub.conftest import HubShell
@@ -54,12 +55,14 @@ def main() -> None:
     """Runs all campaigns and tells of each how many workers were killed."""
     parser = argparse.ArgumentParser(prog="python -m tests.crash", description="Kills processes that write.")
     parser.add_argument("--kills", type=int, default=200, help="of each campaign")
+    parser.add_argument("--model", choices=MODELS, default="tiny", help="what is trained, distilled and unlearned")
     parser.add_argument("--seed", type=int, default=0, help="of random times")
     parser.add_argument("--only", default="", help="campaigns whose name contains this")
     options = parser.parse_args()
+    total = 0
     with tempfile.TemporaryDirectory() as folder, LocalHub() as hub:
         home = Path(folder)
-        with Workers(HubShell(hub, home).environment()) as workers:
+        with Workers(HubShell(hub, home).environment(), options.model) as workers:
             for number, (name, campaign, plan) in enumerate(campaigns(workers, hub, options.seed)):
                 if options.only not in name:
                     continue
@@ -67,6 +70,8 @@ def main() -> None:
                 killed = campaign(home / str(number), plan, options.kills)
                 sys.stdout.write(f"{name}: {killed} killed, {time.perf_counter() - start:.0f} s\n")
                 sys.stdout.flush()
+                total += killed
+    sys.stdout.write(f"{options.model}: {total} killed in all, and nothing was lost\n")
 
 
 if __name__ == "__main__":

@@ -107,7 +107,7 @@ def saving(
         if not exchange and kind == "unlearned":
             finish_replacement(target)  # transformers, which loads it, knows nothing of this
         if before is not None or target.exists():
-            load(kind, target)
+            load(workers.model, kind, target)
             assert tree(target) in (before, trees[version]), f"{kind} is a mixture of versions"
             assert outcome.killed or tree(target) == trees[version]
     workers.run("save", version=1, folder=target, **arguments)

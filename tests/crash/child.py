@@ -2,7 +2,7 @@
 A process that imports everything once and then forks a worker for each task, as importing takes seconds.
 
 It reads orders as lines of JSON from standard input, whose keys are the arguments of `Workers.run`. It answers each
-with two lines: the worker's process id, and what became of it.
+with two lines: the worker's process id, and what became of it. Its own argument names the model.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def work(order: dict[str, Any]) -> dict[str, Any]:
     start = time.perf_counter()
     error = None
     try:
-        TASKS[order["task"]](**order["arguments"])
+        TASKS[order["task"]](sys.argv[1], **order["arguments"])
     except Exception as problem:  # noqa: BLE001 (it is reported)
         error = {"type": type(problem).__name__, "text": str(problem), "traceback": traceback.format_exc()}
     return {
@@ -71,7 +71,7 @@ def main() -> None:
     """Serves orders until standard input ends."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    prepare()
+    prepare(sys.argv[1])
     print(json.dumps({"ready": True}), file=answers, flush=True)
     for line in sys.stdin:
         run(json.loads(line), answers)

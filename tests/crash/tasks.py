@@ -1,4 +1,8 @@
-"""What is killed: a training that is recorded, a distillation, savings and pushes. Each is run in a worker process."""
+"""
+What is killed: a training that is recorded, a distillation, savings and pushes. Each is run in a worker process.
+
+The first argument of each is which model of `tests/crash/models.py` it is about.
+"""
 
 from __future__ import annotations
 
@@ -14,47 +18,46 @@ import numpy as np
 import torch
 
 import hf_rgm.files.writing
-from hf_rgm import AttributionResult, Attributor, ClusterMap, ReverseGradientMatchingDistiller, Synset
-from hf_rgm.distillation.config import DistillationConfig
+from hf_rgm import AttributionResult, Attributor, ClusterMap, Synset
 from hf_rgm.recording.callback import TrajectoryCallback
-from hf_rgm.testing import TinyModel, tiny_recorded_run, tiny_synset
 from hf_rgm.trajectory.trajectory import Trajectory
-from tests.recording.helpers import MeanModel, make_trainer
+from tests.crash.models import distiller, load_model, recorded_run, synset_of, to_record
+from tests.recording.helpers import make_trainer
 
 KINDS = ("clusters", "trajectory", "synset", "result", "unlearned")
 
 
 @functools.cache
-def artefact(kind: str, version: int) -> Any:
+def artefact(model: str, kind: str, version: int) -> Any:
     """Two versions of each artefact, which differ in more than one file."""
-    run = tiny_recorded_run(version)
+    run = recorded_run(model, version)
     if kind == "clusters":
         return run.clusters if version == 0 else ClusterMap.from_ids(run.clusters.cluster_ids[::-1].copy())
     if kind == "trajectory":
         return run.trajectory
-    synset = tiny_synset()
+    synset = synset_of(model)
     if kind == "synset":
-        samples = synset.samples.map(lambda tensor: tensor + version)
-        return dataclasses.replace(synset, samples=samples, metadata={**synset.metadata, "version": version})
-    attributor = Attributor(tiny_recorded_run().model, synset, disable_tqdm=True)
+        metadata = {**synset.metadata, "version": version}
+        return dataclasses.replace(synset, residuals=synset.residuals + version, metadata=metadata)
+    attributor = Attributor(recorded_run(model).model, synset, disable_tqdm=True)
     if kind == "result":
         result = attributor.attribute(run.queries)
         return dataclasses.replace(result, scores=result.scores * (1 + version))
     return dataclasses.replace(attributor.unlearn([synset.clusters.names[version]]), model=run.model)
 
 
-def save(kind: str, version: int, folder: str, exchange: bool = True) -> None:
+def save(model: str, kind: str, version: int, folder: str, exchange: bool = True) -> None:
     """Saves an artefact; `exchange=False` as on a system that cannot swap two folders in one step."""
     if not exchange:
         hf_rgm.files.writing.exchange = lambda first, second: False
-    value = artefact(kind, version)
+    value = artefact(model, kind, version)
     if kind in ("clusters", "trajectory"):
         value.save(folder)
     else:
         value.save_pretrained(folder)
 
 
-def load(kind: str, folder: Path) -> Any:
+def load(model: str, kind: str, folder: Path) -> Any:
     """Reads all of an artefact."""
     if kind == "clusters":
         return ClusterMap.load(folder)
@@ -62,11 +65,11 @@ def load(kind: str, folder: Path) -> Any:
         trajectory = Trajectory.load(folder)
         return [trajectory.state(step) for step in trajectory.state_steps]
     if kind == "unlearned":
-        return TinyModel.from_pretrained(folder), json.loads((folder / "unlearning.json").read_text())
+        return load_model(model, folder), json.loads((folder / "unlearning.json").read_text())
     return {"synset": Synset, "result": AttributionResult}[kind].from_pretrained(folder)
 
 
-def record(folder: str, best: str | None = None) -> None:
+def record(model: str, folder: str, best: str | None = None) -> None:
     """
     Trains with dropout and records, from the last whole checkpoint on if there is one.
 
@@ -85,8 +88,9 @@ def record(folder: str, best: str | None = None) -> None:
             "compute_metrics": lambda prediction: {"size": float(np.abs(prediction.predictions).mean())},
         }
     callback = TrajectoryCallback(root / "trajectory", num_states=3, dtype=torch.bfloat16)
+    untrained, data = to_record(model)
     trainer = make_trainer(
-        root, MeanModel(dropout=0.3), callback, gradient_accumulation_steps=2, max_grad_norm=0.3, **arguments
+        root, untrained, callback, gradient_accumulation_steps=2, max_grad_norm=0.3, **data, **arguments
     )
     trainer.train(resume_from_checkpoint=whole_checkpoints(root) or None)
 
@@ -104,36 +108,27 @@ def whole_checkpoints(root: Path) -> bool:
     return whole
 
 
-def distill(folder: str) -> None:
+def distill(model: str, folder: str) -> None:
     """Distils six clusters in three blocks, and saves the synset."""
-    run = tiny_recorded_run()
-    distiller = ReverseGradientMatchingDistiller(
-        run.model,
-        run.trajectory,
-        run.train_dataset,
-        run.clusters,
-        config=DistillationConfig(num_iterations=10, cluster_block_size=2, samples_per_cluster=2),
-        output_dir=Path(folder) / "blocks",
-        disable_tqdm=True,
-    )
-    distiller.distill().save_pretrained(Path(folder) / "synset")
+    blocks = distiller(model, Path(folder) / "blocks", cluster_block_size=2, samples_per_cluster=2)
+    blocks.distill().save_pretrained(Path(folder) / "synset")
 
 
-def push(repo_id: str, kind: str, version: int) -> None:
+def push(model: str, repo_id: str, kind: str, version: int) -> None:
     """Pushes an artefact."""
-    artefact(kind, version).push_to_hub(repo_id)
+    artefact(model, kind, version).push_to_hub(repo_id)
 
 
-def pull(repo_id: str, cache_dir: str, folder: str) -> None:
+def pull(model: str, repo_id: str, cache_dir: str, folder: str) -> None:
     """Loads a synset from the Hub with an empty cache and saves it."""
     Synset.from_pretrained(repo_id, cache_dir=cache_dir).save_pretrained(folder)
 
 
-def prepare() -> None:
+def prepare(model: str) -> None:
     """Makes everything that is saved, so that workers, which are forks, have it."""
     for kind in KINDS:
         for version in (0, 1):
-            artefact(kind, version)
+            artefact(model, kind, version)
 
 
 TASKS: dict[str, Callable[..., None]] = {task.__name__: task for task in (save, record, distill, push, pull)}

@@ -14,6 +14,8 @@ from tests.crash.campaigns import (
     saving,
 )
 from tests.crash.tasks import KINDS
+from tests.crash.workers import Workers
+from tests.hub.conftest import HubShell
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -43,3 +45,13 @@ def test_a_killed_distillation_is_continued_bit_for_bit(workers, tmp_path):
 def test_a_killed_push_leaves_one_whole_version(workers, crash_hub, tmp_path):
     assert pushing(workers, crash_hub, tmp_path / "requests", None, 8) >= 7
     pushing(workers, crash_hub, tmp_path / "times", at_random_times(0), 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["vit", "lora"])
+def test_models_of_transformers_and_peft_withstand_kills(model, crash_hub, tmp_path):
+    with Workers(HubShell(crash_hub, tmp_path).environment(), model) as workers:
+        assert recording(workers, tmp_path / "recording", at_random_operations(0), 2) == 2
+        assert distilling(workers, tmp_path / "distilling", at_random_operations(0), 2) == 2
+        assert saving(workers, tmp_path / "saving", around_the_last_rename(), 2, kind="unlearned") == 2
+        assert pushing(workers, crash_hub, tmp_path / "pushing", None, 3, kind="unlearned") >= 2

@@ -37,16 +37,18 @@ class Workers:
 
     Args:
         environment (`Mapping[str, str]`, *optional*): Variables of that process, instead of this one's.
+        model (`str`, *optional*, defaults to `"tiny"`): Which of `tests.crash.models.MODELS` the tasks are about.
     """
 
-    def __init__(self, environment: Mapping[str, str] | None = None) -> None:
+    def __init__(self, environment: Mapping[str, str] | None = None, model: str = "tiny") -> None:
+        self.model = model
         self._environment = dict(environment or os.environ) | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
     def __enter__(self) -> Workers:
         self._scratch = tempfile.TemporaryDirectory()
         self._log = open(Path(self._scratch.name) / "log", "w+")
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.crash.child"],
+            [sys.executable, "-m", "tests.crash.child", self.model],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,

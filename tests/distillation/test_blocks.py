@@ -45,6 +45,15 @@ def test_a_damaged_block_is_named(tmp_path, damage):
         BlockStore(tmp_path, {"seed": 0})
 
 
+def test_a_damaged_block_sends_no_commands_to_the_terminal(tmp_path):
+    BlockStore(tmp_path, {"seed": 0}).write(BLOCK, tensors())
+    path = next(tmp_path.iterdir())
+    path.write_bytes(path.read_bytes().replace(b"F32", "\u202e".encode(), 1))  # three bytes, too
+    with pytest.raises(ValueError, match="is damaged") as caught:
+        BlockStore(tmp_path, {"seed": 0})
+    assert "\\u202e" in str(caught.value) and "\u202e" not in str(caught.value)
+
+
 @pytest.mark.parametrize("damage", [lambda data: data[:-4] + bytes(4), lambda data: data[:-1] + b"\x7f"])
 def test_a_block_whose_values_changed_is_named(tmp_path, damage):
     BlockStore(tmp_path, {"seed": 0}).write(BLOCK, tensors())

@@ -10,7 +10,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from hf_rgm.files.reading import ArtefactFolder, check_memory, parsed, printable
+from hf_rgm.files.names import checked_names
+from hf_rgm.files.reading import ArtefactFolder, check_memory, parsed, printable, shortened
 
 
 @pytest.fixture
@@ -184,3 +185,16 @@ def test_missing_fields_and_what_the_class_refuses_are_named():
 def test_control_characters_are_spelled_out(text, shown):
     assert printable(text) == shown and printable(shown) == shown
     assert json.loads(json.dumps(shown)) == shown
+
+
+def test_of_long_texts_only_what_is_shown_is_looked_at(monkeypatch):
+    """Else a name of 30 MB takes half a minute to be refused."""
+    looked_at = []
+    monkeypatch.setattr("hf_rgm.files.reading._is_control", lambda character: bool(looked_at.append(character)))
+    long = "\u202e" * 100_000
+    assert shortened(long, 40) == long[:40] + "..." and len(looked_at) == 40
+    with pytest.raises(ValueError, match="A name of a cluster has 100000 characters"):
+        checked_names(["short", long], "a cluster")
+    with pytest.raises(ValueError, match="`number` is .*, not"):
+        parsed(Content, GOOD | {"number": long}, "a file")
+    assert len(looked_at) < 300

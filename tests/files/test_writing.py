@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
@@ -21,8 +22,10 @@ from hf_rgm.files.writing import (
     finish_replacement,
     make_folder,
     order_metadata,
+    read_sealed,
     remove_unfinished,
     replacing,
+    seal,
     staged_folder,
     write_json,
 )
@@ -332,3 +335,17 @@ def test_metadata_are_in_the_same_order_in_every_file(tmp_path, value):
             assert file.metadata() == {"a": value, "b": "1", "c": "3"}
             assert file.get_tensor("x").tolist() == [0, 1, 2]
     assert len(contents) == 1
+
+
+@pytest.mark.parametrize(
+    ("old", "new"), [(b"(2, 5)", b"((2,5)"), (b"'descr'", b"'desc\0'"), (b"NUMPY", b"numpy"), (b"<f4", b"|O ")]
+)
+def test_an_array_whose_header_was_changed_is_named(tmp_path, old, new):
+    """NumPy parses headers as Python, whose errors are of several kinds."""
+    path = tmp_path / "array.npy"
+    np.save(path, np.ones((2, 5), np.float32))
+    seal(path)
+    assert read_sealed(path).sum() == 10
+    path.write_bytes(path.read_bytes().replace(old, new, 1))
+    with pytest.raises(ValueError, match="array.npy is damaged .* Delete it; it will be computed again"):
+        read_sealed(path)

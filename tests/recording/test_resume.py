@@ -1,5 +1,6 @@
 """A run that was interrupted and resumed leaves the record of one that was not."""
 
+import functools
 import json
 import shutil
 
@@ -10,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
 from hf_rgm.recording.callback import TrajectoryCallback
+from hf_rgm.testing import tiny_dataset
 from hf_rgm.trajectory.trajectory import Trajectory
 from tests.recording.helpers import (
     MeanModel,
@@ -20,6 +22,7 @@ from tests.recording.helpers import (
     trainable,
 )
 from tests.trajectory.test_storage import assert_same_state, assert_same_steps
+from tests.vision import vit
 
 ARGUMENTS = {
     "gradient_accumulation_steps": 2,
@@ -257,6 +260,38 @@ def test_a_checkpoint_that_is_not_loaded_whole_is_refused(tmp_path):
     save_file(tensors, path, metadata={"format": "pt"})
     with pytest.raises(ValueError, match="with other `parameters` than it stopped with.*not loaded whole"):
         resume(tmp_path, checkpoint=4)
+
+
+class InterruptAt(TrainerCallback):
+    """Breaks training at the end of a step."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            raise RuntimeError("interrupted")
+
+
+@pytest.mark.parametrize("own_names", [True, False])
+def test_a_vit_is_resumed_if_it_is_saved_under_its_own_names(tmp_path, own_names):
+    """As the error and docs/troubleshooting.md say; `python -m tests.crash --model vit` compares the records."""
+    for checkpoint in (None, True):
+        model = vit()
+        if own_names:
+            model.save_pretrained = functools.partial(model.save_pretrained, save_original_format=False)
+        callbacks = [TrajectoryCallback(tmp_path / "trajectory", num_states=4)]
+        callbacks += [] if checkpoint else [InterruptAt(6)]
+        rows = tiny_dataset(22, seed=0)
+        trainer = make_trainer(
+            tmp_path, model, *callbacks, save_strategy="steps", save_steps=4, train_dataset=rows, eval_dataset=rows
+        )
+        if own_names and checkpoint:
+            trainer.train(resume_from_checkpoint=checkpoint)
+            assert Trajectory.load(tmp_path / "trajectory").num_steps == 18
+        else:
+            with pytest.raises((RuntimeError, ValueError), match="as transformers 5 does" if checkpoint else "interr"):
+                trainer.train(resume_from_checkpoint=checkpoint)
 
 
 def test_resuming_with_other_frozen_parameters_is_refused(tmp_path):

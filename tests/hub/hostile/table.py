@@ -29,8 +29,9 @@ and a synset was asked for scores by every engine. In none of these cases was an
 target.
 
 Every outcome is recorded in [`outcomes.json`](../tests/hub/hostile/outcomes.json), which the tests compare with what
-happens. `python -m tests.hub.hostile.table` writes it and this page. Beside these cases, the loaders are fuzzed with
-mutated bytes and JSON trees (`tests/hub/hostile/test_fuzz.py`).
+happens. `python -m tests.hub.hostile.table` writes it and this page. `python -m tests.hub.hostile.bounds` loads each
+folder and tells which took the most time and memory. Beside these cases, every loader is fuzzed with mutated folders:
+`python -m tests.hub.hostile.fuzz`.
 
 | what was done | for example | artefacts | outcomes |
 |---|---|---|---|

@@ -16,6 +16,7 @@ from hf_rgm import Synset
 from hf_rgm.files.reading import ArtefactFolder
 from hf_rgm.hub.repository import open_artefact
 from tests.hub.hostile.artefacts import ARTEFACTS, Artefact, attribute, is_refusal
+from tests.hub.hostile.bounds import MEGABYTES, measured
 from tests.hub.hostile.cases import CASES, VALUES
 from tests.hub.hostile.damage import RUN, Case
 from tests.hub.hostile.edits import replaced, routes
@@ -52,10 +53,14 @@ def tried(case: Case, folder: ArtefactFolder, target: Path) -> str:
 
 
 def _used(artefact: Artefact, folder: ArtefactFolder, target: Path) -> Any:
-    content = artefact.read(folder)
-    if artefact.name == "Trajectory":
-        for step in content.state_steps:
-            content.state(step)
+    try:
+        with measured() as taken:
+            content = artefact.read(folder)
+            if artefact.name == "Trajectory":
+                for step in content.state_steps:
+                    content.state(step)
+    finally:
+        assert taken.megabytes < MEGABYTES
     artefact.look(content)
     artefact.save(content, target / "copy")
     return content

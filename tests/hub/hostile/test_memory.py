@@ -147,7 +147,7 @@ CASES: dict[str, tuple[str, Edit, str]] = {
     "JSON of 100 GB": (
         "ClusterMap",
         lambda folder: os.truncate(folder / "clusters.json", 10**11),
-        "ValueError",
+        "MemoryError",
     ),
 }
 

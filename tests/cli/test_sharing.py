@@ -10,18 +10,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from huggingface_hub import DatasetCard, HfApi
-from typer.testing import CliRunner
 
 from hf_rgm import Attributor, Synset
-from hf_rgm.cli import app
 from hf_rgm.hub import CardOptions
 from hf_rgm.testing import tiny_recorded_run, tiny_synset
 
 RUN = tiny_recorded_run()
-
-
-def invoke(*arguments):
-    return CliRunner(env={"COLUMNS": "200", "NO_COLOR": "1", "TERM": "dumb"}).invoke(app, [str(a) for a in arguments])
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +37,7 @@ def folders(tmp_path_factory):
         ("attributions", ["6 clusters, sizes not calibrated", "A positive score means", "objective: margin"]),
     ],
 )
-def test_info_says_what_it_is_and_what_to_do_with_it(folders, kind, words):
+def test_info_says_what_it_is_and_what_to_do_with_it(invoke, folders, kind, words):
     result = invoke("info", folders[kind])
     assert result.exit_code == 0, result.output
     assert result.output.startswith(f"{kind} in {folders[kind]}\n")
@@ -55,7 +49,7 @@ def test_info_says_what_it_is_and_what_to_do_with_it(folders, kind, words):
     assert (told["kind"], told["whole"]) == (kind, True)
 
 
-def test_info_warns_of_what_cannot_be_relied_upon(tmp_path):
+def test_info_warns_of_what_cannot_be_relied_upon(invoke, tmp_path):
     synset = tiny_synset()
     synset = dataclasses.replace(synset, residuals=0 * synset.residuals + 0.9)
     told = invoke("info", synset.save_pretrained(tmp_path / "synset")).output
@@ -66,14 +60,14 @@ def test_info_warns_of_what_cannot_be_relied_upon(tmp_path):
     assert "caution: replays drifted by 146" in told
 
 
-def test_info_names_what_a_folder_holds(folders, tmp_path):
+def test_info_names_what_a_folder_holds(invoke, folders, tmp_path):
     shutil.copytree(folders["synset"], tmp_path / "run" / "synset")
     told = invoke("info", tmp_path / "run")
     assert told.exit_code == 1
     assert "but holds synset: name one" in " ".join(told.output.split())
 
 
-def test_info_says_what_is_missing(tmp_path):
+def test_info_says_what_is_missing(invoke, tmp_path):
     folder = tiny_synset().save_pretrained(tmp_path / "synset")
     (folder / "synset.safetensors").unlink()
     result = invoke("info", folder)
@@ -87,7 +81,7 @@ def test_info_says_what_is_missing(tmp_path):
     assert "Traceback" not in nothing.output
 
 
-def test_push_and_pull(hub_in_process, folders, tmp_path):
+def test_push_and_pull(invoke, hub_in_process, folders, tmp_path):
     pushed = invoke("push", folders["synset"], "me/synset", "--license", "mit", "--json")
     assert pushed.exit_code == 0, pushed.output
     assert json.loads(pushed.stdout)["commit"] == hub_in_process.commits("me/synset", "dataset")[0].oid
@@ -101,7 +95,7 @@ def test_push_and_pull(hub_in_process, folders, tmp_path):
     assert (tmp_path / "copy" / "README.md").read_bytes() == hub_in_process.files("me/synset", "dataset")["README.md"]
 
 
-def test_pull_leaves_nothing_of_an_older_one(hub_in_process, folders, tmp_path):
+def test_pull_leaves_nothing_of_an_older_one(invoke, hub_in_process, folders, tmp_path):
     copy = tmp_path / "copy"
     tiny_synset(2).save_pretrained(copy)
     assert (copy / "trajectories" / "1").is_dir()
@@ -117,7 +111,7 @@ def test_pull_leaves_nothing_of_an_older_one(hub_in_process, folders, tmp_path):
     assert len(Synset.from_pretrained(copy).trajectories) == 1
 
 
-def test_pull_keeps_what_is_there_where_the_repository_is_not_whole(hub_in_process, folders, tmp_path):
+def test_pull_keeps_what_is_there_where_the_repository_is_not_whole(invoke, hub_in_process, folders, tmp_path):
     copy = tiny_synset().save_pretrained(tmp_path / "copy")
     before = {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()}
     assert invoke("push", folders["synset"], "me/synset").exit_code == 0
@@ -132,7 +126,7 @@ def test_pull_keeps_what_is_there_where_the_repository_is_not_whole(hub_in_proce
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["notes.txt"]
 
 
-def test_pull_takes_one_commit_whatever_is_pushed_meanwhile(hub_in_process, folders, tmp_path, monkeypatch):
+def test_pull_takes_one_commit_whatever_is_pushed_meanwhile(invoke, hub_in_process, folders, tmp_path, monkeypatch):
     assert invoke("push", folders["synset"], "me/synset").exit_code == 0
     pushed = hub_in_process.files("me/synset", "dataset")
     write_anew = Synset.write_anew
@@ -147,7 +141,7 @@ def test_pull_takes_one_commit_whatever_is_pushed_meanwhile(hub_in_process, fold
     assert not (tmp_path / "copy" / "trajectories" / "1").exists()
 
 
-def test_push_uploads_the_files_of_the_artefact_and_no_others(hub_in_process, tmp_path):
+def test_push_uploads_the_files_of_the_artefact_and_no_others(invoke, hub_in_process, tmp_path):
     folder = tiny_synset().save_pretrained(tmp_path / "synset", card=CardOptions(license="apache-2.0"))
     secret = tmp_path / "id_rsa"
     secret.write_text("PRIVATE KEY")
@@ -171,7 +165,7 @@ def test_push_uploads_the_files_of_the_artefact_and_no_others(hub_in_process, tm
     assert Synset.from_pretrained("me/synset").samples_sha256 == tiny_synset().samples_sha256
 
 
-def test_a_run_with_its_rows_is_pushed_without_them(hub_in_process, tmp_path):
+def test_a_run_with_its_rows_is_pushed_without_them(invoke, hub_in_process, tmp_path):
     folder = tiny_synset().save_pretrained(tmp_path / "synset")
     RUN.trajectory.save(tmp_path / "run")
     shutil.copytree(tmp_path / "run" / "steps", folder / "trajectories" / "0" / "steps", dirs_exist_ok=True)
@@ -179,7 +173,7 @@ def test_a_run_with_its_rows_is_pushed_without_them(hub_in_process, tmp_path):
     assert Synset.from_pretrained("me/synset").trajectory.steps.rows is None
 
 
-def test_a_card_is_written_anew_and_keeps_its_licence(hub_in_process, tmp_path):
+def test_a_card_is_written_anew_and_keeps_its_licence(invoke, hub_in_process, tmp_path):
     text = "\n<script>alert(1)</script> <img src=https://evil.example/pixel.png>\n"
     folder = tiny_synset().save_pretrained(tmp_path / "synset", card=CardOptions(license="apache-2.0"))
     with open(folder / "README.md", "a") as file:
@@ -195,7 +189,7 @@ def test_a_card_is_written_anew_and_keeps_its_licence(hub_in_process, tmp_path):
     assert "evil.example" not in (tmp_path / "copy" / "README.md").read_text()
 
 
-def test_a_table_with_texts_is_pushed_as_it_is(hub_in_process, tmp_path):
+def test_a_table_with_texts_is_pushed_as_it_is(invoke, hub_in_process, tmp_path):
     folder = tiny_synset().save_pretrained(tmp_path / "synset")
     table = pq.read_table(folder / "data" / "train.parquet")
     table = table.append_column("text", pa.array(["a text"] * len(table)))
@@ -205,7 +199,7 @@ def test_a_table_with_texts_is_pushed_as_it_is(hub_in_process, tmp_path):
     assert hub_in_process.files("me/synset", "dataset")["data/train.parquet"] == content
 
 
-def test_pull_fetches_nothing_that_is_no_part_of_it(hub_in_process, folders, tmp_path):
+def test_pull_fetches_nothing_that_is_no_part_of_it(invoke, hub_in_process, folders, tmp_path):
     assert invoke("push", folders["synset"], "me/synset").exit_code == 0
     junk = {f"{name}/junk.bin": b"x" * 1000 for name in ("data", "trajectories/0/states", "trajectories/9/states")}
     hub_in_process.commit("me/synset", junk, "dataset")
@@ -214,12 +208,12 @@ def test_pull_fetches_nothing_that_is_no_part_of_it(hub_in_process, folders, tmp
     assert not hub_in_process.count(".*junk.bin")
 
 
-def test_the_current_folder_can_be_named(monkeypatch, folders):
+def test_the_current_folder_can_be_named(invoke, monkeypatch, folders):
     monkeypatch.chdir(folders["synset"])
     assert invoke("info", ".").exit_code == 0
 
 
-def test_offline_nothing_is_said_of_what_is_there(hub_in_process):
+def test_offline_nothing_is_said_of_what_is_there(invoke, hub_in_process):
     tiny_synset().push_to_hub("me/synset")
     with hub_in_process.unreachable():
         result = invoke("info", "me/synset")
@@ -227,7 +221,7 @@ def test_offline_nothing_is_said_of_what_is_there(hub_in_process):
     assert "the Hub is not reached" in result.output
 
 
-def test_what_is_in_the_cache_is_shown_and_copied_offline(hub_in_process, tmp_path):
+def test_what_is_in_the_cache_is_shown_and_copied_offline(invoke, hub_in_process, tmp_path):
     tiny_synset().push_to_hub("me/synset")
     assert invoke("pull", "me/synset", tmp_path / "first").exit_code == 0
     with hub_in_process.unreachable():
@@ -238,7 +232,7 @@ def test_what_is_in_the_cache_is_shown_and_copied_offline(hub_in_process, tmp_pa
 
 
 @pytest.mark.parametrize("command", ["info", "pull"])
-def test_connections_that_are_cut_are_one_line(hub_in_process, tmp_path, command, monkeypatch):
+def test_connections_that_are_cut_are_one_line(invoke, hub_in_process, tmp_path, command, monkeypatch):
     monkeypatch.setattr("time.sleep", lambda seconds: None)
     tiny_synset().push_to_hub("me/synset")
     hub_in_process.drop("GET (/objects/.*|.*resolve/.*clusters.json)", times=None)
@@ -248,7 +242,7 @@ def test_connections_that_are_cut_are_one_line(hub_in_process, tmp_path, command
     assert "Error: " in result.stderr and not (tmp_path / "copy").exists()
 
 
-def test_what_goes_wrong_is_one_line(hub_in_process, folders, tmp_path, monkeypatch):
+def test_what_goes_wrong_is_one_line(invoke, hub_in_process, folders, tmp_path, monkeypatch):
     assert invoke("push", tmp_path / "nowhere", "me/x").exit_code == 2
     for arguments, words in (
         (("push", folders["trajectory"], "me/x"), "which row was in which step"),
