@@ -210,9 +210,7 @@ class Trajectory:
     @property
     def reader_options(self) -> dict[str, Any]:
         """Options of a `RowReader` by which rows are read as in training."""
-        told = self.trained_loss
-        if told is None:
-            return {}
+        told = self.trained_loss or TrainedLoss()
         return {"remove_unused_columns": told.remove_unused_columns, "columns": told.columns, "loss": told.name}
 
     @property
