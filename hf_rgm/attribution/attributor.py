@@ -118,6 +118,7 @@ class Attributor(DetailedScores):
 
     # Members of its own, which the reference shows.
     self_influence = DetailedScores.self_influence
+    nearest_rows = DetailedScores.nearest_rows
     token_scores = DetailedScores.token_scores
     module_scores = DetailedScores.module_scores
 

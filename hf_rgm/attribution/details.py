@@ -7,11 +7,12 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 
 from hf_rgm.attribution.subject import KnownRuns, Subject
 from hf_rgm.engines.adjoint import AdjointEngine
-from hf_rgm.engines.details import label_scores, module_scores, one_label_each, self_scores
+from hf_rgm.engines.details import gradient_cosines, label_scores, module_scores, one_label_each, self_scores
 from hf_rgm.engines.objectives import Objective, Queries, resolve_objective
 from hf_rgm.engines.recorded_run import RecordedRun
 from hf_rgm.engines.request import Evaluation, Request
@@ -66,6 +67,46 @@ class DetailedScores:
         with self.model.differentiable():
             by_run = [self_scores(own, chosen, own.rewind if rewind is None else rewind) for own in scored]
         return torch.stack(by_run).mean(0).numpy()
+
+    def nearest_rows(
+        self,
+        queries: Any,
+        k: int = 10,
+        *,
+        objective: str | Objective = "margin",
+        rows: Any = None,
+        data_collator: DataCollator | None = None,
+    ) -> list[pd.DataFrame]:
+        """
+        The training rows whose gradients point most as each query's do: what it is like, not what helped it.
+
+        Args:
+            queries: Rows to compare.
+            k (`int`, *optional*, defaults to `10`): Rows for each.
+            objective, rows, data_collator (*optional*): As in [`Attributor.attribute`].
+
+        Returns:
+            `list[pandas.DataFrame]`: for each value of the objective the columns `row`, `similarity` (cosine of the
+            objective's gradient with what a step on the row adds, at the trained model; of several runs, of the first)
+            and `cluster`, the most similar first.
+
+        Raises:
+            ValueError: If there are no rows, or `k` is not positive.
+        """
+        if k < 1:
+            raise ValueError(f"`k` must be at least 1, got {k}.")
+        found = self._by_run(
+            (queries, objective, data_collator, None),
+            self._runs_with_rows(rows, data_collator)[:1],
+            lambda engine, own, _: gradient_cosines(engine, own.gradients(engine.form)),
+        )
+        similarity, order = (each.numpy() for each in found[0].topk(min(k, found[0].shape[1])))
+        clusters = self.subject.clusters
+        names = np.asarray(clusters.names, dtype=object)[clusters.cluster_ids]
+        return [
+            pd.DataFrame({"row": own, "similarity": value, "cluster": names[own]})
+            for own, value in zip(order, similarity, strict=True)
+        ]
 
     def token_scores(
         self,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from hf_rgm.engines.adjoint import AdjointEngine
 from hf_rgm.engines.memory_shares import cluster_ranges, ranges
@@ -46,6 +47,23 @@ def self_scores(engine: AdjointEngine, objective: Objective, rewind: float) -> T
 
     parts = run.processes.parts(num_rows, at_most=engine.queries_at_once)
     return torch.cat(run.processes.map(of_rows, parts))
+
+
+def gradient_cosines(engine: AdjointEngine, gradients: QueryGradients) -> Tensor:
+    """Cosines of objectives' gradients with what a step on each row adds, `(num_values, num_rows)`, float32."""
+    run, form, source = engine.run, engine.form, given(engine.run.rows, "the training rows")
+    named, num_rows = form.named(run.final), len(source.reader)
+    asked = normalize(gradients(range(len(gradients))))
+
+    def of_rows(rows: range) -> Tensor:
+        cosines = torch.zeros(len(asked), len(rows), device=run.model.device)
+        for part, inputs, labels in source.batches(rows, form, run.shares.gradients // 3):
+            own = row_gradients(run.model, named, inputs, labels, source.row_loss, form)
+            cosines[:, part] = -asked @ normalize(own).T
+        return cosines.cpu()
+
+    parts = run.processes.parts(num_rows, at_most=num_rows)
+    return torch.cat(run.processes.map(of_rows, parts), 1)
 
 
 def label_scores(engine: AdjointEngine, gradients: QueryGradients, row: int, rewind: float) -> Tensor:

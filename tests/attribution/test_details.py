@@ -50,6 +50,27 @@ def test_self_influence_is_the_diagonal(options, at_once, monkeypatch):
     assert (found < 0).mean() > 0.9 if not options else (found > 0).mean() > 0.9
 
 
+def test_nearest_rows_have_the_gradients_most_alike():
+    asked = tiny()
+    [first, *_] = found = asked.nearest_rows(RUN.queries, 5)
+    assert len(found) == len(RUN.queries) and list(first) == ["row", "similarity", "cluster"]
+
+    def gradient(row, sign):
+        logits = RUN.model(pixel_values=row["pixel_values"][None]).logits[0]
+        margin = logits[row["labels"]] - torch.cat([logits[: row["labels"]], logits[row["labels"] + 1 :]]).logsumexp(0)
+        value = margin if sign > 0 else -torch.nn.functional.cross_entropy(logits, row["labels"])
+        return torch.cat([part.flatten() for part in torch.autograd.grad(value, list(RUN.model.parameters()))])
+
+    of_rows = torch.stack([gradient(row, -1) for row in RUN.train_dataset])
+    for query, frame in zip(RUN.queries, found, strict=True):
+        cosines = torch.nn.functional.cosine_similarity(gradient(query, 1)[None], of_rows).numpy()
+        np.testing.assert_allclose(frame["similarity"], np.sort(cosines)[::-1][:5], **CLOSE)
+        np.testing.assert_allclose(cosines[frame["row"]], frame["similarity"], **CLOSE)
+        assert list(frame["cluster"]) == [RUN.clusters.names[RUN.clusters.cluster_ids[row]] for row in frame["row"]]
+    with pytest.raises(ValueError, match="`k` must be at least 1, got 0"):
+        asked.nearest_rows(RUN.queries, 0)
+
+
 def test_self_influence_of_texts_is_the_diagonal_too(of_texts):
     asked, _ = of_texts
     whole = asked.attribute(asked.rows, engine="adjoint", objective="loss")
