@@ -151,7 +151,7 @@ def read_sealed(path: Path, *, mmap_mode: Any = None) -> np.ndarray:
         if told.st_size > end:  # earlier releases did not seal
             _check_seal(path, end, told.st_mtime_ns)
     except (ValueError, EOFError, SyntaxError, tokenize.TokenError) as error:  # NumPy reads headers as Python
-        raise ValueError(f"{path} is damaged ({error}). Delete it; it will be computed again.") from error
+        raise ValueError(f"{path} is damaged ({str(error)!r}). Delete it; it will be computed again.") from error
     return array if mmap_mode else np.array(array)
 
 
