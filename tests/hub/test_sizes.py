@@ -14,7 +14,7 @@ from hf_rgm.hub.artefact import MAX_CARD_BYTES
 from hf_rgm.hub.repository import open_artefact
 from hf_rgm.synset.responses import RESPONSES_FILE
 from hf_rgm.testing import tiny_synset
-from hf_rgm.trajectory.trajectory import MAX_METADATA_BYTES
+from hf_rgm.trajectory.description import MAX_METADATA_BYTES
 from tests.responses import with_responses
 
 FINAL = "trajectories/0/states/step-00000048.safetensors"
