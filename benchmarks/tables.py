@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from benchmarks import estimates, stopping, token_inputs
 from benchmarks.formats import figure, markdown, ratio, size
 from benchmarks.growth_plots import growth_table
 from benchmarks.report import FORMAT_VERSION, RESULTS, ROOT
-from benchmarks.uses.tables import uses_tables
+from benchmarks.uses.tables import uses_tables, vendors
 
 README = ROOT / "README.md"
 PAGE = ROOT / "docs" / "benchmarks.md"
@@ -216,8 +216,12 @@ def failures(report: dict[str, Any]) -> str:
     return "\n".join(f"- {name}: {entry['error']}" for name, entry in report["methods"].items() if "error" in entry)
 
 
-def page(reports: Sequence[dict[str, Any]], growth: dict[str, Any] | None = None) -> str:
-    """All of docs/benchmarks.md: a section for each task, then the growth of costs, if it was measured."""
+def page(
+    reports: Sequence[dict[str, Any]],
+    growth: dict[str, Any] | None = None,
+    found_vendors: Mapping[str, dict[str, Any]] | None = None,
+) -> str:
+    """All of docs/benchmarks.md: vendors that mislabel, a section for each task, and the growth of costs."""
     sections: list[tuple[str, str, Callable[[dict[str, Any]], str]]] = [
         ("Agreement with retraining", "Spearman correlations, unless it says Pearson.", _all_methods),
         ("First queries", "All methods on the queries that those with dear queries were scored on.", first_queries),
@@ -249,6 +253,8 @@ def page(reports: Sequence[dict[str, Any]], growth: dict[str, Any] | None = None
         ("Conditions", "", run_conditions),
     ]
     text = INTRODUCTION
+    if found_vendors:
+        text += f"\n## A vendor that mislabels\n\n{vendors(found_vendors)}\n"
     for report in reports:
         text += f"\n## {report['identity']['task']}\n"
         for title, explanation, render in sections:
@@ -319,6 +325,12 @@ def read(folder: Path) -> list[dict[str, Any]]:
     return reports
 
 
+def read_vendors(folder: Path) -> dict[str, dict[str, Any]]:
+    """Figures of vendors that mislabel, by task."""
+    reports = (json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("uses-*.json")))
+    return {report["task"]: report["vendors"]["figures"] for report in reports if "vendors" in report}
+
+
 def read_engines(folder: Path) -> list[dict[str, Any]]:
     """The reports of the present engines, in the order of README.md."""
     return sorted(read(folder), key=lambda report: TASKS.index(report["identity"]["task"]))
@@ -342,7 +354,7 @@ if __name__ == "__main__":
     readme = re.sub(BETWEEN, lambda match: f"{match[1]}\n{engines}\n{match[2]}", readme, flags=re.DOTALL)
     README.write_text(readme, encoding="utf-8")
     PAGE.parent.mkdir(exist_ok=True)
-    PAGE.write_text(page(found, read_if_there(RESULTS / "growth.json")), encoding="utf-8")
+    PAGE.write_text(page(found, read_if_there(RESULTS / "growth.json"), read_vendors(RESULTS)), encoding="utf-8")
     for name, (document, table) in DOCUMENTS.items():
         measured = read_if_there(RESULTS / f"{name}.json")
         if measured is not None:

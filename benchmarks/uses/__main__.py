@@ -57,7 +57,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", required=True)
     parser.add_argument("--uses", nargs="+", default=["mislabels", "brittleness", "mixture"], choices=USES)
-    parser.add_argument("--methods", nargs="+", default=list(DEFAULT_METHODS), choices=METHODS, metavar="METHOD")
+    parser.add_argument("--methods", nargs="*", default=list(DEFAULT_METHODS), choices=METHODS, metavar="METHOD")
     arguments = parser.parse_args()
     transformers.logging.set_verbosity_error()
     main(arguments.task, arguments.uses, arguments.methods)

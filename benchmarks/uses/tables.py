@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -82,3 +83,49 @@ def mixture(figures: dict[str, Any]) -> str:
 
 def _mean(value: dict[str, Any], *, sign: str = "", spread: str = "standard_error") -> str:
     return f"{value['mean']:{sign}.3f} ± {value[spread]:.3f}"
+
+
+def vendors(found: Mapping[str, dict[str, Any]]) -> str:
+    """Who mislabels, and what the model would be without them, by task."""
+    named, without = [], []
+    for task, figures in found.items():
+        named += [
+            [task, name, ranking["named"], f"{ranking['auc']:.3f}", f"{ranking['auc_named_vendor_first']:.3f}"]
+            for name, ranking in figures["rankings"].items()
+        ]
+        sizes, accuracy, cost = figures["sizes"], figures["accuracy"], figures["cost"]
+        without.append(
+            [
+                task,
+                f"{cost['vendors and rows / training']:.1f}",
+                f"{cost['model without the culprit / training']:.2f}",
+                f"{cost['peak_bytes'] / 1e9:.1f} GB",
+                f"{cost['trajectory_bytes'] / 1e6:.0f} MB",
+                *(f"{accuracy[part]:.1%}" for part in ("recorded", "retrained")),
+                *(f"{accuracy[f'without the culprit, {part}']:.1%}" for part in ("predicted", "retrained")),
+                *(f"{sizes[part][0]:.2f}" for part in ("agreement", "slope", "slope, calibrated")),
+            ]
+        )
+    culprit = next(iter(found.values()))["culprit"]
+    titles = ["task", "ranking", f"names (right: {culprit})", "rows, AUC", "rows, AUC, the named vendor's first"]
+    costs = [
+        "task",
+        "asking / training",
+        "model / training",
+        "peak memory",
+        "recording",
+        "right: recorded",
+        "retrained",
+    ]
+    costs += ["without it: predicted", "retrained", "agreement", "slope", "slope, calibrated"]
+    return (
+        "One of ten vendors labels its negative sentences as positive; MiniLM is fine-tuned in the usual way (three "
+        "epochs, dropout, clipping at 1, AdamW), and asked which vendor and which rows made it get held-out sentences "
+        "wrong. AUC: area under the ROC curve of the wrong labels among all rows, and when rows of the vendor that a "
+        "ranking names come first.\n\n"
+        f"{markdown(titles, named)}\n\n"
+        "Shares of held-out sentences that are classified rightly, by the recorded model and by models without the "
+        "culprit; rank correlation of scores of vendors with retraining, slope of retrained changes on scores, and "
+        "that slope when sizes were calibrated on other sentences (1 is best).\n\n"
+        f"{markdown(costs, without)}"
+    )

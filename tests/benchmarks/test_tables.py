@@ -226,3 +226,28 @@ def test_read(report, tmp_path):
     (tmp_path / "old.json").write_text('{"queries": "reported"}')
     with pytest.raises(ValueError, match="format version None, not 2.*--task old --anew"):
         read(tmp_path)
+
+
+def test_vendors_that_mislabel_come_first():
+    ranking = {"named": "vendor 3", "lead": 4.0, "auc": 0.875, "auc_named_vendor_first": 0.995}
+    figures = {
+        "culprit": "vendor 3",
+        "rankings": {"hf_rgm": ranking, "training loss": ranking | {"named": "vendor 1", "auc": 0.5}},
+        "sizes": {"agreement": [0.45, 0.2, 0.7], "slope": [0.8, 0.5, 1.1], "slope, calibrated": [1.05, 0.6, 1.5]},
+        "accuracy": {
+            "recorded": 0.8,
+            "retrained": 0.81,
+            "without the culprit, predicted": 0.85,
+            "without the culprit, retrained": 0.9,
+        },
+        "cost": {
+            "vendors and rows / training": 2.17,
+            "model without the culprit / training": 0.447,
+            "peak_bytes": 3.5e9,
+            "trajectory_bytes": 6.7e6,
+        },
+    }
+    text = page([], None, {"vendors_lora": figures})
+    assert "| vendors_lora | training loss | vendor 1 | 0.500 | 0.995 |" in text
+    assert "| vendors_lora | 2.2 | 0.45 | 3.5 GB | 7 MB | 80.0% | 81.0% | 85.0% | 90.0% | 0.45 | 0.80 | 1.05 |" in text
+    assert "mislabels" not in page([])
