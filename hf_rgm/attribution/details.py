@@ -87,20 +87,22 @@ class DetailedScores:
 
         Returns:
             `list[pandas.DataFrame]`: for each value of the objective the columns `row`, `similarity` (cosine of the
-            objective's gradient with what a step on the row adds, at the trained model; of several runs, of the first)
-            and `cluster`, the most similar first.
+            direction that betters the objective with that of a step on the row, at the trained model; of several runs,
+            of the first) and `cluster`, the most similar first.
 
         Raises:
             ValueError: If there are no rows, or `k` is not positive.
         """
         if k < 1:
             raise ValueError(f"`k` must be at least 1, got {k}.")
+        chosen = resolve_objective(objective, self.model)
         found = self._by_run(
-            (queries, objective, data_collator, None),
+            (queries, chosen, data_collator, None),
             self._runs_with_rows(rows, data_collator)[:1],
             lambda engine, own, _: gradient_cosines(engine, own.gradients(engine.form)),
         )
-        similarity, order = (each.numpy() for each in found[0].topk(min(k, found[0].shape[1])))
+        cosines = found[0] if chosen.maximize else -found[0]
+        similarity, order = (each.numpy() for each in cosines.topk(min(k, cosines.shape[1])))
         clusters = self.subject.clusters
         names = np.asarray(clusters.names, dtype=object)[clusters.cluster_ids]
         return [
@@ -135,12 +137,14 @@ class DetailedScores:
 
         Raises:
             IndexError: If there is no such row.
-            ValueError: If rows have one label each, their loss is a function of your own, or there are no rows.
+            ValueError: If rows have one label each, their loss is not the cross entropy, or there are no rows.
         """
         runs = self._runs_with_rows(rows, data_collator)
         source = runs[0].rows
         if source is None or source.row_loss.function is not None:
-            raise ValueError("A `row_loss` of your own need not be a sum over tokens, so that it has no parts.")
+            raise ValueError(
+                "The rows' loss is not the cross entropy: it need not be a sum over tokens, so that it has no parts."
+            )
         if not 0 <= row < len(source.reader):
             raise IndexError(f"There is no row {row}; there are {len(source.reader)}, counted from 0.")
         found = self._by_run(
@@ -208,7 +212,12 @@ class DetailedScores:
         single, places = one_label_each(queries)
         # Labels of causal language models stand where they are predicted.
         told = [(query, position + bool(self.model.shifts_labels)) for query, position in places.tolist()]
-        names = [f"{name}, " for name in query_ids or range(len(queries))] if query_ids or len(queries) > 1 else [""]
+        if query_ids is None:
+            names = [f"{index}, " for index in range(len(queries))] if len(queries) > 1 else [""]
+        else:
+            names = [f"{name}, " for name in query_ids]
+        if len(names) != len(queries):
+            raise ValueError(f"`query_ids` has {len(names)} names for {len(queries)} queries. Pass one each.")
         tokenizer, words = self.tokenizer, [""] * len(told)
         if tokenizer is not None and tokens is not None:
             words = [f" {tokenizer.decode(tokens[place])!r}" for place in told]

@@ -79,7 +79,7 @@ def subject_of_runs(
             "Without a synset, attribution needs the recorded run, the training dataset and its clusters; missing: "
             f"{', '.join(missing)}. Pass `trajectory=`, `rows=` and `clusters=`, or `synset=`."
         )
-    trajectories = open_runs(trajectory, model, rows, data_collator)
+    trajectories = open_runs(trajectory, model, rows, data_collator, function)
     functional = _functional(model, trajectories[0], device)
     reader = training_rows(rows, functional, clusters, data_collator, trajectories[0])
     if not force:

@@ -41,7 +41,7 @@ def load_objective(name: str) -> Any:
     """Objective: the name of a built-in one, or the object that a reference names."""
     from hf_rgm.engines.objectives import OF_OUTPUTS
 
-    return name if ":" not in name or name.startswith(OF_OUTPUTS) else load_object(name)
+    return name if ":" not in name or name.partition(":")[0] in OF_OUTPUTS else load_object(name)
 
 
 @dataclass

@@ -108,7 +108,7 @@ class ReverseGradientMatchingDistiller:
     ) -> None:
         self.config = config or DistillationConfig()
         self._processes = Processes()
-        self.trajectories = open_runs(trajectory, model, train_dataset, data_collator)
+        self.trajectories = open_runs(trajectory, model, train_dataset, data_collator, row_loss)
         self.clusters = clusters
         self.disable_tqdm = disable_tqdm
         first = self.trajectories[0]

@@ -30,6 +30,8 @@ def self_scores(engine: AdjointEngine, objective: Objective, rewind: float) -> T
     run, form, source = engine.run, engine.form, given(engine.run.rows, "the training rows")
     path, num_rows = run.path(rewind), len(source.reader)
     weights, max_bytes = source.weights(path), run.shares.gradients // 3
+    first = Queries(*source.reader.batch([0]), source.row_loss.function)
+    objective.values(run.model, run.final, first)  # refuses labels that it is not for
 
     def of_rows(rows: range) -> Tensor:
         gradients = torch.zeros(len(rows), form.length, device=run.model.device)

@@ -141,7 +141,7 @@ class FidelityReport(FidelityFigures):
         """
         with_rows = rows or attributor.rows is not None
         chosen = attributor.engine(engine, rows=train_dataset if rows else None, rewind=rewind)
-        subject, objective = attributor.subject, resolve_objective(objective)
+        subject, objective = attributor.subject, resolve_objective(objective, attributor.model)
         clusters = subject.clusters
         recorded_seeds = {run.metadata.get("seeds", {}).get("seed") for run in subject.trajectories}
         num_points, seeds = plan_retrainings(
@@ -186,6 +186,7 @@ class FidelityReport(FidelityFigures):
             seeds=seeds,
             objective=objective,
             data_collator=data_collator,
+            row_loss=subject.row_loss.function,
             output_dir=folder,
             disable_tqdm=disable_tqdm,
         )

@@ -20,6 +20,7 @@ from hf_rgm.engines.objectives import Objective, Queries, resolve_objective
 from hf_rgm.fidelity.launch import Launch
 from hf_rgm.files.writing import locked, make_folder, read_sealed, replacing, seal
 from hf_rgm.model.functional_model import FunctionalModel
+from hf_rgm.model.losses import LossFunction
 from hf_rgm.model.row_reader import DataCollator, RowReader
 
 POLL_SECONDS = 0.2
@@ -36,6 +37,7 @@ def retrain(
     seeds: Sequence[int] = (0,),
     objective: str | Objective = "margin",
     data_collator: DataCollator | None = None,
+    row_loss: LossFunction | None = None,
     output_dir: str | Path | None = None,
     disable_tqdm: bool = False,
 ) -> NDArray[np.float32]:
@@ -45,7 +47,7 @@ def retrain(
     `build_trainer(dataset, seed)` returns a fresh `Trainer`: new model, new `TrainingArguments`, everything random
     seeded with `seed`. `subsets` are row indices to keep, in any order; a row named twice is there twice. `output_dir`
     keeps a file per finished retraining, which is not done again; use another folder for another model, dataset,
-    objective or other queries.
+    objective or other queries. `row_loss` is what the objective `"loss"` is of labels that are numbers.
 
     The same script under `torchrun --nproc_per_node N` or `accelerate launch` shares the retrainings among the
     processes through `output_dir`, which all must see. Each `Trainer` trains alone on its process's own device; every
@@ -69,7 +71,7 @@ def retrain(
     digests = [hashlib.sha256(rows.tobytes()).hexdigest()[:20] for rows in kept]
     rows_of = dict(zip(digests, kept, strict=True))
     jobs = [(digest, seed) for digest in rows_of for seed in dict.fromkeys(seeds)]
-    worker = _Worker(build_trainer, train_dataset, queries, resolve_objective(objective), data_collator)
+    worker = _Worker(build_trainer, train_dataset, queries, objective, data_collator, row_loss)
     finished: dict[tuple[str, int], NDArray[np.float32]] = {}
     bar = tqdm(total=len(jobs), desc="Retraining", disable=disable_tqdm or launch.local_index > 0)
     with launch.alone(), bar:
@@ -101,8 +103,9 @@ class _Worker:
     build_trainer: BuildTrainer
     train_dataset: Any
     queries: Any
-    objective: Objective
+    objective: str | Objective
     data_collator: DataCollator | None
+    row_loss: LossFunction | None
     checked: bool = False
 
     def values(self, rows: NDArray[np.int64], seed: int, path: Path | None) -> NDArray[np.float32] | None:
@@ -140,9 +143,10 @@ class _Worker:
     def _evaluate(self, model: Any) -> NDArray[np.float32]:
         functional = FunctionalModel(model)
         reader = RowReader(self.queries, functional, data_collator=self.data_collator, what="queries")
-        batch = Queries(*reader.batch(range(len(reader))))
+        batch = Queries(*reader.batch(range(len(reader))), self.row_loss)
         parameters = functional.space.flatten(functional.parameters())
-        return self.objective.values(functional, parameters, batch).cpu().numpy()
+        objective = resolve_objective(self.objective, functional)
+        return objective.values(functional, parameters, batch).cpu().numpy()
 
 
 def _checked(rows: Sequence[int] | NDArray[np.integer], index: int, num_rows: int) -> NDArray[np.int64]:

@@ -39,20 +39,25 @@ def open_runs(
     model: nn.Module,
     train_dataset: Any,
     data_collator: DataCollator | None,
+    row_loss: LossFunction | None,
 ) -> tuple[Trajectory, ...]:
     """Recorded runs, read from their folders or checkpoints where these are given."""
     runs = [trajectory] if isinstance(trajectory, str | Path | Trajectory) else list(trajectory)
     if not runs:
         raise ValueError("`trajectory` is an empty list. Name at least the run that trained the model.")
 
-    def opened(run: str | Path | Trajectory) -> Trajectory:
+    options: dict[str, Any] = {"data_collator": data_collator, "row_loss": row_loss}
+    opened: list[Trajectory] = []
+    for run in runs:
         if isinstance(run, Trajectory):
-            return run
-        if not has_checkpoints(run):
-            return Trajectory.load(run)
-        return Trajectory.from_checkpoints(run, model, train_dataset, data_collator=data_collator)
-
-    return tuple(map(opened, runs))
+            opened.append(run)
+        elif not has_checkpoints(run):
+            opened.append(Trajectory.load(run))
+        else:  # the model is that of the first run; the others end where it does
+            num_steps = opened[0].num_steps if opened else None
+            made = Trajectory.from_checkpoints(run, model, train_dataset, **options, num_steps=num_steps)
+            opened.append(made)
+    return tuple(opened)
 
 
 def check_runs(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import pickle
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from math import nan
 from pathlib import Path
 from typing import Any, cast
@@ -19,7 +19,7 @@ from transformers.utils.logging import set_tqdm_hook
 
 from hf_rgm.model.architecture import architecture
 from hf_rgm.model.functional_model import LABEL_NAMES, FunctionalModel, forward_arguments, frozen_sha256
-from hf_rgm.model.losses import RowLoss
+from hf_rgm.model.losses import LOSSES_OF_NUMBERS, LossFunction, RowLoss
 from hf_rgm.model.row_reader import DataCollator, RowReader
 from hf_rgm.trajectory.description import FROM_CHECKPOINTS
 from hf_rgm.trajectory.fingerprint import dataset_fingerprint
@@ -27,6 +27,7 @@ from hf_rgm.trajectory.optimizers import OptimizerRule
 from hf_rgm.trajectory.row_digest import readable_rows, rows_sha256
 from hf_rgm.trajectory.states import TrajectoryState
 from hf_rgm.trajectory.steps import StepTable
+from hf_rgm.trajectory.trained_loss import TrainedLoss
 
 logger = logging.getLogger(__name__)
 
@@ -138,9 +139,11 @@ def trajectory_parts(
     max_grad_norm: float,
     label_smoothing_factor: float,
     data_collator: DataCollator | None,
+    row_loss: LossFunction | None,
+    num_steps: int | None,
 ) -> dict[str, Any]:
-    """Arguments of `Trajectory` for the run whose checkpoints are in a folder, up to the one that holds the model."""
-    states, rule = _states(output_dir, model)
+    """Arguments of `Trajectory` for the run whose checkpoints are in a folder, up to a step or the model's."""
+    states, rule = _states(output_dir, model, num_steps)
     final, num_rows = max(states), len(train_dataset)
     parameters, steps = states[final].parameters, np.arange(final)
     told = _told({step: state.folder for step, state in states.items()})
@@ -148,12 +151,14 @@ def trajectory_parts(
     accumulation = max(1, round(num_rows * epochs / final / batch_size))  # times processes
     rates, logged, losses = (_logged(told.log_history, name) for name in ("learning_rate", "grad_norm", "loss"))
     norms = {step: np.array([norm]) for step, norm in logged.items()}
+    functional = FunctionalModel(model, trainable_names=[*parameters])
+    reader = RowReader(train_dataset, functional, data_collator=data_collator)
+    name = None if row_loss is not None else _loss_of_numbers(reader)
     if max_grad_norm and not logged:
-        functional = FunctionalModel(model, trainable_names=[*parameters])
-        reader = RowReader(train_dataset, functional, data_collator=data_collator)
-        row_loss = RowLoss(reader.labels_per_row(), label_smoothing_factor)
+        function = row_loss if name is None else LOSSES_OF_NUMBERS[name]
+        loss = RowLoss(reader.labels_per_row(), label_smoothing_factor, function)
         sizes = [batch_size] * accumulation
-        norms = {step: _gradient_norms(state, reader, row_loss, sizes) for step, state in states.items()}
+        norms = {step: _gradient_norms(state, reader, loss, sizes) for step, state in states.items()}
     clip_factors = {step: np.minimum(1.0, max_grad_norm / (own + 1e-6)).mean() for step, own in norms.items()}
     saved = {step: saved_optimizer(state.folder) for step, state in states.items()}
     updates = max((int(own["step"]) for own in saved[final]["state"].values() if "step" in own), default=final)
@@ -164,7 +169,11 @@ def trajectory_parts(
         f"clipping at {max_grad_norm:g} by {len(logged) or 'no'} logged gradient norms{measured}"
         if max_grad_norm
         else "no clipping",
-        f"the mean cross entropy as loss, with label_smoothing_factor={label_smoothing_factor:g}",
+        "the mean of `row_loss` as loss"
+        if row_loss is not None
+        else f"the mean {name.replace('_', ' ')} as loss"
+        if name is not None
+        else f"the mean cross entropy as loss, with label_smoothing_factor={label_smoothing_factor:g}",
         "the first logged loss to be that before training"
         if losses
         else "replays not to drift, as no loss was logged",
@@ -199,6 +208,7 @@ def trajectory_parts(
             "rows_sha256": rows_sha256(train_dataset, columns, num_digested),
             "updates_before": max(0, updates - final),
             "label_smoothing_factor": label_smoothing_factor,
+            "trained_loss": None if name is None else asdict(TrainedLoss(name=name)),
             "max_grad_norm": max_grad_norm,
             "initial_loss": losses[min(losses)] if losses else None,
             "per_device_train_batch_size": batch_size,
@@ -207,8 +217,10 @@ def trajectory_parts(
     }
 
 
-def _states(output_dir: str | Path, model: nn.Module) -> tuple[dict[int, CheckpointState], OptimizerRule]:
-    """States by step, the last of them the model's, and the update rule."""
+def _states(
+    output_dir: str | Path, model: nn.Module, num_steps: int | None
+) -> tuple[dict[int, CheckpointState], OptimizerRule]:
+    """States by step, the last of them the model's unless it is named, and the update rule."""
     folders = _folders(Path(output_dir))
     parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     if not parameters:
@@ -221,7 +233,12 @@ def _states(output_dir: str | Path, model: nn.Module) -> tuple[dict[int, Checkpo
     rule = _rule(saved_optimizer(latest), groups, model, parameters)
     known = model, parameters, groups, rule.moment_names
     states = {step: CheckpointState(folder, step, *known) for step, folder in sorted(folders.items())}
-    final = next((step for step in reversed(states) if states[step].is_model), None)
+    if num_steps is not None and (num_steps not in states or num_steps == min(states)):
+        raise ValueError(
+            f"{output_dir} has no checkpoint at step {num_steps} after others, but at {[*states]}. Runs that differ "
+            "in their seed only have the same ones."
+        )
+    final = num_steps or next((step for step in reversed(states) if states[step].is_model), None)
     if final is None or final == min(states):
         raise ValueError(
             f"The model is none of the checkpoints {[*states][1:]} in {output_dir}. Pass the model of one of them: "
@@ -293,6 +310,26 @@ def _told(folders: Mapping[int, Path]) -> TrainerState:
                 "checkpoints of one run in the folder."
             )
     return last
+
+
+def _loss_of_numbers(rows: RowReader) -> str | None:
+    """The key of `LOSSES_OF_NUMBERS` that is the loss of the model itself; `None` if labels are classes."""
+    model, collated = rows.model, rows.collated([0])
+    inputs, labels = rows.tensors(collated, [0])
+    if not labels.is_floating_point():
+        return None
+    given = {name: value.to(model.device) for name, value in collated.items() if isinstance(value, Tensor)}
+    with torch.no_grad():
+        output, logits = model.module(**given), model.logits(model.parameters(), inputs)
+        own = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+        for name, loss in LOSSES_OF_NUMBERS.items():
+            if own is not None and logits.numel() == labels.numel():
+                if torch.allclose(own.mean().float(), loss(logits, labels).mean(), rtol=1e-3):
+                    return name
+    raise NotImplementedError(
+        f"The labels are numbers, and the loss that {type(model.module).__name__} computes is none of "
+        f"{', '.join(LOSSES_OF_NUMBERS)}. Pass the loss of each row as `row_loss`."
+    )
 
 
 def _gradient_norms(state: CheckpointState, rows: RowReader, row_loss: RowLoss, sizes: Sequence[int]) -> np.ndarray:

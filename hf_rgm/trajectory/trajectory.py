@@ -33,6 +33,7 @@ from hf_rgm.trajectory.steps import StepTable, check_rows, read_steps, write_par
 from hf_rgm.trajectory.trained_loss import TrainedLoss
 
 if TYPE_CHECKING:
+    from hf_rgm.model.losses import LossFunction
     from hf_rgm.model.row_reader import DataCollator
     from hf_rgm.trajectory.checkpoints import CheckpointState
 
@@ -282,6 +283,8 @@ class Trajectory:
         max_grad_norm: float = 1.0,
         label_smoothing_factor: float = 0.0,
         data_collator: DataCollator | None = None,
+        row_loss: LossFunction | None = None,
+        num_steps: int | None = None,
     ) -> Trajectory:
         """
         The trajectory of a finished `Trainer` run that no callback recorded, by its checkpoints.
@@ -299,19 +302,20 @@ class Trajectory:
             max_grad_norm (`float`, *optional*, defaults to `1.0`): As in the run's `TrainingArguments`; 0 for no
                 clipping.
             label_smoothing_factor (`float`, *optional*, defaults to `0.0`): As in the run's `TrainingArguments`.
-            data_collator (`Callable`, *optional*): The Trainer's, to measure gradient norms if none was logged.
-                Defaults to `default_data_collator`.
+            data_collator (`Callable`, *optional*): The Trainer's. Defaults to `default_data_collator`.
+            row_loss (`Callable`, *optional*): As in [`Attributor`]. Defaults to that of the model.
+            num_steps (`int`, *optional*): Step of the last checkpoint, of a run with another seed than the model's.
 
         Raises:
             OSError: If a checkpoint has no `optimizer.pt`, or no safetensors file.
-            NotImplementedError: If the optimizer was another than SGD, Adam or AdamW.
-            ValueError: If there are fewer than two checkpoints, they are not of one run, none holds the model, or what
-                they hold cannot be assigned to its parameters.
+            NotImplementedError: If the optimizer was another than SGD, Adam or AdamW, or the loss is not known.
+            ValueError: If checkpoints are fewer than two, or not of one run, or none is the model or fits it.
         """
         from hf_rgm.trajectory.checkpoints import trajectory_parts  # imports the Trainer
 
-        settings = {"max_grad_norm": max_grad_norm, "label_smoothing_factor": label_smoothing_factor}
-        return cls(**trajectory_parts(output_dir, model, train_dataset, data_collator=data_collator, **settings))
+        options: dict[str, Any] = {"max_grad_norm": max_grad_norm, "label_smoothing_factor": label_smoothing_factor}
+        options |= {"data_collator": data_collator, "row_loss": row_loss, "num_steps": num_steps}
+        return cls(**trajectory_parts(output_dir, model, train_dataset, **options))
 
     @classmethod
     def load(cls, folder: str | Path | ArtefactFolder) -> Trajectory:

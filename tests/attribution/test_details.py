@@ -11,7 +11,7 @@ from hf_rgm.engines import recorded_run
 from hf_rgm.engines.adjoint import AdjointEngine
 from hf_rgm.engines.details import module_of, one_label_each
 from hf_rgm.engines.objectives import Queries
-from hf_rgm.engines.request import Evaluation, Request
+from hf_rgm.engines.request import Evaluation
 from hf_rgm.testing import tiny_recorded_run, tiny_synset
 from tests.text import language_model, tagger, texts
 from tests.training import recorded_model
@@ -71,6 +71,12 @@ def test_nearest_rows_have_the_gradients_most_alike():
         asked.nearest_rows(RUN.queries, 0)
 
 
+@pytest.mark.parametrize("objective", ["loss", "log_probability"])
+def test_the_nearest_row_of_a_training_row_is_itself(objective):
+    for row, frame in enumerate(tiny().nearest_rows(RUN.train_dataset, 1, objective=objective)):
+        assert frame["row"][0] == row and frame["similarity"][0] == pytest.approx(1, abs=1e-4)
+
+
 def test_self_influence_of_texts_is_the_diagonal_too(of_texts):
     asked, _ = of_texts
     whole = asked.attribute(asked.rows, engine="adjoint", objective="loss")
@@ -100,7 +106,7 @@ def test_each_token_of_a_row_has_the_derivative_of_its_own_loss(of_texts):
     asked, queries = of_texts
     (run,) = asked._runs(None, None)
     engine, row, objective = AdjointEngine(run), 3, Objective("first", lambda f, q: f(q.inputs)[:, 0, :2].sum(-1))
-    own = Evaluation(run, Request(objective, asked._queries(queries, None)))
+    own = Evaluation(run, asked._request(queries, None, objective))
     directions = engine.directions(own.gradients(engine.form)(range(4)), engine.rewind)
     inputs, labels = run.rows.reader.batch([row])
     found, shift = asked.token_scores(queries, row, objective=objective), int(asked.model.shifts_labels)
@@ -131,6 +137,15 @@ def test_tokens_of_queries_explain_them_by_their_mean(of_texts, engine):
         f"token {position}" for position in known if f"b, token {position}" in single.query_ids
     ]
     assert len(first.query_ids) == len(known)
+
+
+def test_names_of_queries_may_be_an_array_and_must_be_one_each(of_texts):
+    asked, queries = of_texts
+    ids = asked.attribute(queries.select([0, 1]), per_token=True, query_ids=np.array([7, 8])).query_ids
+    assert {name.split(",")[0] for name in ids} == {"7", "8"}
+    for names in ([], ["a"]):
+        with pytest.raises(ValueError, match=f"`query_ids` has {len(names)} names for 2 queries"):
+            asked.attribute(queries.select([0, 1]), per_token=True, query_ids=names)
 
 
 def test_tokens_are_refused_where_there_are_none(of_texts):
@@ -172,7 +187,7 @@ def test_a_module_is_what_its_parameters_alone_give():
     found, (run,) = tiny().module_scores(RUN.queries), tiny()._runs(None, None)
     assert [*found] == ["hidden", "classifier"]
     engine = AdjointEngine(run)
-    own = Evaluation(run, Request(Objective("margin", tiny_margin), tiny()._queries(RUN.queries, None)))
+    own = Evaluation(run, tiny()._request(RUN.queries, None, Objective("margin", tiny_margin)))
     directions = engine.directions(own.gradients(engine.form)(range(12)), engine.rewind)
     of_clusters, start = engine.gradients(engine.rewind), 16 * 8 + 8
     expected = sum(own[:, start:] @ of_clusters(state, range(6))[:, start:].T for state, own in directions.items())

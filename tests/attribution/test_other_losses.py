@@ -7,9 +7,11 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import BertForMultipleChoice, BertForQuestionAnswering
+from transformers import BertForMultipleChoice, BertForQuestionAnswering, Trainer
 
-from hf_rgm import Attributor, ClusterMap, ReverseGradientMatchingDistiller
+from hf_rgm import Attributor, ClusterMap, FidelityReport, ReverseGradientMatchingDistiller, Trajectory
+from hf_rgm.fidelity.retraining import retrain
+from hf_rgm.testing import tiny_recorded_run, tiny_trainer
 from hf_rgm.trajectory import path
 from tests.recording.runs import KINDS
 from tests.recording.test_trained_loss import bert
@@ -165,3 +167,77 @@ def test_texts_are_attributed_by_their_rows_and_not_distilled(tmp_path, caplog, 
     sums = np.stack([result.row_scores[:, clusters.rows(k)].sum(1) for k in range(3)], 1)
     np.testing.assert_allclose(result.scores, sums, rtol=1e-4, atol=1e-7)
     assert asked.attribute(rows.select(range(3)), objective="loss").scores.shape == (3, 3)
+
+
+def trainer(rows, seed, *, loss=squared, num_outputs=3, **settings):
+    known = {"max_steps": NUM_STEPS, "per_device_train_batch_size": NUM_ROWS, "optim": "sgd", "learning_rate": RATE}
+    known |= {"lr_scheduler_type": "constant", "max_grad_norm": 0.0, "seed": seed, **settings}
+    made = tiny_trainer(rows, **known)
+    return Trainer(Linear(num_outputs, loss), made.args, train_dataset=rows, callbacks=[])
+
+
+@pytest.mark.parametrize("loss", [squared, binary])
+@pytest.mark.parametrize("logged", ["no", "steps"])
+def test_checkpoints_have_the_loss_of_the_model(tmp_path, loss, logged):
+    rows, _, recording = recorded(tmp_path, 3, loss)
+    out = {"output_dir": str(tmp_path / "checkpoints"), "save_strategy": "steps", "save_steps": 1}
+    own = trainer(rows, 0, loss=loss, logging_strategy=logged, logging_steps=1, **out)
+    own.train()
+    known = {"rows": rows, "clusters": CLUSTERS, "disable_tqdm": True}
+    for row_loss in (None, lambda logits, labels: loss(logits, labels).mean(1)):
+        by_default = Attributor(own.model, trajectory=tmp_path / "checkpoints", row_loss=row_loss, **known)
+        assert by_default.attribute(rows[:2], objective="loss").scores.shape == (2, 3)
+    told = Trajectory.from_checkpoints(tmp_path / "checkpoints", own.model, rows, max_grad_norm=0.0)
+    found = Attributor(own.model, trajectory=told, **known).attribute(rows[:4], objective="loss", engine="adjoint")
+    expected = recording.attribute(rows[:4], objective="loss", engine="adjoint")
+    np.testing.assert_allclose(found.objective_values, expected.objective_values, rtol=1e-4)
+    assert np.corrcoef(found.scores.flatten(), expected.scores.flatten())[0, 1] > 0.99
+
+
+def test_another_loss_of_numbers_has_to_be_given_with_checkpoints(tmp_path):
+    def absolute(logits, labels):
+        return (logits - labels).abs()
+
+    rows = recorded(tmp_path, 3, squared)[0]
+    out = {"output_dir": str(tmp_path / "checkpoints"), "save_strategy": "steps", "save_steps": 5}
+    own = trainer(rows, 0, loss=absolute, **out)
+    own.train()
+    with pytest.raises(NotImplementedError, match="Linear computes is none of .*Pass the loss of each row"):
+        Trajectory.from_checkpoints(tmp_path / "checkpoints", own.model, rows)
+    given = Trajectory.from_checkpoints(
+        tmp_path / "checkpoints", own.model, rows, row_loss=lambda *asked: absolute(*asked).mean(1)
+    )
+    assert "the mean of `row_loss` as loss" in given.metadata["from_checkpoints"]
+
+
+@pytest.mark.parametrize("objective", ["loss", "predicted_value:1"])
+def test_retraining_computes_the_same_objective(tmp_path, objective):
+    rows, model, _ = recorded(tmp_path, 3, squared)
+    asked = attributor(model, tmp_path, rows, ClusterMap.from_ids([i % 6 for i in range(NUM_ROWS)]))
+    settings = {"budget": 5, "seeds": [5], "objective": objective, "disable_tqdm": True}
+    report = FidelityReport.measure(asked, rows[:4], trainer, rows, **settings)
+    assert report.objective == objective and report.num_queries == 4
+    values = retrain(
+        trainer, rows, [range(NUM_ROWS)], rows[:4], objective=objective, row_loss=asked.subject.row_loss.function
+    )
+    np.testing.assert_allclose(
+        values[0, 0], asked.attribute(rows[:4], objective=objective).objective_values, rtol=1e-4
+    )
+
+
+def test_retraining_knows_outputs_by_their_names():
+    run = tiny_recorded_run()
+    named = {"objective": "probability:LABEL_2", "disable_tqdm": True}
+    by_name = retrain(tiny_trainer, run.train_dataset, [range(48)], run.queries, **named)
+    by_number = retrain(tiny_trainer, run.train_dataset, [range(48)], run.queries, objective="probability:2")
+    np.testing.assert_array_equal(by_name, by_number)
+    asked = Attributor(run.model, trajectory=run.trajectory, rows=run.train_dataset, clusters=run.clusters)
+    report = FidelityReport.measure(asked, run.queries, tiny_trainer, run.train_dataset, budget=5, **named)
+    assert report.objective == "probability:2"
+
+
+@pytest.mark.parametrize("objective", ["margin", "log_probability"])
+def test_self_influence_refuses_objectives_of_classes(tmp_path, objective):
+    _, _, asked = recorded(tmp_path, 3, squared)
+    with pytest.raises(NotImplementedError, match=f"'{objective}' is for classes, and the labels are numbers"):
+        asked.self_influence(objective=objective)

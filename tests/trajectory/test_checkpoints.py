@@ -195,6 +195,19 @@ def test_what_is_assumed_is_told_once_and_kept(run, tmp_path, caplog):
     assert "checkpoints" not in (tmp_path / "recorded" / "README.md").read_text()
 
 
+def test_several_runs_are_known_by_their_checkpoints(run, tmp_path):
+    settings = {"save_strategy": "epoch", "logging_strategy": "steps", "logging_steps": 1}
+    tiny_trainer(ROWS, seed=1, output_dir=str(tmp_path / "other"), **settings).train()
+    other = type(run[0]).from_pretrained(tmp_path / "other" / "checkpoint-48")
+    both = scores(run[0], [str(run[2]), str(tmp_path / "other")], engine="adjoint")
+    alone = scores(run[0], run[2], engine="adjoint").scores
+    expected = scores(run[0], [run[2], Trajectory.from_checkpoints(tmp_path / "other", other, ROWS)], engine="adjoint")
+    np.testing.assert_allclose(both.scores, expected.scores, **EXACT)
+    assert np.abs(both.scores - alone).max() > 1e-3
+    with pytest.raises(ValueError, match="has no checkpoint at step 47"):
+        Trajectory.from_checkpoints(tmp_path / "other", run[0], ROWS, num_steps=47)
+
+
 def test_a_plain_module_has_its_parameters_by_name(tmp_path):
     class Plain(torch.nn.Module):
         def __init__(self):
