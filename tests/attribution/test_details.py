@@ -100,7 +100,7 @@ def test_each_token_of_a_row_has_the_derivative_of_its_own_loss(of_texts):
     asked, queries = of_texts
     (run,) = asked._runs(None, None)
     engine, row, objective = AdjointEngine(run), 3, Objective("first", lambda f, q: f(q.inputs)[:, 0, :2].sum(-1))
-    own = Evaluation(run, Request(objective, asked._queries(queries, None)))
+    own = Evaluation(run, Request(objective, asked._request(queries, None, "margin").queries))
     directions = engine.directions(own.gradients(engine.form)(range(4)), engine.rewind)
     inputs, labels = run.rows.reader.batch([row])
     found, shift = asked.token_scores(queries, row, objective=objective), int(asked.model.shifts_labels)
@@ -172,7 +172,9 @@ def test_a_module_is_what_its_parameters_alone_give():
     found, (run,) = tiny().module_scores(RUN.queries), tiny()._runs(None, None)
     assert [*found] == ["hidden", "classifier"]
     engine = AdjointEngine(run)
-    own = Evaluation(run, Request(Objective("margin", tiny_margin), tiny()._queries(RUN.queries, None)))
+    own = Evaluation(
+        run, Request(Objective("margin", tiny_margin), tiny()._request(RUN.queries, None, "margin").queries)
+    )
     directions = engine.directions(own.gradients(engine.form)(range(12)), engine.rewind)
     of_clusters, start = engine.gradients(engine.rewind), 16 * 8 + 8
     expected = sum(own[:, start:] @ of_clusters(state, range(6))[:, start:].T for state, own in directions.items())
