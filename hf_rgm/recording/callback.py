@@ -16,7 +16,7 @@ from hf_rgm.files.writing import format_size
 from hf_rgm.model.losses import LossFunction
 from hf_rgm.recording.capture import are_finite, as_table, same_parameters
 from hf_rgm.recording.process_group import check_same, failing_together
-from hf_rgm.recording.recording import TrajectoryRecorder
+from hf_rgm.recording.recording import TrajectoryRecorder, default_dtype
 from hf_rgm.recording.training_run import OngoingRun, checkpoint_step
 from hf_rgm.trajectory.states import TrajectoryState
 
@@ -46,8 +46,8 @@ class TrajectoryCallback(TrainerCallback):
         folder (`str` or `Path`): Where to record: new, empty, or a trajectory folder.
         num_states (`int`, *optional*, defaults to `8`): Number of states, evenly spread from the first to the last
             step. Each is as large as the trainable parameters and their moments.
-        dtype (`torch.dtype`, *optional*, defaults to `torch.float32`): `torch.float32` or `torch.bfloat16`, which
-            halves the disk. Parameters in bf16 stay in bf16, and the last state is always exact (up to float32).
+        dtype (`torch.dtype`, *optional*): `torch.float32` or `torch.bfloat16`, which halves the disk. Defaults to
+            bfloat16 from 5 million trained parameters on. The last state is always exact (up to float32).
         row_loss (`Callable`, *optional*): Takes logits `(batch_size, *positions, num_labels)` and labels and returns
             the loss of each row, `(batch_size,)`, where it is not the cross entropy: class weights, focal losses,
             losses of your own in the model, `compute_loss` or `compute_loss_func`. Pass it to later stages too.
@@ -87,7 +87,7 @@ class TrajectoryCallback(TrainerCallback):
         folder: str | Path,
         *,
         num_states: int = 8,
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype | None = None,
         row_loss: LossFunction | None = None,
         overwrite: bool = False,
     ) -> None:
@@ -96,13 +96,13 @@ class TrajectoryCallback(TrainerCallback):
                 f"`num_states` must be at least 2 (the first and the last), got {num_states}. Record more states with "
                 "TrajectoryCallback(num_states=...)."
             )
-        if dtype not in (torch.float32, torch.bfloat16):
+        if dtype not in (None, torch.float32, torch.bfloat16):
             raise ValueError(f"`dtype` must be torch.float32 or torch.bfloat16, got {dtype}.")
         self.folder = Path(folder)
         self.num_states = num_states
         self.dtype = dtype
         self.row_loss = row_loss
-        self._recorder = TrajectoryRecorder(self.folder, dtype=dtype, overwrite=overwrite)
+        self._recorder = TrajectoryRecorder(self.folder, overwrite=overwrite)
         self._active: OngoingRun | None = None
         self._seconds = 0.0
         self._summary = "Nothing is recorded yet."
@@ -152,8 +152,9 @@ class TrajectoryCallback(TrainerCallback):
         with failing_together(run.num_processes):
             if run.is_main:
                 run.description |= run.digest_rows(self._recorder.num_digested_rows if step else None)
-                self._recorder.begin(run.description, step=step, planned=run.planned, best=run.best_step)
-                self._announce(run)
+                dtype = self.dtype or default_dtype(run.parameters)
+                self._recorder.begin(run.description, dtype=dtype, step=step, planned=run.planned, best=run.best_step)
+                self._announce(run, dtype)
         with failing_together(run.num_processes):
             # The run may have been killed after it wrote the best checkpoint and before `on_save`.
             if step in {*run.planned, run.best_step}:
@@ -311,8 +312,8 @@ class TrajectoryCallback(TrainerCallback):
         run.next_step += len(run.steps)
         run.steps.clear()
 
-    def _announce(self, run: OngoingRun) -> None:
-        size = sum(p.numel() * min(p.element_size(), self.dtype.itemsize) for p in run.parameters.values())
+    def _announce(self, run: OngoingRun, dtype: torch.dtype) -> None:
+        size = sum(p.numel() * min(p.element_size(), dtype.itemsize) for p in run.parameters.values())
         logger.info(
             "Recording %d states into %s, about %s each. Fewer states (`num_states`) or `dtype=torch.bfloat16` take "
             "less disk.",

@@ -40,15 +40,24 @@ from hf_rgm.trajectory.trajectory import FORMAT_VERSION, METADATA_FILE, read_met
 logger = logging.getLogger(__name__)
 
 
+LARGE = 5_000_000
+"""Trained parameters from which on states are recorded in 16 bits, which costs no agreement that was measured."""
+
+
+def default_dtype(parameters: Mapping[str, torch.nn.Parameter]) -> torch.dtype:
+    """What states are recorded in unless it is asked for."""
+    return torch.bfloat16 if sum(p.numel() for p in parameters.values()) >= LARGE else torch.float32
+
+
 class TrajectoryRecorder:
     """The growing trajectory folder of one training run; every file is written whole or not at all."""
 
     # Another thread writes steps and states in the given order: drain it before anything relies on them, such as a
     # checkpoint. Once a write fails, nothing after it is written, and the next call raises the error.
 
-    def __init__(self, folder: Path, *, dtype: torch.dtype, overwrite: bool) -> None:
+    def __init__(self, folder: Path, *, overwrite: bool) -> None:
         self.folder = folder
-        self._dtype = dtype
+        self._dtype = torch.float32
         self._overwrite = overwrite
         self._own = False
         self._description: dict[str, Any] = {}
@@ -56,9 +65,18 @@ class TrajectoryRecorder:
         self._lock: FolderLock | None = None
         self._writer: BackgroundWriter | None = None
 
-    def begin(self, description: Mapping[str, Any], *, step: int, planned: Collection[int], best: int | None) -> None:
+    def begin(
+        self,
+        description: Mapping[str, Any],
+        *,
+        dtype: torch.dtype,
+        step: int,
+        planned: Collection[int],
+        best: int | None,
+    ) -> None:
         """Opens the folder for a run that begins at `step`, and drops what it holds from there on."""
         self._close()
+        self._dtype = dtype
         if self.folder.exists() and not self.folder.is_dir():
             raise FileExistsError(f"{self.folder} is a file. Choose another folder.")
         lock = FolderLock(self.folder)

@@ -133,6 +133,16 @@ def test_bfloat16_halves_the_states_but_not_the_last(tmp_path):
     assert_identical(trajectory.final.parameters, trainable(trainer.model))
 
 
+@pytest.mark.parametrize(("limit", "expected"), [(10, torch.bfloat16), (10_000, torch.float32)])
+def test_states_of_large_models_take_16_bits_unless_asked_for(tmp_path, monkeypatch, limit, expected):
+    monkeypatch.setattr("hf_rgm.recording.recording.LARGE", limit)
+    for name, dtype, wanted in (("auto", None, expected), ("asked", torch.float32, torch.float32)):
+        callback = TrajectoryCallback(tmp_path / name, num_states=3, dtype=dtype)
+        make_trainer(tmp_path, MeanModel(), callback).train()
+        first = tmp_path / name / "states" / "step-00000000.safetensors"
+        assert {tensor.dtype for tensor in load_file(first).values()} == {wanted}
+
+
 def test_bfloat16_model_is_stored_as_it_is(tmp_path):
     trainer, trajectory = train(tmp_path, MeanModel().bfloat16(), optim="sgd", train_dataset=bfloat16_rows())
     stored = load_file(tmp_path / "trajectory" / "states" / "step-00000006.safetensors")
