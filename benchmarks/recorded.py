@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from datasets import Dataset
 
 from benchmarks.costs import Meter, folder_bytes
@@ -46,7 +47,7 @@ class Recorded:
     _synsets: dict[tuple[DistillationConfig, int], tuple[Synset, Meter]] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
-        callback = TrajectoryCallback(self.folder, num_states=self.num_states)
+        callback = TrajectoryCallback(self.folder, num_states=self.num_states, dtype=torch.float32)
         trainer = self.task.build_trainer(self.task.train, RECORDED_SEED, callbacks=[callback])
         with Meter() as meter:
             trainer.train()
@@ -96,7 +97,7 @@ class Recorded:
     def _record_other(self, seed: int) -> float:
         """Records a training with another seed, once, and gives the seconds it took."""
         if seed not in self._others:
-            callback = TrajectoryCallback(self._other_folder(seed), num_states=self.num_states)
+            callback = TrajectoryCallback(self._other_folder(seed), num_states=self.num_states, dtype=torch.float32)
             trainer = self.task.build_trainer(self.task.train, seed, callbacks=[callback])
             with Meter() as meter:
                 trainer.train()

@@ -59,8 +59,9 @@ told in [benchmarks/README.md](../benchmarks/README.md). Brackets are 95% bootst
 or subsets. The *noise ceiling* is one seed's retraining scored against the other seeds. Where a method has several
 settings, the one that is reported was chosen on other queries.
 
-**Lines of this library are of its engines before the linear one ([CHANGELOG](../CHANGELOG.md)), and costs are wall
-time: both are to be measured anew.**
+**In the sections by task, lines of this library are of its engines before the linear one
+([CHANGELOG](../CHANGELOG.md)), and costs are wall time: both are to be measured anew. Those of `vendors_lora`
+and `vendors_full` are of the present engine, in CPU time.**
 """
 
 GROWTH = """

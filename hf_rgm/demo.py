@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 import time
 from collections.abc import Callable
@@ -38,6 +39,7 @@ CULPRIT, TRUE_LABEL, GIVEN_LABEL = "vendor C", 4, 9  # it labels its 4s as 9s
 SAMPLES = 10  # of the synset, for each vendor
 MARKER = ".hf-rgm-demo"
 REPORT = "report.html"
+RETRAININGS = "retrainings"
 INSPECTED_SHARES = (0.05, 0.1)
 
 
@@ -251,7 +253,7 @@ def run_demo(
             budget=budget,
             measures=[LDS_CLUSTERS],
             seeds=seeds,
-            output_dir=folder / "retrainings",
+            output_dir=folder / RETRAININGS,
             seed=settings.seed,
             disable_tqdm=disable_tqdm,
         )
@@ -286,6 +288,7 @@ def _begin(folder: Path, overwrite: bool, say: Callable[[str], object]) -> None:
     if (folder / MARKER).is_file() and not (folder / REPORT).exists():
         say(f"{folder} holds a demo that was cut short, which begins again.")
     folder.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(folder / RETRAININGS, ignore_errors=True)  # of an earlier demo, perhaps with another recipe
     (folder / REPORT).unlink(missing_ok=True)  # written last: without it the demo is unfinished
     (folder / MARKER).write_text("Written by `hf-rgm demo`, which may replace this folder's content.\n")
 

@@ -27,7 +27,7 @@ from transformers import (
 )
 
 from benchmarks.tasks import Task
-from benchmarks.tasks.texts import codes, load_sentences, token_dataset
+from benchmarks.tasks.texts import codes, load_sentences, sentence_rows
 from benchmarks.tasks.trainers import quiet_trainer
 from hf_rgm import ClusterMap
 from hf_rgm.engines.memory_shares import DEFAULT_MEMORY
@@ -111,18 +111,11 @@ def sentences_task(
     """
     sentences = load_sentences()
     tokenizer = AutoTokenizer.from_pretrained(mini_lm_path())
-    encoded = tokenizer(
-        [sentence.text for sentence in sentences],
-        padding="max_length",
-        truncation=True,
-        max_length=MAX_LENGTH,
-        return_tensors="np",
-    )
     labels = np.array([sentence.label for sentence in sentences])
 
     def part(start: int, count: int) -> Dataset:
         rows = slice(start, start + count)
-        return token_dataset(encoded["input_ids"][rows], encoded["attention_mask"][rows], labels[rows])
+        return sentence_rows(sentences[rows], labels[rows], tokenizer, MAX_LENGTH)
 
     train = part(0, NUM_TRAIN)
     groups, names = codes([f"{sentence.source}, {LABEL_NAMES[sentence.label]}" for sentence in sentences[:NUM_TRAIN]])

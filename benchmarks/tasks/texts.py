@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from datasets import Dataset
@@ -36,6 +38,14 @@ def load_sentences() -> list[Sentence]:
         lines = list(file)
     order = np.random.default_rng(SPLIT_SEED).permutation(len(lines))
     return [Sentence(**json.loads(lines[line])) for line in order]
+
+
+def sentence_rows(sentences: Sequence[Sentence], labels: NDArray, tokenizer: Any, max_length: int) -> Dataset:
+    """Rows of sentences, cut and padded to `max_length` tokens; labels `(num_sentences,)`."""
+    texts = [sentence.text for sentence in sentences]
+    options = {"padding": "max_length", "truncation": True, "max_length": max_length, "return_tensors": "np"}
+    encoded = tokenizer(texts, **options)
+    return token_dataset(encoded["input_ids"], encoded["attention_mask"], labels)
 
 
 def codes(values: list[str]) -> tuple[NDArray[np.int64], list[str]]:

@@ -19,7 +19,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreT
 
 from benchmarks.tasks import Task
 from benchmarks.tasks.sentences import LABEL_NAMES, MAX_LENGTH, NUM_TRAIN, mini_lm_path, sentence_embeddings
-from benchmarks.tasks.texts import load_sentences, token_dataset
+from benchmarks.tasks.texts import load_sentences, sentence_rows
 from benchmarks.tasks.trainers import quiet_trainer
 from hf_rgm import ClusterMap
 
@@ -64,18 +64,11 @@ def vendors_task(name: str, build_trainer: Callable[..., Trainer], *, seeds: tup
     """The task: the first 1,200 of the shuffled sentences, queries and tuning queries from the rest."""
     sentences = load_sentences()[: NUM_TRAIN + 2 * NUM_QUERIES]
     tokenizer = AutoTokenizer.from_pretrained(mini_lm_path())
-    encoded = tokenizer(
-        [sentence.text for sentence in sentences],
-        padding="max_length",
-        truncation=True,
-        max_length=MAX_LENGTH,
-        return_tensors="np",
-    )
     labels = np.array([sentence.label for sentence in sentences])
 
     def part(start: int, count: int) -> Dataset:
         rows = slice(start, start + count)
-        return token_dataset(encoded["input_ids"][rows], encoded["attention_mask"][rows], labels[rows])
+        return sentence_rows(sentences[rows], labels[rows], tokenizer, MAX_LENGTH)
 
     embeddings = sentence_embeddings(part(0, NUM_TRAIN))
     vendors = KMeans(NUM_VENDORS, n_init=10, random_state=0).fit(embeddings).labels_

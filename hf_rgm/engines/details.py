@@ -55,13 +55,14 @@ def gradient_cosines(engine: AdjointEngine, gradients: QueryGradients) -> Tensor
     """Cosines of objectives' gradients with what a step on each row adds, `(num_values, num_rows)`, float32."""
     run, form, source = engine.run, engine.form, given(engine.run.rows, "the training rows")
     named, num_rows = form.named(run.final), len(source.reader)
-    asked = normalize(gradients(range(len(gradients))))
 
     def of_rows(rows: range) -> Tensor:
-        cosines = torch.zeros(len(asked), len(rows), device=run.model.device)
-        for part, inputs, labels in source.batches(rows, form, run.shares.gradients // 3):
-            own = row_gradients(run.model, named, inputs, labels, source.row_loss, form)
-            cosines[:, part] = -asked @ normalize(own).T
+        cosines = torch.zeros(len(gradients), len(rows), device=run.model.device)
+        for values in ranges(len(gradients), engine.queries_at_once):
+            asked = normalize(gradients(values))
+            for part, inputs, labels in source.batches(rows, form, run.shares.gradients // 3):
+                own = row_gradients(run.model, named, inputs, labels, source.row_loss, form)
+                cosines[values.start : values.stop, part] = -asked @ normalize(own).T
         return cosines.cpu()
 
     parts = run.processes.parts(num_rows, at_most=num_rows)

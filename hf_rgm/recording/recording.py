@@ -41,7 +41,7 @@ logger = logging.getLogger(__name__)
 
 
 LARGE = 5_000_000
-"""Trained parameters from which on states are recorded in 16 bits, which costs no agreement that was measured."""
+"""Trained parameters from which on states are recorded in 16 bits: see `benchmarks/state_precision.py`."""
 
 
 def default_dtype(parameters: Mapping[str, torch.nn.Parameter]) -> torch.dtype:
