@@ -88,7 +88,8 @@ class DetailedScores:
         Returns:
             `list[pandas.DataFrame]`: for each value of the objective the columns `row`, `similarity` (cosine of the
             direction that betters the objective with that of a step on the row, at the trained model; of several runs,
-            of the first) and `cluster`, the most similar first.
+            of the first; of sketches in the optimizer's scale where `max_memory` does not hold gradients) and
+            `cluster`, the most similar first.
 
         Raises:
             ValueError: If there are no rows, or `k` is not positive.
